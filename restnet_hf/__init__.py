@@ -1,0 +1,25 @@
+"""restnet_hf: one network out of two pre-trained image classifiers, cut to the size of any device."""
+
+from restnet_hf.profiles import Budget, BudgetError, Profile
+from restnet_hf.routes import Route, Segment
+
+
+__all__ = ["Budget", "BudgetError", "Profile", "Route", "Segment"]
+
+try:
+    import torch  # noqa: F401
+except ImportError:
+    pass  # a device that only reads profiles and follows budgets
+else:
+    from restnet_hf.anchors import Anchor, load_anchor
+    from restnet_hf.configuration_restnet import RestNetConfig
+    from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+    from restnet_hf.stitches import StitchConfig
+
+    __all__ += [
+        "Anchor",
+        "RestNetConfig",
+        "StitchConfig",
+        "StitchedModelForImageClassification",
+        "load_anchor",
+    ]

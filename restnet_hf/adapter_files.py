@@ -1,0 +1,51 @@
+"""The files of an adapter: read strictly, written whole."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import cached_file
+
+from restnet_hf.profiles import Profile
+
+
+WEIGHTS, PROFILE, SHIM = "model.safetensors", "profile.json", "modeling_restnet.py"
+SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
+
+
+def read_weights(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The stitches' (and new heads') tensors of an adapter in a local folder or on the Hub.
+
+    Raises:
+        OSError: there is no such file, or it is damaged.
+    """
+    file = cached_file(path_or_id, WEIGHTS, **hub_kwargs)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise OSError(f"{file} is damaged or cut short ({error}); download or save the adapter again") from error
+
+
+def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> Profile | None:
+    """The adapter's profile, None where it has none."""
+    file = cached_file(path_or_id, PROFILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return None if file is None else Profile.load(file)
+
+
+def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError unless there is exactly every tensor that is expected, in its shape."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "not expected": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in sorted(expected.keys() & found.keys())
+            if found[key].shape != expected[key].shape
+        ],
+    }
+    said = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
+    if said:
+        raise ValueError(f"the weights in {where} do not fit its config.json. {said}. Save the adapter again")

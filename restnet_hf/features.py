@@ -1,0 +1,125 @@
+"""Layouts of activations (NCHW, NHWC, tokens with a prefix) and the way from one to another."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+KINDS = ("NCHW", "NHWC", "NLC")
+MAX_PREFIX = 8  # class, distillation and register tokens; no known classifier has more than five
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an activation is laid out.
+
+    Args:
+        kind: ``NCHW`` and ``NHWC`` are maps, ``NLC`` is tokens, row by row.
+        channels: size of the channel axis.
+        grid: height and width of the map, or of the grid the tokens stand on.
+        prefix: tokens before those of the grid (class, distillation, registers).
+    """
+
+    kind: str
+    channels: int
+    grid: tuple[int, int]
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (self.channels, *self.grid)
+        if self.kind not in KINDS or len(self.grid) != 2 or not all(type(n) is int and n > 0 for n in numbers):
+            raise ValueError(f"{self} is not a layout: kind is one of {KINDS}, channels and grid are above 0")
+        if not 0 <= self.prefix <= MAX_PREFIX or (self.prefix and self.kind != "NLC"):
+            raise ValueError(f"{self} is not a layout: 0 to {MAX_PREFIX} prefix tokens, and only with NLC")
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Layout":
+        """The inverse of ``dataclasses.asdict``, also after JSON made a list of the grid."""
+        return cls(**{**data, "grid": tuple(data["grid"])})
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """The shape of a batch in this layout."""
+        if self.kind == "NCHW":
+            return (batch, self.channels, *self.grid)
+        if self.kind == "NHWC":
+            return (batch, *self.grid, self.channels)
+        return (batch, self.prefix + self.grid[0] * self.grid[1], self.channels)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The spatial part as a map (N, C, H, W), and the prefix tokens (N, prefix, C) where there are any."""
+        if self.kind == "NCHW":
+            return x, None
+        if self.kind == "NHWC":
+            return x.permute(0, 3, 1, 2), None
+        tokens = x[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
+        return tokens, x[:, : self.prefix] if self.prefix else None
+
+    def join(self, spatial: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """The inverse of `split`: a map (N, C, H, W) and prefix tokens (N, prefix, C) in this layout."""
+        if self.kind == "NCHW":
+            return spatial
+        if self.kind == "NHWC":
+            return spatial.permute(0, 2, 3, 1)
+        tokens = spatial.flatten(2).transpose(1, 2)
+        return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+def resize(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A map (N, C, H, W) on another grid: averaged where it shrinks, bilinear where it grows.
+
+    Every output is a weighted mean of inputs with weights that sum to 1, so resizing commutes with a 1x1 convolution.
+    """
+    height, width = spatial.shape[-2:]
+    if (height, width) == tuple(grid):
+        return spatial
+    if grid[0] <= height and grid[1] <= width:
+        return interpolate(spatial, size=grid, mode="area")
+    return interpolate(spatial, size=grid, mode="bilinear", antialias=grid[0] < height or grid[1] < width)
+
+
+def infer_layout(
+    shape: Sequence[int], image_size: tuple[int, int], grids: Collection[tuple[int, int]] = (), maps: str = "NCHW"
+) -> Layout | None:
+    """Read a layout off a shape (N, ...), or None for a vector or anything else that has no grid.
+
+    Args:
+        shape: of the activation, batch first.
+        image_size: height and width of the image it was computed from; a grid has about the same proportions.
+        grids: grids seen elsewhere in the same network; they decide how many tokens are prefix.
+        maps: the kind to assume where channels, height and width are all equal.
+    """
+    proportion = image_size[0] / image_size[1]
+
+    def off(height: int, width: int) -> float:
+        return abs(math.log(height / width / proportion))
+
+    if len(shape) == 4:
+        _, a, b, c = shape
+        nchw, nhwc = off(b, c), off(a, b)
+        kind = maps if nchw == nhwc else "NCHW" if nchw < nhwc else "NHWC"
+        layout = Layout("NCHW", a, (b, c)) if kind == "NCHW" else Layout("NHWC", c, (a, b))
+        return layout if math.prod(layout.grid) > 1 else None
+    if len(shape) != 3:
+        return None
+    for known in (True, False):
+        for prefix in range(min(MAX_PREFIX + 1, shape[1])):
+            grid = _grid(shape[1] - prefix, proportion)
+            if grid and math.prod(grid) > 1 and (not known or grid in grids):
+                return Layout("NLC", shape[2], grid, prefix)
+    return None
+
+
+def _grid(length: int, proportion: float) -> tuple[int, int] | None:
+    """Height and width with that product and about that proportion, if there are such."""
+    height = round(math.sqrt(length * proportion))
+    for candidate in (height, height - 1, height + 1):
+        if candidate > 0 and length % candidate == 0:
+            width = length // candidate
+            if abs(math.log(candidate / width / proportion)) < 0.2:
+                return candidate, width
+    return None

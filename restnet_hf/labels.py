@@ -1,0 +1,44 @@
+"""Class names of classifiers, and the order of one set of names in another."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+
+GENERIC = re.compile(r"LABEL_\d+")
+WORDNET = re.compile(r"n\d{8}")
+
+
+def label_names(id2label: Mapping[int, str]) -> tuple[str, ...] | None:
+    """Class names in the order of the logits; None where they are only numbered (``LABEL_0``, ...)."""
+    names = tuple(str(id2label[index]) for index in sorted(id2label))
+    return None if all(GENERIC.fullmatch(name) for name in names) else names
+
+
+def label_order(reference: Sequence[str], other: Sequence[str]) -> list[int] | None:
+    """Positions in ``other`` of the names in ``reference``; None where the two do not name the same classes.
+
+    Names are compared without regard to case; WordNet ids are read as timm describes them; and where whole names
+    differ, the first of comma-separated synonyms decides if it is unique, or equal at every position.
+    """
+    if len(reference) != len(other):
+        return None
+    for key in (_whole, _first):
+        ours, theirs = [key(name) for name in reference], [key(name) for name in other]
+        if ours == theirs:
+            return list(range(len(ours)))
+        positions = {name: index for index, name in enumerate(theirs)}
+        if len(positions) == len(theirs) and set(ours) == set(positions):
+            return [positions[name] for name in ours]
+    return None
+
+
+def _whole(name: str) -> str:
+    if WORDNET.fullmatch(name):
+        from timm.data import ImageNetInfo
+
+        name = ImageNetInfo("imagenet-22k").label_name_to_description(name)
+    return name.strip().casefold()
+
+
+def _first(name: str) -> str:
+    return _whole(name).split(",")[0].strip()

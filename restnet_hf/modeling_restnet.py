@@ -1,0 +1,354 @@
+"""StitchedModelForImageClassification: frozen anchors, trainable stitches, and routes between them to switch at run time."""
+
+import datetime
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from restnet_hf import stitches as fitting
+from restnet_hf.adapter_files import PROFILE, SHIM, SHIM_TEXT, check_weights, read_profile, read_weights
+from restnet_hf.anchors import Anchor, load_anchor, unique_names
+from restnet_hf.configuration_restnet import RestNetConfig
+from restnet_hf.costs import MacsTable, count_params
+from restnet_hf.data import batches
+from restnet_hf.evaluation import score_routes
+from restnet_hf.files import folder_written_whole
+from restnet_hf.parents import class_order, describe, rebuild, reload
+from restnet_hf.preprocessing import Preprocessing, Reprocess
+from restnet_hf.profiles import Profile, ProfiledRoute
+from restnet_hf.routes import Route, Segment
+from restnet_hf.similarity import SELECTORS, Similarity, choose_routes
+from restnet_hf.steps import Reorder, run_steps
+from restnet_hf.stitches import RIDGE, StitchConfig
+from restnet_hf.switching import RouteMixin
+
+
+ORDERS = ("large-to-small", "small-to-large", "given")
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+PACKAGES = ("restnet-hf", "torch", "transformers", "timm")
+
+
+class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
+    """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
+
+    The anchors are frozen and in evaluation mode always; what trains, is saved and is shared are the stitches and, for a
+    new task, the heads. Make one with `from_anchors`, load one with `from_pretrained`.
+    """
+
+    config_class = RestNetConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False  # the loss is a mean over the batch
+
+    def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
+        super().__init__(config)
+        entries = config.anchors or []
+        anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
+        self.anchors = nn.ModuleDict({anchor.name: anchor for anchor in anchors})
+        self.front = next(iter(self.anchors), "")
+        self.converters, self.orders, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for anchor in anchors:
+            if anchor.preprocessing != self.preprocessing:
+                self.converters[anchor.name] = Reprocess(self.preprocessing, anchor.preprocessing)
+            if config.new_head:
+                self.heads[anchor.name] = nn.Linear(anchor.drop_classifier(), config.num_labels)
+            elif (order := class_order(anchors[0], anchor)) != list(range(len(order))):
+                self.orders[anchor.name] = Reorder(order)
+        self.stitches = nn.ModuleDict()
+        for name in config.stitches or {}:
+            self._make_stitch(*config.stitch_parts(name))
+        self.profiled: Profile | None = None
+        self.similarity: Similarity | None = None
+        self.active_route = Route.parse(config.active_route) if config.active_route else Route((Segment(self.front),))
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing is left to initialise: anchors come trained, and stitches and heads initialise themselves."""
+
+    @classmethod
+    def from_anchors(
+        cls,
+        *sources: str | os.PathLike[str] | nn.Module | Anchor,
+        order: str = "large-to-small",
+        image_size: int | tuple[int, int] | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        dtype: torch.dtype | str = "auto",
+        trust_remote_code: bool = False,
+        **hub_kwargs: Any,
+    ) -> Self:
+        """A model with no stitches yet, out of two or more classifiers.
+
+        Args:
+            *sources: Hub ids, local folders, modules, or what `load_anchor` returns (which takes options for each).
+            order: ``large-to-small`` puts the anchor of the most parameters in front (ReStNet), ``small-to-large`` last;
+                ``given`` keeps the order.
+            image_size: in pixels, for all anchors, instead of their own.
+            num_labels: classes of a new task: every anchor gets a new head.
+            id2label: class names of a new task.
+            dtype: of the weights; ``auto`` takes what is stored.
+            trust_remote_code: run code from the Hub.
+            **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in ``from_pretrained``.
+
+        Raises:
+            OSError: an anchor cannot be loaded.
+            ValueError: fewer than two anchors, too few cuts, or label sets that differ without a new head.
+        """
+        if order not in ORDERS:
+            raise ValueError(f"order={order!r} is not one of {ORDERS}")
+        if len(sources) < 2:
+            raise ValueError(f"from_anchors needs at least two classifiers, not {len(sources)}")
+        load = {"image_size": image_size, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
+        anchors = [load_anchor(source, **load) for source in sources]
+        if order != "given":
+            anchors.sort(key=lambda a: sum(p.numel() for p in a.parameters()), reverse=order == "large-to-small")
+        unique_names(anchors)
+        names = dict(enumerate(anchors[0].label_names or ())) or {
+            i: f"LABEL_{i}" for i in range(anchors[0].found.classes)
+        }
+        if num_labels is not None:
+            names = {i: f"LABEL_{i}" for i in range(num_labels)}
+        names = {int(index): str(name) for index, name in (id2label or names).items()}
+        config = RestNetConfig(
+            anchors=[describe(anchor) for anchor in anchors],
+            new_head=num_labels is not None or id2label is not None,
+            id2label=names,
+            label2id={name: index for index, name in names.items()},
+            dtype=next(anchors[0].parameters()).dtype,
+        )
+        return cls(config, anchors).eval()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How ``pixel_values`` must be prepared: as the front anchor wants them."""
+        return self.anchors[self.front].preprocessing
+
+    @property
+    def image_processor(self) -> Any:
+        """The front anchor's image processor, None where it has none."""
+        return self.anchors[self.front].processor
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+        """Classify images by the active route.
+
+        Args:
+            pixel_values: images (N, 3, H, W) prepared as `preprocessing` says.
+            labels: class indices (N,), for a loss.
+
+        Raises:
+            TypeError, ValueError: the images have another type or shape.
+        """
+        self.preprocessing.check(pixel_values)
+        logits = run_steps(pixel_values.to(self.dtype), self.steps(self.active_route))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
+        """Batches of images as every anchor wants them, by anchor."""
+        for batch in batches(data, batch_size, name):
+            self.preprocessing.check(batch["pixel_values"])
+            images = batch["pixel_values"].to(self.device, self.dtype)
+            yield {name: self.converters[name](images) if name in self.converters else images for name in self.anchors}
+
+    def select_stitches(
+        self,
+        calibration: Any,
+        method: str = "cka",
+        max_routes: int = 8,
+        config: StitchConfig | None = None,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> list[Route]:
+        """Choose where to join the first anchor to the last, from unlabelled images, and add those stitches.
+
+        The whole matrix is kept in `similarity`. The first route found becomes the active one.
+
+        Args:
+            calibration: images; see `restnet_hf.data.batches`. A few hundred do.
+            method: a key of `SELECTORS`.
+            max_routes: how many to add at most.
+            config: how the stitches are made.
+            batch_size: for a tensor or a data set.
+            **options: of the selector.
+        """
+        if method not in SELECTORS:
+            raise ValueError(f"method={method!r} is not one of {sorted(SELECTORS)}")
+        front, *_, end = self.anchors.values()
+        images = self._images(calibration, batch_size, "calibration")
+        self.similarity = SELECTORS[method](front, end, images, **options)
+        routes = [self.add_stitch(route, config) for route in choose_routes(self.similarity, max_routes)]
+        self.set_route(routes[0])
+        return routes
+
+    def fit_stitches(
+        self,
+        calibration: Any,
+        routes: Iterable[Route | str] | None = None,
+        ridge: float = RIDGE,
+        batch_size: int = 64,
+    ) -> dict[str, float]:
+        """Set stitches by least squares, in one pass over each anchor and without labels.
+
+        Args:
+            calibration: images; see `restnet_hf.data.batches`.
+            routes: whose stitches to fit; all by default.
+            ridge: relative to the mean variance of the features.
+            batch_size: for a tensor or a data set.
+
+        Returns:
+            R² by stitch name.
+
+        Raises:
+            ValueError: no stitches, no images, or features that are not finite.
+        """
+        chosen = [self.route(route) for route in (self.routes if routes is None else routes)]
+        points = {point: self.stitches[point.name] for route in chosen for point in route.stitch_points}
+        if not points:
+            raise ValueError("there are no stitches to fit; call select_stitches or add_stitch first")
+        images = self._images(calibration, batch_size, "calibration")
+        r2 = fitting.fit_stitches(points, dict(self.anchors.items()), images, ridge)
+        for name, explained in r2.items():
+            self.config.stitches[name]["r2"] = explained
+        return r2
+
+    def profile(
+        self,
+        data: Any = None,
+        routes: Iterable[Route | str] | None = None,
+        batch_size: int = 64,
+        **metadata: Any,
+    ) -> Profile:
+        """MACs and parameters of every route and, with labelled data, its accuracy; kept for `set_budget`.
+
+        Args:
+            data: labelled images; see `restnet_hf.data.batches`.
+            routes: all and the anchors alone by default.
+            batch_size: for a tensor or a data set.
+            **metadata: written into the profile, the data's name for one.
+        """
+        chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
+        walks = [(route, self.steps(route)) for route in chosen]
+        table, scores = MacsTable(), {}
+        if data is not None:
+            scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
+        rows = [
+            ProfiledRoute(
+                route,
+                {"macs": table.macs(steps), "params": count_params(steps)},
+                {"accuracy": scores[route]} if route in scores else {},
+            )
+            for route, steps in walks
+        ]
+        where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
+        versions = {package: version(package) for package in PACKAGES}
+        self.profiled = Profile(tuple(rows), {**metadata, **where, "versions": versions})
+        return self.profiled
+
+    def _checked(self, data: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        for batch in batches(data, batch_size):
+            self.preprocessing.check(batch["pixel_values"])
+            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        every = sum(parameter.numel() for parameter in self.parameters())
+        train = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        print(f"trainable params: {train:,} || all params: {every:,} || trainable%: {100 * train / every:.4f}")  # noqa: T201
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that are saved: those of the stitches and new heads."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("anchors.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; a state dict without the anchors, such as a checkpoint's, is whole."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        result.missing_keys[:] = [key for key in result.missing_keys if not key.startswith("anchors.")]
+        if strict and (result.missing_keys or result.unexpected_keys):
+            raise RuntimeError(f"missing keys {result.missing_keys}, unexpected keys {result.unexpected_keys}")
+        return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter: config, stitches (and heads), profile, image processor. The anchors are named, not copied."""
+        if not is_main_process:
+            return
+        state = self.state_dict() if state_dict is None else state_dict
+        adapter = {key: value for key, value in state.items() if not key.startswith("anchors.")}
+        self.config.active_route = str(self.active_route)
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            entry["fingerprint"] = entry["fingerprint"] or anchor.fingerprint()
+        with folder_written_whole(save_directory) as folder:
+            super().save_pretrained(folder, state_dict=adapter)
+            (folder / SHIM).write_text(SHIM_TEXT)
+            if self.profiled is not None:
+                self.profiled.save(folder / PROFILE)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: RestNetConfig | None = None,
+        anchors: Mapping[str, nn.Module] | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        dtype: torch.dtype | str | None = None,
+        device_map: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Load an adapter from a local folder or the Hub, and the anchors it names at the commits it names.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the adapter.
+            config: instead of the adapter's own.
+            anchors: modules by anchor name, for anchors that were made in code.
+            revision: of the adapter.
+            subfolder: of the adapter in its repository.
+            dtype: of the weights; as saved by default.
+            device_map: a device for the whole model.
+            trust_remote_code: run anchors' code from the Hub.
+            **kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in transformers.
+
+        Raises:
+            OSError: a file is missing or damaged.
+            ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
+        """
+        hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+        at = {**hub, "revision": revision, "subfolder": subfolder}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **at)
+        where = os.fspath(pretrained_model_name_or_path)
+        weights = read_weights(where, at)
+        dtype = config.dtype if dtype in (None, "auto") else dtype
+        load = {"dtype": dtype or torch.float32, "trust_remote_code": trust_remote_code, **hub}
+        given = dict(anchors or {})
+        model = cls(config, [reload(entry, given.get(entry["name"]), load) for entry in config.anchors])
+        check_weights(weights, model.adapter_state_dict(), where)
+        model.load_state_dict(weights)
+        model.profiled = read_profile(where, at)
+        model.config.name_or_path = model.name_or_path = where
+        return model.to(device_map).eval() if device_map not in (None, "auto") else model.eval()
+
+
+AutoModelForImageClassification.register(RestNetConfig, StitchedModelForImageClassification, exist_ok=True)

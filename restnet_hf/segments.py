@@ -1,0 +1,291 @@
+"""Run part of a network through its own forward: what lies before is bypassed, what lies after does not run."""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from restnet_hf.features import Layout
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in whatever a classifier returns: a tensor, a ``ModelOutput``, a dict or a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if logits is not None else first_tensor(output)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first tensor in a nested output; raises TypeError where there is none."""
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, Tensor):
+            return leaf
+    raise TypeError(f"{type(output).__name__} holds no tensor")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is kept of a tensor: its shape and type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """The structure of a module's output, with shapes in place of tensors; ``batch`` is that of the images behind it."""
+
+    leaves: tuple[Any, ...]
+    tree: TreeSpec
+    batch: int
+
+    @classmethod
+    def of(cls, output: Any, batch: int) -> "OutputSpec":
+        leaves, tree = tree_flatten(output)
+        shapes = (_Shape(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        return cls(tuple(shapes), tree, batch)
+
+    def fill(self, like: Tensor, activation: Tensor | None = None) -> Any:
+        """The structure for the batch of ``like``: ``activation`` in place of its first tensor, elsewhere zeros.
+
+        The zeros are one expanded scalar: they take no memory and nothing computes them.
+        """
+        filled: list[Any] = []
+        for leaf in self.leaves:
+            if not isinstance(leaf, _Shape):
+                filled.append(leaf)
+            elif activation is not None:
+                filled.append(activation)
+                activation = None
+            else:
+                shape = list(leaf.shape)
+                if shape and shape[0] % self.batch == 0:  # the batch, or windows of it
+                    shape[0] = shape[0] // self.batch * like.shape[0]
+                dtype = like.dtype if leaf.dtype.is_floating_point else leaf.dtype
+                filled.append(torch.zeros((), dtype=dtype, device=like.device).expand(shape))
+        return tree_unflatten(filled, self.tree)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A place where a network can be left and entered: the output of a block that every path to the logits crosses.
+
+    Args:
+        name: path of the module in the network; ``aliases`` are other modules that return the very same tensor.
+        layout: of the activation.
+        output: structure of the module's output.
+        before: modules that are complete before the block starts, outermost only, with their outputs.
+        after: paths of the modules that start after the block is complete, outermost only, with their outputs.
+        modified: a later module writes into the activation.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    layout: Layout
+    output: OutputSpec
+    before: tuple[tuple[str, OutputSpec], ...]
+    after: tuple[tuple[str, OutputSpec], ...]
+    modified: bool
+
+    def own(self, activation: Tensor) -> Tensor:
+        """The activation, copied where the network would write into it."""
+        return activation.clone() if self.modified else activation
+
+
+class _Flow:
+    """What the replaced forwards of one run share: the input they take their batch from, and the activation kept."""
+
+    def __init__(self, given: Tensor | None = None) -> None:
+        self.given = given
+        self.kept: Tensor | None = None
+
+
+class _Placeholder:
+    """Forward of a module that lies outside the segment."""
+
+    def __init__(self, flow: _Flow, spec: OutputSpec) -> None:
+        self.flow, self.spec = flow, spec
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.flow.given is not None
+        return self.spec.fill(self.flow.given)
+
+
+class _Entry:
+    """Forward of the block at whose output the segment starts."""
+
+    def __init__(self, flow: _Flow, cut: Cut) -> None:
+        self.flow, self.cut = flow, cut
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.flow.given is not None
+        return self.cut.output.fill(self.flow.given, self.cut.own(self.flow.given))
+
+
+class _Exit:
+    """Forward of the block after which a baked segment stops: keeps the activation and lets the network go on."""
+
+    def __init__(self, flow: _Flow, cut: Cut, module: nn.Module) -> None:
+        self.flow, self.cut, self.module = flow, cut, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = type(self.module).forward(self.module, *args, **kwargs)
+        self.flow.kept = self.cut.own(first_tensor(output))
+        return output
+
+
+class _Features:
+    """Forward of a classifier that a new head takes the place of: passes on the features."""
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+class _Reached(BaseException):
+    """Raised by the hook at the last cut wanted; no network catches a BaseException."""
+
+
+@contextmanager
+def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Give modules another forward for the time of one call. The objects stay, so parents can read their attributes."""
+    before = []
+    try:
+        for module, forward in forwards:
+            before.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in reversed(before):
+            if forward is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = forward
+
+
+def _entering(flow: _Flow, start: Cut | None, classifier: str | None) -> list[tuple[str, Any]]:
+    """What to replace for a run that enters at ``start`` and, with ``classifier``, ends in features."""
+    forwards: list[tuple[str, Any]] = [(classifier, _Features())] if classifier else []
+    if start is not None:
+        forwards += [(path, _Placeholder(flow, spec)) for path, spec in start.before]
+        forwards.append((start.name, _Entry(flow, start)))
+    return forwards
+
+
+def _image(x: Tensor, start: Cut | None, image_size: tuple[int, int]) -> Tensor:
+    return x if start is None else torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape[0], 3, *image_size)
+
+
+def run(
+    model: nn.Module,
+    x: Tensor,
+    start: Cut | None,
+    stops: Mapping[int, Cut | None],
+    image_size: tuple[int, int],
+    classifier: str | None = None,
+) -> dict[int, Tensor]:
+    """Run ``model`` from ``start`` and return its activation at each of ``stops``, in one forward.
+
+    Args:
+        model: the network.
+        x: images (N, 3, H, W), or the activation at ``start``.
+        start: where ``x`` belongs; None for images.
+        stops: cuts to read, under any key; None stands for the logits. Nothing runs past the last of them.
+        image_size: of the images the network is used with.
+        classifier: path of the last layer, to be left out: the logits are then the features before it.
+    """
+    kept: dict[int, Tensor] = {}
+    wanted = {key: cut for key, cut in stops.items() if cut is not None}
+    whole = len(wanted) < len(stops)
+    handles = []
+    for key, cut in wanted.items():
+
+        def keep(module: nn.Module, args: Any, output: Any, key: int = key, cut: Cut = cut) -> None:
+            kept[key] = cut.own(first_tensor(output))
+            if not whole and len(kept) == len(wanted):
+                raise _Reached
+
+        handles.append(model.get_submodule(cut.name).register_forward_hook(keep))
+    entering = _entering(_Flow(x), start, classifier)
+    try:
+        with _replaced((model.get_submodule(path), forward) for path, forward in entering):
+            output = model(_image(x, start, image_size))
+    except _Reached:
+        return kept
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [cut.name for key, cut in wanted.items() if key not in kept]
+    if missing:
+        raise RuntimeError(f"{type(model).__name__} did not run {missing} on this input; cuts must be found again")
+    return kept | {key: logits_of(output) for key, cut in stops.items() if cut is None}
+
+
+def outside(start: Cut | None, stop: Cut | None, classifier: str | None) -> tuple[str, ...]:
+    """Paths of the modules that a segment does not run."""
+    paths = [] if start is None else [*(path for path, _ in start.before), start.name]
+    if stop is not None:
+        paths += [path for path, _ in stop.after]
+    elif classifier:
+        paths.append(classifier)
+    return tuple(paths)
+
+
+def own_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of ``model`` that are not under any of ``paths``, each once."""
+    dropped = {module for path in paths for module in model.get_submodule(path).modules()}
+    found: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        if module not in dropped:
+            for key, parameter in module.named_parameters(recurse=False):
+                found.setdefault(parameter, f"{name}.{key}" if name else key)
+    return {name: parameter for parameter, name in found.items()}
+
+
+class BakedSegment(nn.Module):
+    """A segment as a plain module with only its own weights: no hooks, no exceptions; compiles and exports.
+
+    ``forward`` takes what `run` takes and returns the activation at ``stop``, or the logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        start: Cut | None,
+        stop: Cut | None,
+        image_size: tuple[int, int],
+        classifier: str | None = None,
+    ) -> None:
+        super().__init__()
+        dropped = outside(start, stop, classifier)
+        kept = {id(parameter) for parameter in own_parameters(model, dropped).values()}
+        empty: dict[int, Any] = {
+            id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters() if id(p) not in kept
+        }
+        self.model = copy.deepcopy(model, empty)  # weights that are left out are never copied
+        self.start, self.stop, self.image_size = start, stop, image_size
+        self.flow = _Flow()
+        forwards = _entering(self.flow, start, classifier if stop is None else None)
+        if stop is not None:
+            forwards += [(path, _Placeholder(self.flow, spec)) for path, spec in stop.after]
+            block = self.model.get_submodule(stop.name)
+            block.forward = _Exit(self.flow, stop, block)  # type: ignore[method-assign,assignment]
+        for path, forward in forwards:
+            self.model.get_submodule(path).forward = forward
+        for path in dropped:
+            for module in self.model.get_submodule(path).modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.new_empty(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.flow.given = x
+        output = self.model(_image(x, self.start, self.image_size))
+        result = logits_of(output) if self.stop is None else self.flow.kept
+        self.flow.given = self.flow.kept = None
+        assert result is not None
+        return result
