@@ -4,7 +4,8 @@
     apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DEB
     python recipes/demo_anchors.py OUT --dataset DEB                        # from Debian's package, no Hub
 
-Writes OUT/resnet_fashion (timm, 1.07 M parameters, float16), OUT/vit_fashion (transformers, 0.30 M), OUT/data/*.parquet
+Writes OUT/resnet_fashion (timm, 1.07 M parameters, float16), OUT/vit_fashion (transformers, 0.30 M),
+OUT/data/*.parquet
 and OUT/accuracy.json with both anchors' accuracy on the full 10,000 test images. About 25 minutes on 2 cores.
 """
 
@@ -29,6 +30,7 @@ from transformers import (
     set_seed,
 )
 
+
 LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 IMAGE_SIZE = 56  # the 28 px images are enlarged, so that a stock ResNet stem leaves a 14 x 14 map
 SLICE = {"train": 3000, "test": 1500}
@@ -36,7 +38,7 @@ Split = tuple[np.ndarray, np.ndarray]
 
 
 def read_fashion_mnist(source: str) -> dict[str, Split]:
-    """Images (N, 28, 28) uint8 and labels (N,) of both splits, from a Hub id, or from the folder of Debian's package."""
+    """Images (N, 28, 28) uint8 and labels (N,) of both splits, from a Hub id or the folder of Debian's package."""
     if not Path(source).is_dir():
         columns = load_dataset(source).with_format("numpy")
         return {split: (columns[split]["image"][:], columns[split]["label"][:]) for split in SLICE}

@@ -15,11 +15,14 @@ else:
     from restnet_hf.configuration_restnet import RestNetConfig
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
     from restnet_hf.stitches import StitchConfig
+    from restnet_hf.training import TrainArgs, train
 
     __all__ += [
         "Anchor",
         "RestNetConfig",
         "StitchConfig",
         "StitchedModelForImageClassification",
+        "TrainArgs",
         "load_anchor",
+        "train",
     ]

@@ -1,4 +1,4 @@
-"""Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and the segments between them."""
+"""Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and segments between them."""
 
 import hashlib
 import os
@@ -26,8 +26,8 @@ TIMM_PREFIXES = ("hf_hub:", "hf-hub:", "local-dir:")
 class Anchor(nn.Module):
     """A frozen classifier that can be left and entered at its cuts.
 
-    Cut 0 is the image, cuts 1 to `depth` are outputs of blocks, and None (past the last cut) is the logits. The weights
-    never train and the module stays in evaluation mode.
+    Cut 0 is the image, cuts 1 to `depth` are outputs of blocks, and None (past the last cut) is the logits. The
+    weights never train and the module stays in evaluation mode.
 
     Args:
         model: maps images (N, 3, H, W) to logits.
@@ -86,8 +86,8 @@ class Anchor(nn.Module):
             if len(found.cuts) < MIN_CUTS:
                 failed = "".join(f"; {name}: {reason}" for name, reason in found.rejected.items())
                 raise ValueError(
-                    f"anchor '{self.name}' ({type(self.model).__name__}) has {len(found.cuts)} places where all of the "
-                    f"image's path goes through one map or sequence of tokens, and {MIN_CUTS} are needed{failed}. "
+                    f"anchor '{self.name}' ({type(self.model).__name__}) has {len(found.cuts)} places where every "
+                    f"path goes through one map or sequence of tokens, and {MIN_CUTS} are needed{failed}. "
                     "Choose another classifier, or granularity='module' to search inside its blocks"
                 )
             self._found = found
@@ -139,16 +139,17 @@ class Anchor(nn.Module):
         return self.capture(x, (stop,), start)[stop]
 
     def capture(self, x: Tensor, stops: Collection[int | None], start: int = 0) -> dict[int | None, Tensor]:
-        """One forward from ``start`` that returns the activation at every cut in ``stops``; None stands for the logits."""
+        """The activation at every cut in ``stops``, in one forward from ``start``; None stands for the logits."""
         if start == 0 and set(stops) == {None} and not self.headless:
-            return dict.fromkeys(stops, self._whole(x))  # an anchor alone needs no cuts
+            return dict.fromkeys(stops, self.logits(x))  # an anchor alone needs no cuts
         wanted = {-1 if stop is None else stop: None if stop is None else self.cut(stop) for stop in stops}
         if any(stop is not None and stop <= start for stop in stops):
             raise ValueError(f"a segment of '{self.name}' that starts at cut {start} cannot stop at {sorted(wanted)}")
         result = run(self.model, x, self.cut(start), wanted, self.preprocessing.image_size, self.classifier)
         return {None if key == -1 else key: value for key, value in result.items()}
 
-    def _whole(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """The network's own logits (N, classes) for images, whether or not a new head has taken their place."""
         return run(self.model, x, None, {0: None}, self.preprocessing.image_size)[0]
 
     @property
@@ -164,8 +165,8 @@ class Anchor(nn.Module):
         """
         if self.found.classifier is None or self.found.features is None:
             raise ValueError(
-                f"anchor '{self.name}' ({type(self.model).__name__}) cannot take a new head: its logits do not come from "
-                "one linear layer"
+                f"anchor '{self.name}' ({type(self.model).__name__}) cannot take a new head: its logits do not come "
+                "from one linear layer"
             )
         self.headless = True
         return self.found.features
@@ -289,8 +290,8 @@ def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
         return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"anchor {repo_id!r} cannot be loaded: it must be a local folder with config.json and model.safetensors, or "
-            f"the Hub id of an image classifier of transformers or timm, such as 'timm/resnet50.a1_in1k'. {error}"
+            f"anchor {repo_id!r} cannot be loaded: it must be a local folder with config.json and model.safetensors, "
+            f"or the Hub id of an image classifier of transformers or timm, such as 'timm/resnet50.a1_in1k'. {error}"
         ) from error
 
 

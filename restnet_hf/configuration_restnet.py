@@ -14,8 +14,8 @@ class RestNetConfig(PreTrainedConfig):
     """Configuration of `StitchedModelForImageClassification`.
 
     Args:
-        anchors: one dict for each, front first: ``name``, ``repo_id``, ``revision``, ``fingerprint``, ``config`` (of the
-            anchor itself), ``preprocessing``, ``label_names``, ``granularity``.
+        anchors: one dict for each, front first: ``name``, ``repo_id``, ``revision``, ``fingerprint``, ``config`` (of
+            the anchor itself), ``preprocessing``, ``label_names``, ``granularity``.
         stitches: by name: ``point``, ``config``, ``source`` and ``target`` layouts, and ``r2`` once fitted.
         routes: as strings.
         active_route: as a string.

@@ -1,6 +1,7 @@
 """What a route costs: multiply-accumulates from one count per block, and parameters."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,8 +49,7 @@ class MacsTable:
             inputs += [_zeros(cut.layout.shape(1), anchor) for cut in anchor.cuts]
             stops = [*range(1, anchor.depth + 1), None]
             self._blocks[anchor] = [
-                count_macs(lambda x, start=start, stop=stop: anchor(x, start, stop), inputs[start])
-                for start, stop in enumerate(stops)
+                count_macs(partial(anchor, start=start, stop=stop), inputs[start]) for start, stop in enumerate(stops)
             ]
         return self._blocks[anchor]
 

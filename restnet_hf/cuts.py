@@ -73,8 +73,7 @@ def find_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str = 
         candidates = _candidates(model, calls, dominators, granularity, image_size)
         classifier = _classifier(calls, dominators, classes)
         cuts, rejected = _certified(model, candidates, image_size)
-    size = None if classifier is None else _ends(model.get_submodule(classifier))[0]
-    return Cuts(tuple(cuts), classes, classifier, size, rejected)
+    return Cuts(tuple(cuts), classes, *classifier, rejected)
 
 
 @contextmanager
@@ -140,7 +139,7 @@ def _probe(model: nn.Module, images: Tensor) -> tuple[list[_Call], Any, Tensor, 
 
 def _dominators(node: Any, leaf: Tensor) -> set[Any]:
     """Nodes of the autograd graph that every path from ``node`` to the accumulator of ``leaf`` goes through."""
-    graph = nx.DiGraph()
+    graph: nx.DiGraph = nx.DiGraph()
     source, stack, seen = None, [node], {node}
     while stack:
         current = stack.pop()
@@ -186,7 +185,7 @@ def _blocks(model: nn.Module) -> set[nn.Module]:
 def _candidates(
     model: nn.Module, calls: list[_Call], dominators: set[Any], granularity: str, image_size: tuple[int, int]
 ) -> list[Cut]:
-    times = {}
+    times: dict[nn.Module, int] = {}
     for call in calls:
         times[call.module] = times.get(call.module, 0) + 1
     blocks = _blocks(model) if granularity == "block" else set(model.modules())
@@ -212,10 +211,12 @@ class _Place:
 
 
 def _layouts(places: list[_Call], calls: list[_Call], image_size: tuple[int, int]) -> dict[_Call, Layout]:
-    """Layout of each place that has one. Grids seen anywhere in the network tell tokens from prefix, and where a map is
-    a cube the other maps tell its kind."""
+    """Layout of each place that has one.
+
+    Grids seen anywhere in the network tell tokens from prefix; where a map is a cube, the other maps tell its kind.
+    """
     maps = [tuple(call.tensor.shape) for call in calls if call.tensor is not None and call.tensor.dim() == 4]
-    grids = {shape[2:] for shape in maps} | {shape[1:3] for shape in maps}
+    grids = {(s[2], s[3]) for s in maps} | {(s[1], s[2]) for s in maps}
     clear = [infer_layout(shape, image_size) for shape in maps if len(set(shape[1:])) > 1]
     nhwc = sum(layout is not None and layout.kind == "NHWC" for layout in clear)
     kind = "NHWC" if 2 * nhwc > len(clear) else "NCHW"
@@ -262,13 +263,14 @@ def _ends(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _classifier(calls: list[_Call], dominators: set[Any], classes: int) -> str | None:
+def _classifier(calls: list[_Call], dominators: set[Any], classes: int) -> tuple[str | None, int | None]:
+    """Path and input channels of the linear layer that gives the logits, if one does."""
     for call in reversed(calls):
         ends = _ends(call.module)
         once = sum(other.module is call.module for other in calls) == 1
         if ends is not None and ends[1] == classes and once and call.node in dominators:
-            return call.name
-    return None
+            return call.name, ends[0]
+    return None, None
 
 
 @torch.no_grad()

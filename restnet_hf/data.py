@@ -1,6 +1,6 @@
 """Images as batches: from tensors, loaders, datasets, folders, parquet files and the Hub."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
     """Batches with ``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,).
 
     Args:
-        data: a tensor of images; a map-style dataset (its items are dicts with ``pixel_values`` and ``labels``, pairs, or
-            image tensors); or an iterable of such batches, a DataLoader for one.
+        data: a tensor of images; a map-style dataset (its items are dicts with ``pixel_values`` and ``labels``,
+            pairs, or image tensors); or an iterable of such batches, a DataLoader for one.
         batch_size: for a tensor or a dataset.
         name: of the argument, for errors.
 
@@ -45,7 +45,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
 
 
 def as_batch(item: Any, name: str = "data") -> Batch:
-    """One batch of a loader as a dict with ``pixel_values`` and perhaps ``labels``; raises TypeError for anything else."""
+    """One batch of a loader as a dict with ``pixel_values`` and perhaps ``labels``; TypeError for anything else."""
     if isinstance(item, Tensor):
         return {"pixel_values": item}
     if isinstance(item, Mapping) and "pixel_values" in item:
@@ -54,8 +54,8 @@ def as_batch(item: Any, name: str = "data") -> Batch:
     if isinstance(item, list | tuple) and item and all(isinstance(part, Tensor) for part in item):
         return dict(zip(("pixel_values", "labels"), item, strict=False))
     raise TypeError(
-        f"{name} gives {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or a "
-        "dict with pixel_values"
+        f"{name} gives {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or "
+        "a dict with pixel_values"
     )
 
 
@@ -99,11 +99,20 @@ def subset(dataset: Dataset, size: int | None, seed: int = 0) -> Dataset:
     return dataset.select(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:size].tolist())
 
 
-def with_pixel_values(dataset: Dataset, processor: Any) -> Dataset:
-    """The data set with images prepared by ``processor`` as they are read: items hold ``pixel_values`` and ``labels``."""
+def with_pixel_values(dataset: Dataset, processor: Any, order: Sequence[int] | None = None) -> Dataset:
+    """The data set with images prepared by ``processor`` as they are read: items hold ``pixel_values`` and ``labels``.
+
+    Args:
+        dataset: with a column ``image`` and perhaps ``label``.
+        processor: of transformers.
+        order: the model's class for each class of the data set, where the two are not the same.
+    """
 
     def transform(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         prepared: dict[str, Any] = {"pixel_values": prepare(processor, rows["image"])}
-        return prepared | ({"labels": torch.tensor(rows["label"])} if "label" in rows else {})
+        if "label" in rows:
+            labels = rows["label"] if order is None else [order[label] for label in rows["label"]]
+            prepared["labels"] = torch.tensor(labels)
+        return prepared
 
     return dataset.with_transform(transform)

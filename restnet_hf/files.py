@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; the file written there takes its place when the block ends without error."""
+    """Yield a temporary name beside ``path``; the file written there takes its place if the block succeeds."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp{target.suffix}")
@@ -25,8 +25,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 def folder_written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; its files move over when the block ends without error.
 
-    A folder that did not exist appears in one rename. In one that did, each file is replaced by a rename of its own and
-    files that were not written again stay.
+    A folder that did not exist appears in one rename. In one that did, each file is replaced by a rename of its own
+    and files that were not written again stay.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

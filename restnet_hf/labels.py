@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 
 GENERIC = re.compile(r"LABEL_\d+")
@@ -34,10 +35,16 @@ def label_order(reference: Sequence[str], other: Sequence[str]) -> list[int] | N
 
 def _whole(name: str) -> str:
     if WORDNET.fullmatch(name):
-        from timm.data import ImageNetInfo
-
-        name = ImageNetInfo("imagenet-22k").label_name_to_description(name)
+        name = _wordnet().get(name, name)
     return name.strip().casefold()
+
+
+@cache
+def _wordnet() -> dict[str, str]:
+    from timm.data import ImageNetInfo
+
+    infos = [ImageNetInfo(subset) for subset in ("imagenet-22k", "imagenet-1k")]
+    return {name: info.label_name_to_description(name) for info in infos for name in info.label_names()}
 
 
 def _first(name: str) -> str:

@@ -1,11 +1,11 @@
-"""StitchedModelForImageClassification: frozen anchors, trainable stitches, and routes between them to switch at run time."""
+"""StitchedModelForImageClassification: frozen anchors, trainable stitches, routes to switch at run time."""
 
 import datetime
 import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from restnet_hf.data import batches
 from restnet_hf.evaluation import score_routes
 from restnet_hf.files import folder_written_whole
 from restnet_hf.parents import class_order, describe, rebuild, reload
-from restnet_hf.preprocessing import Preprocessing, Reprocess
+from restnet_hf.preprocessing import Reprocess
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import Route, Segment
 from restnet_hf.similarity import SELECTORS, Similarity, choose_routes
@@ -39,8 +39,8 @@ PACKAGES = ("restnet-hf", "torch", "transformers", "timm")
 class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
     """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
 
-    The anchors are frozen and in evaluation mode always; what trains, is saved and is shared are the stitches and, for a
-    new task, the heads. Make one with `from_anchors`, load one with `from_pretrained`.
+    The anchors are frozen and in evaluation mode always; what trains, is saved and is shared are the stitches and,
+    for a new task, the heads. Make one with `from_anchors`, load one with `from_pretrained`.
     """
 
     config_class = RestNetConfig
@@ -53,9 +53,9 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         super().__init__(config)
         entries = config.anchors or []
         anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
-        self.anchors = nn.ModuleDict({anchor.name: anchor for anchor in anchors})
+        self.anchors = cast("Mapping[str, Anchor]", nn.ModuleDict({anchor.name: anchor for anchor in anchors}))
         self.front = next(iter(self.anchors), "")
-        self.converters, self.orders, self.heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.converters, self.orders, self.heads, self.stitches = (cast("Any", nn.ModuleDict()) for _ in range(4))
         for anchor in anchors:
             if anchor.preprocessing != self.preprocessing:
                 self.converters[anchor.name] = Reprocess(self.preprocessing, anchor.preprocessing)
@@ -63,7 +63,6 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
                 self.heads[anchor.name] = nn.Linear(anchor.drop_classifier(), config.num_labels)
             elif (order := class_order(anchors[0], anchor)) != list(range(len(order))):
                 self.orders[anchor.name] = Reorder(order)
-        self.stitches = nn.ModuleDict()
         for name in config.stitches or {}:
             self._make_stitch(*config.stitch_parts(name))
         self.profiled: Profile | None = None
@@ -90,8 +89,8 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
 
         Args:
             *sources: Hub ids, local folders, modules, or what `load_anchor` returns (which takes options for each).
-            order: ``large-to-small`` puts the anchor of the most parameters in front (ReStNet), ``small-to-large`` last;
-                ``given`` keeps the order.
+            order: ``large-to-small`` puts the anchor of the most parameters in front (ReStNet), ``small-to-large``
+                last; ``given`` keeps the order.
             image_size: in pixels, for all anchors, instead of their own.
             num_labels: classes of a new task: every anchor gets a new head.
             id2label: class names of a new task.
@@ -126,16 +125,6 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
             dtype=next(anchors[0].parameters()).dtype,
         )
         return cls(config, anchors).eval()
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How ``pixel_values`` must be prepared: as the front anchor wants them."""
-        return self.anchors[self.front].preprocessing
-
-    @property
-    def image_processor(self) -> Any:
-        """The front anchor's image processor, None where it has none."""
-        return self.anchors[self.front].processor
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
@@ -216,7 +205,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         if not points:
             raise ValueError("there are no stitches to fit; call select_stitches or add_stitch first")
         images = self._images(calibration, batch_size, "calibration")
-        r2 = fitting.fit_stitches(points, dict(self.anchors.items()), images, ridge)
+        r2 = fitting.fit_stitches(points, self.anchors, images, ridge)
         for name, explained in r2.items():
             self.config.stitches[name]["r2"] = explained
         return r2
@@ -238,7 +227,8 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         """
         chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
         walks = [(route, self.steps(route)) for route in chosen]
-        table, scores = MacsTable(), {}
+        table = MacsTable()
+        scores: dict[Route, float] = {}
         if data is not None:
             scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         rows = [
@@ -285,7 +275,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the adapter: config, stitches (and heads), profile, image processor. The anchors are named, not copied."""
+        """Write the adapter: config, stitches (and heads), profile, image processor; anchors are named, not copied."""
         if not is_main_process:
             return
         state = self.state_dict() if state_dict is None else state_dict
@@ -343,7 +333,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         dtype = config.dtype if dtype in (None, "auto") else dtype
         load = {"dtype": dtype or torch.float32, "trust_remote_code": trust_remote_code, **hub}
         given = dict(anchors or {})
-        model = cls(config, [reload(entry, given.get(entry["name"]), load) for entry in config.anchors])
+        model = cls(config, [reload(entry, given.get(entry["name"]), load) for entry in config.anchors or []])
         check_weights(weights, model.adapter_state_dict(), where)
         model.load_state_dict(weights)
         model.profiled = read_profile(where, at)

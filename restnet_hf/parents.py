@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from restnet_hf.anchors import Anchor, anchor_from_config, load_anchor
 from restnet_hf.labels import label_order
@@ -13,13 +14,13 @@ from restnet_hf.preprocessing import Preprocessing
 
 def describe(anchor: Anchor) -> dict[str, Any]:
     """What config.json says of an anchor."""
-    config = getattr(anchor.model, "config", None)
+    config = anchor.model.config if isinstance(anchor.model, PreTrainedModel) else None
     return {
         "name": anchor.name,
         "repo_id": anchor.repo_id,
         "revision": anchor.revision,
         "fingerprint": None,
-        "config": config.to_dict() if hasattr(config, "to_dict") else None,
+        "config": None if config is None else config.to_dict(),
         "preprocessing": asdict(anchor.preprocessing),
         "label_names": None if anchor.label_names is None else list(anchor.label_names),
         "granularity": anchor.granularity,
@@ -40,7 +41,8 @@ def reload(entry: Mapping[str, Any], module: nn.Module | None, load: Mapping[str
     source = module if module is not None else entry["repo_id"]
     if source is None:
         raise ValueError(
-            f"anchor '{entry['name']}' was made in code; pass it: from_pretrained(..., anchors={{{entry['name']!r}: module}})"
+            f"anchor '{entry['name']}' was made in code; pass it: "
+            f"from_pretrained(..., anchors={{{entry['name']!r}: module}})"
         )
     preprocessing = Preprocessing.from_dict(entry["preprocessing"])
     anchor = load_anchor(
@@ -57,8 +59,8 @@ def reload(entry: Mapping[str, Any], module: nn.Module | None, load: Mapping[str
     found = anchor.fingerprint()
     if found.split(":")[0] == entry["fingerprint"].split(":")[0] and found != entry["fingerprint"]:
         raise ValueError(
-            f"anchor '{anchor.name}' ({source if module is None else 'given'}) is not the network this adapter was made for: "
-            f"its fingerprint is {found}, not {entry['fingerprint']}"
+            f"anchor '{anchor.name}' ({source if module is None else 'given'}) is not the network this adapter was "
+            f"made for: its fingerprint is {found}, not {entry['fingerprint']}"
         )
     return anchor
 
@@ -76,7 +78,7 @@ def class_order(front: Anchor, anchor: Anchor) -> list[int]:
             for a in (front, anchor)
         ]
         raise ValueError(
-            f"the anchors do not name the same classes ({', '.join(says)}). Name them with load_anchor(..., label_names=), "
-            "or ask for a new head with num_labels= or id2label="
+            f"the anchors do not name the same classes ({', '.join(says)}). Name them with "
+            "load_anchor(..., label_names=), or ask for a new head with num_labels= or id2label="
         )
     return order

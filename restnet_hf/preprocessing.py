@@ -1,4 +1,4 @@
-"""How an anchor wants its images: measured from its image processor, and converted from one anchor's way to another's."""
+"""How an anchor wants its images: measured from its image processor, converted from one anchor's way to another's."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from transformers import BitImageProcessor
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Images of ``image_size`` (height, width) in pixels, RGB values of 0..1 less ``mean`` over ``std`` per channel."""
+    """Images of ``image_size`` (height, width), RGB values of 0..1 less ``mean`` over ``std`` per channel."""
 
     image_size: tuple[int, int]
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -35,7 +35,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, processor: Any) -> "Preprocessing":
-        """Measure an image processor: a black and a white image show its size, mean and std whatever its options are."""
+        """Measure an image processor: a black and a white image show its size, mean and std whatever its options."""
         black, white = (
             processor(Image.new("RGB", (320, 320), (level,) * 3), return_tensors="pt")["pixel_values"][0].double()
             for level in (0, 255)
@@ -81,7 +81,7 @@ class Reprocess(nn.Module):
 
 
 def timm_processor(pretrained_cfg: dict[str, Any]) -> BitImageProcessor:
-    """timm's evaluation transform as an image processor that can be saved (within one of 255 levels of timm's own)."""
+    """timm's evaluation transform as an image processor that can be saved (within two of 255 levels and one pixel of crop)."""
     from timm.data import resolve_data_config
 
     config = resolve_data_config(pretrained_cfg=pretrained_cfg)

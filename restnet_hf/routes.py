@@ -13,7 +13,7 @@ EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for
 
 @dataclass(frozen=True, order=True)
 class Segment:
-    """The part of ``anchor`` between two cuts: from cut ``start`` (0 is the image) to ``stop`` (None is the logits)."""
+    """The part of ``anchor`` from cut ``start`` (0 is the image) to cut ``stop`` (None is the logits)."""
 
     anchor: str
     start: int = 0
@@ -40,7 +40,7 @@ class StitchPoint:
 
 @dataclass(frozen=True, order=True)
 class Route:
-    """A way from image to logits: segments with a stitch between neighbours. An anchor alone is a route of one segment.
+    """A way from image to logits: segments with a stitch between neighbours; an anchor alone is one segment.
 
     Raises ValueError when the segments do not lead from an image to logits.
     """
@@ -69,7 +69,8 @@ class Route:
 
         Args:
             text: such as ``resnet50[:7] + mobilenetv2[11:]``.
-            cut_number: of an anchor's name and a cut's name, the number of that cut; with it, a cut may be given by name.
+            cut_number: of an anchor's name and a cut's name, the number of that cut; with it, a cut may be given by
+                name.
 
         Raises:
             ValueError: the text does not parse, or names a cut that is not there.

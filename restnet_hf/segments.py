@@ -39,7 +39,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The structure of a module's output, with shapes in place of tensors; ``batch`` is that of the images behind it."""
+    """The structure of a module's output, with shapes in place of tensors, computed from ``batch`` images."""
 
     leaves: tuple[Any, ...]
     tree: TreeSpec
@@ -153,7 +153,7 @@ class _Reached(BaseException):
 
 @contextmanager
 def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Give modules another forward for the time of one call. The objects stay, so parents can read their attributes."""
+    """Give modules another forward for one call. The objects stay, so parents can read their attributes."""
     before = []
     try:
         for module, forward in forwards:
@@ -274,7 +274,7 @@ class BakedSegment(nn.Module):
         if stop is not None:
             forwards += [(path, _Placeholder(self.flow, spec)) for path, spec in stop.after]
             block = self.model.get_submodule(stop.name)
-            block.forward = _Exit(self.flow, stop, block)  # type: ignore[method-assign,assignment]
+            block.forward = _Exit(self.flow, stop, block)
         for path, forward in forwards:
             self.model.get_submodule(path).forward = forward
         for path in dropped:

@@ -37,8 +37,8 @@ class Similarity:
 class HSIC:
     """Sums over batches of the Hilbert-Schmidt independence criterion of two sets of features, linear kernel.
 
-    The ratio is formed from the sums (minibatch CKA; Nguyen, Raghu and Kornblith, arXiv 2010.15327, equation 3), with the
-    unbiased estimator of Song et al. (JMLR 2012, equation 5) or the biased one of Gretton et al. (2005).
+    The ratio is formed from the sums (minibatch CKA; Nguyen, Raghu and Kornblith, arXiv 2010.15327, equation 3), with
+    the unbiased estimator of Song et al. (JMLR 2012, equation 5) or the biased one of Gretton et al. (2005).
 
     Args:
         estimator: ``unbiased`` (batches of at least 4 images) or ``biased`` (at least 2).
@@ -55,7 +55,7 @@ class HSIC:
         self.yy: Any = 0.0
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add one batch of Gram matrices of centred features, (cuts, N, N) each, float64. Too small a batch is left out."""
+        """Add one batch of Gram matrices (cuts, N, N) of centred features, float64; too small a batch is left out."""
         n = x.shape[-1]
         if n < self.least:
             return
@@ -140,7 +140,10 @@ def cka(
 def _grams(anchor: Anchor, images: Tensor, pooled: bool) -> Tensor:
     """Gram matrices (depth, N, N) of an anchor's activations at its cuts."""
     grams = []
-    for index, feature in sorted(anchor.capture(images, range(1, anchor.depth + 1)).items()):
+    indices = range(1, anchor.depth + 1)
+    captured = anchor.capture(images, indices)
+    for index in indices:
+        feature = captured[index]
         matrix = gram(anchor.layout(index).split(feature)[0].mean((2, 3)) if pooled else feature)
         if not matrix.isfinite().all():
             name = anchor.cuts[index - 1].name
@@ -155,8 +158,8 @@ SELECTORS: dict[str, Callable[..., Similarity]] = {"cka": cka}
 def choose_routes(similarity: Similarity, max_routes: int) -> list[Route]:
     """Routes to stitch: for each cut of the front the most similar cut of the end, spread over the depth of the front.
 
-    Where the front has more cuts than ``max_routes``, its depth is divided into as many equal parts, and the most similar
-    pair of each is taken.
+    Where the front has more cuts than ``max_routes``, its depth is divided into as many equal parts, and the most
+    similar pair of each is taken.
 
     Raises:
         ValueError: ``max_routes`` is below 1, or no similarity is defined.

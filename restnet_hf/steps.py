@@ -52,7 +52,7 @@ Walk = tuple[Route, Sequence[Step]]
 
 
 def split_at_shared_cuts(walks: Sequence[Walk]) -> list[Walk]:
-    """The same walks with their segments in pieces, so that routes that leave an anchor at different cuts share steps."""
+    """The same walks with segments in pieces, so that routes that leave an anchor at different cuts share steps."""
     stops: dict[tuple[str, int], set[int]] = {}
     for _, steps in walks:
         for step in steps:

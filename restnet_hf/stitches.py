@@ -1,5 +1,6 @@
 """Stitches: small adapters from one anchor's activation to another's, and their fit by streaming least squares."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,25 @@ class StitchConfig:
             raise ValueError(f"class_token={self.class_token!r} is not one of {CLASS_TOKENS}")
 
 
-class LinearStitch(nn.Module):
+@dataclass(frozen=True)
+class Problem:
+    """A least-squares problem: rows (M, C) from the source's activation, rows (M, D) from the target's, and where the
+    solution, weight (D, C) and bias (D,), goes."""
+
+    inputs: Callable[[Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    assign: Callable[[Tensor, Tensor], None]
+
+
+class Stitch(nn.Module, ABC):
+    """A module from an activation in one layout to one in another, whose weights least squares can set."""
+
+    @abstractmethod
+    def problems(self) -> list[Problem]:
+        """The least-squares problems whose solutions are this stitch's weights."""
+
+
+class LinearStitch(Stitch):
     """One affine map of channels for every position: a 1x1 convolution on maps, a linear layer on tokens.
 
     Between different grids the map is resized on the cheaper side of the affine map (the two commute). Prefix tokens
@@ -57,8 +76,9 @@ class LinearStitch(nn.Module):
         self.source, self.target = source, target
         self.shared = min(source.prefix, target.prefix)
         self.missing = target.prefix - self.shared
+        self.proj: nn.Conv2d | nn.Linear
         if source.kind == "NCHW":
-            self.proj: nn.Module = nn.Conv2d(source.channels, target.channels, 1)
+            self.proj = nn.Conv2d(source.channels, target.channels, 1)
         else:
             self.proj = nn.Linear(source.channels, target.channels)
         self.shrinks = target.grid[0] * target.grid[1] < source.grid[0] * source.grid[1]
@@ -95,8 +115,7 @@ class LinearStitch(nn.Module):
             tokens.append(self.pool(pooled).unflatten(1, (self.missing, self.target.channels)))
         return torch.cat(tokens, dim=1) if tokens else None
 
-    def problems(self) -> "list[Problem]":
-        """The least-squares problems whose solutions are this stitch's weights."""
+    def problems(self) -> list[Problem]:
         found = [Problem(self._rows_in, self._rows_out, self._set_projection)]
         if self.prefix is not None:
             found.append(Problem(lambda x: x.new_zeros(len(x), 0), self._missing_out, self._set_prefix))
@@ -123,6 +142,7 @@ class LinearStitch(nn.Module):
     @torch.no_grad()
     def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
         self.proj.weight.copy_(weight.view_as(self.proj.weight))
+        assert self.proj.bias is not None
         self.proj.bias.copy_(bias)
 
     @torch.no_grad()
@@ -137,22 +157,12 @@ class LinearStitch(nn.Module):
         self.pool.bias.copy_(bias)
 
 
-STITCHES: dict[str, Callable[[Layout, Layout, StitchConfig], nn.Module]] = {"linear": LinearStitch}
+STITCHES: dict[str, Callable[[Layout, Layout, StitchConfig], Stitch]] = {"linear": LinearStitch}
 
 
-def make_stitch(source: Layout, target: Layout, config: StitchConfig) -> nn.Module:
+def make_stitch(source: Layout, target: Layout, config: StitchConfig) -> Stitch:
     """A new stitch of the kind that ``config`` names."""
     return STITCHES[config.kind](source, target, config)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A least-squares problem: rows (M, C) from the source's activation, rows (M, D) from the target's, and where the
-    solution, weight (D, C) and bias (D,), goes."""
-
-    inputs: Callable[[Tensor], Tensor]
-    outputs: Callable[[Tensor], Tensor]
-    assign: Callable[[Tensor, Tensor], None]
 
 
 class LeastSquares:
@@ -226,7 +236,7 @@ def _solve_spd(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
 
 @torch.no_grad()
 def fit_stitches(
-    stitches: Mapping[StitchPoint, nn.Module],
+    stitches: Mapping[StitchPoint, Stitch],
     anchors: Mapping[str, Anchor],
     images: Iterable[Mapping[str, Tensor]],
     ridge: float = RIDGE,

@@ -1,5 +1,6 @@
 """The routes of a model: stitches added and removed, one route active, and the steps that each route runs."""
 
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from torch import nn
@@ -9,21 +10,30 @@ from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route, Segment, StitchPoint
 from restnet_hf.steps import Step
-from restnet_hf.stitches import StitchConfig, make_stitch
+from restnet_hf.stitches import Stitch, StitchConfig, make_stitch
 
 
 class RouteMixin:
     """What a stitched model does with routes. The model has the attributes named here."""
 
     config: Any
-    preprocessing: Preprocessing
-    anchors: nn.ModuleDict
-    converters: nn.ModuleDict
-    stitches: nn.ModuleDict
-    heads: nn.ModuleDict
-    orders: nn.ModuleDict
+    anchors: Mapping[str, Anchor]
+    converters: MutableMapping[str, nn.Module]
+    stitches: MutableMapping[str, Stitch]
+    heads: MutableMapping[str, nn.Linear]
+    orders: MutableMapping[str, nn.Module]
     active_route: Route
     profiled: Profile | None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How ``pixel_values`` must be prepared: as the front anchor wants them."""
+        return next(iter(self.anchors.values())).preprocessing
+
+    @property
+    def image_processor(self) -> Any:
+        """The front anchor's image processor, None where it has none."""
+        return next(iter(self.anchors.values())).processor
 
     @property
     def routes(self) -> tuple[Route, ...]:

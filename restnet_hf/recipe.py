@@ -1,0 +1,222 @@
+"""Recipes: the whole job as data, from two classifiers to a saved adapter and a report."""
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import ClassLabel, Dataset
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from restnet_hf.anchors import Anchor, load_anchor
+from restnet_hf.data import load_images, subset, with_pixel_values
+from restnet_hf.files import written_whole
+from restnet_hf.labels import label_order
+from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.plots import plot_similarity, plot_tradeoff
+from restnet_hf.profiles import Profile
+from restnet_hf.routes import Route, Segment
+from restnet_hf.stitches import StitchConfig
+from restnet_hf.training import TrainArgs, train
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Recipe:
+    """One job.
+
+    Args:
+        front: anchor whose early blocks run: a Hub id or a local folder.
+        end: anchor whose late blocks run.
+        dataset: labelled images: a Hub id or a local folder; see `load_images`.
+        train_split, eval_split: of the data set.
+        train_images, eval_images: how many, chosen at random; all by default.
+        calibration_images: of the training images, for similarity and least squares.
+        image_size: in pixels, instead of the anchors' own.
+        new_head: give the anchors new heads; by default when the data set's classes are not theirs.
+        method: key of `SELECTORS`.
+        max_routes: how many stitches to make.
+        class_token: see `StitchConfig`.
+        heads: how new heads are trained on the frozen anchors.
+        stitches: how stitches are trained.
+    """
+
+    front: str
+    end: str
+    dataset: str
+    train_split: str = "train"
+    eval_split: str = "test"
+    train_images: int | None = Field(default=None, gt=0)
+    eval_images: int | None = Field(default=None, gt=0)
+    calibration_images: int = Field(default=512, gt=0)
+    image_size: int | None = Field(default=None, gt=0)
+    new_head: bool | None = None
+    method: str = "cka"
+    max_routes: int = Field(default=8, gt=0)
+    class_token: str = "learn"
+    heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
+    stitches: TrainArgs = TrainArgs()
+
+
+def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
+    """Read a YAML recipe; ``overrides`` that are not None replace its entries.
+
+    Raises:
+        ValueError: the file is missing or is not a recipe (the message lists every entry that is wrong).
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {os.fspath(path)} cannot be read: {error}") from error
+    if not isinstance(data, Mapping):
+        raise ValueError(f"recipe {os.fspath(path)} is not a mapping of options to values")
+    try:
+        return Recipe(**{**data, **{key: value for key, value in overrides.items() if value is not None}})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"recipe {os.fspath(path)} is not valid. {wrong}") from error
+
+
+def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
+    """Do the job and write ``adapter/``, ``report.json``, ``similarity.png`` and ``tradeoff.png`` to ``out``.
+
+    Args:
+        recipe: the job.
+        out: folder.
+        resume: go on from the checkpoints of an earlier run in ``out``.
+
+    Returns:
+        The report: a row for each route, and the seconds that each part took.
+    """
+    folder = Path(out)
+    clock = _Clock()
+    model, train_set, eval_set = _prepare(recipe)
+    calibration = train_set.select(range(min(recipe.calibration_images, len(train_set))))
+    clock.lap("load")
+    if model.config.new_head:
+        alone = [Route((Segment(name),)) for name in model.anchors]
+        options = _options(recipe.heads, folder / "training" / "heads", resume, train_head=True)
+        train(model, train_set, options, alone)
+        clock.lap("heads")
+    model.select_stitches(calibration, recipe.method, recipe.max_routes, StitchConfig(class_token=recipe.class_token))
+    clock.lap("similarity")
+    r2 = model.fit_stitches(calibration)
+    clock.lap("least squares")
+    fitted = model.profile(eval_set, dataset=_name(recipe.dataset))
+    clock.lap("first profile")
+    before = _anchor_logits(model, calibration)
+    train(model, train_set, _options(recipe.stitches, folder / "training" / "stitches", resume))
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
+    clock.lap("training")
+    profile = model.profile(eval_set, dataset=_name(recipe.dataset))
+    clock.lap("second profile")
+    best = max(profile.routes, key=lambda row: (len(row.route.segments) > 1, row.scores["accuracy"]))
+    model.set_route(best.route)
+    model.save_pretrained(folder / "adapter")
+    same = _reloads(model, folder / "adapter", calibration)
+    shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints have served
+    clock.lap("save and reload")
+    assert model.similarity is not None
+    plot_similarity(model.similarity, model.routes, folder / "similarity.png")
+    plot_tradeoff(profile, folder / "tradeoff.png", fitted)
+    report = {
+        "recipe": dataclasses.asdict(recipe),
+        "routes": _rows(model, fitted, profile, r2),
+        "checks": {"anchors_unchanged": unchanged, "reloaded_logits_equal": same},
+        "similarity": dict(model.similarity.settings),
+        "seconds": clock.laps,
+        "metadata": dict(profile.metadata),
+    }
+    with written_whole(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._began = round(now - self._began, 2), now
+
+
+def _prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Dataset, Dataset]:
+    train_rows, eval_rows = (load_images(recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split))
+    anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in (recipe.front, recipe.end)]
+    names = _class_names(train_rows)
+    new_head = recipe.new_head if recipe.new_head is not None else not _knows(anchors, names)
+    model = StitchedModelForImageClassification.from_anchors(
+        *anchors, order="given", id2label=dict(enumerate(names)) if new_head else None
+    )
+    if model.image_processor is None:
+        raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
+    order = label_order(names, list(model.config.id2label.values()))  # where each class of the data is in the model
+    if order is None:
+        raise ValueError(
+            f"the data set's {len(names)} classes are not the anchors' {model.config.num_labels}; set new_head: true"
+        )
+
+    def ready(rows: Dataset, size: int | None) -> Dataset:
+        return with_pixel_values(subset(rows, size), model.image_processor, order)
+
+    return model, ready(train_rows, recipe.train_images), ready(eval_rows, recipe.eval_images)
+
+
+def _name(dataset: str) -> str:
+    return Path(dataset).name if Path(dataset).is_dir() else dataset  # a profile is shared, local paths are not
+
+
+def _class_names(rows: Dataset) -> list[str]:
+    feature = rows.features.get("label")
+    if not isinstance(feature, ClassLabel):
+        raise ValueError("the data set needs a 'label' column of type ClassLabel, which names the classes")
+    return list(feature.names)
+
+
+def _knows(anchors: list[Anchor], names: list[str]) -> bool:
+    return all(anchor.label_names is not None and label_order(names, anchor.label_names) for anchor in anchors)
+
+
+def _options(args: TrainArgs, folder: Path, resume: bool, **changes: Any) -> TrainArgs:
+    return dataclasses.replace(args, output_dir=str(folder), resume_from_checkpoint=resume, **changes)
+
+
+@torch.no_grad()
+def _anchor_logits(model: StitchedModelForImageClassification, rows: Dataset) -> list[torch.Tensor]:
+    """Logits of each anchor itself, before any new head, on a few images."""
+    images = rows[: min(8, len(rows))]["pixel_values"].to(model.device, model.dtype)
+    return [
+        anchor.logits(model.converters[n](images) if n in model.converters else images)
+        for n, anchor in model.anchors.items()
+    ]
+
+
+@torch.no_grad()
+def _reloads(model: StitchedModelForImageClassification, folder: Path, rows: Dataset) -> bool:
+    images = rows[: min(8, len(rows))]["pixel_values"]
+    again = StitchedModelForImageClassification.from_pretrained(folder).to(model.device)
+    images = images.to(model.device)
+    return torch.equal(model(images).logits, again(images).logits)
+
+
+def _rows(
+    model: StitchedModelForImageClassification, fitted: Profile, profile: Profile, r2: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    rows = []
+    for before, after in zip(fitted.routes, profile.routes, strict=True):
+        row: dict[str, Any] = {"route": str(after.route), **after.costs}
+        for point in after.route.stitch_points:
+            assert model.similarity is not None
+            row["similarity"] = float(model.similarity.values[point.source_cut - 1, point.target_cut - 1])
+            row["r2"] = r2[point.name]
+            row["accuracy_least_squares"] = before.scores["accuracy"]
+        rows.append({**row, "accuracy": after.scores["accuracy"]})
+    return sorted(rows, key=lambda row: row["macs"])

@@ -1,0 +1,165 @@
+"""Tiny random classifiers of every layout, the demo's trained anchors, and real images."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library reads it
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+import restnet_hf
+from restnet_hf import Anchor, StitchedModelForImageClassification, load_anchor
+from restnet_hf.cli import DEMO
+from restnet_hf.data import load_images, subset, with_pixel_values
+from restnet_hf.preprocessing import Preprocessing
+
+
+SIZE = 64
+CLASSES = 5
+VIT = {"image_size": SIZE, "patch_size": 16, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+SWIN = {"image_size": SIZE, "embed_dim": 16, "depths": [1, 2, 1], "num_heads": [1, 2, 2], "window_size": 2}
+transformers.utils.logging.disable_progress_bar()
+
+
+def spread(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights of unit gain: the usual initialisation leaves logits nearly constant, and equality says nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise / max(1, parameter[0].numel()) ** 0.5)
+            else:
+                parameter.copy_(1 + 0.1 * noise)
+    return model.eval()
+
+
+def _hf(config: transformers.PreTrainedConfig) -> nn.Module:
+    config.num_labels = CLASSES
+    return transformers.AutoModelForImageClassification.from_config(config)
+
+
+def _timm(name: str, **options: object) -> nn.Module:
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+class Plain(nn.Module):
+    """A classifier that no library knows; its in-place ReLUs write into the activations at its cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width_in, width in ((3, 8), (8, 12), (12, 16)):
+            layers += [nn.Conv2d(width_in, width, 3, 2, 1), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+# One representative of each layout and library: how to build it, and the layout kind and prefix of its cuts.
+MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+    "resnet": (
+        lambda: _hf(transformers.ResNetConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 2, 1], layer_type="basic")),
+        "NCHW",
+        0,
+    ),
+    "vit": (lambda: _hf(transformers.ViTConfig(num_hidden_layers=3, **VIT)), "NLC", 1),
+    "swin": (lambda: _hf(transformers.SwinConfig(**SWIN)), "NLC", 0),
+    "mobilenet": (lambda: _timm("mobilenetv3_small_050"), "NCHW", 0),
+    "swin_nhwc": (
+        lambda: _timm(
+            "swin_tiny_patch4_window7_224",
+            img_size=SIZE,
+            window_size=2,
+            embed_dim=16,
+            depths=(1, 1, 2, 1),
+            num_heads=(1, 2, 2, 2),
+        ),
+        "NHWC",
+        0,
+    ),
+    "registers": (
+        lambda: _timm(
+            "vit_tiny_patch16_224", img_size=SIZE, patch_size=8, embed_dim=32, depth=3, num_heads=2, reg_tokens=4
+        ),
+        "NLC",
+        5,
+    ),
+    "distilled": (
+        lambda: _timm("deit_tiny_distilled_patch16_224", img_size=SIZE, embed_dim=24, depth=3, num_heads=2),
+        "NLC",
+        2,
+    ),
+    "plain": (Plain, "NCHW", 0),
+}
+
+
+def make_model(name: str, seed: int = 0) -> nn.Module:
+    """A fresh model of `MODELS`, the same every time."""
+    return spread(MODELS[name][0](), seed)
+
+
+def make_anchor(name: str, seed: int = 0) -> Anchor:
+    """A fresh anchor of `MODELS`."""
+    return Anchor(make_model(name, seed), name, Preprocessing((SIZE, SIZE)))
+
+
+@pytest.fixture(scope="session")
+def anchors() -> dict[str, Anchor]:
+    """Every representative, its cuts found once. Tests do not change them."""
+    return {name: make_anchor(name) for name in MODELS}
+
+
+@pytest.fixture
+def pair() -> StitchedModelForImageClassification:
+    """A fresh model of a ResNet in front of a ViT, random weights, one stitch."""
+    model = StitchedModelForImageClassification.from_anchors(
+        make_anchor("resnet"), make_anchor("vit", seed=1), order="given"
+    )
+    model.set_route(model.add_stitch("resnet[:3] + vit[2:]"))
+    return model
+
+
+@pytest.fixture(scope="session")
+def images() -> torch.Tensor:
+    """Noise, for the tiny random models."""
+    return torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="session")
+def demo_anchor() -> Callable[[str], Anchor]:
+    """A trained anchor of the demo, by name."""
+    return lambda name: load_anchor(DEMO / name, dtype=torch.float32)
+
+
+@pytest.fixture
+def demo_model() -> StitchedModelForImageClassification:
+    """The demo's trained anchors, no stitches yet."""
+    return StitchedModelForImageClassification.from_anchors(
+        DEMO / "resnet_fashion", DEMO / "vit_fashion", dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="session")
+def clothes() -> Callable[..., object]:
+    """Real images for a model: ``clothes(model, "train", 200)``."""
+
+    def make(model: StitchedModelForImageClassification, split: str, size: int | None = None) -> object:
+        return with_pixel_values(subset(load_images(DEMO / "data", split), size), model.image_processor)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    """Folder of the package."""
+    return Path(restnet_hf.__file__).parent

@@ -1,0 +1,76 @@
+"""Layouts are read off shapes, and conversion loses nothing."""
+
+import pytest
+import torch
+
+from restnet_hf.features import Layout, infer_layout, resize
+
+
+LAYOUTS = [Layout("NCHW", 6, (4, 5)), Layout("NHWC", 6, (4, 5)), *(Layout("NLC", 6, (4, 5), p) for p in (0, 1, 2, 5))]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_split_and_join_are_inverse(layout):
+    x = torch.randn(layout.shape(3))
+    spatial, prefix = layout.split(x)
+    assert spatial.shape == (3, 6, 4, 5)
+    assert (prefix is None) == (layout.prefix == 0)
+    assert torch.equal(layout.join(spatial, prefix), x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_position_is_row_by_row(layout):
+    """Value h * 10 + w at position (h, w) whatever the layout."""
+    expected = torch.arange(4)[:, None] * 10.0 + torch.arange(5)
+    x = layout.join(expected.expand(1, 6, 4, 5), torch.zeros(1, layout.prefix, 6) if layout.prefix else None)
+    assert x.shape == layout.shape(1)
+    assert torch.equal(layout.split(x)[0][0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "layout"),
+    [
+        ((2, 64, 56, 56), (224, 224), Layout("NCHW", 64, (56, 56))),
+        ((2, 56, 56, 96), (224, 224), Layout("NHWC", 96, (56, 56))),
+        ((2, 7, 7, 7), (224, 224), Layout("NCHW", 7, (7, 7))),
+        ((2, 24, 7, 14), (224, 448), Layout("NCHW", 24, (7, 14))),
+        ((2, 7, 14, 24), (224, 448), Layout("NHWC", 24, (7, 14))),
+        ((2, 196, 384), (224, 224), Layout("NLC", 384, (14, 14))),
+        ((2, 197, 384), (224, 224), Layout("NLC", 384, (14, 14), 1)),
+        ((2, 198, 192), (224, 224), Layout("NLC", 192, (14, 14), 2)),
+        ((2, 201, 384), (224, 224), Layout("NLC", 384, (14, 14), 5)),
+        ((2, 99, 384), (224, 448), Layout("NLC", 384, (7, 14), 1)),
+        ((2, 2048), (224, 224), None),
+        ((2, 2048, 1, 1), (224, 224), None),
+        ((2, 3, 4, 5, 6), (224, 224), None),
+    ],
+)
+def test_infer(shape, size, layout):
+    assert infer_layout(shape, size) == layout
+
+
+def test_known_grids_decide_the_prefix():
+    assert infer_layout((2, 9, 8), (32, 32)) == Layout("NLC", 8, (3, 3))
+    assert infer_layout((2, 9, 8), (32, 32), grids={(2, 2)}) == Layout("NLC", 8, (2, 2), 5)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4), (3, 5), (9, 7), (8, 4)])
+def test_resize_commutes_with_a_pointwise_map(grid):
+    conv = torch.nn.Conv2d(3, 4, 1).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert torch.allclose(conv(resize(x, grid)), resize(conv(x), grid), atol=1e-12)
+    assert resize(x, grid).shape == (2, 3, *grid)
+
+
+def test_shrinking_averages():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(resize(x, (2, 2))[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [("NCW", 3, (2, 2)), ("NCHW", 0, (2, 2)), ("NCHW", 3, (2, -1)), ("NCHW", 3, (2, 2), 1), ("NLC", 3, (2, 2), 99)],
+)
+def test_refused(values):
+    with pytest.raises(ValueError, match="is not a layout"):
+        Layout(*values)

@@ -1,0 +1,92 @@
+"""Imports run in one direction, late ones too, and every file says its job."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+
+LADDER = [
+    "files",
+    "routes",
+    "profiles",
+    "features",
+    "preprocessing",
+    "segments",
+    "cuts",
+    "labels",
+    "anchors",
+    "parents",
+    "data",
+    "stitches",
+    "similarity",
+    "steps",
+    "costs",
+    "evaluation",
+    "configuration_restnet",
+    "adapter_files",
+    "switching",
+    "modeling_restnet",
+    "training",
+    "plots",
+    "recipe",
+    "cli",
+    "__init__",
+]
+NO_TORCH = ["files", "routes", "profiles"]
+
+
+def trees(package):
+    return {path.stem: ast.parse(path.read_text()) for path in package.glob("*.py")}
+
+
+def test_every_module_is_on_the_ladder(package):
+    assert sorted(trees(package)) == sorted(LADDER)
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_imports_only_from_above(package, name):
+    tree = trees(package)[name]
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    ours = {module.split(".")[1] for module in imported if module.startswith("restnet_hf.")}
+    ours |= {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "restnet_hf"
+        for alias in node.names
+        if alias.name in LADDER
+    }
+    assert ours <= set(LADDER[: LADDER.index(name)])
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_says_its_job_and_stays_small(package, name):
+    text = (package / f"{name}.py").read_text()
+    assert ast.get_docstring(ast.parse(text))
+    assert text.count("\n") <= 400
+
+
+def test_reading_a_profile_needs_no_torch():
+    code = (
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] in ('torch', 'transformers', 'numpy'): raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "import restnet_hf\n"
+        "assert str(restnet_hf.Route.parse('a[:2] + b[1:]')) == 'a[:2] + b[1:]'\n"
+        "assert 'torch' not in sys.modules and not hasattr(restnet_hf, 'train')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert NO_TORCH == LADDER[: len(NO_TORCH)]
+
+
+def test_public_face():
+    import restnet_hf
+
+    assert all(hasattr(restnet_hf, name) for name in restnet_hf.__all__)
+    assert {"StitchedModelForImageClassification", "StitchConfig", "Route", "Profile", "Budget", "train"} <= set(
+        restnet_hf.__all__
+    )

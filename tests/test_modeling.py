@@ -1,0 +1,258 @@
+"""The model: anchors joined, labels and images aligned, routes switched, costs within budgets."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import CLASSES, SIZE, make_anchor, make_model
+from torch import nn
+
+from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification
+from restnet_hf.anchors import Anchor
+from restnet_hf.preprocessing import Preprocessing
+
+
+NAMES = ["cat", "dog", "owl", "ant", "bee"]
+
+
+def build(*anchors, **options):
+    return StitchedModelForImageClassification.from_anchors(*anchors, **{"order": "given", **options})
+
+
+def test_order():
+    large, small = make_anchor("mobilenet"), make_anchor("resnet")
+    assert list(build(small, large).anchors) == ["resnet", "mobilenet"]
+    assert list(build(small, large, order="large-to-small").anchors) == ["mobilenet", "resnet"]
+    assert list(build(large, small, order="small-to-large").anchors) == ["resnet", "mobilenet"]
+    with pytest.raises(ValueError, match="order='up' is not one of"):
+        build(small, large, order="up")
+    with pytest.raises(ValueError, match="at least two"):
+        build(small)
+
+
+def test_forward_is_front_stitch_end(pair, images):
+    front, end = pair.anchors["resnet"], pair.anchors["vit"]
+    with torch.no_grad():
+        by_hand = end(pair.stitches["resnet_3__vit_2"](front(images, stop=3)), start=2)
+        assert torch.equal(pair(images).logits, by_hand)
+        pair.set_route("vit[:]")
+        assert torch.equal(pair(images).logits, make_model("vit", 1)(images).logits)
+        labels = torch.arange(len(images)) % CLASSES
+        loss = pair(pixel_values=images, labels=labels).loss
+        assert loss == nn.functional.cross_entropy(pair(images).logits, labels)
+        assert isinstance(pair(images, return_dict=False), tuple)
+
+
+def test_anchors_are_not_initialised_again():
+    """A PreTrainedModel gives new random weights to plain modules inside it, unless it is told not to."""
+    model = build(make_anchor("plain"), make_anchor("mobilenet"))
+    for name in ("plain", "mobilenet"):
+        fresh = make_model(name).state_dict()
+        assert all(torch.equal(value, fresh[key]) for key, value in model.anchors[name].model.state_dict().items())
+
+
+def test_what_trains(pair, capsys):
+    trainable = {name for name, p in pair.named_parameters() if p.requires_grad}
+    assert trainable == {f"stitches.resnet_3__vit_2.{name}" for name in ("proj.weight", "proj.bias", "prefix")}
+    pair.train()
+    assert pair.training and not any(
+        module.training for module in pair.anchors.modules() if module is not pair.anchors
+    )
+    count = sum(p.numel() for p in pair.stitches.parameters())
+    pair.print_trainable_parameters()
+    assert f"trainable params: {count:,} || all params: " in capsys.readouterr().out
+
+
+def test_front_keeps_no_gradients(pair, images):
+    seen = []
+    pair.stitches["resnet_3__vit_2"].register_forward_pre_hook(lambda m, args: seen.append(args[0].grad_fn))
+    pair.train()
+    pair(images).logits.sum().backward()
+    assert seen == [None]
+    assert all(p.grad is not None for p in pair.stitches.parameters())
+
+
+def named(name, labels, seed=0, **preprocessing):
+    anchor = make_anchor(name, seed)
+    anchor.label_names = tuple(labels)
+    anchor.preprocessing = dataclasses.replace(anchor.preprocessing, **preprocessing)
+    return anchor
+
+
+def test_shuffled_labels_are_aligned(images):
+    shuffled = [NAMES[i] for i in (3, 0, 4, 1, 2)]
+    model = build(named("resnet", NAMES), named("vit", shuffled, 1))
+    assert list(model.config.id2label.values()) == NAMES
+    model.set_route("vit[:]")
+    with torch.no_grad():
+        raw, aligned = make_model("vit", 1)(images).logits, model(images).logits
+    for position, name in enumerate(NAMES):
+        assert torch.equal(aligned[:, position], raw[:, shuffled.index(name)])
+    assert torch.equal(model.bake()(images), aligned)
+
+
+@pytest.mark.parametrize("other", [[*NAMES[:4], "fox"], None])
+def test_different_labels_need_a_new_head(other):
+    end = named("vit", other) if other else make_anchor("vit")
+    with pytest.raises(ValueError, match=r"do not name the same classes .* new head with num_labels="):
+        build(named("resnet", NAMES), end)
+    model = build(named("resnet", NAMES), end, num_labels=3)
+    assert model(torch.zeros(1, 3, SIZE, SIZE)).logits.shape == (1, 3)
+
+
+def test_new_head(images):
+    model = build(make_anchor("resnet"), make_anchor("vit", 1), id2label={0: "a", 1: "b"})
+    assert model.config.id2label == {0: "a", 1: "b"} and model.config.num_labels == 2
+    for name in ("resnet", "vit"):
+        model.set_route(f"{name}[:]")
+        features = model.anchors[name](images)
+        assert torch.equal(model(images).logits, model.heads[name](features))
+    model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
+    assert model.bake()(images).shape == (6, 2)
+    assert {name.split(".")[0] for name in model.adapter_state_dict()} == {"heads", "stitches"}
+
+
+def test_each_anchor_sees_its_own_preparation(images):
+    """The end, run alone, gets the images as its own processor would have prepared them."""
+    imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    half = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model = build(named("resnet", NAMES, **imagenet), named("vit", NAMES, 1, **half))
+    raw = torch.rand(4, 3, SIZE, SIZE)
+    model.set_route("vit[:]")
+
+    def prepared(options):
+        return (raw - torch.tensor(options["mean"]).view(3, 1, 1)) / torch.tensor(options["std"]).view(3, 1, 1)
+
+    with torch.no_grad():
+        assert torch.allclose(model(prepared(imagenet)).logits, make_model("vit", 1)(prepared(half)).logits, atol=1e-4)
+
+
+def test_other_image_size():
+    front = named("resnet", NAMES)
+    end = Anchor(make_model("mobilenet"), "mobilenet", Preprocessing((80, 80)), label_names=NAMES)
+    model = build(front, end)
+    smooth = torch.linspace(-1, 1, SIZE).expand(2, 3, SIZE, SIZE)
+    model.set_route("mobilenet[:]")
+    with torch.no_grad():
+        resized = nn.functional.interpolate(smooth, size=(80, 80), mode="bilinear", antialias=True)
+        assert torch.allclose(model(smooth).logits, make_model("mobilenet")(resized), atol=1e-5)
+        route = model.add_stitch("resnet[:4] + mobilenet[3:]")
+        model.fit_stitches(torch.randn(8, 3, SIZE, SIZE))
+        model.set_route(route)
+        assert torch.equal(model.bake()(smooth), model(smooth).logits)
+
+
+def test_routes_come_and_go(pair):
+    second = pair.add_stitch("resnet[:3] + vit[2:3] + resnet[4:]", StitchConfig(class_token="pool"))
+    assert set(pair.stitches) == {"resnet_3__vit_2", "vit_3__resnet_4"}
+    assert [str(route) for route in pair.all_routes] == ["resnet[:]", "vit[:]", *pair.config.routes]
+    assert pair.set_route(second) == pair.active_route
+    with pytest.raises(ValueError, match="is the active route"):
+        pair.delete_stitch(second)
+    pair.set_route("resnet[:3] + vit[2:]")
+    pair.delete_stitch(second)
+    assert set(pair.stitches) == set(pair.config.stitches) == {"resnet_3__vit_2"}
+    with pytest.raises(ValueError, match="there is no route"):
+        pair.delete_stitch(second)
+
+
+def test_cut_names_in_routes(pair):
+    front, end = pair.anchors["resnet"].cuts[2].name, pair.anchors["vit"].cuts[1].name
+    assert str(pair.set_route(f"resnet[:{front}] + vit[{end}:]")) == "resnet[:3] + vit[2:]"
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ("resnet[:3] + vit[2", "is not a route"),
+        ("resnet[:3] + vit[99:]", "'vit' has cuts 1 to 3, not 99"),
+        ("resnet[:3] + bert[1:]", "no anchor named 'bert'"),
+        ("resnet[:nowhere] + vit[2:]", "no cut 'nowhere'"),
+        ("bert[:nowhere] + vit[2:]", "no anchor named 'bert'"),
+        ("resnet[:2] + vit[2:]", "has no stitch yet; call add_stitch"),
+    ],
+)
+def test_bad_routes(pair, route, message):
+    before = pair.active_route
+    with pytest.raises(ValueError, match=message):
+        pair.set_route(route)
+    assert pair.active_route == before
+
+
+@pytest.mark.parametrize(
+    ("images", "error"),
+    [
+        (torch.zeros(2, 3, SIZE, SIZE + 1), ValueError),
+        (torch.zeros(3, SIZE, SIZE), ValueError),
+        (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), TypeError),
+        ([[0.0]], TypeError),
+    ],
+)
+def test_bad_images(pair, images, error):
+    with pytest.raises(error, match="pixel_values must"):
+        pair(images)
+    if isinstance(images, torch.Tensor):
+        with pytest.raises(error, match="pixel_values must"):
+            pair.fit_stitches([images])
+
+
+def test_select_fit_profile_budget(pair, images):
+    routes = pair.select_stitches(images, max_routes=3)
+    assert len(routes) == 3 and pair.active_route == routes[0]
+    assert pair.similarity.values.shape == (6, 3)
+    r2 = pair.fit_stitches(images)
+    assert r2.keys() == set(pair.stitches) and all(0 < value <= 1 for value in r2.values())
+    with pytest.raises(BudgetError, match="call profile"):
+        pair.set_budget(macs=1e9)
+    profile = pair.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="noise")
+    assert [row.route for row in profile.routes] == list(pair.all_routes)
+    assert profile.metadata["dataset"] == "noise" and profile.metadata["images"] == 6
+    cheapest = min(row.costs["macs"] for row in profile.routes)
+    assert pair.set_budget(macs=cheapest) == pair.active_route
+    with pytest.raises(BudgetError, match=f"the cheapest is .* with macs={cheapest:g}"):
+        pair.set_budget(macs=cheapest - 1)
+    with pytest.raises(BudgetError, match="no latency_ms"):
+        pair.set_budget(latency_ms=3)
+    costs = pair.profile().routes
+    assert [row.costs for row in costs] == [row.costs for row in profile.routes] and not costs[0].scores
+
+
+def test_bad_calibration(pair):
+    state = copy.deepcopy(pair.state_dict())
+    with pytest.raises(ValueError, match="calibration is empty"):
+        pair.fit_stitches(torch.zeros(0, 3, SIZE, SIZE))
+    with pytest.raises(ValueError, match="calibration is empty"):
+        pair.select_stitches([])
+    bad = torch.full((8, 3, SIZE, SIZE), float("nan"))
+    with pytest.raises(ValueError, match="hold NaN"):
+        pair.fit_stitches(bad)
+    with pytest.raises(ValueError, match="hold NaN"):
+        pair.select_stitches(bad)
+    with pytest.raises(ValueError, match="method='magic' is not one of"):
+        pair.select_stitches(bad, method="magic")
+    assert all(torch.equal(value, state[key]) for key, value in pair.state_dict().items())
+    assert len(pair.routes) == 1
+    empty = build(make_anchor("resnet"), make_anchor("vit"))
+    with pytest.raises(ValueError, match="no stitches to fit"):
+        empty.fit_stitches(torch.zeros(4, 3, SIZE, SIZE))
+
+
+def test_self_stitch_is_the_anchor(images):
+    """A stitch from an anchor to itself at the same cut, fitted, is the identity."""
+    torch.manual_seed(0)
+    model = build(make_anchor("resnet"), make_anchor("vit", 1))
+    model.set_route(model.add_stitch("resnet[:4] + resnet[4:]"))
+    assert model.fit_stitches(torch.randn(64, 3, SIZE, SIZE))["resnet_4__resnet_4"] == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(model(images).logits, make_model("resnet")(images).logits, atol=1e-2)
+
+
+def test_copies_and_dtypes(pair, images):
+    twin = copy.deepcopy(pair)
+    with torch.no_grad():
+        assert torch.equal(twin(images).logits, pair(images).logits)
+        twin.stitches["resnet_3__vit_2"].proj.weight.zero_()
+        assert not torch.equal(twin(images).logits, pair(images).logits)
+        half = pair.to(torch.bfloat16)
+        assert half(images).logits.dtype == torch.bfloat16

@@ -1,0 +1,223 @@
+"""Adapters come back exactly, hold only what was trained, and damaged ones are refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CLASSES, SIZE, make_anchor, make_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from restnet_hf import RestNetConfig, StitchedModelForImageClassification
+from restnet_hf.adapter_files import WEIGHTS
+
+
+@pytest.fixture
+def saved(tmp_path, images):
+    """A model out of two folders, saved: (model, path of the adapter, images, logits)."""
+    for name in ("resnet", "vit"):
+        make_model(name).save_pretrained(tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(
+        tmp_path / "resnet", tmp_path / "vit", order="given", image_size=SIZE
+    )
+    for route in ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"):
+        model.set_route(model.add_stitch(route))
+    model.fit_stitches(images)
+    model.profile([(images, torch.zeros(len(images), dtype=torch.long))])
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return model, tmp_path / "adapter", images, model(images).logits
+
+
+def test_round_trip(saved):
+    model, path, images, logits = saved
+    again = StitchedModelForImageClassification.from_pretrained(path)
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, logits)
+    assert again.routes == model.routes and again.active_route == model.active_route
+    assert again.profiled == model.profiled
+    assert again.set_budget(macs=1e12) in again.all_routes
+    trainable = {name for name, p in again.named_parameters() if p.requires_grad}
+    assert trainable and all(name.startswith("stitches.") for name in trainable)
+
+
+def test_auto_classes(saved):
+    _, path, images, logits = saved
+    assert isinstance(AutoConfig.from_pretrained(path), RestNetConfig)
+    with torch.no_grad():
+        assert torch.equal(AutoModelForImageClassification.from_pretrained(path)(images).logits, logits)
+
+
+def test_new_process(saved, tmp_path):
+    _, path, images, logits = saved
+    save_file({"images": images, "logits": logits}, tmp_path / "seen.safetensors")
+    code = (
+        "import sys, torch\nfrom safetensors.torch import load_file\n"
+        "import restnet_hf\nfrom transformers import AutoModelForImageClassification\n"
+        "seen = load_file(sys.argv[2])\n"
+        "model = AutoModelForImageClassification.from_pretrained(sys.argv[1])\n"
+        "with torch.no_grad(): assert torch.equal(model(seen['images']).logits, seen['logits'])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "seen.safetensors")], check=True)
+
+
+def test_files(saved):
+    model, path, _, _ = saved
+    weights = load_file(path / WEIGHTS)
+    assert weights.keys() == {key for key in model.state_dict() if key.startswith("stitches.")}
+    assert sum(value.numel() for value in weights.values()) == sum(p.numel() for p in model.stitches.parameters())
+    assert {file.name for file in path.iterdir()} == {WEIGHTS, "config.json", "profile.json", "modeling_restnet.py"}
+    config = json.loads((path / "config.json").read_text())
+    assert config["model_type"] == "restnet"
+    assert [entry["fingerprint"].split(":")[0] for entry in config["anchors"]] == ["float32", "float32"]
+
+
+def test_saving_again_gives_the_same_files(saved, tmp_path):
+    _, path, _, _ = saved
+    StitchedModelForImageClassification.from_pretrained(path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (path / WEIGHTS).read_bytes()
+    first, second = (json.loads((p / "config.json").read_text()) for p in (path, tmp_path / "again"))
+    assert first == second
+
+
+def test_dtype(saved):
+    _, path, images, logits = saved
+    half = StitchedModelForImageClassification.from_pretrained(path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.allclose(half(images).logits.float(), logits, atol=0.3)
+
+
+def test_config_alone_builds_the_model(saved):
+    model, path, images, _ = saved
+    fresh = StitchedModelForImageClassification(RestNetConfig.from_pretrained(path)).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(images).logits, model(images).logits)
+    assert fresh.load_state_dict(model.adapter_state_dict()).missing_keys == []
+    with pytest.raises(RuntimeError, match="missing keys"):
+        fresh.load_state_dict({})
+
+
+def test_new_head_is_saved(tmp_path, images):
+    for name in ("resnet", "vit"):
+        make_model(name).save_pretrained(tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(
+        tmp_path / "resnet", tmp_path / "vit", order="given", image_size=SIZE, num_labels=3
+    )
+    model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
+    model.save_pretrained(tmp_path / "adapter")
+    again = StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, model(images).logits)
+    assert {key.split(".")[0] for key in load_file(tmp_path / "adapter" / WEIGHTS)} == {"stitches", "heads"}
+
+
+def test_modules_made_in_code(tmp_path, images):
+    model = StitchedModelForImageClassification.from_anchors(
+        make_anchor("plain"), make_anchor("mobilenet"), order="given"
+    )
+    model.set_route(model.add_stitch("plain[:2] + mobilenet[3:]"))
+    model.save_pretrained(tmp_path / "adapter")
+    load = StitchedModelForImageClassification.from_pretrained
+    with pytest.raises(ValueError, match=r"'plain' was made in code; pass it: from_pretrained\(..., anchors="):
+        load(tmp_path / "adapter")
+    again = load(tmp_path / "adapter", anchors={n: make_model(n) for n in ("plain", "mobilenet")})
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, model(images).logits)
+    with pytest.raises(
+        ValueError, match="'plain' .* is not the network this adapter was made for: its fingerprint is"
+    ):
+        load(tmp_path / "adapter", anchors={"plain": make_model("plain", 9), "mobilenet": make_model("mobilenet")})
+
+
+def test_a_changed_parent_is_refused(saved, tmp_path):
+    _, path, _, _ = saved
+    make_model("vit", 5).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
+        StitchedModelForImageClassification.from_pretrained(path)
+
+
+def test_a_missing_parent_is_named(saved, tmp_path):
+    shutil.rmtree(tmp_path / "vit")
+    with pytest.raises(OSError, match="anchor '.*vit' cannot be loaded"):
+        StitchedModelForImageClassification.from_pretrained(saved[1])
+
+
+def edit(path, change):
+    weights = load_file(path / WEIGHTS)
+    change(weights)
+    save_file(weights, path / WEIGHTS, {"format": "pt"})
+
+
+KEY = "stitches.resnet_2__vit_1.proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(KEY), f"missing: {KEY}"),
+        (lambda w: w.update(extra=torch.zeros(1)), "not expected: extra"),
+        (lambda w: w.update({KEY: torch.zeros(2, 2)}), rf"of another shape: {KEY} \(2, 2\) instead of"),
+    ],
+)
+def test_wrong_weights(saved, change, message):
+    edit(saved[1], change)
+    with pytest.raises(ValueError, match=message):
+        StitchedModelForImageClassification.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b"\xff" * 64 + data, lambda data: b""]
+)
+def test_damaged_file(saved, damage):
+    file = saved[1] / WEIGHTS
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(OSError, match="is damaged or cut short"):
+        StitchedModelForImageClassification.from_pretrained(saved[1])
+
+
+def test_no_weights(saved):
+    (saved[1] / WEIGHTS).unlink()
+    with pytest.raises(OSError, match=WEIGHTS):
+        StitchedModelForImageClassification.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "cubic"}, "config"),
+        ({"channels": -4}, "source"),
+        ({"prefix": 10**9}, "source"),
+    ],
+)
+def test_unsound_config(saved, change, message):
+    file = saved[1] / "config.json"
+    config = json.loads(file.read_text())
+    config["stitches"]["resnet_2__vit_1"][message].update(change)
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the entry of stitch 'resnet_2__vit_1' is not sound"):
+        StitchedModelForImageClassification.from_pretrained(saved[1])
+
+
+def test_a_failed_save_leaves_the_old_adapter(saved):
+    model, path, images, logits = saved
+    model.profiled.metadata["bad"] = object()  # not JSON
+    with pytest.raises(TypeError):
+        model.save_pretrained(path)
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+    with torch.no_grad():
+        assert torch.equal(StitchedModelForImageClassification.from_pretrained(path)(images).logits, logits)
+
+
+def test_image_processor_is_saved(demo_model, tmp_path, clothes):
+    demo_model.save_pretrained(tmp_path / "adapter")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "adapter")
+    image = clothes(demo_model, "test", 1).with_transform(None)[0]["image"].convert("RGB")
+    ours = demo_model.image_processor(image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], ours)
+    assert demo_model.config.num_labels != CLASSES

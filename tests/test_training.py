@@ -1,0 +1,222 @@
+"""Training moves only what should move, by the right loss, and resumes where it stopped."""
+
+import pytest
+import torch
+from conftest import CLASSES, SIZE, make_anchor
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf.training import KEPT_CHECKPOINTS, _Training
+
+
+ROUTES = ["resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"]
+
+
+def build(**options):
+    """The same model every time, two stitches."""
+    model = StitchedModelForImageClassification.from_anchors(
+        make_anchor("resnet"), make_anchor("vit", seed=1), **{"order": "given", **options}
+    )
+    torch.manual_seed(3)
+    for route in ROUTES:
+        model.add_stitch(route)
+    return model
+
+
+def data(size=24, classes=CLASSES):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(size, 3, SIZE, SIZE, generator=generator)
+    return TensorDataset(images, torch.arange(size) % classes)
+
+
+FAST = {"num_train_epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
+
+
+def trained(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_only_stitches_move(images):
+    model = build()
+    with torch.no_grad():
+        before = {name: anchor(images) for name, anchor in model.anchors.items()}
+    start, frozen = trained(model), {k: v.clone() for k, v in model.anchors.state_dict().items()}
+    result = train(model, data(), TrainArgs(**FAST))
+    assert result.steps == 6 and result.losses.keys() == set(ROUTES)
+    assert all(not torch.equal(value, start[name]) for name, value in trained(model).items())
+    assert all(torch.equal(value, frozen[name]) for name, value in model.anchors.state_dict().items())
+    with torch.no_grad():
+        for name, anchor in model.anchors.items():
+            assert torch.equal(anchor(images), before[name])
+    assert not model.training
+
+
+def test_loss_falls():
+    model = build()
+    first = train(model, data(), TrainArgs(num_train_epochs=1, batch_size=8, learning_rate=1e-9)).losses
+    last = train(model, data(), TrainArgs(num_train_epochs=15, batch_size=8, learning_rate=1e-2)).losses
+    assert all(last[route] < 0.8 * first[route] for route in ROUTES)
+
+
+def test_loss_by_hand():
+    """(1 - w) cross-entropy + w T² KL(teacher ‖ student), in float64, from probabilities."""
+    model = build()
+    args = TrainArgs(distillation=0.3, temperature=3.0)
+    job = _Training(model, data(), args, None)
+    images, labels = data()[:8]
+    batch = {"pixel_values": images, "labels": labels}
+    with torch.no_grad():
+        found = {str(route): loss.item() for route, loss in job._route_losses(batch)}
+        anchors = model.anchors
+        largest = max(anchors, key=lambda name: sum(p.numel() for p in anchors[name].parameters()))
+        teacher = anchors[largest](images).double()
+        for route in ROUTES:
+            model.set_route(route)
+            student = model(images).logits.double()
+            p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
+            divergence = (p * (p / q).log()).sum(-1).mean()
+            truth = -student.softmax(-1)[torch.arange(8), labels].log().mean()
+            assert found[route] == pytest.approx((0.7 * truth + 0.3 * 9 * divergence).item(), rel=1e-4)
+
+
+def test_stitches_train_as_they_would_alone():
+    together, alone = build(), build()
+    train(together, data(), TrainArgs(**FAST))
+    train(alone, data(), TrainArgs(**FAST), routes=ROUTES[:1])
+    name = "stitches.resnet_2__vit_1."
+    for key, value in trained(alone).items():
+        if key.startswith(name):
+            assert torch.allclose(value, trained(together)[key], atol=1e-6)
+        else:
+            assert torch.equal(value, trained(build())[key])
+
+
+def test_same_seed_same_result():
+    results = []
+    for seed in (0, 0, 1):
+        model = build()
+        train(model, data(), TrainArgs(seed=seed, **FAST))
+        results.append(trained(model))
+    same, other = ([torch.equal(results[0][key], r[key]) for key in r] for r in results[1:])
+    assert all(same) and not all(other)
+
+
+class Stops(TensorDataset):
+    """Data that fails after so many batches, as a power cut would."""
+
+    def __init__(self, dataset, after):
+        super().__init__(*dataset.tensors)
+        self.left = after
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("save_steps", [None, 2])
+def test_resume_is_exact(tmp_path, save_steps):
+    args = {"num_train_epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "save_steps": save_steps}
+    whole = build()
+    train(whole, data(), TrainArgs(**args))
+    out = str(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(build(), Stops(data(), 24 + 8 * 2 + 3), TrainArgs(output_dir=out, **args))
+    again = build()
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier training"):
+        train(again, data(), TrainArgs(output_dir=out, **args))
+    train(again, data(), TrainArgs(output_dir=out, resume_from_checkpoint=True, **args))
+    assert all(torch.equal(value, trained(again)[name]) for name, value in trained(whole).items())
+    folders = sorted((tmp_path / "run").iterdir())
+    assert len(folders) == KEPT_CHECKPOINTS
+    for folder in folders:
+        assert {file.name for file in folder.iterdir()} == {"training.safetensors", "training.json"}
+        keys = load_file(folder / "training.safetensors")
+        assert {key.split("/")[1].split(".")[0] for key in keys} == {"stitches"}
+    with pytest.raises(ValueError, match="is of another training"):
+        train(build(), data(16), TrainArgs(output_dir=out, resume_from_checkpoint=True, **args))
+
+
+def test_heads(images):
+    model = build(num_labels=3)
+    start = trained(model)
+    args = TrainArgs(train_head=True, distillation=0.0, **FAST)
+    train(model, data(classes=3), args, routes=["resnet[:]", "vit[:]"])
+    moved = {name.split(".")[0] for name, value in trained(model).items() if not torch.equal(value, start[name])}
+    assert moved == {"heads"}
+    heads = {k: v for k, v in trained(model).items() if k.startswith("heads.")}
+    train(model, data(classes=3), TrainArgs(**FAST))
+    assert all(torch.equal(value, trained(model)[name]) for name, value in heads.items())
+
+
+def test_other_order():
+    """The teacher is the larger anchor also where it is the end."""
+    model = build(order="small-to-large")
+    front = next(iter(model.anchors))
+    end = ({"resnet", "vit"} - {front}).pop()
+    model.add_stitch(f"{front}[:2] + {end}[1:]")
+    result = train(model, data(), TrainArgs(**FAST), routes=[f"{front}[:2] + {end}[1:]"])
+    assert len(result.losses) == 1
+
+
+def test_learning_without_labels():
+    model = build()
+    images = [{"pixel_values": x} for x in data().tensors[0]]
+    train(model, DataLoader(images, batch_size=8), TrainArgs(distillation=1.0, num_train_epochs=1))
+    with pytest.raises(ValueError, match="train_set has no labels"):
+        train(model, DataLoader(images, batch_size=8), TrainArgs(num_train_epochs=1))
+
+
+def test_refused():
+    model = build()
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(model, data(), routes=["resnet[:]"])
+    with pytest.raises(ValueError, match="labels run from 0 to 6, but the model has 5 classes"):
+        train(model, data(classes=7), TrainArgs(**FAST))
+    with pytest.raises(ValueError, match="train_set is empty"):
+        train(model, TensorDataset(torch.zeros(0, 3, SIZE, SIZE), torch.zeros(0)))
+    with pytest.raises(ValueError, match="pixel_values must have shape"):
+        train(model, TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)))
+    bad = TensorDataset(torch.full((8, 3, SIZE, SIZE), float("nan")), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(ValueError, match="the loss of route .* is nan at step 0"):
+        train(model, bad)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": -1}, {"batch_size": 0}, {"distillation": 2}, {"epochs": 3}, {"mixed_precision": "int8"}],
+)
+def test_bad_options(options):
+    with pytest.raises(ValidationError):
+        TrainArgs(**options)
+
+
+def test_trackers(tmp_path):
+    """Any tracker that Accelerate knows; a custom one sees the losses."""
+    from accelerate.tracking import GeneralTracker
+
+    class Memory(GeneralTracker):
+        name, requires_logging_directory = "memory", False
+
+        def __init__(self):
+            super().__init__()
+            self.entries = []
+
+        @property
+        def tracker(self):
+            return self.entries
+
+        def store_init_configuration(self, values):
+            self.entries.append(values)
+
+        def log(self, values, step=None, **kwargs):
+            self.entries.append({**values, "step": step})
+
+    memory = Memory()
+    train(build(), data(), TrainArgs(logging_steps=2, log_with=memory, **FAST))
+    assert memory.entries[0]["learning_rate"] == FAST["learning_rate"]
+    assert [entry["step"] for entry in memory.entries[1:]] == [2, 4, 6]
+    assert f"loss/{ROUTES[0]}" in memory.entries[1]
