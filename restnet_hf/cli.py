@@ -8,13 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from restnet_hf.embedded import DATA, END, FRONT, RECIPE
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 
 
 app = typer.Typer(help="One network out of two pre-trained image classifiers.", no_args_is_help=True)
 console = Console()
-console.width = max(console.width, 100)  # a route's name is never cut
-DEMO = Path(__file__).parent / "demo"
+console.width = max(console.width, 110)  # a route's name is never cut
 
 Front = Annotated[str | None, typer.Option(help="Anchor whose early blocks run: Hub id or local folder.")]
 End = Annotated[str | None, typer.Option(help="Anchor whose late blocks run: Hub id or local folder.")]
@@ -35,10 +35,8 @@ def demo(
     """Stitch two small anchors that come with the package (or yours), on real images, and show what came out."""
     if any((front, end, dataset)) and not all((front, end, dataset)):
         raise typer.BadParameter("give --front, --end and --dataset together, or none of them for the embedded demo")
-    embedded = {"front": "resnet_fashion", "end": "vit_fashion", "dataset": "data"}
-    paths = {"front": front, "end": end, "dataset": dataset}
-    chosen = paths if front else {key: str(DEMO / name) for key, name in embedded.items()}
-    _do(lambda: load_recipe(DEMO / "demo.yaml", **chosen), out, resume)
+    chosen = (front, end, dataset) if front else (str(FRONT), str(END), str(DATA))
+    _do(lambda: load_recipe(RECIPE, **dict(zip(("front", "end", "dataset"), chosen, strict=True))), out, resume)
 
 
 @app.command()

@@ -59,7 +59,7 @@ class Recipe:
     new_head: bool | None = None
     method: str = "cka"
     max_routes: int = Field(default=8, gt=0)
-    class_token: str = "learn"
+    class_token: str = "pool"
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
 

@@ -24,15 +24,15 @@ class StitchConfig:
 
     Args:
         kind: a key of `STITCHES`.
-        class_token: where the source has fewer prefix tokens than the target: ``learn`` them as constants, or compute
-            them from the mean (``pool``) of the source's grid.
+        class_token: where the source has fewer prefix tokens than the target: compute them from the mean (``pool``) of
+            the source's grid, or ``learn`` them as constants, which tell nothing of the image to a late cut.
 
     Raises:
         ValueError: an option is not one of those.
     """
 
     kind: str = "linear"
-    class_token: str = "learn"
+    class_token: str = "pool"
 
     def __post_init__(self) -> None:
         if self.kind not in STITCHES:

@@ -16,8 +16,8 @@ from torch import nn
 
 import restnet_hf
 from restnet_hf import Anchor, StitchedModelForImageClassification, load_anchor
-from restnet_hf.cli import DEMO
 from restnet_hf.data import load_images, subset, with_pixel_values
+from restnet_hf.embedded import DATA, DEMO, END, FRONT
 from restnet_hf.preprocessing import Preprocessing
 
 
@@ -29,7 +29,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def spread(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random weights of unit gain: the usual initialisation leaves logits nearly constant, and equality says nothing."""
+    """Random weights of unit gain: the usual ones leave logits nearly constant, and equality would say nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -144,9 +144,7 @@ def demo_anchor() -> Callable[[str], Anchor]:
 @pytest.fixture
 def demo_model() -> StitchedModelForImageClassification:
     """The demo's trained anchors, no stitches yet."""
-    return StitchedModelForImageClassification.from_anchors(
-        DEMO / "resnet_fashion", DEMO / "vit_fashion", dtype=torch.float32
-    )
+    return StitchedModelForImageClassification.from_anchors(FRONT, END, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +152,7 @@ def clothes() -> Callable[..., object]:
     """Real images for a model: ``clothes(model, "train", 200)``."""
 
     def make(model: StitchedModelForImageClassification, split: str, size: int | None = None) -> object:
-        return with_pixel_values(subset(load_images(DEMO / "data", split), size), model.image_processor)
+        return with_pixel_values(subset(load_images(DATA, split), size), model.image_processor)
 
     return make
 

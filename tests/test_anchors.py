@@ -218,7 +218,7 @@ def test_load(tmp_path, images):
     for source in (tmp_path / "my.vit.v1", str(tmp_path / "my.vit.v1"), f"local-dir:{tmp_path}/my.vit.v1"):
         anchor = load_anchor(source)
         assert (anchor.name, anchor.repo_id) == ("my", str(tmp_path / "my.vit.v1"))
-        assert torch.equal(anchor(images), model.eval()(images).logits)
+        assert torch.allclose(anchor(images), model.eval()(images).logits, atol=1e-5)
     assert not any(p.requires_grad for p in anchor.parameters())
 
 
@@ -228,7 +228,8 @@ def test_load_from_a_folder_that_timm_wrote(tmp_path, images):
     model = MODELS["mobilenet"][0]().eval()
     save_for_hf(model, tmp_path / "small", safe_serialization=True)
     anchor = load_anchor(tmp_path / "small", image_size=SIZE)
-    assert torch.equal(anchor(images), model(images))
+    # the file's tensors lie at other addresses, and kernels round by alignment
+    assert torch.allclose(anchor(images), model(images), atol=1e-5)
     assert anchor.preprocessing.image_size == (SIZE, SIZE)
     assert anchor.preprocessing.mean == model.pretrained_cfg["mean"]
 

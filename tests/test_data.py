@@ -7,8 +7,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTImageProcessor
 
-from restnet_hf.cli import DEMO
 from restnet_hf.data import batches, load_images, subset, with_pixel_values
+from restnet_hf.embedded import DATA
 
 
 X, Y = torch.randn(10, 3, 4, 4), torch.arange(10)
@@ -44,7 +44,7 @@ def test_wrong(wrong):
 
 
 def test_embedded_images():
-    train, test = (load_images(DEMO / "data", split) for split in ("train", "test"))
+    train, test = (load_images(DATA, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (3000, 1500)
     assert train.features["label"].names[-1] == "Ankle boot"
     row = with_pixel_values(test, ViTImageProcessor(size={"height": 56, "width": 56}))[3]

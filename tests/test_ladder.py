@@ -8,6 +8,7 @@ import pytest
 
 
 LADDER = [
+    "embedded",
     "files",
     "routes",
     "profiles",
@@ -34,7 +35,7 @@ LADDER = [
     "cli",
     "__init__",
 ]
-NO_TORCH = ["files", "routes", "profiles"]
+NO_TORCH = ["embedded", "files", "routes", "profiles"]
 
 
 def trees(package):

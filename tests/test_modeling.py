@@ -13,6 +13,7 @@ from restnet_hf.anchors import Anchor
 from restnet_hf.preprocessing import Preprocessing
 
 
+LEARNS = ("proj.weight", "proj.bias", "pool.weight", "pool.bias")
 NAMES = ["cat", "dog", "owl", "ant", "bee"]
 
 
@@ -54,7 +55,7 @@ def test_anchors_are_not_initialised_again():
 
 def test_what_trains(pair, capsys):
     trainable = {name for name, p in pair.named_parameters() if p.requires_grad}
-    assert trainable == {f"stitches.resnet_3__vit_2.{name}" for name in ("proj.weight", "proj.bias", "prefix")}
+    assert trainable == {f"stitches.resnet_3__vit_2.{name}" for name in LEARNS}
     pair.train()
     assert pair.training and not any(
         module.training for module in pair.anchors.modules() if module is not pair.anchors
@@ -144,7 +145,7 @@ def test_other_image_size():
 
 
 def test_routes_come_and_go(pair):
-    second = pair.add_stitch("resnet[:3] + vit[2:3] + resnet[4:]", StitchConfig(class_token="pool"))
+    second = pair.add_stitch("resnet[:3] + vit[2:3] + resnet[4:]", StitchConfig(class_token="learn"))
     assert set(pair.stitches) == {"resnet_3__vit_2", "vit_3__resnet_4"}
     assert [str(route) for route in pair.all_routes] == ["resnet[:]", "vit[:]", *pair.config.routes]
     assert pair.set_route(second) == pair.active_route

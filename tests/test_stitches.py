@@ -127,7 +127,7 @@ def test_order_and_size_of_batches_do_not_matter():
 
 def test_learned_class_token_is_the_mean():
     source, target = Layout("NCHW", 3, (4, 4)), Layout("NLC", 4, (4, 4), 1)
-    stitch = make_stitch(source, target, StitchConfig())
+    stitch = make_stitch(source, target, StitchConfig(class_token="learn"))
     y = torch.randn(target.shape(30))
     problem = stitch.problems()[1]
     sums = LeastSquares()
