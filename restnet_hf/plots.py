@@ -17,9 +17,8 @@ def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str |
     rows, columns = similarity.values.shape
     figure = Figure(figsize=(2.5 + 0.35 * columns, 1.8 + 0.35 * rows), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(
-        similarity.values, vmin=0, vmax=1, cmap="viridis", extent=(0.5, columns + 0.5, rows + 0.5, 0.5)
-    )
+    extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
+    image = axes.imshow(similarity.values, vmin=0, vmax=1, cmap="viridis", extent=extent, aspect="auto")
     points = [point for route in routes for point in route.stitch_points]
     axes.scatter(
         [p.target_cut for p in points], [p.source_cut for p in points], s=90, c="none", edgecolors="red", linewidths=2
@@ -29,7 +28,7 @@ def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str |
     axes.set_xlabel(f"cut of {similarity.end} (replaced)")
     axes.set_ylabel(f"cut of {similarity.front} (comes in)")
     settings = similarity.settings
-    axes.set_title(f"{settings['estimator']} CKA, {settings['images']} images; circles: stitches", fontsize=10)
+    axes.set_title(f"{settings['estimator']} CKA, {settings['images']} images\ncircles: stitches", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.9)
     _write(figure, path)
 
@@ -68,11 +67,11 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
             row.route.segments[0].anchor,
             (row.costs["macs"] / 1e6, 100 * row.scores["accuracy"]),
             textcoords="offset points",
-            xytext=(0, -16),
+            xytext=(0, 12),
             ha="center",
             fontsize=8,
         )
-    axes.margins(x=0.12, y=0.15)
+    axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("million MACs for one image")
     axes.set_ylabel("accuracy, %")
     axes.legend(fontsize=8, loc="lower right")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -118,13 +119,12 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     clock.lap("second profile")
     best = max(profile.routes, key=lambda row: (len(row.route.segments) > 1, row.scores["accuracy"]))
     model.set_route(best.route)
-    model.save_pretrained(folder / "adapter")
+    state = PartialState()
+    model.save_pretrained(folder / "adapter", is_main_process=state.is_main_process)
+    state.wait_for_everyone()
     same = _reloads(model, folder / "adapter", calibration)
-    shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints have served
     clock.lap("save and reload")
     assert model.similarity is not None
-    plot_similarity(model.similarity, model.routes, folder / "similarity.png")
-    plot_tradeoff(profile, folder / "tradeoff.png", fitted)
     report = {
         "recipe": dataclasses.asdict(recipe),
         "routes": _rows(model, fitted, profile, r2),
@@ -133,8 +133,12 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
         "seconds": clock.laps,
         "metadata": dict(profile.metadata),
     }
-    with written_whole(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    if state.is_main_process:
+        shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints have served
+        plot_similarity(model.similarity, model.routes, folder / "similarity.png")
+        plot_tradeoff(profile, folder / "tradeoff.png", fitted)
+        with written_whole(folder / "report.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 

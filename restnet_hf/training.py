@@ -194,7 +194,8 @@ class _Training:
                 if self.step % args.save_steps == 0 if args.save_steps else last_of_epoch:
                     self._save()
         bar.close()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training() would also end the process group
+            tracker.finish()
         self.model.eval()
         means = {str(route): sum(losses) / len(losses) for route, losses in self.losses.items() if losses}
         return TrainResult(self.step, time.perf_counter() - began, means)

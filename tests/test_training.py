@@ -1,5 +1,10 @@
 """Training moves only what should move, by the right loss, and resumes where it stopped."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor
@@ -220,3 +225,44 @@ def test_trackers(tmp_path):
     assert memory.entries[0]["learning_rate"] == FAST["learning_rate"]
     assert [entry["step"] for entry in memory.entries[1:]] == [2, 4, 6]
     assert f"loss/{ROUTES[0]}" in memory.entries[1]
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import PartialState
+from conftest import *
+from safetensors.torch import save_file
+from test_training import FAST, build, data, trained
+from torch.utils.data import DataLoader
+from restnet_hf import TrainArgs, train
+
+model = build()
+train(model, data(), TrainArgs(**FAST))
+profile = model.profile(DataLoader(data(), batch_size=5))
+state = PartialState()
+scores = torch.tensor([row.scores["accuracy"] for row in profile.routes] + [profile.metadata["images"]])
+if state.is_main_process:
+    save_file(trained(model) | {"scores": scores, "processes": torch.tensor(state.num_processes)}, sys.argv[1])
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """The images of a step are shared out; what is learned agrees to float32 rounding, the scores exactly."""
+    (tmp_path / "job.py").write_text(TWO_PROCESSES)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parent)}
+    one, two = (
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    )
+    found = []
+    for index, launch in enumerate((one, two)):
+        out = tmp_path / f"{index}.safetensors"
+        subprocess.run([*launch, "job.py", str(out)], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        found.append(load_file(out))
+    assert [int(result.pop("processes")) for result in found] == [1, 2]
+    assert torch.equal(*(result.pop("scores") for result in found))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-6)
