@@ -14,11 +14,13 @@ else:
     from restnet_hf.anchors import Anchor, load_anchor
     from restnet_hf.configuration_restnet import RestNetConfig
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+    from restnet_hf.preprocessing import Preprocessing
     from restnet_hf.stitches import StitchConfig
     from restnet_hf.training import TrainArgs, train
 
     __all__ += [
         "Anchor",
+        "Preprocessing",
         "RestNetConfig",
         "StitchConfig",
         "StitchedModelForImageClassification",

@@ -13,6 +13,11 @@ from restnet_hf.profiles import Profile
 
 
 WEIGHTS, PROFILE, SHIM = "model.safetensors", "profile.json", "modeling_restnet.py"
+OWN_FILES = (WEIGHTS, PROFILE, SHIM, "config.json", "preprocessor_config.json")
+AUTO_MAP = {  # without the package installed, transformers then says what to install
+    "AutoConfig": "modeling_restnet.RestNetConfig",
+    "AutoModelForImageClassification": "modeling_restnet.StitchedModelForImageClassification",
+}
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
 
 

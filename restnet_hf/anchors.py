@@ -1,5 +1,6 @@
 """Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and segments between them."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
 from restnet_hf.cuts import Cuts, find_cuts
 from restnet_hf.features import Layout
@@ -32,7 +34,7 @@ class Anchor(nn.Module):
     Args:
         model: maps images (N, 3, H, W) to logits.
         name: of letters, digits, ``_`` and ``-``; routes use it.
-        preprocessing: how images are prepared for it. Mean 0 and std 1 unless it is known.
+        preprocessing: how images are prepared for it.
         label_names: of its classes, None where they have no names.
         processor: image processor that prepares images so, if there is one.
         repo_id: where the weights come from, a Hub id or an absolute path; None for a module made in code.
@@ -82,7 +84,15 @@ class Anchor(nn.Module):
             ValueError: there are fewer than two cuts.
         """
         if self._found is None:
-            found = find_cuts(self.model, self.preprocessing.image_size, self.granularity)
+            try:
+                found = find_cuts(self.model, self.preprocessing.image_size, self.granularity)
+            except Exception as error:  # a network may fail in any way on a size that is not its own
+                size = "x".join(map(str, self.preprocessing.image_size))
+                raise ValueError(f"anchor '{self.name}' cannot run on images of {size} pixels: {error}") from error
+            if self.label_names is not None and len(self.label_names) != found.classes:
+                raise ValueError(
+                    f"anchor '{self.name}' has {found.classes} classes, but {len(self.label_names)} label_names"
+                )
             if len(found.cuts) < MIN_CUTS:
                 failed = "".join(f"; {name}: {reason}" for name, reason in found.rejected.items())
                 raise ValueError(
@@ -224,10 +234,14 @@ def load_anchor(
 
     Raises:
         OSError: the model cannot be found or read.
-        ValueError: the model's image size is not known.
+        ValueError: how the model wants its images is not known, or options contradict each other.
     """
     if isinstance(source, Anchor):
-        return source
+        if any(option is not None for option in (name, revision, image_size, preprocessing, label_names)):
+            raise ValueError(f"anchor '{source.name}' is made already; give its options where it is made")
+        return copy.copy(source)  # of the same network, but with a name and a head of its own
+    if preprocessing is not None and image_size is not None:
+        raise ValueError("give either image_size or preprocessing, which holds the image size")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if isinstance(source, nn.Module):
         model, repo_id = source, getattr(source, "name_or_path", None) or None
@@ -235,13 +249,19 @@ def load_anchor(
         repo_id = _source_id(source)
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _pretrained(repo_id, load)
-    processor = None if preprocessing else _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
+    processor = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
+    size = preprocessing.image_size if preprocessing is not None else size
     if processor is not None and size is not None:
         processor = with_image_size(processor, size)
-    if processor is not None:
+    if processor is not None and preprocessing not in (None, Preprocessing.of(processor)):
+        processor = None  # it prepares images otherwise than it was told
+    if preprocessing is None and processor is not None:
         preprocessing = Preprocessing.of(processor)
     if preprocessing is None:
-        preprocessing = Preprocessing(size or _config_image_size(model))
+        raise ValueError(
+            f"how {repo_id or type(model).__name__} wants its images is not known: it has no image processor. Pass "
+            "load_anchor(..., preprocessing=Preprocessing(image_size, mean, std))"
+        )
     config = getattr(model, "config", None)
     return Anchor(
         model,
@@ -301,19 +321,10 @@ def _processor(model: nn.Module, repo_id: str | None, revision: str | None, trus
         return timm_processor(dict(cfg))
     if repo_id is None:
         return None
-    try:
-        return AutoImageProcessor.from_pretrained(repo_id, revision=revision, trust_remote_code=trust, **hub)
-    except OSError:  # a folder with weights alone
+    at = {"revision": revision, **hub}
+    if cached_file(repo_id, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **at) is None:
         return None
-
-
-def _config_image_size(model: nn.Module) -> tuple[int, int]:
-    size = getattr(getattr(model, "config", None), "image_size", None)
-    if isinstance(size, int):
-        return (size, size)
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return (size[0], size[1])
-    raise ValueError(f"the image size of {type(model).__name__} is not known; pass image_size= or preprocessing=")
+    return AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
 
 
 def _labels(config: Any) -> tuple[str, ...] | None:

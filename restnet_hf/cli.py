@@ -14,7 +14,6 @@ from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 
 app = typer.Typer(help="One network out of two pre-trained image classifiers.", no_args_is_help=True)
 console = Console()
-console.width = max(console.width, 110)  # a route's name is never cut
 
 Front = Annotated[str | None, typer.Option(help="Anchor whose early blocks run: Hub id or local folder.")]
 End = Annotated[str | None, typer.Option(help="Anchor whose late blocks run: Hub id or local folder.")]
@@ -59,12 +58,13 @@ def _do(make: Any, out: Path, resume: bool) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RESTNET_HF_DEBUG"):
             raise
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     _show(report, out)
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
+    console.width = max(console.width, 75 + max(len(row["route"]) for row in report["routes"]))  # no name is cut
     table = Table(title="routes, cheapest first")
     for column in ("route", "MACs, M", "params, K", "CKA", "R²", "fitted, %", "trained, %"):
         table.add_column(column, justify="left" if column == "route" else "right", no_wrap=True)

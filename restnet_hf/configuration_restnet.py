@@ -10,6 +10,10 @@ from restnet_hf.routes import Route, StitchPoint
 from restnet_hf.stitches import StitchConfig
 
 
+ANCHOR_KEYS = {"name", "repo_id", "revision", "fingerprint", "config", "preprocessing", "label_names"}
+ANCHOR_KEYS |= {"granularity", "depth"}
+
+
 class RestNetConfig(PreTrainedConfig):
     """Configuration of `StitchedModelForImageClassification`.
 
@@ -19,6 +23,7 @@ class RestNetConfig(PreTrainedConfig):
         stitches: by name: ``point``, ``config``, ``source`` and ``target`` layouts, and ``r2`` once fitted.
         routes: as strings.
         active_route: as a string.
+        trained_heads: names of the anchors whose new head was trained.
         new_head: in place of the anchors' own classifiers each has a new one for this model's labels.
     """
 
@@ -29,11 +34,13 @@ class RestNetConfig(PreTrainedConfig):
     routes: list[str] | None = None
     active_route: str | None = None
     new_head: bool = False
+    trained_heads: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchors = self.anchors or []
         self.stitches = self.stitches or {}
         self.routes = self.routes or []
+        self.trained_heads = self.trained_heads or []
         super().__post_init__(**kwargs)
 
     def stitch_parts(self, name: str) -> tuple[StitchPoint, Layout, Layout, StitchConfig]:
@@ -51,6 +58,25 @@ class RestNetConfig(PreTrainedConfig):
         if point.name != name:
             raise ValueError(f"config.json: stitch {name!r} says of itself that it is {point.name!r}")
         return point, *parts
+
+    def check(self) -> "RestNetConfig":
+        """Return the config if a model can be built from it; raise ValueError that says which entry is not sound."""
+        names = set()
+        for index, entry in enumerate(self.anchors or []):
+            missing = sorted(ANCHOR_KEYS - entry.keys()) if isinstance(entry, dict) else ["everything"]
+            if missing or not isinstance(entry["fingerprint"], str):
+                raise ValueError(f"config.json: anchor {index} lacks {missing or 'its fingerprint'}")
+            names.add(entry["name"])
+        points = {self.stitch_parts(name)[0] for name in self.stitches or {}}
+        if len(names) < 2:
+            raise ValueError(f"config.json: names of at least two anchors are needed, not {sorted(names)}")
+        if not isinstance(self.routes, list) or not all(isinstance(route, str) for route in self.routes):
+            raise ValueError(f"config.json: routes must be a list of strings, not {self.routes!r}")
+        for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
+            strange = {segment.anchor for segment in route.segments} - names
+            if strange or set(route.stitch_points) - points:
+                raise ValueError(f"config.json: route '{route}' names anchors or stitches that are not there")
+        return self
 
     def set_stitch(self, point: StitchPoint, source: Layout, target: Layout, config: StitchConfig) -> None:
         """Write down a stitch."""

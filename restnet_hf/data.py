@@ -28,6 +28,8 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
         ValueError: there is not a single image.
         TypeError: batches are something else.
     """
+    if isinstance(data, Mapping) and "pixel_values" in data:
+        data = [data]
     if isinstance(data, Tensor):
         source: Iterable[Any] = data.split(batch_size) if len(data) else ()
     elif isinstance(data, DataLoader | list | tuple) or not hasattr(data, "__getitem__"):
@@ -48,15 +50,24 @@ def as_batch(item: Any, name: str = "data") -> Batch:
     """One batch of a loader as a dict with ``pixel_values`` and perhaps ``labels``; TypeError for anything else."""
     if isinstance(item, Tensor):
         return {"pixel_values": item}
-    if isinstance(item, Mapping) and "pixel_values" in item:
+    if isinstance(item, Mapping) and isinstance(item.get("pixel_values"), Tensor):
         labels = item.get("labels", item.get("label"))
         return {"pixel_values": item["pixel_values"]} | ({} if labels is None else {"labels": labels})
     if isinstance(item, list | tuple) and item and all(isinstance(part, Tensor) for part in item):
         return dict(zip(("pixel_values", "labels"), item, strict=False))
     raise TypeError(
         f"{name} gives {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or "
-        "a dict with pixel_values"
+        "a dict with a tensor of pixel_values. For a data set of images see restnet_hf.data.with_pixel_values"
     )
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise ValueError unless ``labels`` are indices of that many classes."""
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes; build "
+            "it with num_labels= or id2label= for a new task"
+        )
 
 
 def load_images(source: str | Path, split: str) -> Dataset:

@@ -8,17 +8,28 @@ from importlib.metadata import version
 from typing import Any, Self, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from restnet_hf import stitches as fitting
-from restnet_hf.adapter_files import PROFILE, SHIM, SHIM_TEXT, check_weights, read_profile, read_weights
+from restnet_hf.adapter_files import (
+    AUTO_MAP,
+    OWN_FILES,
+    PROFILE,
+    SHIM,
+    SHIM_TEXT,
+    WEIGHTS,
+    check_weights,
+    read_profile,
+    read_weights,
+)
 from restnet_hf.anchors import Anchor, load_anchor, unique_names
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, count_params
-from restnet_hf.data import batches
+from restnet_hf.data import batches, check_labels
 from restnet_hf.evaluation import score_routes
 from restnet_hf.files import folder_written_whole
 from restnet_hf.parents import class_order, describe, rebuild, reload
@@ -32,6 +43,7 @@ from restnet_hf.switching import RouteMixin
 
 
 ORDERS = ("large-to-small", "small-to-large", "given")
+PASSED_BY_AUTO = ("_from_auto", "adapter_kwargs", "_commit_hash", "torch_dtype")  # by Auto classes and pipelines
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 PACKAGES = ("restnet-hf", "torch", "transformers", "timm")
 
@@ -59,9 +71,15 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         for anchor in anchors:
             if anchor.preprocessing != self.preprocessing:
                 self.converters[anchor.name] = Reprocess(self.preprocessing, anchor.preprocessing)
+            like = next(anchor.parameters())
             if config.new_head:
-                self.heads[anchor.name] = nn.Linear(anchor.drop_classifier(), config.num_labels)
-            elif (order := class_order(anchors[0], anchor)) != list(range(len(order))):
+                features = anchor.drop_classifier()
+                self.heads[anchor.name] = nn.Linear(features, config.num_labels, device=like.device, dtype=like.dtype)
+                continue
+            order = class_order(anchors[0], anchor)
+            if len(order) != config.num_labels:
+                raise ValueError(f"the anchors have {len(order)} classes, not num_labels={config.num_labels}")
+            if order != list(range(len(order))):
                 self.orders[anchor.name] = Reorder(order)
         for name in config.stitches or {}:
             self._make_stitch(*config.stitch_parts(name))
@@ -111,12 +129,11 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         if order != "given":
             anchors.sort(key=lambda a: sum(p.numel() for p in a.parameters()), reverse=order == "large-to-small")
         unique_names(anchors)
-        names = dict(enumerate(anchors[0].label_names or ())) or {
-            i: f"LABEL_{i}" for i in range(anchors[0].found.classes)
-        }
-        if num_labels is not None:
-            names = {i: f"LABEL_{i}" for i in range(num_labels)}
-        names = {int(index): str(name) for index, name in (id2label or names).items()}
+        dtypes = {anchor.name: str(next(anchor.parameters()).dtype) for anchor in anchors}
+        if len(set(dtypes.values())) > 1:
+            raise ValueError(f"the anchors have weights of different types, {dtypes}; pass dtype=")
+        names = _class_names(num_labels, id2label) or dict(enumerate(anchors[0].label_names or ()))
+        names = names or {index: f"LABEL_{index}" for index in range(anchors[0].found.classes)}
         config = RestNetConfig(
             anchors=[describe(anchor) for anchor in anchors],
             new_head=num_labels is not None or id2label is not None,
@@ -208,6 +225,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         r2 = fitting.fit_stitches(points, self.anchors, images, ridge)
         for name, explained in r2.items():
             self.config.stitches[name]["r2"] = explained
+        self.profiled = None  # it was of other stitches
         return r2
 
     def profile(
@@ -247,6 +265,8 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
     def _checked(self, data: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
         for batch in batches(data, batch_size):
             self.preprocessing.check(batch["pixel_values"])
+            if "labels" in batch:
+                check_labels(batch["labels"], self.config.num_labels)
             yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
 
     def print_trainable_parameters(self) -> None:
@@ -283,8 +303,11 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         self.config.active_route = str(self.active_route)
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             entry["fingerprint"] = entry["fingerprint"] or anchor.fingerprint()
-        with folder_written_whole(save_directory) as folder:
+        self.config.auto_map = AUTO_MAP
+        with folder_written_whole(save_directory, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict=adapter)
+            if not (folder / WEIGHTS).exists():  # nothing to save, but a file to load
+                save_file({}, folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)
             if self.profiled is not None:
                 self.profiled.save(folder / PROFILE)
@@ -299,7 +322,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
         config: RestNetConfig | None = None,
-        anchors: Mapping[str, nn.Module] | None = None,
+        anchors: Mapping[str, nn.Module | str] | None = None,
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype | str | None = None,
@@ -312,7 +335,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: folder or Hub id of the adapter.
             config: instead of the adapter's own.
-            anchors: modules by anchor name, for anchors that were made in code.
+            anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
             revision: of the adapter.
             subfolder: of the adapter in its repository.
             dtype: of the weights; as saved by default.
@@ -324,21 +347,47 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
             OSError: a file is missing or damaged.
             ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
         """
+        dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
+        unknown = sorted(kwargs.keys() - {*HUB_KEYS, *PASSED_BY_AUTO})
+        if unknown:
+            raise TypeError(f"from_pretrained takes no {unknown}; see its documentation for what it takes")
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         at = {**hub, "revision": revision, "subfolder": subfolder}
         if config is None:
             config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **at)
         where = os.fspath(pretrained_model_name_or_path)
+        config.check()
         weights = read_weights(where, at)
-        dtype = config.dtype if dtype in (None, "auto") else dtype
-        load = {"dtype": dtype or torch.float32, "trust_remote_code": trust_remote_code, **hub}
         given = dict(anchors or {})
-        model = cls(config, [reload(entry, given.get(entry["name"]), load) for entry in config.anchors or []])
+        strangers = sorted(given.keys() - {entry["name"] for entry in config.anchors or []})
+        if strangers:
+            raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
+        wanted = config.dtype if dtype in (None, "auto") else dtype
+        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
+        options = {"trust_remote_code": trust_remote_code, **hub}
+        loaded = [reload(entry, given.get(entry["name"]), wanted, options) for entry in config.anchors or []]
+        model = cls(config, loaded)
         check_weights(weights, model.adapter_state_dict(), where)
         model.load_state_dict(weights)
+        model.check_layouts()
         model.profiled = read_profile(where, at)
         model.config.name_or_path = model.name_or_path = where
         return model.to(device_map).eval() if device_map not in (None, "auto") else model.eval()
+
+
+def _class_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str]:
+    """Names of a new task's classes; empty where there is no new task."""
+    if id2label is None:
+        if num_labels is not None and num_labels < 1:
+            raise ValueError(f"num_labels={num_labels} must be at least 1")
+        return {index: f"LABEL_{index}" for index in range(num_labels or 0)}
+    names = {int(index): str(name) for index, name in dict(id2label).items()}
+    if not names or sorted(names) != list(range(len(names))) or num_labels not in (None, len(names)):
+        raise ValueError(
+            f"id2label must name the classes 0, 1, 2, ... (num_labels of them, if that is given too); it names "
+            f"{sorted(names)} and num_labels={num_labels}"
+        )
+    return names
 
 
 AutoModelForImageClassification.register(RestNetConfig, StitchedModelForImageClassification, exist_ok=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,6 +25,7 @@ def describe(anchor: Anchor) -> dict[str, Any]:
         "preprocessing": asdict(anchor.preprocessing),
         "label_names": None if anchor.label_names is None else list(anchor.label_names),
         "granularity": anchor.granularity,
+        "depth": anchor.depth,
     }
 
 
@@ -36,33 +38,46 @@ def rebuild(entry: Mapping[str, Any]) -> Anchor:
     return anchor_from_config(entry["config"], entry["name"], preprocessing, **options)
 
 
-def reload(entry: Mapping[str, Any], module: nn.Module | None, load: Mapping[str, Any]) -> Anchor:
-    """An anchor as config.json names it, or the module given for it; checked to be the same network."""
-    source = module if module is not None else entry["repo_id"]
+def reload(
+    entry: Mapping[str, Any], given: nn.Module | str | None, dtype: torch.dtype, options: Mapping[str, Any]
+) -> Anchor:
+    """An anchor as config.json names it, or the one given for it; checked to be the same network.
+
+    Raises:
+        OSError: it cannot be loaded.
+        ValueError: it is another network.
+    """
+    name, hint = entry["name"], f"from_pretrained(..., anchors={{{entry['name']!r}: a module or a folder}})"
+    source = entry["repo_id"] if given is None else given
     if source is None:
-        raise ValueError(
-            f"anchor '{entry['name']}' was made in code; pass it: "
-            f"from_pretrained(..., anchors={{{entry['name']!r}: module}})"
-        )
+        raise ValueError(f"anchor '{name}' was made in code; pass it: {hint}")
     preprocessing = Preprocessing.from_dict(entry["preprocessing"])
-    anchor = load_anchor(
-        source,
-        name=entry["name"],
-        revision=entry["revision"],
-        image_size=preprocessing.image_size,
-        preprocessing=preprocessing if module is not None else None,
-        label_names=entry["label_names"],
-        granularity=entry["granularity"],
-        **load,
-    )
-    anchor.preprocessing = preprocessing
-    found = anchor.fingerprint()
-    if found.split(":")[0] == entry["fingerprint"].split(":")[0] and found != entry["fingerprint"]:
-        raise ValueError(
-            f"anchor '{anchor.name}' ({source if module is None else 'given'}) is not the network this adapter was "
-            f"made for: its fingerprint is {found}, not {entry['fingerprint']}"
+    stored = entry["fingerprint"].split(":")[0]  # the type the weights had: they are compared in it, and cast after
+    try:
+        anchor = load_anchor(
+            source,
+            name=name,
+            revision=entry["revision"] if given is None else None,
+            preprocessing=preprocessing,
+            label_names=entry["label_names"],
+            granularity=entry["granularity"],
+            dtype=getattr(torch, stored, dtype),
+            **options,
         )
-    return anchor
+    except OSError as error:
+        raise OSError(f"{error} If the anchor has moved, pass it: {hint}") from error
+    found = anchor.fingerprint()
+    if found != entry["fingerprint"]:
+        raise ValueError(
+            f"anchor '{name}' ({type(source).__name__ if given is not None else source}) is not the network this "
+            f"adapter was made for: its fingerprint is {found}, not {entry['fingerprint']}. Pass the right one: {hint}"
+        )
+    if anchor.depth != entry["depth"]:
+        raise ValueError(
+            f"anchor '{name}' has {anchor.depth} cuts here and had {entry['depth']} when the adapter was saved: the "
+            "versions of transformers or timm differ too much for its routes. Install those that profile.json names"
+        )
+    return anchor.to(dtype)
 
 
 def class_order(front: Anchor, anchor: Anchor) -> list[int]:

@@ -40,7 +40,7 @@ class Preprocessing:
             processor(Image.new("RGB", (320, 320), (level,) * 3), return_tensors="pt")["pixel_values"][0].double()
             for level in (0, 255)
         )
-        low, high = black.flatten(1).mean(1), white.flatten(1).mean(1)
+        low, high = (image[:, image.shape[1] // 2, image.shape[2] // 2] for image in (black, white))
         std = 1 / (high - low)
         mean = -low * std
         # pixels are float32: what lies past six digits is rounding
@@ -90,7 +90,9 @@ def timm_processor(pretrained_cfg: dict[str, Any]) -> BitImageProcessor:
     config = resolve_data_config(pretrained_cfg=pretrained_cfg)
     height, width = config["input_size"][1:]
     crop_pct, squash = config["crop_pct"], config["crop_mode"] == "squash"
-    resized = {"height": height, "width": width} if squash else {"shortest_edge": math.floor(height / crop_pct)}
+    resized = (
+        {"height": height, "width": width} if squash else {"shortest_edge": math.floor(max(height, width) / crop_pct)}
+    )
     return BitImageProcessor(
         size=resized,
         do_center_crop=not squash,
@@ -113,7 +115,8 @@ def with_image_size(processor: Any, image_size: tuple[int, int]) -> Any:
     for key in ("size", "crop_size"):
         size = settings.get(key)
         if size and "shortest_edge" in size:
-            settings[key] = {"shortest_edge": round(size["shortest_edge"] * image_size[0] / native[0])}
+            factor = max(image_size[0] / native[0], image_size[1] / native[1])
+            settings[key] = {"shortest_edge": round(size["shortest_edge"] * factor)}
         elif size:
             settings[key] = {"height": image_size[0], "width": image_size[1]}
     changed = type(processor).from_dict(settings)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         for cost, limit in self.limits.items():
-            if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
+            if isinstance(limit, bool) or not isinstance(limit, Real) or not limit > 0:
                 raise ValueError(f"budget {cost}={limit!r} must be a number above 0")
         if not self.limits:
             raise ValueError(f"a budget needs at least one of {[f.name for f in fields(self)]}")

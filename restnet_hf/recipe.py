@@ -112,7 +112,10 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     fitted = model.profile(eval_set, dataset=_name(recipe.dataset))
     clock.lap("first profile")
     before = _anchor_logits(model, calibration)
-    train(model, train_set, _options(recipe.stitches, folder / "training" / "stitches", resume))
+    options = _options(
+        recipe.stitches, folder / "training" / "stitches", resume, train_head=bool(recipe.stitches.train_head)
+    )
+    train(model, train_set, options)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
     clock.lap("training")
     profile = model.profile(eval_set, dataset=_name(recipe.dataset))

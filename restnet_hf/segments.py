@@ -1,10 +1,12 @@
 """Run part of a network through its own forward: what lies before is bypassed, what lies after does not run."""
 
 import copy
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +108,14 @@ class _Flow:
         self.kept: Tensor | None = None
 
 
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def _lock(model: nn.Module) -> Any:
+    """One lock for each network: while a segment runs, its modules have other forwards, in every thread."""
+    return _LOCKS.setdefault(model, threading.RLock())
+
+
 class _Placeholder:
     """Forward of a module that lies outside the segment."""
 
@@ -199,6 +209,18 @@ def run(
         image_size: of the images the network is used with.
         classifier: path of the last layer, to be left out: the logits are then the features before it.
     """
+    with _lock(model):
+        return _run(model, x, start, stops, image_size, classifier)
+
+
+def _run(
+    model: nn.Module,
+    x: Tensor,
+    start: Cut | None,
+    stops: Mapping[int, Cut | None],
+    image_size: tuple[int, int],
+    classifier: str | None,
+) -> dict[int, Tensor]:
     kept: dict[int, Tensor] = {}
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
     whole = len(wanted) < len(stops)
@@ -250,7 +272,8 @@ def own_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Param
 class BakedSegment(nn.Module):
     """A segment as a plain module with only its own weights: no hooks, no exceptions; compiles and exports.
 
-    ``forward`` takes what `run` takes and returns the activation at ``stop``, or the logits.
+    ``forward`` takes what `run` takes and returns the activation at ``stop``, or the logits. One call at a time: give
+    each thread a copy of its own.
     """
 
     def __init__(

@@ -40,6 +40,9 @@ class HSIC:
     The ratio is formed from the sums (minibatch CKA; Nguyen, Raghu and Kornblith, arXiv 2010.15327, equation 3), with
     the unbiased estimator of Song et al. (JMLR 2012, equation 5) or the biased one of Gretton et al. (2005).
 
+    Batches weigh by their images, and one of less than half the images of the first is left out: what it says is
+    noise, and the biased estimate depends on the size of the batch.
+
     Args:
         estimator: ``unbiased`` (batches of at least 4 images) or ``biased`` (at least 2).
     """
@@ -49,7 +52,7 @@ class HSIC:
             raise ValueError(f"estimator={estimator!r} is not one of {ESTIMATORS}")
         self.estimator = estimator
         self.least = 4 if estimator == "unbiased" else 2
-        self.images = 0
+        self.images = self.first = 0
         self.xy: Any = 0.0
         self.xx: Any = 0.0
         self.yy: Any = 0.0
@@ -57,10 +60,11 @@ class HSIC:
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add one batch of Gram matrices (cuts, N, N) of centred features, float64; too small a batch is left out."""
         n = x.shape[-1]
-        if n < self.least:
+        if n < self.least or 2 * n < self.first:
             return
+        self.first = self.first or n
         x, y = (self._centred(gram).flatten(1) for gram in (x, y))
-        scale = n * (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2
+        scale = (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2 / n  # n times the estimate
         self.images += n
         self.xy += (x @ y.T / scale).cpu()
         self.xx += (x.square().sum(1) / scale).cpu()

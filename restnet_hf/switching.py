@@ -62,7 +62,7 @@ class RouteMixin:
         return self.anchors[name]
 
     def add_stitch(self, route: Route | str, config: StitchConfig | None = None) -> Route:
-        """Add a route and the stitches it still lacks, not fitted yet; returns the route."""
+        """Add a route and, made as ``config`` says, the stitches it still lacks, not fitted yet; returns the route."""
         route = self.route(route)
         for point in route.stitch_points:
             if point.name not in self.stitches:
@@ -80,6 +80,20 @@ class RouteMixin:
         if point.name not in (self.config.stitches or {}):
             self.config.set_stitch(point, source, target, config)
 
+    def check_layouts(self) -> None:
+        """Raise ValueError where a stitch was made for other activations than its anchors have."""
+        for name in self.stitches:
+            point, source, target, _ = self.config.stitch_parts(name)
+            for anchor, cut, layout in (
+                (point.source, point.source_cut, source),
+                (point.target, point.target_cut, target),
+            ):
+                found = self.anchors[anchor].layout(cut)
+                if found != layout:
+                    raise ValueError(
+                        f"stitch '{name}' was made for {layout} at cut {cut} of '{anchor}', which is {found}"
+                    )
+
     def delete_stitch(self, route: Route | str) -> None:
         """Remove a route and the stitches that no other route needs. The active route cannot be removed."""
         route = self.route(route)
@@ -91,6 +105,9 @@ class RouteMixin:
         needed = {point.name for other in self.routes for point in other.stitch_points}
         for name in set(self.stitches) - needed:
             del self.stitches[name], self.config.stitches[name]
+        if self.profiled is not None:
+            kept = tuple(row for row in self.profiled.routes if row.route != route)
+            self.profiled = Profile(kept, self.profiled.metadata)
 
     def set_route(self, route: Route | str) -> Route:
         """Make ``forward`` run that route.

@@ -5,6 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from restnet_hf.data import Batch, as_batch
+from restnet_hf.data import Batch, as_batch, check_labels
 from restnet_hf.files import folder_written_whole
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes import Route, Segment
@@ -43,9 +44,10 @@ class TrainArgs:
         weight_decay: of AdamW.
         warmup_ratio: share of the steps in which the learning rate rises.
         max_grad_norm: the gradient of each stitch and head is clipped to this norm.
-        distillation: weight of the distillation from the largest anchor; the rest is cross-entropy. 1 needs no labels.
+        distillation: weight of the distillation from the largest anchor; the rest is cross-entropy. 1 needs no
+            labels. A new head of that anchor must have been trained before, with 0.
         temperature: of the distillation (Hinton et al., arXiv 1503.02531).
-        train_head: train new heads too.
+        train_head: train new heads too; None does if the model has any.
         save_steps: steps between checkpoints; None for one at the end of each epoch.
         resume_from_checkpoint: go on from the last checkpoint in ``output_dir``, if there is one.
         logging_steps: steps between entries for the trackers.
@@ -63,7 +65,7 @@ class TrainArgs:
     max_grad_norm: float = Field(default=1.0, gt=0)
     distillation: float = Field(default=0.5, ge=0, le=1)
     temperature: float = Field(default=2.0, gt=0)
-    train_head: bool = False
+    train_head: bool | None = None
     save_steps: int | None = Field(default=None, gt=0)
     resume_from_checkpoint: bool = False
     logging_steps: int = Field(default=10, gt=0)
@@ -126,11 +128,14 @@ class _Training:
             dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
         )
         set_seed(args.seed)
+        if not hasattr(train_set, "__len__"):
+            raise ValueError("train_set must have a length: a map-style dataset, or a DataLoader of one")
         if not len(train_set):
             raise ValueError("train_set is empty: at least one image is needed")
         loader = train_set
         if not isinstance(loader, DataLoader):
             loader = DataLoader(train_set, batch_size=args.batch_size, shuffle=True)
+        model.to(self.accelerator.device)  # before the optimizer sees the parameters
         self.parameters = {f"{key}.{n}": p for key, m in self.modules.items() for n, p in m.named_parameters()}
         total = len(loader) * args.num_train_epochs
         optimizer = torch.optim.AdamW(
@@ -144,7 +149,7 @@ class _Training:
     def _trainable(self, routes: Sequence[Route]) -> dict[str, nn.Module]:
         names = {point.name for route in routes for point in route.stitch_points}
         modules: dict[str, nn.Module] = {f"stitches.{name}": self.model.stitches[name] for name in sorted(names)}
-        if self.args.train_head:
+        if self.args.train_head is not False:
             ends = {route.segments[-1].anchor for route in routes}
             modules |= {f"heads.{name}": head for name, head in self.model.heads.items() if name in ends}
         if not modules:
@@ -159,6 +164,11 @@ class _Training:
             return None
         anchors = self.model.anchors
         largest = max(anchors, key=lambda name: sum(p.numel() for p in anchors[name].parameters()))
+        if self.model.config.new_head and largest not in self.model.config.trained_heads:
+            raise ValueError(
+                f"the new head of '{largest}' is not trained yet, so there is nothing to distil from it. Train heads "
+                f"first, train(..., TrainArgs(distillation=0), routes=['{largest}[:]', ...]), or set distillation=0"
+            )
         route = Route((Segment(largest),))
         return route, self.model.steps(route)
 
@@ -174,31 +184,50 @@ class _Training:
                     "resume_from_checkpoint=True, or choose another output_dir"
                 )
             self._resume(checkpoints[-1])
-        self.model.to(accelerator.device).train()
-        per_epoch = len(self.loader)
-        bar = logging.tqdm(
-            total=self.total, initial=self.step, desc="training", disable=not accelerator.is_local_main_process
-        )
-        for epoch in range(self.step // per_epoch, args.num_train_epochs):
-            self.losses = {route: [] for route in self.walks}
-            for batch in self._epoch(epoch, self.step - epoch * per_epoch):
-                self._update(batch)
-                self.step += 1
-                bar.update()
-                if self.step % args.logging_steps == 0:
-                    recent = {str(route): losses[-1] for route, losses in self.losses.items()}
-                    bar.set_postfix(loss=f"{sum(recent.values()) / len(recent):.3f}")
-                    rate = self.schedule.get_last_lr()[0]
-                    accelerator.log({"learning_rate": rate, **{f"loss/{k}": v for k, v in recent.items()}}, self.step)
-                last_of_epoch = self.step % per_epoch == 0
-                if self.step % args.save_steps == 0 if args.save_steps else last_of_epoch:
-                    self._save()
-        bar.close()
+        with self._only_these_train():
+            self._epochs()
         for tracker in accelerator.trackers:  # end_training() would also end the process group
             tracker.finish()
-        self.model.eval()
+        trained = {key.removeprefix("heads.") for key in self.modules if key.startswith("heads.")}
+        self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
+        self.model.profiled = None  # it was of the stitches as they were
         means = {str(route): sum(losses) / len(losses) for route, losses in self.losses.items() if losses}
         return TrainResult(self.step, time.perf_counter() - began, means)
+
+    @contextmanager
+    def _only_these_train(self) -> Iterator[None]:
+        """Training mode, and no gradients for stitches and heads that take no part; as before afterwards."""
+        mine = set(self.parameters.values())
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in mine]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        self.model.train()
+        self.optimizer.zero_grad()
+        try:
+            yield
+        finally:
+            self.optimizer.zero_grad()
+            self.model.eval()
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+    def _epochs(self) -> None:
+        args, accelerator, per_epoch = self.args, self.accelerator, len(self.loader)
+        hidden = not accelerator.is_local_main_process
+        with logging.tqdm(total=self.total, initial=self.step, desc="training", disable=hidden) as bar:
+            for epoch in range(self.step // per_epoch, args.num_train_epochs):
+                self.losses = {route: [] for route in self.walks}
+                for batch in self._epoch(epoch, self.step - epoch * per_epoch):
+                    self._update(batch)
+                    self.step += 1
+                    bar.update()
+                    if self.step % args.logging_steps == 0:
+                        recent = {f"loss/{route}": losses[-1] for route, losses in self.losses.items()}
+                        bar.set_postfix(loss=f"{sum(recent.values()) / len(recent):.3f}")
+                        accelerator.log({"learning_rate": self.schedule.get_last_lr()[0], **recent}, self.step)
+                    due = self.step % args.save_steps == 0 if args.save_steps else self.step % per_epoch == 0
+                    if due:
+                        self._save()
 
     def _epoch(self, epoch: int, done: int) -> Iterator[Batch]:
         set_seed(self.args.seed + epoch)  # random augmentation is the same for a run that was resumed
@@ -218,27 +247,25 @@ class _Training:
                     f"the loss of route '{route}' is {self.losses[route][-1]} at step {self.step}; lower the learning "
                     "rate. Checkpoints written so far are sound"
                 )
+        if accelerator.num_processes > 1:
+            for parameter in self.parameters.values():
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        accelerator.unscale_gradients()
         for module in self.modules.values():
-            if accelerator.num_processes > 1:
-                for parameter in module.parameters():
-                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
-            accelerator.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
 
     def _check(self, batch: Batch) -> None:
         self.model.preprocessing.check(batch["pixel_values"])
-        labels, classes = batch.get("labels"), self.model.config.num_labels
+        labels = batch.get("labels")
         if labels is None and self.args.distillation < 1:
             raise ValueError(
                 "train_set has no labels; give some, or set distillation=1.0 to learn from the anchor alone"
             )
-        if labels is not None and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-            raise ValueError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes; "
-                "build it with num_labels= or id2label= for a new task"
-            )
+        if labels is not None:
+            check_labels(labels, self.model.config.num_labels)
 
     def _route_losses(self, batch: Batch) -> Iterator[tuple[Route, Tensor]]:
         """The loss of each route in turn; what the routes share is computed once, without gradients."""
@@ -291,6 +318,8 @@ class _Training:
         with folder_written_whole(Path(self.args.output_dir) / f"checkpoint-{self.step}") as folder:
             save_file(tensors, folder / "training.safetensors")
             place = {"step": self.step, "total": self.total, "schedule": self.schedule.state_dict()}
+            if self.accelerator.scaler is not None:
+                place["scaler"] = self.accelerator.scaler.state_dict()
             (folder / "training.json").write_text(json.dumps(place))
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
@@ -315,4 +344,6 @@ class _Training:
             group["lr"] = rate
         self.optimizer.load_state_dict(state)
         self.schedule.load_state_dict(place["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(place["scaler"])
         self.step = place["step"]

@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 from torch import nn
+from transformers import ViTImageProcessor
 
 import restnet_hf
 from restnet_hf import Anchor, StitchedModelForImageClassification, load_anchor
@@ -106,6 +107,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
 def make_model(name: str, seed: int = 0) -> nn.Module:
     """A fresh model of `MODELS`, the same every time."""
     return spread(MODELS[name][0](), seed)
+
+
+def save_model(name: str, folder: Path, seed: int = 0) -> Path:
+    """A folder with a model of `MODELS` and its image processor, as the Hub has them."""
+    make_model(name, seed).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder
 
 
 def make_anchor(name: str, seed: int = 0) -> Anchor:

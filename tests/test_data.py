@@ -19,6 +19,7 @@ SOURCES = {
     "dataset of dicts": Dataset.from_dict({"pixel_values": X.tolist(), "labels": Y.tolist()}).with_format("torch"),
     "loader": DataLoader(DICTS, batch_size=4),
     "list of batches": [(X[:6], Y[:6]), (X[6:], Y[6:])],
+    "one batch": {"pixel_values": X, "labels": Y},
     "generator": ({"pixel_values": x, "label": y} for x, y in zip(X.split(3), Y.split(3), strict=True)),
 }
 

@@ -257,3 +257,48 @@ def test_copies_and_dtypes(pair, images):
         assert not torch.equal(twin(images).logits, pair(images).logits)
         half = pair.to(torch.bfloat16)
         assert half(images).logits.dtype == torch.bfloat16
+
+
+def test_anchors_can_be_used_again(images):
+    """A model changes neither the anchors it is given nor other models of them."""
+    front, end = make_anchor("resnet"), make_anchor("vit", 1)
+    first = build(front, end)
+    before = first(images).logits
+    build(front, end, num_labels=2)
+    assert torch.equal(first(images).logits, before) and not front.headless
+    twice = build(front, front)
+    assert list(twice.anchors) == ["resnet", "resnet_2"] and front.name == "resnet"
+
+
+def test_dtypes_of_new_heads(images):
+    model = build(make_anchor("resnet").to(torch.bfloat16), make_anchor("vit").to(torch.bfloat16), num_labels=2)
+    model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
+    assert model(images).logits.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="weights of different types"):
+        build(make_anchor("resnet").to(torch.bfloat16), make_anchor("vit"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_labels": 0}, {"id2label": {1: "a", 2: "b"}}, {"num_labels": 3, "id2label": {0: "a"}}, {"id2label": {}}],
+)
+def test_bad_labels(options):
+    with pytest.raises(ValueError, match="num_labels"):
+        build(make_anchor("resnet"), make_anchor("vit"), **options)
+
+
+def test_bad_label_names():
+    with pytest.raises(ValueError, match="'resnet' has 5 classes, but 2 label_names"):
+        build(named("resnet", NAMES[:2]), named("vit", NAMES[:2]))
+
+
+def test_profile_is_not_kept_past_its_stitches(pair, images):
+    pair.profile()
+    second = pair.add_stitch("resnet[:2] + vit[1:]")
+    pair.profile()
+    pair.delete_stitch(second)
+    assert second not in [row.route for row in pair.profiled.routes]
+    pair.fit_stitches(images)
+    assert pair.profiled is None
+    with pytest.raises(ValueError, match="labels run from 0 to 99"):
+        pair.profile([(images, torch.tensor([0, 1, 2, 3, 4, 99]))])

@@ -26,7 +26,9 @@ def test_tradeoff(tmp_path):
     plot_tradeoff(profile(*ANCHORS), tmp_path / "anchors.png")
     plot_tradeoff(after, tmp_path / "after.png")
     plot_tradeoff(after, tmp_path / "both.png", profile(*ANCHORS, ("a[:2] + b[1:]", 12, 0.5)))
-    blue = [((p := pixels(tmp_path / f"{n}.png"))[..., 2] - p[..., 0] > 100).sum() for n in ("anchors", "after", "both")]
+    blue = [
+        ((p := pixels(tmp_path / f"{n}.png"))[..., 2] - p[..., 0] > 100).sum() for n in ("anchors", "after", "both")
+    ]
     assert blue[0] == 0 < blue[1]
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -100,3 +100,14 @@ def test_check(pixel_values, error):
     Preprocessing((8, 8)).check(torch.zeros(2, 3, 8, 8))
     with pytest.raises(error, match="pixel_values must"):
         Preprocessing((8, 8)).check(pixel_values)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 192), (192, 96)])
+def test_sizes_that_are_not_square(size):
+    processor = timm_processor(
+        {"input_size": (3, 224, 224), "crop_pct": 0.875, "mean": IMAGENET[0], "std": IMAGENET[1]}
+    )
+    found = Preprocessing.of(with_image_size(processor, size))
+    assert found.image_size == size
+    assert found.mean == pytest.approx(IMAGENET[0], rel=1e-6) and found.std == pytest.approx(IMAGENET[1], rel=1e-6)
+    assert prepare(with_image_size(processor, size), [Image.new("RGB", (300, 260), "white")]).min() > 0  # no padding

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SIZE, make_model
+from conftest import SIZE, save_model
 from datasets import ClassLabel, Dataset, Features, Image
 from typer.testing import CliRunner
 
@@ -26,7 +26,7 @@ TOY_STITCHES = {"num_train_epochs": 1, "batch_size": 32}
 def new_task(tmp_path):
     """Two random anchors, and a data set of three classes that they do not know."""
     for name in ("resnet", "vit"):
-        make_model(name).save_pretrained(tmp_path / name)
+        save_model(name, tmp_path / name)
     features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
     pixels = torch.zeros(24, SIZE, SIZE, 3, dtype=torch.uint8)
     for index in range(24):
@@ -72,10 +72,6 @@ def test_stitching_trained_anchors_works(demo_model, clothes):
 def test_new_task_needs_no_flag(new_task):
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
     recipe |= {"image_size": SIZE, "max_routes": 1, "heads": TOY_STITCHES | {"train_head": True, "distillation": 0.0}}
-    for name in ("resnet", "vit"):  # folders as the Hub has them
-        (new_task / name / "preprocessor_config.json").write_text(
-            json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": 48, "width": 48}})
-        )
     (new_task / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"stitches": TOY_STITCHES}))
     report = run_recipe(load_recipe(new_task / "recipe.yaml"), new_task / "out")
     assert all(report["checks"].values()) and len(report["routes"]) == 3
@@ -97,10 +93,6 @@ def test_recipes_are_valid(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run_at_toy_size(path, new_task):
     """With tiny anchors and images in place of those it names."""
-    for name in ("resnet", "vit"):
-        (new_task / name / "preprocessor_config.json").write_text(
-            json.dumps({"image_processor_type": "ViTImageProcessor", "size": {"height": SIZE, "width": SIZE}})
-        )
     toy = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
     report = run_recipe(load_recipe(path, **toy, image_size=SIZE, calibration_images=16), new_task / "out")
     assert all(report["checks"].values())
@@ -153,5 +145,5 @@ def test_command(tmp_path):
 def test_command_errors(tmp_path, monkeypatch, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
-    assert result.exit_code == code and message in result.output
+    assert result.exit_code == code and message in " ".join(result.output.split())
     assert "Traceback" not in result.output and list(tmp_path.iterdir()) == []

@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import SIZE, make_anchor, make_model
+from conftest import make_anchor, make_model, save_model
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from restnet_hf import RestNetConfig, StitchedModelForImageClassification
-from restnet_hf.adapter_files import WEIGHTS
+from restnet_hf.adapter_files import OWN_FILES, WEIGHTS
 from restnet_hf.data import load_images
 from restnet_hf.embedded import DATA
 
@@ -21,10 +22,8 @@ from restnet_hf.embedded import DATA
 def saved(tmp_path, images):
     """A model out of two folders, saved: (model, path of the adapter, images, logits)."""
     for name in ("resnet", "vit"):
-        make_model(name).save_pretrained(tmp_path / name)
-    model = StitchedModelForImageClassification.from_anchors(
-        tmp_path / "resnet", tmp_path / "vit", order="given", image_size=SIZE
-    )
+        save_model(name, tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
     for route in ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"):
         model.set_route(model.add_stitch(route))
     model.fit_stitches(images)
@@ -72,7 +71,7 @@ def test_files(saved):
     weights = load_file(path / WEIGHTS)
     assert weights.keys() == {key for key in model.state_dict() if key.startswith("stitches.")}
     assert sum(value.numel() for value in weights.values()) == sum(p.numel() for p in model.stitches.parameters())
-    assert {file.name for file in path.iterdir()} == {WEIGHTS, "config.json", "profile.json", "modeling_restnet.py"}
+    assert {file.name for file in path.iterdir()} == set(OWN_FILES)
     config = json.loads((path / "config.json").read_text())
     assert config["model_type"] == "restnet"
     assert [entry["fingerprint"].split(":")[0] for entry in config["anchors"]] == ["float32", "float32"]
@@ -107,9 +106,9 @@ def test_config_alone_builds_the_model(saved):
 
 def test_new_head_is_saved(tmp_path, images):
     for name in ("resnet", "vit"):
-        make_model(name).save_pretrained(tmp_path / name)
+        save_model(name, tmp_path / name)
     model = StitchedModelForImageClassification.from_anchors(
-        tmp_path / "resnet", tmp_path / "vit", order="given", image_size=SIZE, num_labels=3
+        tmp_path / "resnet", tmp_path / "vit", order="given", num_labels=3
     )
     model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
     model.save_pretrained(tmp_path / "adapter")
@@ -139,14 +138,19 @@ def test_modules_made_in_code(tmp_path, images):
 
 def test_a_changed_parent_is_refused(saved, tmp_path):
     _, path, _, _ = saved
+    shutil.copytree(tmp_path / "vit", tmp_path / "moved")
     make_model("vit", 5).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
-        StitchedModelForImageClassification.from_pretrained(path)
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
+            StitchedModelForImageClassification.from_pretrained(path, dtype=dtype)
+    StitchedModelForImageClassification.from_pretrained(path, anchors={"vit": tmp_path / "moved"})
 
 
 def test_a_missing_parent_is_named(saved, tmp_path):
     shutil.rmtree(tmp_path / "vit")
-    with pytest.raises(OSError, match="anchor '.*vit' cannot be loaded"):
+    with pytest.raises(
+        OSError, match=r"anchor '.*vit' cannot be loaded.*If the anchor has moved, pass it: from_pretrained"
+    ):
         StitchedModelForImageClassification.from_pretrained(saved[1])
 
 
@@ -189,21 +193,87 @@ def test_no_weights(saved):
         StitchedModelForImageClassification.from_pretrained(saved[1])
 
 
+def at(*keys, value):
+    """An edit of config.json: set the entry at ``keys``."""
+
+    def change(config):
+        for key in keys[:-1]:
+            config = config[key]
+        config[keys[-1]] = value
+
+    return change
+
+
+STITCH = ("stitches", "resnet_2__vit_1")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "cubic"}, "config"),
-        ({"channels": -4}, "source"),
-        ({"prefix": 10**9}, "source"),
+        (at(*STITCH, "config", "kind", value="cubic"), "the entry of stitch 'resnet_2__vit_1' is not sound"),
+        (at(*STITCH, "source", "channels", value=-4), "the entry of stitch 'resnet_2__vit_1' is not sound"),
+        (at(*STITCH, "source", "prefix", value=10**9), "the entry of stitch 'resnet_2__vit_1' is not sound"),
+        (at(*STITCH, "source", "grid", value=[9, 9]), "was made for .* at cut 2 of 'resnet', which is"),
+        (at(*STITCH, "point", "target_cut", value=2), "says of itself that it is"),
+        (at("stitches", value={"../up": {}}), "the entry of stitch '../up' is not sound"),
+        (at("anchors", value=[]), "at least two anchors are needed"),
+        (at("anchors", value=[3, 4]), "anchor 0 lacks"),
+        (at("anchors", 0, "fingerprint", value=None), "anchor 0 lacks its fingerprint"),
+        (at("anchors", 0, "fingerprint", value="float16:dead"), "is not the network this adapter was made for"),
+        (at("anchors", 0, "granularity", value="module"), "cuts here and had"),
+        (at("active_route", value="who[:]"), "names anchors or stitches that are not there"),
+        (at("active_route", value="resnet[:1] + vit[1:]"), "names anchors or stitches that are not there"),
+        (at("routes", value=["x"]), "is not a route"),
+        (at("routes", value=3), "routes must be a list of strings|routes"),
     ],
 )
 def test_unsound_config(saved, change, message):
     file = saved[1] / "config.json"
     config = json.loads(file.read_text())
-    config["stitches"]["resnet_2__vit_1"][message].update(change)
+    change(config)
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the entry of stitch 'resnet_2__vit_1' is not sound"):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         StitchedModelForImageClassification.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("options", [{"budget": {"macs": 3}}, {"quantise": True}])
+def test_unknown_options(saved, options):
+    with pytest.raises(TypeError, match=f"takes no \\['{next(iter(options))}'\\]"):
+        StitchedModelForImageClassification.from_pretrained(saved[1], **options)
+    with pytest.raises(ValueError, match=r"anchors= names \['who'\]"):
+        StitchedModelForImageClassification.from_pretrained(saved[1], anchors={"who": make_model("vit")})
+    with pytest.raises(ValueError, match="the anchors have 5 classes, not num_labels=3"):
+        AutoModelForImageClassification.from_pretrained(saved[1], num_labels=3)
+
+
+def test_nothing_stale_is_left(saved, tmp_path):
+    """An adapter saved over another keeps nothing of it, and other files are left alone."""
+    model, path, _, _ = saved
+    (path / "notes.txt").write_text("mine")
+    model.profiled = None
+    model.save_pretrained(path)
+    assert not (path / "profile.json").exists() and (path / "notes.txt").read_text() == "mine"
+    assert StitchedModelForImageClassification.from_pretrained(path).profiled is None
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        model.save_pretrained(path / "notes.txt")
+
+
+def test_without_stitches(saved, tmp_path, images):
+    model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
+    model.save_pretrained(tmp_path / "empty")
+    again = StitchedModelForImageClassification.from_pretrained(tmp_path / "empty")
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, model(images).logits)
+
+
+def test_pipeline(demo_model, tmp_path):
+    """transformers' own pipeline, on real images."""
+    demo_model.save_pretrained(tmp_path / "adapter")
+    classify = pipeline("image-classification", model=str(tmp_path / "adapter"))
+    rows = load_images(DATA, "test").select(range(40))
+    hits = [classify(row["image"].convert("RGB"))[0]["label"] for row in rows]
+    names = rows.features["label"].names
+    assert sum(hit == names[label] for hit, label in zip(hits, rows["label"], strict=True)) > 34
 
 
 def test_a_failed_save_leaves_the_old_adapter(saved):

@@ -90,6 +90,14 @@ def test_undefined_is_masked():
     assert np.isfinite(found.data).all()
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_short_last_batch_says_nothing(estimator):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(258, 50))
+    y = rng.normal(size=(258, 50)) + 0.5 * x
+    assert value(x, y, estimator, batch=64) == pytest.approx(value(x[:256], y[:256], estimator, batch=64), abs=1e-12)
+
+
 def test_too_few_images():
     with pytest.raises(ValueError, match="batches of at least 4"):
         value(torch.randn(3, 2), torch.randn(3, 2), "unbiased")

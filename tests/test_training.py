@@ -148,13 +148,19 @@ def test_resume_is_exact(tmp_path, save_steps):
 def test_heads(images):
     model = build(num_labels=3)
     start = trained(model)
-    args = TrainArgs(train_head=True, distillation=0.0, **FAST)
+    with pytest.raises(ValueError, match=r"new head of '.*' is not trained yet"):
+        train(model, data(classes=3), TrainArgs(**FAST))
+    args = TrainArgs(distillation=0.0, **FAST)
     train(model, data(classes=3), args, routes=["resnet[:]", "vit[:]"])
     moved = {name.split(".")[0] for name, value in trained(model).items() if not torch.equal(value, start[name])}
     assert moved == {"heads"}
     heads = {k: v for k, v in trained(model).items() if k.startswith("heads.")}
-    train(model, data(classes=3), TrainArgs(**FAST))
+    train(model, data(classes=3), TrainArgs(train_head=False, **FAST))
     assert all(torch.equal(value, trained(model)[name]) for name, value in heads.items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.config.trained_heads == ["resnet", "vit"]
+    train(model, data(classes=3), TrainArgs(**FAST))
+    assert not torch.equal(heads["heads.vit.weight"], trained(model)["heads.vit.weight"])
 
 
 def test_other_order():
