@@ -244,7 +244,8 @@ def load_anchor(
         raise ValueError("give either image_size or preprocessing, which holds the image size")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if isinstance(source, nn.Module):
-        model, repo_id = source, getattr(source, "name_or_path", None) or None
+        named = getattr(source, "name_or_path", "")
+        model, repo_id = source, _source_id(named) if named else None
     else:
         repo_id = _source_id(source)
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
@@ -253,10 +254,10 @@ def load_anchor(
     size = preprocessing.image_size if preprocessing is not None else size
     if processor is not None and size is not None:
         processor = with_image_size(processor, size)
-    if processor is not None and preprocessing not in (None, Preprocessing.of(processor)):
-        processor = None  # it prepares images otherwise than it was told
-    if preprocessing is None and processor is not None:
-        preprocessing = Preprocessing.of(processor)
+    measured = None if processor is None else Preprocessing.of(processor)
+    if preprocessing not in (None, measured):
+        processor = None  # it prepares images otherwise than the anchor is said to want them
+    preprocessing = preprocessing or measured
     if preprocessing is None:
         raise ValueError(
             f"how {repo_id or type(model).__name__} wants its images is not known: it has no image processor. Pass "

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
 from restnet_hf.preprocessing import prepare
 
@@ -22,7 +24,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
         data: a tensor of images; a map-style dataset (its items are dicts with ``pixel_values`` and ``labels``,
             pairs, or image tensors); or an iterable of such batches, a DataLoader for one.
         batch_size: for a tensor or a dataset.
-        name: of the argument, for errors.
+        name: of the argument, for errors and the progress bar.
 
     Raises:
         ValueError: there is not a single image.
@@ -37,7 +39,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
     else:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in source:
+    for item in logging.tqdm(source, desc=name, disable=not PartialState().is_local_main_process):
         batch = as_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False

@@ -52,7 +52,8 @@ def reload(
     if source is None:
         raise ValueError(f"anchor '{name}' was made in code; pass it: {hint}")
     preprocessing = Preprocessing.from_dict(entry["preprocessing"])
-    stored = entry["fingerprint"].split(":")[0]  # the type the weights had: they are compared in it, and cast after
+    # the weights are compared in the type that they had, and cast after
+    stored = getattr(torch, entry["fingerprint"].split(":")[0], None)
     try:
         anchor = load_anchor(
             source,
@@ -61,7 +62,7 @@ def reload(
             preprocessing=preprocessing,
             label_names=entry["label_names"],
             granularity=entry["granularity"],
-            dtype=getattr(torch, stored, dtype),
+            dtype=stored if isinstance(stored, torch.dtype) else dtype,
             **options,
         )
     except OSError as error:

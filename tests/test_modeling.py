@@ -4,11 +4,13 @@ import copy
 import dataclasses
 
 import pytest
+import timm
 import torch
-from conftest import CLASSES, SIZE, make_anchor, make_model
+from conftest import CLASSES, SIZE, make_anchor, make_model, spread
+from timm.models import save_for_hf
 from torch import nn
 
-from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification
+from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, load_anchor
 from restnet_hf.anchors import Anchor
 from restnet_hf.preprocessing import Preprocessing
 
@@ -302,3 +304,25 @@ def test_profile_is_not_kept_past_its_stitches(pair, images):
     assert pair.profiled is None
     with pytest.raises(ValueError, match="labels run from 0 to 99"):
         pair.profile([(images, torch.tensor([0, 1, 2, 3, 4, 99]))])
+
+
+def test_mobilenet_to_efficientnet_lite(tmp_path):
+    """Other mean and std, and 224 to 240 pixels, as timm's own folders say."""
+    names = ("mobilenetv2_100", "tf_efficientnet_lite1")
+    for name in names:
+        save_for_hf(spread(timm.create_model(name, num_classes=4)), tmp_path / name, safe_serialization=True)
+    front, end = (load_anchor(tmp_path / name) for name in names)
+    assert (front.preprocessing.image_size, end.preprocessing.image_size) == ((224, 224), (240, 240))
+    assert front.preprocessing.mean == (0.485, 0.456, 0.406) and end.preprocessing.mean == (0.5, 0.5, 0.5)
+    model = build(front, end)
+    model.set_route("tf_efficientnet_lite1[:]")
+    colour = torch.tensor([0.2, 0.7, 0.4]).view(1, 3, 1, 1)
+    given = (colour - torch.tensor(front.preprocessing.mean).view(3, 1, 1)) / torch.tensor(
+        front.preprocessing.std
+    ).view(3, 1, 1)
+    wanted = ((colour - 0.5) / 0.5).expand(1, 3, 240, 240)
+    with torch.no_grad():
+        found = model(given.expand(1, 3, 224, 224)).logits
+        assert torch.allclose(found, end.logits(wanted), atol=1e-4)
+        model.set_route(model.add_stitch("mobilenetv2_100[:5] + tf_efficientnet_lite1[7:]"))
+        assert model(torch.randn(1, 3, 224, 224)).logits.shape == (1, 4)

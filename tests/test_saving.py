@@ -93,6 +93,19 @@ def test_dtype(saved):
         assert torch.allclose(half(images).logits.float(), logits, atol=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_saved_in_another_type(demo_model, tmp_path, dtype):
+    """Cast after loading, or loaded, cast and saved once more: the parents are still known."""
+    images = torch.rand(2, 3, 56, 56)
+    for folder in ("first", "second"):
+        demo_model.to(dtype).save_pretrained(tmp_path / folder)
+        again = StitchedModelForImageClassification.from_pretrained(tmp_path / folder)
+        assert again.dtype == dtype
+        with torch.no_grad():
+            assert torch.equal(again(images).logits, demo_model(images).logits)
+        demo_model = StitchedModelForImageClassification.from_pretrained(tmp_path / folder, dtype=torch.float32)
+
+
 def test_config_alone_builds_the_model(saved):
     model, path, images, _ = saved
     fresh = StitchedModelForImageClassification(RestNetConfig.from_pretrained(path)).eval()
