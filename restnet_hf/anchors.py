@@ -250,19 +250,8 @@ def load_anchor(
         repo_id = _source_id(source)
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _pretrained(repo_id, load)
-    processor = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
-    size = preprocessing.image_size if preprocessing is not None else size
-    if processor is not None and size is not None:
-        processor = with_image_size(processor, size)
-    measured = None if processor is None else Preprocessing.of(processor)
-    if preprocessing not in (None, measured):
-        processor = None  # it prepares images otherwise than the anchor is said to want them
-    preprocessing = preprocessing or measured
-    if preprocessing is None:
-        raise ValueError(
-            f"how {repo_id or type(model).__name__} wants its images is not known: it has no image processor. Pass "
-            "load_anchor(..., preprocessing=Preprocessing(image_size, mean, std))"
-        )
+    found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
+    preprocessing, processor = _preparation(repo_id or type(model).__name__, found, preprocessing, size)
     config = getattr(model, "config", None)
     return Anchor(
         model,
@@ -326,6 +315,23 @@ def _processor(model: nn.Module, repo_id: str | None, revision: str | None, trus
     if cached_file(repo_id, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **at) is None:
         return None
     return AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
+
+
+def _preparation(
+    of: str, processor: Any, preprocessing: Preprocessing | None, size: tuple[int, int] | None
+) -> tuple[Preprocessing, Any]:
+    """How images are prepared, and the processor that does it (None where it does otherwise)."""
+    size = preprocessing.image_size if preprocessing is not None else size
+    if processor is not None and size is not None:
+        processor = with_image_size(processor, size)
+    measured = None if processor is None else Preprocessing.of(processor)
+    wanted = preprocessing or measured
+    if wanted is None:
+        raise ValueError(
+            f"how {of} wants its images is not known: it has no image processor. Pass "
+            "load_anchor(..., preprocessing=Preprocessing(image_size, mean, std))"
+        )
+    return wanted, processor if wanted == measured else None
 
 
 def _labels(config: Any) -> tuple[str, ...] | None:

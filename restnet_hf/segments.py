@@ -178,6 +178,26 @@ def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
                 module.__dict__["forward"] = forward
 
 
+@contextmanager
+def _kept(model: nn.Module, wanted: Mapping[int, Cut], go_on: bool) -> Iterator[dict[int, Tensor]]:
+    """Collect the activations at cuts for one call, which ends with the last of them unless it is to go on."""
+    kept: dict[int, Tensor] = {}
+    handles = []
+    for key, cut in wanted.items():
+
+        def keep(module: nn.Module, args: Any, output: Any, key: int = key, cut: Cut = cut) -> None:
+            kept[key] = cut.own(first_tensor(output))
+            if not go_on and len(kept) == len(wanted):
+                raise _Reached
+
+        handles.append(model.get_submodule(cut.name).register_forward_hook(keep))
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _entering(flow: _Flow, start: Cut | None, classifier: str | None) -> list[tuple[str, Any]]:
     """What to replace for a run that enters at ``start`` and, with ``classifier``, ends in features."""
     forwards: list[tuple[str, Any]] = [(classifier, _Features())] if classifier else []
@@ -209,39 +229,17 @@ def run(
         image_size: of the images the network is used with.
         classifier: path of the last layer, to be left out: the logits are then the features before it.
     """
-    with _lock(model):
-        return _run(model, x, start, stops, image_size, classifier)
-
-
-def _run(
-    model: nn.Module,
-    x: Tensor,
-    start: Cut | None,
-    stops: Mapping[int, Cut | None],
-    image_size: tuple[int, int],
-    classifier: str | None,
-) -> dict[int, Tensor]:
-    kept: dict[int, Tensor] = {}
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
-    whole = len(wanted) < len(stops)
-    handles = []
-    for key, cut in wanted.items():
-
-        def keep(module: nn.Module, args: Any, output: Any, key: int = key, cut: Cut = cut) -> None:
-            kept[key] = cut.own(first_tensor(output))
-            if not whole and len(kept) == len(wanted):
-                raise _Reached
-
-        handles.append(model.get_submodule(cut.name).register_forward_hook(keep))
     entering = _entering(_Flow(x), start, classifier)
-    try:
-        with _replaced((model.get_submodule(path), forward) for path, forward in entering):
+    with (
+        _lock(model),
+        _kept(model, wanted, go_on=len(wanted) < len(stops)) as kept,
+        _replaced((model.get_submodule(path), forward) for path, forward in entering),
+    ):
+        try:
             output = model(_image(x, start, image_size))
-    except _Reached:
-        return kept
-    finally:
-        for handle in handles:
-            handle.remove()
+        except _Reached:
+            return kept
     missing = [cut.name for key, cut in wanted.items() if key not in kept]
     if missing:
         raise RuntimeError(f"{type(model).__name__} did not run {missing} on this input; cuts must be found again")
