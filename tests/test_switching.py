@@ -1,0 +1,72 @@
+"""A route works outside of eager mode: baked, compiled, exported, copied, pickled, in other types and layouts."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import SIZE, make_anchor
+
+from restnet_hf import StitchedModelForImageClassification
+
+
+ENDS = ["resnet", "vit", "swin", "swin_nhwc", "registers"]
+
+
+@pytest.fixture(params=ENDS)
+def stitched(request):
+    model = StitchedModelForImageClassification.from_anchors(
+        make_anchor("mobilenet"), make_anchor(request.param, seed=1), order="given"
+    )
+    model.set_route(model.add_stitch(f"mobilenet[:5] + {request.param}[2:]"))
+    return model
+
+
+@torch.no_grad()
+def test_baked(stitched, images):
+    baked, expected = stitched.bake(), stitched(images).logits
+    assert torch.equal(baked(images), expected)
+    assert torch.equal(copy.deepcopy(baked)(images[:2]), baked(images[:2]))
+    assert torch.equal(pickle.loads(pickle.dumps(baked))(images), expected)
+    profile = stitched.profile(routes=[stitched.active_route])
+    assert sum(p.numel() for p in baked.parameters()) == profile.routes[0].costs["params"]
+
+
+@torch.no_grad()
+def test_compiled_whole(stitched, images):
+    baked = stitched.bake()
+    compiled = torch.compile(baked, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(images), baked(images), atol=1e-5)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_exported_with_a_dynamic_batch(stitched, images):
+    baked = stitched.bake()
+    batch = torch.export.Dim("batch", min=1, max=32)
+    program = torch.export.export(baked, (images,), dynamic_shapes=({0: batch},), strict=False).module()
+    for size in (1, 2, 6):
+        assert torch.allclose(program(images[:size]), baked(images[:size]), atol=1e-5)
+
+
+@torch.no_grad()
+def test_copied_and_pickled(stitched, images):
+    expected = stitched(images).logits
+    for twin in (copy.deepcopy(stitched), pickle.loads(pickle.dumps(stitched))):
+        assert torch.equal(twin(images).logits, expected)
+        assert twin.steps(twin.active_route)[0].module is not stitched.steps(stitched.active_route)[0].module
+
+
+@torch.no_grad()
+def test_types_and_memory_layouts(stitched, images):
+    expected = stitched(images).logits
+    last = stitched.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last)).logits
+    assert torch.allclose(last, expected, atol=1e-4)
+    half = stitched.to(torch.bfloat16)
+    assert (half(images).logits.float() - expected).abs().max() < 0.15 * expected.abs().max()
+    assert torch.equal(half.bake()(images.bfloat16()), half(images).logits)
+
+
+def test_other_batch_sizes(stitched):
+    with torch.no_grad():
+        assert [len(stitched(torch.randn(n, 3, SIZE, SIZE)).logits) for n in (1, 3, 7)] == [1, 3, 7]
