@@ -213,11 +213,12 @@ class _Place:
 def _layouts(places: list[_Call], calls: list[_Call], image_size: tuple[int, int]) -> dict[_Call, Layout]:
     """Layout of each place that has one.
 
-    Grids seen anywhere in the network tell tokens from prefix; where a map is a cube, the other maps tell its kind.
+    Grids seen anywhere in the network tell tokens from prefix; where a map is a cube, the other places tell its kind.
     """
     maps = [tuple(call.tensor.shape) for call in calls if call.tensor is not None and call.tensor.dim() == 4]
     grids = {(s[2], s[3]) for s in maps} | {(s[1], s[2]) for s in maps}
-    clear = [infer_layout(shape, image_size) for shape in maps if len(set(shape[1:])) > 1]
+    shapes = [tuple(call.tensor.shape) for call in places if call.tensor is not None and call.tensor.dim() == 4]
+    clear = [infer_layout(shape, image_size) for shape in shapes if len(set(shape[1:])) > 1]
     nhwc = sum(layout is not None and layout.kind == "NHWC" for layout in clear)
     kind = "NHWC" if 2 * nhwc > len(clear) else "NCHW"
     found = {}

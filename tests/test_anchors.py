@@ -136,6 +136,13 @@ def test_a_failing_run_leaves_the_model_as_it_was(anchors):
     assert all("forward" not in m.__dict__ and not m._forward_hooks for m in anchor.model.modules())
 
 
+def test_cubes_are_laid_out_as_their_neighbours():
+    """16 channels on a grid of 16 x 16 say nothing themselves, and inside its blocks this network is channels-last."""
+    config = transformers.ConvNextV2Config(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 2, 1], num_labels=CLASSES)
+    anchor = Anchor(spread(transformers.ConvNextV2ForImageClassification(config)), "a", Preprocessing((SIZE, SIZE)))
+    assert {cut.layout.kind for cut in anchor.cuts} == {"NCHW"} and anchor.layout(1).grid == (16, 16)
+
+
 class OneBlock(nn.Module):
     def __init__(self, gate: bool = False) -> None:
         super().__init__()
