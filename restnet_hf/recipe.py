@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -44,6 +45,7 @@ class Recipe:
         method: key of `SELECTORS`.
         max_routes: how many stitches to make.
         class_token: see `StitchConfig`.
+        seed: of the first weights of new heads; the images and their order have fixed seeds of their own.
         heads: how new heads are trained on the frozen anchors.
         stitches: how stitches are trained.
     """
@@ -61,6 +63,7 @@ class Recipe:
     method: str = "cka"
     max_routes: int = Field(default=8, gt=0)
     class_token: str = "pool"
+    seed: int = 0
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
 
@@ -97,6 +100,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     """
     folder = Path(out)
     clock = _Clock()
+    set_seed(recipe.seed)
     model, train_set, eval_set = _prepare(recipe)
     calibration = train_set.select(range(min(recipe.calibration_images, len(train_set))))
     clock.lap("load")

@@ -31,46 +31,62 @@ def first_tensor(output: Any) -> Tensor:
     raise TypeError(f"{type(output).__name__} holds no tensor")
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What is kept of a tensor: its shape and type."""
+@dataclass(frozen=True, eq=False)
+class _Leaf:
+    """What is kept of a tensor of an output: its shape and, where it does not depend on the image, its values.
+
+    Args:
+        shape: with the first axis for one image, where that is the batch or windows of it.
+        dtype: of the tensor.
+        batched: whether it is.
+        values: such as the positions of patches; None where the tensor depends on the image.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    batched: bool
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, batch: int) -> "_Leaf":
+        shape = tuple(tensor.shape)
+        batched = bool(shape) and shape[0] % batch == 0
+        if batched:
+            shape = (shape[0] // batch, *shape[1:])
+        values = None if tensor.grad_fn is not None else tensor.detach()[: shape[0]] if batched else tensor.detach()
+        return cls(shape, tensor.dtype, batched, values)
+
+    def fill(self, like: Tensor) -> Tensor:
+        """The tensor for the batch of ``like``; zeros for values, as one expanded scalar that takes no memory."""
+        dtype = like.dtype if self.dtype.is_floating_point else self.dtype
+        if self.values is None:
+            value, shape = torch.zeros((), dtype=dtype, device=like.device), self.shape
+            return value.expand(shape[0] * like.shape[0], *shape[1:]) if self.batched else value.expand(shape)
+        value = self.values.to(like.device, dtype)
+        return value.repeat(like.shape[0], *[1] * (value.dim() - 1)) if self.batched else value
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The structure of a module's output, with shapes in place of tensors, computed from ``batch`` images."""
+    """The structure of a module's output, with what is kept of its tensors, computed from a batch of images."""
 
     leaves: tuple[Any, ...]
     tree: TreeSpec
-    batch: int
 
     @classmethod
     def of(cls, output: Any, batch: int) -> "OutputSpec":
         leaves, tree = tree_flatten(output)
-        shapes = (_Shape(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in leaves)
-        return cls(tuple(shapes), tree, batch)
+        return cls(tuple(_Leaf.of(x, batch) if isinstance(x, Tensor) else x for x in leaves), tree)
 
     def fill(self, like: Tensor, activation: Tensor | None = None) -> Any:
-        """The structure for the batch of ``like``: ``activation`` in place of its first tensor, elsewhere zeros.
-
-        The zeros are one expanded scalar: they take no memory and nothing computes them.
-        """
+        """The structure for the batch of ``like``, with ``activation`` in place of its first tensor."""
         filled: list[Any] = []
         for leaf in self.leaves:
-            if not isinstance(leaf, _Shape):
-                filled.append(leaf)
-            elif activation is not None:
+            if isinstance(leaf, _Leaf) and activation is not None:
                 filled.append(activation)
                 activation = None
             else:
-                shape = list(leaf.shape)
-                if shape and shape[0] % self.batch == 0:  # the batch, or windows of it
-                    shape[0] = shape[0] // self.batch * like.shape[0]
-                dtype = like.dtype if leaf.dtype.is_floating_point else leaf.dtype
-                filled.append(torch.zeros((), dtype=dtype, device=like.device).expand(shape))
+                filled.append(leaf.fill(like) if isinstance(leaf, _Leaf) else leaf)
         return tree_unflatten(filled, self.tree)
 
 

@@ -198,6 +198,34 @@ def test_certification_rejects_what_autograd_cannot_see():
         _ = anchor.cuts
 
 
+class Positioned(OneBlock):
+    """The first block also returns the positions of its patches, which a later one reads."""
+
+    class Patches(nn.Conv2d):
+        def forward(self, x):
+            x = super().forward(x)
+            return x, torch.arange(x.shape[-1]).expand(len(x), -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = self.Patches(3, 4, 3, 2)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))
+
+    def forward(self, x):
+        x, positions = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * (1 + positions[:, None, None, :])
+        return self.head(x.mean((2, 3)))
+
+
+def test_values_that_do_not_depend_on_the_image_are_kept():
+    anchor = Anchor(spread(Positioned(), 0), "positioned", Preprocessing((16, 16)))
+    assert anchor.depth == 3 and not anchor.found.rejected
+    assert_parts_make_the_whole(anchor, torch.randn(5, 3, 16, 16))
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(anchor.bake(2)(anchor(images, stop=2)), anchor(images))
+
+
 def test_not_a_classifier():
     with pytest.raises(ValueError, match="does not map images to logits"):
         Anchor(nn.Conv2d(3, 4, 3), "conv", Preprocessing((16, 16))).cuts  # noqa: B018

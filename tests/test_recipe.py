@@ -81,6 +81,17 @@ def test_new_task_needs_no_flag(new_task):
         run_recipe(load_recipe(new_task / "recipe.yaml", new_head=False), new_task / "other")
 
 
+def test_a_recipe_gives_the_same_every_time(new_task):
+    recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
+    recipe |= {"max_routes": 1, "heads": TOY_STITCHES | {"distillation": 0.0}, "stitches": TOY_STITCHES}
+    weights = []
+    for run in ("one", "two"):
+        torch.rand(7)  # whatever has happened before
+        run_recipe(Recipe(**recipe), new_task / run)
+        weights.append((new_task / run / "adapter" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("path", [*RECIPES, RECIPE], ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
     data = yaml.safe_load(path.read_text())
