@@ -3,8 +3,8 @@
     python recipes/coverage.py recipes/coverage.md            # about 15 minutes on 2 cores
 
 The rows come from the libraries' own registries: every type that ``AutoModelForImageClassification`` knows, and for
-every model module of timm its smallest member. Weights are random; cuts do not depend on them. A row is certified where
-running to each of its cuts and on from it gives the network's own logits.
+every model module of timm its smallest member. Weights are random; cuts do not depend on them. A row is certified
+where running to each of its cuts and on from it gives the network's own logits.
 """
 
 import copy

@@ -236,8 +236,7 @@ class _Training:
             yield as_batch(item, "train_set")
 
     def _update(self, batch: Batch) -> None:
-        if self.step == 0:
-            self._check(batch)
+        self._check(batch)
         accelerator = self.accelerator
         for route, loss in self._route_losses(batch):
             accelerator.backward(loss)

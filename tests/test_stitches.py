@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import CLASSES, MODELS
 
 from restnet_hf.features import Layout, resize
 from restnet_hf.routes import StitchPoint
@@ -161,6 +162,25 @@ def test_fit_of_every_pair_is_the_direct_solution(anchors, images, front, end):
                 y_rows = torch.cat([goal_prefix[:, :shared], y_rows], 1)
             _, _, expected = direct(x_rows.flatten(0, 1).double().numpy(), y_rows.flatten(0, 1).double().numpy())
         assert r2[point.name] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("end", MODELS)
+@pytest.mark.parametrize("front", MODELS)
+def test_every_pair_trains(anchors, images, front, end):
+    """Any layout to any other, on real networks: logits, gradients, and a fit that beats random weights."""
+    torch.manual_seed(0)
+    point = StitchPoint(front, 2, end, 1 if end == front else 2)
+    stitch = make_stitch(anchors[front].layout(2), anchors[end].layout(point.target_cut), StitchConfig())
+    with torch.no_grad():
+        source, goal = anchors[front](images, stop=2), anchors[end](images, stop=point.target_cut)
+        random = (stitch(source) - goal).square().mean()
+    logits = anchors[end](stitch(source), start=point.target_cut)
+    assert logits.shape == (len(images), CLASSES)
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stitch.parameters())
+    fit_stitches({point: stitch}, anchors, [{front: images, end: images}])
+    with torch.no_grad():
+        assert (stitch(source) - goal).square().mean() < 0.9 * random
 
 
 def test_bad_calibration(anchors):

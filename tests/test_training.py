@@ -11,6 +11,7 @@ from conftest import CLASSES, SIZE, make_anchor
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import Trainer, TrainingArguments
 
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.training import KEPT_CHECKPOINTS, _Training
@@ -272,3 +273,25 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert torch.equal(*(result.pop("scores") for result in found))
     for name, value in found[0].items():
         assert torch.allclose(value, found[1][name], atol=1e-6)
+
+
+def test_transformers_trainer(tmp_path):
+    """The same model under ``transformers.Trainer``: only stitches move, and its checkpoints are adapters."""
+    model = build()
+    model.set_route(ROUTES[0])
+    frozen = {key: value.clone() for key, value in model.anchors.state_dict().items()}
+    start = trained(model)
+    rows = [{"pixel_values": image, "labels": int(label)} for image, label in data()]
+    options = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", disable_tqdm=True, save_strategy="epoch", **options
+    )
+    trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert all(torch.equal(value, frozen[key]) for key, value in model.anchors.state_dict().items())
+    moved = {key for key, value in trained(model).items() if not torch.equal(value, start[key])}
+    assert moved == {key for key in start if key.startswith("stitches.resnet_2__vit_1.")}
+    saved = load_file(next(tmp_path.glob("checkpoint-*")) / "model.safetensors")
+    assert saved.keys() == start.keys()
+    assert all(torch.equal(value, trained(model)[key]) for key, value in saved.items())
