@@ -3,8 +3,8 @@
     python recipes/benchmarks/inference.py [--quick] [--out FILE.json]
 
 Networks of timm at 224 px with random weights, one thread. The limit is the sum of the parts: the front's own blocks,
-the stitch and the end's own blocks called one after the other by hand. All are timed in turn, repeat by repeat; a ratio
-is of minima, and of medians in brackets.
+the stitch and the end's own blocks called one after the other by hand. All are timed in turn, repeat by repeat; a
+ratio is of minima, and of medians in brackets.
 """
 
 import json
