@@ -272,14 +272,28 @@ def outside(start: Cut | None, stop: Cut | None, classifier: str | None) -> tupl
     return tuple(paths)
 
 
+def own_modules(model: nn.Module, paths: Iterable[str]) -> dict[nn.Module, str]:
+    """The modules of ``model`` that can be reached other than through ``paths``, with their names.
+
+    A module that blocks share stays as long as one of them does.
+    """
+    dropped, found = set(paths), dict[nn.Module, str]()
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        if name not in dropped:
+            found.setdefault(module, name)
+            children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
+            pending += [(key, child) for key, child in reversed(children) if child is not None]
+    return found
+
+
 def own_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of ``model`` that are not under any of ``paths``, each once."""
-    dropped = {module for path in paths for module in model.get_submodule(path).modules()}
+    """The parameters of those modules, each once."""
     found: dict[nn.Parameter, str] = {}
-    for name, module in model.named_modules():
-        if module not in dropped:
-            for key, parameter in module.named_parameters(recurse=False):
-                found.setdefault(parameter, f"{name}.{key}" if name else key)
+    for module, name in own_modules(model, paths).items():
+        for key, parameter in module.named_parameters(recurse=False):
+            found.setdefault(parameter, f"{name}.{key}" if name else key)
     return {name: parameter for parameter, name in found.items()}
 
 
@@ -314,9 +328,10 @@ class BakedSegment(nn.Module):
             block.forward = _Exit(self.flow, stop, block)
         for path, forward in forwards:
             self.model.get_submodule(path).forward = forward
-        for path in dropped:
-            for module in self.model.get_submodule(path).modules():
-                for name, buffer in module.named_buffers(recurse=False):
+        own = own_modules(self.model, dropped)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if module not in own:
                     setattr(module, name, buffer.new_empty(0))
 
     def forward(self, x: Tensor) -> Tensor:

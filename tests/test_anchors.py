@@ -198,6 +198,39 @@ def test_certification_rejects_what_autograd_cannot_see():
         _ = anchor.cuts
 
 
+class Sharing(OneBlock):
+    """Two blocks hold the same layer."""
+
+    class Block(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.own, self.shared = nn.Conv2d(4, 4, 1), shared
+
+        def forward(self, x):
+            return self.own(x) + self.shared(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4))
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3, 2), *(self.Block(shared) for _ in range(3))])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_blocks_share_is_kept_and_counted_once():
+    anchor = Anchor(spread(Sharing(), 0), "sharing", Preprocessing((16, 16)))
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(anchor.bake(2)(anchor.bake(0, 2)(images)), anchor(images))
+    shared, own, head = 4 * 4 * 9 + 4 + 8, 4 * 4 + 4, 4 * 2 + 2
+    for bounds, count in (((2, None), shared + 2 * own + head), ((3, None), shared + own + head), ((4, None), head)):
+        assert sum(p.numel() for p in anchor.own_parameters(*bounds).values()) == count
+        assert sum(p.numel() for p in anchor.bake(*bounds).parameters()) == count
+
+
 class Positioned(OneBlock):
     """The first block also returns the positions of its patches, which a later one reads."""
 
