@@ -76,6 +76,10 @@ class Anchor(nn.Module):
         """Stay in evaluation mode: dropout and BatchNorm statistics of a frozen network must not move."""
         return super().train(False)
 
+    def num_parameters(self) -> int:
+        """Parameters of the network: its size, where a larger anchor is told from a smaller."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     @property
     def found(self) -> Cuts:
         """What `find_cuts` found, searched for once.

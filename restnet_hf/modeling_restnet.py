@@ -127,7 +127,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         load = {"image_size": image_size, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         anchors = [load_anchor(source, **load) for source in sources]
         if order != "given":
-            anchors.sort(key=lambda a: sum(p.numel() for p in a.parameters()), reverse=order == "large-to-small")
+            anchors.sort(key=Anchor.num_parameters, reverse=order == "large-to-small")
         unique_names(anchors)
         dtypes = {anchor.name: str(next(anchor.parameters()).dtype) for anchor in anchors}
         if len(set(dtypes.values())) > 1:
@@ -164,7 +164,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         for batch in batches(data, batch_size, name):
             self.preprocessing.check(batch["pixel_values"])
             images = batch["pixel_values"].to(self.device, self.dtype)
-            yield {name: self.converters[name](images) if name in self.converters else images for name in self.anchors}
+            yield {name: self.images_for(name, images) for name in self.anchors}
 
     def select_stitches(
         self,
@@ -345,6 +345,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
 
         Raises:
             OSError: a file is missing or damaged.
+            TypeError: an option is not known.
             ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
         """
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
@@ -363,7 +364,11 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         if strangers:
             raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
         wanted = config.dtype if dtype in (None, "auto") else dtype
-        wanted = getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32
+        wanted = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
+        if not isinstance(wanted, torch.dtype):
+            raise ValueError(
+                f"dtype={dtype or config.dtype!r} is not the name of a type of weights, such as 'float32'"
+            )
         options = {"trust_remote_code": trust_remote_code, **hub}
         loaded = [reload(entry, given.get(entry["name"]), wanted, options) for entry in config.anchors or []]
         model = cls(config, loaded)

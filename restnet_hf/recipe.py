@@ -204,10 +204,7 @@ def _options(args: TrainArgs, folder: Path, resume: bool, **changes: Any) -> Tra
 def _anchor_logits(model: StitchedModelForImageClassification, rows: Dataset) -> list[torch.Tensor]:
     """Logits of each anchor itself, before any new head, on a few images."""
     images = rows[: min(8, len(rows))]["pixel_values"].to(model.device, model.dtype)
-    return [
-        anchor.logits(model.converters[n](images) if n in model.converters else images)
-        for n, anchor in model.anchors.items()
-    ]
+    return [anchor.logits(model.images_for(name, images)) for name, anchor in model.anchors.items()]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from restnet_hf.anchors import Anchor
 from restnet_hf.preprocessing import Preprocessing
@@ -34,6 +34,10 @@ class RouteMixin:
     def image_processor(self) -> Any:
         """The front anchor's image processor, None where it has none."""
         return next(iter(self.anchors.values())).processor
+
+    def images_for(self, anchor: str, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in the model's preprocessing as one of its anchors wants them."""
+        return self.converters[anchor](images) if anchor in self.converters else images
 
     @property
     def routes(self) -> tuple[Route, ...]:

@@ -163,7 +163,7 @@ class _Training:
         if not self.args.distillation:
             return None
         anchors = self.model.anchors
-        largest = max(anchors, key=lambda name: sum(p.numel() for p in anchors[name].parameters()))
+        largest = max(anchors, key=lambda name: anchors[name].num_parameters())
         if self.model.config.new_head and largest not in self.model.config.trained_heads:
             raise ValueError(
                 f"the new head of '{largest}' is not trained yet, so there is nothing to distil from it. Train heads "

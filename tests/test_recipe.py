@@ -46,7 +46,8 @@ def test_the_whole_job(tmp_path):
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
     assert all((out / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("similarity", "tradeoff"))
     rows = {row["route"]: row for row in report["routes"]}
-    assert len(rows) == 4 and rows["resnet_fashion[:]"]["accuracy"] > 0.8 < rows["vit_fashion[:]"]["accuracy"] + 0.05
+    assert len(rows) == 4
+    assert rows["resnet_fashion[:]"]["accuracy"] > 0.8 and rows["vit_fashion[:]"]["accuracy"] > 0.75
     macs = [row["macs"] for row in report["routes"]]
     assert macs == sorted(macs)
     profile = Profile.load(out / "adapter" / "profile.json")

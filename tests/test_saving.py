@@ -259,6 +259,12 @@ def test_unknown_options(saved, options):
         AutoModelForImageClassification.from_pretrained(saved[1], num_labels=3)
 
 
+@pytest.mark.parametrize("dtype", ["load", "float99"])
+def test_unknown_dtype(saved, dtype):
+    with pytest.raises(ValueError, match=f"dtype='{dtype}' is not the name of a type of weights"):
+        StitchedModelForImageClassification.from_pretrained(saved[1], dtype=dtype)
+
+
 def test_nothing_stale_is_left(saved, tmp_path):
     """An adapter saved over another keeps nothing of it, and other files are left alone."""
     model, path, _, _ = saved
