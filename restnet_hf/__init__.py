@@ -11,8 +11,9 @@ try:
 except ImportError:
     pass  # a device that only reads profiles and follows budgets
 else:
-    from restnet_hf.anchors import Anchor, load_anchor
+    from restnet_hf.anchors import Anchor
     from restnet_hf.configuration_restnet import RestNetConfig
+    from restnet_hf.loading import load_anchor
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
     from restnet_hf.preprocessing import Preprocessing
     from restnet_hf.stitches import StitchConfig

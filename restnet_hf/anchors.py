@@ -1,28 +1,19 @@
 """Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and segments between them."""
 
-import copy
-import hashlib
-import os
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import cached_file
 
-from restnet_hf.cuts import Cuts, find_cuts
-from restnet_hf.features import Layout
-from restnet_hf.labels import label_names
-from restnet_hf.preprocessing import Preprocessing, timm_processor, with_image_size
+from restnet_hf.cut_cache import cached_cuts
+from restnet_hf.cuts import MIN_CUTS, Cuts, find_cuts
+from restnet_hf.features import AnyLayout
+from restnet_hf.fingerprints import Piece, fingerprint, weights_sha256
+from restnet_hf.outputs import Cut
+from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import ANCHOR_NAME
-from restnet_hf.segments import BakedSegment, Cut, outside, own_parameters, run
-
-
-MIN_CUTS = 2
-TIMM_PREFIXES = ("hf_hub:", "hf-hub:", "local-dir:")
+from restnet_hf.segments import BakedSegment, outside, own_parameters, own_tensors, run
 
 
 class Anchor(nn.Module):
@@ -70,6 +61,7 @@ class Anchor(nn.Module):
         self.granularity = granularity
         self.headless = False
         self._found: Cuts | None = None
+        self._expected: dict[int, str] = {}
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -88,11 +80,13 @@ class Anchor(nn.Module):
             ValueError: there are fewer than two cuts.
         """
         if self._found is None:
+            size = self.preprocessing.image_size
+            search = partial(find_cuts, self.model, size, self.granularity)
             try:
-                found = find_cuts(self.model, self.preprocessing.image_size, self.granularity)
+                found = cached_cuts(self.model, size, self.granularity, search)
             except Exception as error:  # a network may fail in any way on a size that is not its own
-                size = "x".join(map(str, self.preprocessing.image_size))
-                raise ValueError(f"anchor '{self.name}' cannot run on images of {size} pixels: {error}") from error
+                pixels = "x".join(map(str, size))
+                raise ValueError(f"anchor '{self.name}' cannot run on images of {pixels} pixels: {error}") from error
             if self.label_names is not None and len(self.label_names) != found.classes:
                 raise ValueError(
                     f"anchor '{self.name}' has {found.classes} classes, but {len(self.label_names)} label_names"
@@ -106,6 +100,10 @@ class Anchor(nn.Module):
                 )
             self._found = found
         return self._found
+
+    def search(self) -> None:
+        """Find the cuts now, not on first need; raises as `found` does."""
+        _ = self.found
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -133,7 +131,7 @@ class Anchor(nn.Module):
         self.cut(cut)
         return cut
 
-    def layout(self, index: int) -> Layout:
+    def layout(self, index: int) -> AnyLayout:
         """Layout of the activation at a cut from 1 on."""
         cut = self.cut(index)
         if cut is None:
@@ -159,11 +157,15 @@ class Anchor(nn.Module):
         wanted = {-1 if stop is None else stop: None if stop is None else self.cut(stop) for stop in stops}
         if any(stop is not None and stop <= start for stop in stops):
             raise ValueError(f"a segment of '{self.name}' that starts at cut {start} cannot stop at {sorted(wanted)}")
+        if self._expected:
+            self.verify(start, None if -1 in wanted else max(wanted))
         result = run(self.model, x, self.cut(start), wanted, self.preprocessing.image_size, self.classifier)
         return {None if key == -1 else key: value for key, value in result.items()}
 
     def logits(self, x: Tensor) -> Tensor:
         """The network's own logits (N, classes) for images, whether or not a new head has taken their place."""
+        if self._expected:
+            self.verify()
         return run(self.model, x, None, {0: None}, self.preprocessing.image_size)[0]
 
     @property
@@ -187,6 +189,7 @@ class Anchor(nn.Module):
 
     def bake(self, start: int = 0, stop: int | None = None) -> BakedSegment:
         """The segment as a plain module with only its own weights."""
+        self.verify(start, stop)
         size = self.preprocessing.image_size
         last = None if stop is None else self.cut(stop)
         return BakedSegment(self.model, self.cut(start) if start else None, last, size, self.classifier).eval()
@@ -196,84 +199,46 @@ class Anchor(nn.Module):
         last = None if stop is None else self.cut(stop)
         return own_parameters(self.model, outside(self.cut(start) if start else None, last, self.classifier))
 
+    def pieces(self) -> list[Piece]:
+        """The network piece by piece, from cut to cut, with the SHA-256 of the weights of each."""
+        return [
+            Piece(cut.name if cut else None, cut.layout.shape(1)[1:] if cut else (), self._piece_sha256(index))
+            for index, cut in enumerate((*self.cuts, None))
+        ]
+
+    def _piece_sha256(self, index: int) -> str:
+        stop = None if index == self.depth else self.cut(index + 1)
+        return weights_sha256(own_tensors(self.model, outside(self.cut(index), stop, None)))
+
     def fingerprint(self) -> str:
-        """Type and SHA-256 of the weights: equal fingerprints mean equal networks."""
-        digest = hashlib.sha256(type(self.model).__name__.encode())
-        dtypes = set()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            dtypes |= {str(tensor.dtype).removeprefix("torch.")} if tensor.is_floating_point() else set()
-        return f"{'+'.join(sorted(dtypes))}:{digest.hexdigest()}"
+        """Types of the weights and a SHA-256 of class, cuts and weights: equal ones mean equal networks."""
+        return fingerprint(self.model, self.pieces())
+
+    def expect(self, pieces: Sequence[Piece]) -> None:
+        """Raise ValueError, when a piece first runs, if its weights are other ones.
+
+        Until then the weights of a memory-mapped file need not be read.
+        """
+        self._expected = {index: piece.sha256 for index, piece in enumerate(pieces)}
+
+    def verify(self, start: int = 0, stop: int | None = None) -> None:
+        """Check the weights of a segment against what is expected of them.
+
+        Raises:
+            ValueError: they are other ones.
+        """
+        end = self.depth + 1 if stop is None else stop
+        for index in [index for index in self._expected if start <= index < end]:
+            found = self._piece_sha256(index)
+            if found != self._expected[index]:
+                raise ValueError(
+                    f"the weights of '{self.name}' from cut {index} to {index + 1} have the SHA-256 {found}, "
+                    f"not {self._expected[index]}"
+                )
+            del self._expected[index]
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, cuts={'not searched' if self._found is None else self.depth}"
-
-
-def load_anchor(
-    source: str | os.PathLike[str] | nn.Module | Anchor,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    preprocessing: Preprocessing | None = None,
-    label_names: Sequence[str] | None = None,
-    granularity: str = "block",
-    dtype: torch.dtype | str = "auto",
-    trust_remote_code: bool = False,
-    **hub_kwargs: Any,
-) -> Anchor:
-    """A classifier as an anchor.
-
-    Args:
-        source: a Hub id of transformers or timm (``timm/resnet50.a1_in1k``), a local folder of either, or a module.
-        name: in routes; by default the last part of the id up to its first dot.
-        revision: branch, tag or commit on the Hub.
-        image_size: in pixels, instead of the anchor's own.
-        preprocessing: instead of what the anchor's image processor says; for a module without one.
-        label_names: class names, for an anchor that does not know them.
-        dtype: of the weights, as in ``from_pretrained``.
-        trust_remote_code: run code from the Hub.
-        **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in ``from_pretrained``.
-
-    Raises:
-        OSError: the model cannot be found or read.
-        ValueError: how the model wants its images is not known, or options contradict each other.
-    """
-    if isinstance(source, Anchor):
-        if any(option is not None for option in (name, revision, image_size, preprocessing, label_names)):
-            raise ValueError(f"anchor '{source.name}' is made already; give its options where it is made")
-        return copy.copy(source)  # of the same network, but with a name and a head of its own
-    if preprocessing is not None and image_size is not None:
-        raise ValueError("give either image_size or preprocessing, which holds the image size")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if isinstance(source, nn.Module):
-        named = getattr(source, "name_or_path", "")
-        model, repo_id = source, _source_id(named) if named else None
-    else:
-        repo_id = _source_id(source)
-        load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
-        model = _pretrained(repo_id, load)
-    found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
-    preprocessing, processor = _preparation(repo_id or type(model).__name__, found, preprocessing, size)
-    config = getattr(model, "config", None)
-    return Anchor(
-        model,
-        name or _short_name(repo_id or type(model).__name__),
-        preprocessing,
-        label_names=label_names or _labels(config),
-        processor=processor,
-        repo_id=repo_id,
-        revision=getattr(config, "_commit_hash", None),
-        granularity=granularity,
-    )
-
-
-def anchor_from_config(config: dict[str, Any], name: str, preprocessing: Preprocessing, **kwargs: Any) -> Anchor:
-    """An anchor of the architecture that a transformers config describes, with random weights."""
-    rebuilt = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    model = AutoModelForImageClassification.from_config(rebuilt, dtype=torch.get_default_dtype())
-    return Anchor(model, name, preprocessing, **kwargs)
 
 
 def unique_names(anchors: Iterable[Anchor]) -> None:
@@ -285,64 +250,3 @@ def unique_names(anchors: Iterable[Anchor]) -> None:
             anchor.name = f"{name}_{number}"
             number += 1
         taken.add(anchor.name)
-
-
-def _source_id(source: str | os.PathLike[str]) -> str:
-    text = os.fspath(source)
-    for prefix in TIMM_PREFIXES:
-        text = text.removeprefix(prefix)
-    return str(Path(text).resolve()) if Path(text).is_dir() else text
-
-
-def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
-    hub = {key: value for key, value in load.items() if key != "dtype"}
-    try:
-        config = AutoConfig.from_pretrained(repo_id, **hub)
-        # timm writes the class count in two places, and transformers passes both on
-        if config.model_type == "timm_wrapper" and config.model_args:
-            config.model_args.pop("num_classes", None)
-        return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"anchor {repo_id!r} cannot be loaded: it must be a local folder with config.json and model.safetensors, "
-            f"or the Hub id of an image classifier of transformers or timm, such as 'timm/resnet50.a1_in1k'. {error}"
-        ) from error
-
-
-def _processor(model: nn.Module, repo_id: str | None, revision: str | None, trust: bool, hub: dict[str, Any]) -> Any:
-    cfg = getattr(getattr(model, "config", None), "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None)
-    if cfg:
-        return timm_processor(dict(cfg))
-    if repo_id is None:
-        return None
-    at = {"revision": revision, **hub}
-    if cached_file(repo_id, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **at) is None:
-        return None
-    return AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
-
-
-def _preparation(
-    of: str, processor: Any, preprocessing: Preprocessing | None, size: tuple[int, int] | None
-) -> tuple[Preprocessing, Any]:
-    """How images are prepared, and the processor that does it (None where it does otherwise)."""
-    size = preprocessing.image_size if preprocessing is not None else size
-    if processor is not None and size is not None:
-        processor = with_image_size(processor, size)
-    measured = None if processor is None else Preprocessing.of(processor)
-    wanted = preprocessing or measured
-    if wanted is None:
-        raise ValueError(
-            f"how {of} wants its images is not known: it has no image processor. Pass "
-            "load_anchor(..., preprocessing=Preprocessing(image_size, mean, std))"
-        )
-    return wanted, processor if wanted == measured else None
-
-
-def _labels(config: Any) -> tuple[str, ...] | None:
-    id2label = getattr(config, "id2label", None)
-    return label_names(id2label) if id2label else None
-
-
-def _short_name(text: str) -> str:
-    last = Path(text).name.split(".")[0]
-    return "".join(character if ANCHOR_NAME.fullmatch(character) else "_" for character in last) or "anchor"

@@ -5,13 +5,14 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from restnet_hf.features import Layout
+from restnet_hf.features import AnyLayout, layout_from_dict
+from restnet_hf.fingerprints import Piece
 from restnet_hf.routes import Route, StitchPoint
 from restnet_hf.stitches import StitchConfig
 
 
 ANCHOR_KEYS = {"name", "repo_id", "revision", "fingerprint", "config", "preprocessing", "label_names"}
-ANCHOR_KEYS |= {"granularity", "depth"}
+ANCHOR_KEYS |= {"granularity", "pieces"}
 
 
 class RestNetConfig(PreTrainedConfig):
@@ -19,7 +20,8 @@ class RestNetConfig(PreTrainedConfig):
 
     Args:
         anchors: one dict for each, front first: ``name``, ``repo_id``, ``revision``, ``fingerprint``, ``config`` (of
-            the anchor itself), ``preprocessing``, ``label_names``, ``granularity``.
+            the anchor itself), ``preprocessing``, ``label_names``, ``granularity``, ``pieces`` (each
+            cut's name and shape, and the SHA-256 of the weights before it).
         stitches: by name: ``point``, ``config``, ``source`` and ``target`` layouts, and ``r2`` once fitted.
         routes: as strings.
         active_route: as a string.
@@ -43,14 +45,14 @@ class RestNetConfig(PreTrainedConfig):
         self.trained_heads = self.trained_heads or []
         super().__post_init__(**kwargs)
 
-    def stitch_parts(self, name: str) -> tuple[StitchPoint, Layout, Layout, StitchConfig]:
+    def stitch_parts(self, name: str) -> tuple[StitchPoint, AnyLayout, AnyLayout, StitchConfig]:
         """What a stitch is made from; raises ValueError where its entry is not sound."""
         try:
             entry = (self.stitches or {})[name]
             point = StitchPoint(**entry["point"])
             parts = (
-                Layout.from_dict(entry["source"]),
-                Layout.from_dict(entry["target"]),
+                layout_from_dict(entry["source"]),
+                layout_from_dict(entry["target"]),
                 StitchConfig(**entry["config"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -66,6 +68,10 @@ class RestNetConfig(PreTrainedConfig):
             missing = sorted(ANCHOR_KEYS - entry.keys()) if isinstance(entry, dict) else ["everything"]
             if missing or not isinstance(entry["fingerprint"], str):
                 raise ValueError(f"config.json: anchor {index} lacks {missing or 'its fingerprint'}")
+            try:
+                list(map(Piece.from_dict, entry["pieces"]))
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"config.json: the pieces of anchor {index} are not sound: {error!r}") from error
             names.add(entry["name"])
         points = {self.stitch_parts(name)[0] for name in self.stitches or {}}
         if len(names) < 2:
@@ -78,7 +84,7 @@ class RestNetConfig(PreTrainedConfig):
                 raise ValueError(f"config.json: route '{route}' names anchors or stitches that are not there")
         return self
 
-    def set_stitch(self, point: StitchPoint, source: Layout, target: Layout, config: StitchConfig) -> None:
+    def set_stitch(self, point: StitchPoint, source: AnyLayout, target: AnyLayout, config: StitchConfig) -> None:
         """Write down a stitch."""
         entry = {"point": asdict(point), "source": asdict(source), "target": asdict(target), "config": asdict(config)}
         self.stitches = {**(self.stitches or {}), point.name: entry}

@@ -1,37 +1,26 @@
 """Find where any classifier can be cut: dominators of its autograd graph, certified by running it in parts."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from restnet_hf.features import Layout, infer_layout
-from restnet_hf.segments import Cut, OutputSpec, logits_of, run
+from restnet_hf.features import AnyLayout, JointLayout, Layout, infer_layout
+from restnet_hf.outputs import Cut, Made, OutputSpec
+from restnet_hf.segments import run
+from restnet_hf.tracing import Call, Product, Trace, sketch, trace, undisturbed
 
 
 GRANULARITIES = ("block", "module")
-PROBE_BATCH = 2
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of a module during the probe; ``began`` and ``ended`` are ticks of a common clock."""
-
-    module: nn.Module
-    name: str
-    began: int
-    ended: int = 0
-    output: Any = None
-    tensor: Tensor | None = None
-    version: int = 0
-    node: Any = None
-    depends: bool = False  # on the image
-    passes: bool = False  # returns one of its own inputs
+MIN_CUTS = 2
+MAX_TENSORS = 4
+PROBE_BATCH = 2  # tells what has an axis of images
+CERTIFY_BATCH = 1
 
 
 @dataclass(frozen=True)
@@ -57,8 +46,10 @@ def find_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str = 
     """Cuts of a classifier in evaluation mode.
 
     A cut is the output of a module call through which every path from the image to the logits goes: a dominator of the
-    logits in the autograd graph. Candidates are then certified from the last to the first: run from its own activation
-    on another batch, each must give the activation of the next one, and the last the logits.
+    logits in the autograd graph. Where there are fewer than two of those, it may be several tensors that only together
+    carry the image, such as the outputs of two neighbouring cells. Candidates are then certified from the last to the
+    first: run from its own activation on another batch, each must give the activation of the next one, and the last
+    the logits.
 
     Args:
         model: maps images (N, 3, H, W) to logits.
@@ -67,98 +58,33 @@ def find_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str = 
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r} is not one of {GRANULARITIES}")
-    with _undisturbed(model):
-        calls, node, leaf, classes = _probe(model, _noise(model, PROBE_BATCH, image_size, seed=0))
-        dominators = _dominators(node, leaf)
-        candidates = _candidates(model, calls, dominators, granularity, image_size)
-        classifier = _classifier(calls, dominators, classes)
-        cuts, rejected = _certified(model, candidates, image_size)
-    return Cuts(tuple(cuts), classes, *classifier, rejected)
+    with undisturbed(model):
+        found = _watched(model, image_size)
+        scene = _Scene.of(found, granularity, image_size)
+        cuts, rejected = _certified(model, _single(scene), image_size)
+        if len(cuts) < MIN_CUTS:
+            every = {cut.name: cut for cut in (*_joint(scene), *cuts)}
+            ended = {call.name: call.ended for call in found.calls}
+            ordered = sorted(every.values(), key=lambda cut: ended[cut.name])
+            cuts, failed = _certified(model, ordered, image_size)
+            rejected |= failed
+        classifier = _classifier(found)
+    return Cuts(tuple(cuts), found.classes, *classifier, rejected)
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients with respect to the image alone, whatever mode the caller is in; everything as before afterwards."""
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    training = {module: module.training for module in model.modules()}
-    device = next((p.device.type for p, _ in wanted), "cpu")
-    model.eval()
+def _watched(model: nn.Module, image_size: tuple[int, int]) -> Trace:
+    """Shapes and graph are all that is wanted of the first forward; a network that needs values for them runs."""
+    images = _noise(model, PROBE_BATCH, image_size, seed=0)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
-            for parameter, _ in wanted:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        for parameter, needed in wanted:
-            parameter.requires_grad_(needed)
-        for module, mode in training.items():
-            module.training = mode
+        return trace(sketch(model), images.to("meta"))
+    except Exception:  # whatever it is, the real forward will tell
+        return trace(model, images)
 
 
 def _noise(model: nn.Module, batch: int, image_size: tuple[int, int], seed: int) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(batch, 3, *image_size, generator=torch.Generator().manual_seed(seed))
     return noise.to(like.device, like.dtype)
-
-
-def _probe(model: nn.Module, images: Tensor) -> tuple[list[_Call], Any, Tensor, int]:
-    """Every module call of one forward in order of completion, the node of the logits, the image, the class count."""
-    names = {module: name for name, module in model.named_modules()}
-    calls: list[_Call] = []
-    open_calls: list[_Call] = []
-    clock = iter(range(1 << 62))
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        open_calls.append(_Call(module, names[module], next(clock)))
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = open_calls.pop()
-        call.ended, call.output = next(clock), output
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        call.depends = any(tensor.grad_fn is not None for tensor in tensors)
-        if tensors:
-            call.tensor, call.node, call.version = tensors[0], tensors[0].grad_fn, tensors[0]._version
-            call.passes = any(leaf is tensors[0] for leaf in tree_leaves((args, kwargs)))
-        calls.append(call)
-
-    handles = [m.register_forward_pre_hook(before, with_kwargs=True) for m in model.modules()]
-    handles += [m.register_forward_hook(after, with_kwargs=True) for m in model.modules()]
-    images.requires_grad_()
-    try:
-        logits = logits_of(model(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if logits.grad_fn is None or logits.dim() != 2:
-        raise ValueError(
-            f"{type(model).__name__} does not map images to logits: from {tuple(images.shape)} it gave "
-            f"{tuple(logits.shape)}, {'' if logits.grad_fn else 'not '}depending on the images"
-        )
-    return calls, logits.grad_fn, images, logits.shape[-1]
-
-
-def _dominators(node: Any, leaf: Tensor) -> set[Any]:
-    """Nodes of the autograd graph that every path from ``node`` to the accumulator of ``leaf`` goes through."""
-    graph: nx.DiGraph = nx.DiGraph()
-    source, stack, seen = None, [node], {node}
-    while stack:
-        current = stack.pop()
-        if getattr(current, "variable", None) is leaf:
-            source = current
-        for following, _ in current.next_functions:
-            if following is not None:
-                graph.add_edge(current, following)
-                if following not in seen:
-                    seen.add(following)
-                    stack.append(following)
-    if source is None:
-        raise ValueError("the logits do not depend on the images")
-    immediate = nx.immediate_dominators(graph, node)
-    chain = {node}
-    while source is not None and source not in chain:
-        chain.add(source)
-        source = immediate.get(source)
-    return chain
 
 
 def _blocks(model: nn.Module) -> set[nn.Module]:
@@ -182,73 +108,120 @@ def _blocks(model: nn.Module) -> set[nn.Module]:
     return blocks
 
 
-def _candidates(
-    model: nn.Module, calls: list[_Call], dominators: set[Any], granularity: str, image_size: tuple[int, int]
-) -> list[Cut]:
-    times: dict[nn.Module, int] = {}
-    for call in calls:
-        times[call.module] = times.get(call.module, 0) + 1
-    blocks = _blocks(model) if granularity == "block" else set(model.modules())
-    places: dict[Any, list[_Call]] = {}  # calls that return the same tensor: a block, its last layer, its stage
-    for call in calls:
-        usable = call.module in blocks and call.module is not model and times[call.module] == 1 and not call.passes
-        if usable and call.node in dominators:
-            places.setdefault(call.node, []).append(call)
-    outer = [_Place(found[-1], tuple(call.name for call in found[:-1])) for found in places.values()]
-    layouts = _layouts([place.call for place in outer], calls, image_size)
-    single = [call for call in calls if times[call.module] == 1]
-    return [
-        _cut(place, layouts[place.call], single)
-        for place in sorted(outer, key=lambda place: place.call.ended)
-        if place.call in layouts
-    ]
-
-
 @dataclass(frozen=True)
-class _Place:
-    call: _Call
-    aliases: tuple[str, ...]
+class _Scene:
+    """What candidates are made from.
 
-
-def _layouts(places: list[_Call], calls: list[_Call], image_size: tuple[int, int]) -> dict[_Call, Layout]:
-    """Layout of each place that has one.
-
-    Grids seen anywhere in the network tell tokens from prefix; where a map is a cube, the other places tell its kind.
+    Args:
+        found: the watched forward.
+        blocks: calls that may end in a cut, in order of completion.
+        single: calls of modules that are called once.
+        image_size: of the images.
+        grids: heights and widths of all maps in the network.
+        maps: the kind of its maps, where a shape does not tell.
     """
-    maps = [tuple(call.tensor.shape) for call in calls if call.tensor is not None and call.tensor.dim() == 4]
-    grids = {(s[2], s[3]) for s in maps} | {(s[1], s[2]) for s in maps}
-    shapes = [tuple(call.tensor.shape) for call in places if call.tensor is not None and call.tensor.dim() == 4]
+
+    found: Trace
+    blocks: list[Call]
+    single: list[Call]
+    image_size: tuple[int, int]
+    grids: set[tuple[int, int]]
+    maps: str
+
+    @classmethod
+    def of(cls, found: Trace, granularity: str, image_size: tuple[int, int]) -> "_Scene":
+        model = found.model
+        times: dict[nn.Module, int] = {}
+        for call in found.calls:
+            times[call.module] = times.get(call.module, 0) + 1
+        single = [call for call in found.calls if times[call.module] == 1]
+        wanted = _blocks(model) if granularity == "block" else set(model.modules())
+        blocks = [call for call in single if call.module in wanted and call.module is not model]
+        shapes = [tuple(c.first.tensor.shape) for c in found.calls if c.first and c.first.tensor.dim() == 4]
+        grids = {(s[2], s[3]) for s in shapes} | {(s[1], s[2]) for s in shapes}
+        return cls(found, blocks, single, image_size, grids, _kind_of_maps(blocks, found.dominators(), image_size))
+
+    def layout(self, tensor: Tensor) -> Layout | None:
+        """Of a tensor for the probe's batch, if it has one."""
+        layout = infer_layout(tensor.shape, self.image_size, self.grids, self.maps)
+        return layout if layout is not None and layout.shape(PROBE_BATCH) == tuple(tensor.shape) else None
+
+    def cut(self, call: Call, aliases: Iterable[str], layout: AnyLayout, made: Iterable[tuple[Call, Product]]) -> Cut:
+        """A cut at the end of a call, whose activation is these tensors of it and earlier ones."""
+        # What does not depend on the image (tables of relative positions, say) runs for real: it may be used later.
+        before = _outermost([c for c in self.single if c.ended < call.began and c.depends])
+        after = _outermost([c for c in self.single if c.began > call.ended])
+        return Cut(
+            call.name,
+            tuple(aliases),
+            layout,
+            tuple(Made(c.name, OutputSpec.of(c.output, PROBE_BATCH), p.leaf, p.modified) for c, p in made),
+            tuple((c.name, OutputSpec.of(c.output, PROBE_BATCH)) for c in before),
+            tuple((c.name, OutputSpec.of(c.output, PROBE_BATCH)) for c in after),
+        )
+
+
+def _kind_of_maps(blocks: list[Call], dominators: set[Any], image_size: tuple[int, int]) -> str:
+    """Most of the maps at cuts tell by their shape whether channels come first; a cube does not."""
+    firsts = [call.first for call in blocks]
+    shapes = [tuple(p.tensor.shape) for p in firsts if p and p.node in dominators and p.tensor.dim() == 4]
     clear = [infer_layout(shape, image_size) for shape in shapes if len(set(shape[1:])) > 1]
     nhwc = sum(layout is not None and layout.kind == "NHWC" for layout in clear)
-    kind = "NHWC" if 2 * nhwc > len(clear) else "NCHW"
-    found = {}
-    for call in places:
-        assert call.tensor is not None
-        layout = infer_layout(call.tensor.shape, image_size, grids, kind)
-        if layout is not None and layout.shape(PROBE_BATCH) == tuple(call.tensor.shape):
-            found[call] = layout
-    return found
+    return "NHWC" if 2 * nhwc > len(clear) else "NCHW"
 
 
-def _cut(place: _Place, layout: Layout, single: list[_Call]) -> Cut:
-    call = place.call
-    # What does not depend on the image (tables of relative positions, say) runs for real: it may be used again later.
-    before = _outermost([c for c in single if c.ended < call.began and c.depends])
-    after = _outermost([c for c in single if c.began > call.ended])
-    assert call.tensor is not None
-    return Cut(
-        call.name,
-        place.aliases,
-        layout,
-        OutputSpec.of(call.output, PROBE_BATCH),
-        tuple((c.name, OutputSpec.of(c.output, PROBE_BATCH)) for c in before),
-        tuple((c.name, OutputSpec.of(c.output, PROBE_BATCH)) for c in after),
-        call.tensor._version != call.version,
-    )
+def _single(scene: _Scene) -> list[Cut]:
+    """Candidates whose activation is one tensor."""
+    dominators = scene.found.dominators()
+    places: dict[Any, list[tuple[Call, Product]]] = {}  # the same tensor: a block, its last layer, its stage
+    for call in scene.blocks:
+        if call.first and not call.first.passed and call.first.node in dominators:
+            places.setdefault(call.first.node, []).append((call, call.first))
+    cuts = []
+    for *inner, (call, product) in sorted(places.values(), key=lambda place: place[-1][0].ended):
+        layout = scene.layout(product.tensor)
+        if layout is not None:
+            cuts.append(scene.cut(call, (c.name for c, _ in inner), layout, [(call, product)]))
+    return cuts
 
 
-def _outermost(calls: list[_Call]) -> list[_Call]:
-    kept: list[_Call] = []
+def _joint(scene: _Scene) -> list[Cut]:
+    """Candidates whose activation is several tensors: outputs of one block, or of it and earlier ones."""
+    made: dict[Any, tuple[Call, Product]] = {}  # where each tensor is made; of nested calls, the outermost
+    frontiers: dict[frozenset[Any], list[Call]] = {}
+    for call in scene.single:
+        made |= {p.node: (call, p) for p in call.products if p.node is not None and not p.passed}
+        if call not in scene.blocks:
+            continue
+        inside = scene.found.ancestors(call)
+        frontier = scene.found.frontier(inside)
+        # what runs beside the block, on another branch, would have to run again
+        beside = any(c.ended < call.began and not scene.found.on_way(c) <= inside for c in scene.found.calls)
+        if 1 < len(frontier) <= MAX_TENSORS and frontier <= made.keys() and not beside:
+            frontiers.setdefault(frontier, []).append(call)
+    cuts = []
+    for frontier, (*inner, call) in frontiers.items():
+        # the block's own tensors first, then those that it leaves as they were
+        tensors = sorted((made[node] for node in frontier), key=lambda m: (-m[0].ended, m[1].leaf))
+        layouts = _layouts_together(scene, [product.tensor for _, product in tensors])
+        if layouts is not None:
+            cuts.append(scene.cut(call, (c.name for c in inner), JointLayout(layouts), tensors))
+    return cuts
+
+
+def _layouts_together(scene: _Scene, tensors: list[Tensor]) -> tuple[Layout, ...] | None:
+    """Layouts of tensors at one place. One that has windows for its batch is read as tokens, a window each."""
+    known = {index: layout for index, tensor in enumerate(tensors) if (layout := scene.layout(tensor)) is not None}
+    grids = {layout.grid[0] * layout.grid[1]: layout.grid for layout in known.values()}
+    for index, tensor in enumerate(tensors):
+        grid = grids.get(tensor.shape[0] // PROBE_BATCH)
+        if index not in known and grid is not None:
+            known[index] = Layout("NLC", tensor[0].numel(), grid)
+    return tuple(known[index] for index in range(len(tensors))) if len(known) == len(tensors) else None
+
+
+def _outermost(calls: list[Call]) -> list[Call]:
+    kept: list[Call] = []
     for call in sorted(calls, key=lambda c: (c.began, -c.ended)):
         if not kept or call.began > kept[-1].ended:
             kept.append(call)
@@ -264,12 +237,13 @@ def _ends(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _classifier(calls: list[_Call], dominators: set[Any], classes: int) -> tuple[str | None, int | None]:
+def _classifier(found: Trace) -> tuple[str | None, int | None]:
     """Path and input channels of the linear layer that gives the logits, if one does."""
-    for call in reversed(calls):
+    dominators = found.dominators()
+    for call in reversed(found.calls):
         ends = _ends(call.module)
-        once = sum(other.module is call.module for other in calls) == 1
-        if ends is not None and ends[1] == classes and once and call.node in dominators:
+        once = sum(other.module is call.module for other in found.calls) == 1
+        if ends is not None and ends[1] == found.classes and once and call.first and call.first.node in dominators:
             return call.name, ends[0]
     return None, None
 
@@ -279,9 +253,12 @@ def _certified(
     model: nn.Module, candidates: list[Cut], image_size: tuple[int, int]
 ) -> tuple[list[Cut], dict[str, str]]:
     """The candidates that pass, in order, and why the others do not."""
-    images = _noise(model, PROBE_BATCH + 1, image_size, seed=1)
+    images = _noise(model, CERTIFY_BATCH, image_size, seed=1)
     end = len(candidates)
-    truth = run(model, images, None, {**dict(enumerate(candidates)), end: None}, image_size)
+    constants = {path: spec.constants for cut in candidates for path, spec in cut.specs().items() if spec.constants}
+    with _values(model, constants) as values:
+        truth = run(model, images, None, {**dict(enumerate(candidates)), end: None}, image_size)
+    candidates = [_with_values(cut, values) for cut in candidates]
     following, rejected = end, {}
     accepted: list[Cut] = []
     for index in reversed(range(end)):
@@ -298,6 +275,27 @@ def _certified(
             accepted.append(cut)
             following = index
     return accepted[::-1], rejected
+
+
+@contextmanager
+def _values(model: nn.Module, wanted: Mapping[str, Collection[int]]) -> Iterator[dict[str, dict[int, Tensor]]]:
+    """Collect those leaves of the outputs of modules for one forward, by path."""
+    values: dict[str, dict[int, Tensor]] = {}
+
+    def keep(path: str, module: nn.Module, args: Any, output: Any) -> None:
+        leaves = tree_leaves(output)
+        values[path] = {index: leaves[index] for index in wanted[path]}
+
+    handles = [model.get_submodule(path).register_forward_hook(partial(keep, path)) for path in wanted]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _with_values(cut: Cut, values: Mapping[str, Mapping[int, Tensor]]) -> Cut:
+    return cut.with_specs({path: spec.with_values(values.get(path, {})) for path, spec in cut.specs().items()})
 
 
 def _difference(result: Tensor, truth: Tensor) -> str | None:

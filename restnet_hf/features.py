@@ -1,13 +1,13 @@
 """Layouts of activations (NCHW, NHWC, tokens with a prefix) and the way from one to another."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 
 KINDS = ("NCHW", "NHWC", "NLC")
@@ -38,8 +38,8 @@ class Layout:
             raise ValueError(f"{self} is not a layout: 0 to {MAX_PREFIX} prefix tokens, and only with NLC")
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Layout":
-        """The inverse of ``dataclasses.asdict``, also after JSON made a list of the grid."""
+    def from_dict(cls, data: Mapping[str, Any]) -> "Layout":
+        """See `layout_from_dict`."""
         return cls(**{**data, "grid": tuple(data["grid"])})
 
     def shape(self, batch: int) -> tuple[int, ...]:
@@ -67,6 +67,72 @@ class Layout:
             return spatial.permute(0, 2, 3, 1)
         tokens = spatial.flatten(2).transpose(1, 2)
         return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+@dataclass(frozen=True)
+class JointLayout:
+    """Several tensors that carry the image together, each flattened, one after the other: (N, total).
+
+    It reads as one map on the finest of their grids, with the channels of all; prefix tokens stand likewise side by
+    side, zeros for a tensor that has fewer.
+
+    Args:
+        parts: layout of each tensor.
+    """
+
+    parts: tuple[Layout, ...]
+
+    @property
+    def kind(self) -> str:
+        """The kinds of the parts, such as ``NLC+NLC``."""
+        return "+".join(part.kind for part in self.parts)
+
+    @property
+    def channels(self) -> int:
+        """Channels of all parts."""
+        return sum(part.channels for part in self.parts)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The finest grid."""
+        return max((part.grid for part in self.parts), key=math.prod)
+
+    @property
+    def prefix(self) -> int:
+        """The most prefix tokens of a part."""
+        return max(part.prefix for part in self.parts)
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """The shape of a batch."""
+        return (batch, sum(self._sizes()))
+
+    def _sizes(self) -> list[int]:
+        return [math.prod(part.shape(1)) for part in self.parts]
+
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """Each part in its own layout."""
+        pieces = x.split(self._sizes(), dim=1)
+        return [piece.unflatten(1, part.shape(1)[1:]) for piece, part in zip(pieces, self.parts, strict=True)]
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One map (N, C, H, W), and prefix tokens (N, prefix, C) where there are any."""
+        maps, prefixes = [], []
+        for part, piece in zip(self.parts, self.unpack(x), strict=True):
+            spatial, prefix = part.split(piece)
+            maps.append(resize(spatial, self.grid))
+            prefix = x.new_zeros(x.shape[0], 0, part.channels) if prefix is None else prefix
+            prefixes.append(pad(prefix, (0, 0, 0, self.prefix - part.prefix)))
+        return torch.cat(maps, dim=1), torch.cat(prefixes, dim=2) if self.prefix else None
+
+
+AnyLayout = Layout | JointLayout
+
+
+def layout_from_dict(data: Mapping[str, Any]) -> AnyLayout:
+    """The inverse of ``dataclasses.asdict`` of a layout, also after JSON made lists of tuples."""
+    if "parts" in data:
+        return JointLayout(tuple(Layout.from_dict(part) for part in data["parts"]))
+    return Layout.from_dict(data)
 
 
 def resize(spatial: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -49,3 +49,22 @@ def _wordnet() -> dict[str, str]:
 
 def _first(name: str) -> str:
     return _whole(name).split(",")[0].strip()
+
+
+def class_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str]:
+    """Names of a new task's classes; empty where there is no new task.
+
+    Raises:
+        ValueError: they do not number the classes from 0 on, or are not ``num_labels``.
+    """
+    if id2label is None:
+        if num_labels is not None and num_labels < 1:
+            raise ValueError(f"num_labels={num_labels} must be at least 1")
+        return {index: f"LABEL_{index}" for index in range(num_labels or 0)}
+    names = {int(index): str(name) for index, name in dict(id2label).items()}
+    if not names or sorted(names) != list(range(len(names))) or num_labels not in (None, len(names)):
+        raise ValueError(
+            f"id2label must name the classes 0, 1, 2, ... (num_labels of them, if that is given too); it names "
+            f"{sorted(names)} and num_labels={num_labels}"
+        )
+    return names

@@ -26,13 +26,15 @@ from restnet_hf.adapter_files import (
     read_profile,
     read_weights,
 )
-from restnet_hf.anchors import Anchor, load_anchor, unique_names
+from restnet_hf.anchors import Anchor, unique_names
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, count_params
 from restnet_hf.data import batches, check_labels
 from restnet_hf.evaluation import score_routes
 from restnet_hf.files import folder_written_whole
-from restnet_hf.parents import class_order, describe, rebuild, reload
+from restnet_hf.labels import class_names
+from restnet_hf.loading import load_anchor
+from restnet_hf.parents import class_order, describe, identify, rebuild, reload
 from restnet_hf.preprocessing import Reprocess
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import Route, Segment
@@ -129,10 +131,12 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         if order != "given":
             anchors.sort(key=Anchor.num_parameters, reverse=order == "large-to-small")
         unique_names(anchors)
+        for anchor in anchors:
+            anchor.search()
         dtypes = {anchor.name: str(next(anchor.parameters()).dtype) for anchor in anchors}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"the anchors have weights of different types, {dtypes}; pass dtype=")
-        names = _class_names(num_labels, id2label) or dict(enumerate(anchors[0].label_names or ()))
+        names = class_names(num_labels, id2label) or dict(enumerate(anchors[0].label_names or ()))
         names = names or {index: f"LABEL_{index}" for index in range(anchors[0].found.classes)}
         config = RestNetConfig(
             anchors=[describe(anchor) for anchor in anchors],
@@ -302,7 +306,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         adapter = {key: value for key, value in state.items() if not key.startswith("anchors.")}
         self.config.active_route = str(self.active_route)
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
-            entry["fingerprint"] = entry["fingerprint"] or anchor.fingerprint()
+            identify(entry, anchor)
         self.config.auto_map = AUTO_MAP
         with folder_written_whole(save_directory, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict=adapter)
@@ -370,7 +374,8 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
                 f"dtype={dtype or config.dtype!r} is not the name of a type of weights, such as 'float32'"
             )
         options = {"trust_remote_code": trust_remote_code, **hub}
-        loaded = [reload(entry, given.get(entry["name"]), wanted, options) for entry in config.anchors or []]
+        routes = (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
+        loaded = [reload(entry, given.get(entry["name"]), wanted, options, routes) for entry in config.anchors or []]
         model = cls(config, loaded)
         check_weights(weights, model.adapter_state_dict(), where)
         model.load_state_dict(weights)
@@ -378,21 +383,6 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         model.profiled = read_profile(where, at)
         model.config.name_or_path = model.name_or_path = where
         return model.to(device_map).eval() if device_map not in (None, "auto") else model.eval()
-
-
-def _class_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str]:
-    """Names of a new task's classes; empty where there is no new task."""
-    if id2label is None:
-        if num_labels is not None and num_labels < 1:
-            raise ValueError(f"num_labels={num_labels} must be at least 1")
-        return {index: f"LABEL_{index}" for index in range(num_labels or 0)}
-    names = {int(index): str(name) for index, name in dict(id2label).items()}
-    if not names or sorted(names) != list(range(len(names))) or num_labels not in (None, len(names)):
-        raise ValueError(
-            f"id2label must name the classes 0, 1, 2, ... (num_labels of them, if that is given too); it names "
-            f"{sorted(names)} and num_labels={num_labels}"
-        )
-    return names
 
 
 AutoModelForImageClassification.register(RestNetConfig, StitchedModelForImageClassification, exist_ok=True)

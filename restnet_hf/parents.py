@@ -1,6 +1,6 @@
 """What config.json says of an anchor, and the anchor back from it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -8,9 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from restnet_hf.anchors import Anchor, anchor_from_config, load_anchor
+from restnet_hf.anchors import Anchor
+from restnet_hf.fingerprints import Piece, fingerprint
 from restnet_hf.labels import label_order
+from restnet_hf.loading import anchor_from_config, load_anchor
 from restnet_hf.preprocessing import Preprocessing
+from restnet_hf.routes import Route
 
 
 def describe(anchor: Anchor) -> dict[str, Any]:
@@ -25,8 +28,16 @@ def describe(anchor: Anchor) -> dict[str, Any]:
         "preprocessing": asdict(anchor.preprocessing),
         "label_names": None if anchor.label_names is None else list(anchor.label_names),
         "granularity": anchor.granularity,
-        "depth": anchor.depth,
+        "pieces": None,
     }
+
+
+def identify(entry: dict[str, Any], anchor: Anchor) -> None:
+    """Write into what config.json says of an anchor, unless it stands there already, which weights it has."""
+    if entry["fingerprint"] is None:
+        pieces = anchor.pieces()
+        entry["pieces"] = [asdict(piece) for piece in pieces]
+        entry["fingerprint"] = fingerprint(anchor.model, pieces)
 
 
 def rebuild(entry: Mapping[str, Any]) -> Anchor:
@@ -39,9 +50,15 @@ def rebuild(entry: Mapping[str, Any]) -> Anchor:
 
 
 def reload(
-    entry: Mapping[str, Any], given: nn.Module | str | None, dtype: torch.dtype, options: Mapping[str, Any]
+    entry: Mapping[str, Any],
+    given: nn.Module | str | None,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    routes: Iterable[Route],
 ) -> Anchor:
     """An anchor as config.json names it, or the one given for it; checked to be the same network.
+
+    The weights that ``routes`` use are checked at once, the others when they first run.
 
     Raises:
         OSError: it cannot be loaded.
@@ -51,7 +68,6 @@ def reload(
     source = entry["repo_id"] if given is None else given
     if source is None:
         raise ValueError(f"anchor '{name}' was made in code; pass it: {hint}")
-    preprocessing = Preprocessing.from_dict(entry["preprocessing"])
     # the weights are compared in the type that they had, and cast after
     stored = getattr(torch, entry["fingerprint"].split(":")[0], None)
     try:
@@ -59,7 +75,7 @@ def reload(
             source,
             name=name,
             revision=entry["revision"] if given is None else None,
-            preprocessing=preprocessing,
+            preprocessing=Preprocessing.from_dict(entry["preprocessing"]),
             label_names=entry["label_names"],
             granularity=entry["granularity"],
             dtype=stored if isinstance(stored, torch.dtype) else dtype,
@@ -67,18 +83,39 @@ def reload(
         )
     except OSError as error:
         raise OSError(f"{error} If the anchor has moved, pass it: {hint}") from error
-    found = anchor.fingerprint()
-    if found != entry["fingerprint"]:
+    pieces = [Piece.from_dict(piece) for piece in entry["pieces"]]
+    anchor.expect(pieces)
+    try:
+        _same_cuts(anchor, pieces)
+        if fingerprint(anchor.model, pieces) != entry["fingerprint"]:
+            raise ValueError("its class or the type of its weights differs")
+        used = [segment for route in routes for segment in route.segments if segment.anchor == name]
+        for start, stop in {(segment.start, segment.stop) for segment in used}:
+            anchor.verify(start, stop)
+        if any(parameter.dtype != dtype for parameter in anchor.parameters()):
+            anchor.verify()
+    except ValueError as error:
         raise ValueError(
             f"anchor '{name}' ({type(source).__name__ if given is not None else source}) is not the network this "
-            f"adapter was made for: its fingerprint is {found}, not {entry['fingerprint']}. Pass the right one: {hint}"
-        )
-    if anchor.depth != entry["depth"]:
-        raise ValueError(
-            f"anchor '{name}' has {anchor.depth} cuts here and had {entry['depth']} when the adapter was saved: the "
-            "versions of transformers or timm differ too much for its routes. Install those that profile.json names"
-        )
+            f"adapter was made for: its fingerprint is {anchor.fingerprint()}, not {entry['fingerprint']}; {error}. "
+            f"Pass the right one: {hint}"
+        ) from error
     return anchor.to(dtype)
+
+
+def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
+    """Raise ValueError unless the anchor has the cuts that it had, from which routes count."""
+    found = [(cut.name, cut.layout.shape(1)[1:]) for cut in anchor.cuts]
+    saved = [(piece.cut, piece.shape) for piece in pieces[:-1]]
+    if found != saved:
+        number = next(
+            (i for i, (a, b) in enumerate(zip(found, saved, strict=False)) if a != b), min(len(found), len(saved))
+        )
+        here, then = (f"'{c[number][0]}' {c[number][1]}" if number < len(c) else "missing" for c in (found, saved))
+        raise ValueError(
+            f"cut {number + 1} is {here} here and was {then}. Where the weights are the same, the versions of "
+            "transformers or timm differ too much for its routes: install those that profile.json names"
+        )
 
 
 def class_order(front: Anchor, anchor: Anchor) -> list[int]:

@@ -17,10 +17,11 @@ from datasets import ClassLabel, Dataset
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from restnet_hf.anchors import Anchor, load_anchor
+from restnet_hf.anchors import Anchor
 from restnet_hf.data import load_images, subset, with_pixel_values
 from restnet_hf.files import written_whole
 from restnet_hf.labels import label_order
+from restnet_hf.loading import load_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.plots import plot_similarity, plot_tradeoff
 from restnet_hf.profiles import Profile

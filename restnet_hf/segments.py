@@ -2,126 +2,24 @@
 
 import copy
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from restnet_hf.features import Layout
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in whatever a classifier returns: a tensor, a ``ModelOutput``, a dict or a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return logits if logits is not None else first_tensor(output)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The first tensor in a nested output; raises TypeError where there is none."""
-    for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, Tensor):
-            return leaf
-    raise TypeError(f"{type(output).__name__} holds no tensor")
-
-
-@dataclass(frozen=True, eq=False)
-class _Leaf:
-    """What is kept of a tensor of an output: its shape and, where it does not depend on the image, its values.
-
-    Args:
-        shape: with the first axis for one image, where that is the batch or windows of it.
-        dtype: of the tensor.
-        batched: whether it is.
-        values: such as the positions of patches; None where the tensor depends on the image.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    batched: bool
-    values: Tensor | None
-
-    @classmethod
-    def of(cls, tensor: Tensor, batch: int) -> "_Leaf":
-        shape = tuple(tensor.shape)
-        batched = bool(shape) and shape[0] % batch == 0
-        if batched:
-            shape = (shape[0] // batch, *shape[1:])
-        values = None if tensor.grad_fn is not None else tensor.detach()[: shape[0]] if batched else tensor.detach()
-        return cls(shape, tensor.dtype, batched, values)
-
-    def fill(self, like: Tensor) -> Tensor:
-        """The tensor for the batch of ``like``; zeros for values, as one expanded scalar that takes no memory."""
-        dtype = like.dtype if self.dtype.is_floating_point else self.dtype
-        if self.values is None:
-            value, shape = torch.zeros((), dtype=dtype, device=like.device), self.shape
-            return value.expand(shape[0] * like.shape[0], *shape[1:]) if self.batched else value.expand(shape)
-        value = self.values.to(like.device, dtype)
-        return value.repeat(like.shape[0], *[1] * (value.dim() - 1)) if self.batched else value
-
-
-@dataclass(frozen=True)
-class OutputSpec:
-    """The structure of a module's output, with what is kept of its tensors, computed from a batch of images."""
-
-    leaves: tuple[Any, ...]
-    tree: TreeSpec
-
-    @classmethod
-    def of(cls, output: Any, batch: int) -> "OutputSpec":
-        leaves, tree = tree_flatten(output)
-        return cls(tuple(_Leaf.of(x, batch) if isinstance(x, Tensor) else x for x in leaves), tree)
-
-    def fill(self, like: Tensor, activation: Tensor | None = None) -> Any:
-        """The structure for the batch of ``like``, with ``activation`` in place of its first tensor."""
-        filled: list[Any] = []
-        for leaf in self.leaves:
-            if isinstance(leaf, _Leaf) and activation is not None:
-                filled.append(activation)
-                activation = None
-            else:
-                filled.append(leaf.fill(like) if isinstance(leaf, _Leaf) else leaf)
-        return tree_unflatten(filled, self.tree)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A place where a network can be left and entered: the output of a block that every path to the logits crosses.
-
-    Args:
-        name: path of the module in the network; ``aliases`` are other modules that return the very same tensor.
-        layout: of the activation.
-        output: structure of the module's output.
-        before: modules that are complete before the block starts, outermost only, with their outputs.
-        after: paths of the modules that start after the block is complete, outermost only, with their outputs.
-        modified: a later module writes into the activation.
-    """
-
-    name: str
-    aliases: tuple[str, ...]
-    layout: Layout
-    output: OutputSpec
-    before: tuple[tuple[str, OutputSpec], ...]
-    after: tuple[tuple[str, OutputSpec], ...]
-    modified: bool
-
-    def own(self, activation: Tensor) -> Tensor:
-        """The activation, copied where the network would write into it."""
-        return activation.clone() if self.modified else activation
+from restnet_hf.outputs import Cut, OutputSpec, logits_of
 
 
 class _Flow:
-    """What the replaced forwards of one run share: the input they take their batch from, and the activation kept."""
+    """What the replaced forwards of one run share: the input they take their batch from, and the tensors kept."""
 
     def __init__(self, given: Tensor | None = None) -> None:
         self.given = given
-        self.kept: Tensor | None = None
+        self.kept: dict[int, Tensor] = {}
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -144,25 +42,25 @@ class _Placeholder:
 
 
 class _Entry:
-    """Forward of the block at whose output the segment starts."""
+    """Forward of a block at whose output the segment starts."""
 
-    def __init__(self, flow: _Flow, cut: Cut) -> None:
-        self.flow, self.cut = flow, cut
+    def __init__(self, flow: _Flow, cut: Cut, path: str) -> None:
+        self.flow, self.cut, self.path = flow, cut, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self.flow.given is not None
-        return self.cut.output.fill(self.flow.given, self.cut.own(self.flow.given))
+        return self.cut.write(self.path, self.flow.given)
 
 
 class _Exit:
-    """Forward of the block after which a baked segment stops: keeps the activation and lets the network go on."""
+    """Forward of a block after which a baked segment stops: keeps its tensors and lets the network go on."""
 
-    def __init__(self, flow: _Flow, cut: Cut, module: nn.Module) -> None:
-        self.flow, self.cut, self.module = flow, cut, module
+    def __init__(self, flow: _Flow, cut: Cut, path: str, forward: Callable[..., Any]) -> None:
+        self.flow, self.cut, self.path, self.forward = flow, cut, path, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = type(self.module).forward(self.module, *args, **kwargs)
-        self.flow.kept = self.cut.own(first_tensor(output))
+        output = self.forward(*args, **kwargs)
+        self.flow.kept.update(self.cut.read(self.path, output))
         return output
 
 
@@ -200,13 +98,25 @@ def _kept(model: nn.Module, wanted: Mapping[int, Cut], go_on: bool) -> Iterator[
     kept: dict[int, Tensor] = {}
     handles = []
     for key, cut in wanted.items():
+        tensors: dict[int, Tensor] = {}
+        for path in cut.paths:
 
-        def keep(module: nn.Module, args: Any, output: Any, key: int = key, cut: Cut = cut) -> None:
-            kept[key] = cut.own(first_tensor(output))
-            if not go_on and len(kept) == len(wanted):
-                raise _Reached
+            def keep(
+                module: nn.Module,
+                args: Any,
+                output: Any,
+                key: int = key,
+                cut: Cut = cut,
+                path: str = path,
+                tensors: dict[int, Tensor] = tensors,
+            ) -> None:
+                tensors |= cut.read(path, output)
+                if len(tensors) == len(cut.tensors):
+                    kept[key] = cut.pack(tensors)
+                if not go_on and len(kept) == len(wanted):
+                    raise _Reached
 
-        handles.append(model.get_submodule(cut.name).register_forward_hook(keep))
+            handles.append(model.get_submodule(path).register_forward_hook(keep))
     try:
         yield kept
     finally:
@@ -218,8 +128,8 @@ def _entering(flow: _Flow, start: Cut | None, classifier: str | None) -> list[tu
     """What to replace for a run that enters at ``start`` and, with ``classifier``, ends in features."""
     forwards: list[tuple[str, Any]] = [(classifier, _Features())] if classifier else []
     if start is not None:
-        forwards += [(path, _Placeholder(flow, spec)) for path, spec in start.before]
-        forwards.append((start.name, _Entry(flow, start)))
+        forwards += [(path, _Placeholder(flow, spec)) for path, spec in start.before if path not in start.paths]
+        forwards += [(path, _Entry(flow, start, path)) for path in start.paths]
     return forwards
 
 
@@ -264,7 +174,7 @@ def run(
 
 def outside(start: Cut | None, stop: Cut | None, classifier: str | None) -> tuple[str, ...]:
     """Paths of the modules that a segment does not run."""
-    paths = [] if start is None else [*(path for path, _ in start.before), start.name]
+    paths = [] if start is None else [*(path for path, _ in start.before), *start.paths]
     if stop is not None:
         paths += [path for path, _ in stop.after]
     elif classifier:
@@ -297,6 +207,17 @@ def own_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Param
     return {name: parameter for parameter, name in found.items()}
 
 
+def own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters and saved buffers of those modules."""
+    found: dict[str, Tensor] = {}
+    for module, name in own_modules(model, paths).items():
+        unsaved = module._non_persistent_buffers_set
+        buffers = ((key, b) for key, b in module.named_buffers(recurse=False) if key not in unsaved)
+        for key, tensor in (*module.named_parameters(recurse=False), *buffers):
+            found[f"{name}.{key}" if name else key] = tensor
+    return found
+
+
 class BakedSegment(nn.Module):
     """A segment as a plain module with only its own weights: no hooks, no exceptions; compiles and exports.
 
@@ -321,12 +242,14 @@ class BakedSegment(nn.Module):
         self.model = copy.deepcopy(model, empty)  # weights that are left out are never copied
         self.start, self.stop, self.image_size = start, stop, image_size
         self.flow = _Flow()
-        forwards = _entering(self.flow, start, classifier if stop is None else None)
+        forwards = dict(_entering(self.flow, start, classifier if stop is None else None))
         if stop is not None:
-            forwards += [(path, _Placeholder(self.flow, spec)) for path, spec in stop.after]
-            block = self.model.get_submodule(stop.name)
-            block.forward = _Exit(self.flow, stop, block)
-        for path, forward in forwards:
+            forwards |= {path: _Placeholder(self.flow, spec) for path, spec in stop.after}
+            for path in stop.paths:
+                module = self.model.get_submodule(path)
+                inner = forwards.get(path) or partial(type(module).forward, module)
+                forwards[path] = _Exit(self.flow, stop, path, inner)
+        for path, forward in forwards.items():
             self.model.get_submodule(path).forward = forward
         own = own_modules(self.model, dropped)
         for module in self.model.modules():
@@ -337,7 +260,6 @@ class BakedSegment(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.flow.given = x
         output = self.model(_image(x, self.start, self.image_size))
-        result = logits_of(output) if self.stop is None else self.flow.kept
-        self.flow.given = self.flow.kept = None
-        assert result is not None
+        result = logits_of(output) if self.stop is None else self.stop.pack(self.flow.kept)
+        self.flow.given, self.flow.kept = None, {}
         return result

@@ -3,17 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from restnet_hf.anchors import Anchor
-from restnet_hf.features import Layout, resize
+from restnet_hf.features import AnyLayout, JointLayout, Layout, resize
 from restnet_hf.routes import StitchPoint
 
 
-CLASS_TOKENS = ("learn", "pool")
+CLASS_TOKENS = ("pool", "learn", "drop", "add")
 ROWS = 16384  # of float64 features at a time
 RIDGE = 1e-6  # of the mean variance: far below what real features carry, far above float64 rounding
 
@@ -24,8 +26,11 @@ class StitchConfig:
 
     Args:
         kind: a key of `STITCHES`.
-        class_token: where the source has fewer prefix tokens than the target: compute them from the mean (``pool``) of
-            the source's grid, or ``learn`` them as constants, which tell nothing of the image to a late cut.
+        class_token: what becomes of prefix tokens that one side has and the other lacks. Those that the target has
+            more are computed from the mean of the source's grid (``pool``, the default), or a constant is fitted
+            (``learn``), which tells nothing of the image to a late cut. Those that the source has more are left out
+            (``drop``, the default), or mapped and added to every position (``add``; the readout of DPT,
+            arXiv 2103.13413, section 3). Each value decides for its own direction.
 
     Raises:
         ValueError: an option is not one of those.
@@ -63,7 +68,8 @@ class LinearStitch(Stitch):
     """One affine map of channels for every position: a 1x1 convolution on maps, a linear layer on tokens.
 
     Between different grids the map is resized on the cheaper side of the affine map (the two commute). Prefix tokens
-    that both sides have go through the same map, as in SN-Net (arXiv 2302.06586, section 3.2).
+    that both sides have go through the same map, as in SN-Net (arXiv 2302.06586, section 3.2); for the others see
+    ``class_token`` of `StitchConfig`.
 
     Args:
         source: layout that comes in.
@@ -71,7 +77,7 @@ class LinearStitch(Stitch):
         config: see `StitchConfig`.
     """
 
-    def __init__(self, source: Layout, target: Layout, config: StitchConfig) -> None:
+    def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
         super().__init__()
         self.source, self.target = source, target
         self.shared = min(source.prefix, target.prefix)
@@ -88,6 +94,10 @@ class LinearStitch(Stitch):
             self.prefix = nn.Parameter(torch.zeros(1, self.missing, target.channels))
         elif self.missing:
             self.pool = nn.Linear(source.channels, self.missing * target.channels)
+        self.spare = source.prefix - self.shared if config.class_token == "add" else 0
+        self.added: nn.Linear | None = None
+        if self.spare:
+            self.added = nn.Linear(self.spare * source.channels, target.channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """An activation in the source's layout as one in the target's."""
@@ -98,6 +108,8 @@ class LinearStitch(Stitch):
         spatial = self._project(spatial)
         if not self.shrinks:
             spatial = resize(spatial, self.target.grid)
+        if self.added is not None and prefix is not None:
+            spatial = spatial + self.added(prefix[:, self.shared :].flatten(1))[:, :, None, None]
         return self.target.join(spatial, self._prefix(prefix, pooled, x.shape[0]))
 
     def _project(self, spatial: Tensor) -> Tensor:
@@ -123,15 +135,19 @@ class LinearStitch(Stitch):
             found.append(Problem(lambda x: self.source.split(x)[0].mean((2, 3)), self._missing_out, self._set_pool))
         return found
 
-    def _rows(self, layout: Layout, x: Tensor) -> Tensor:
+    def _rows(self, layout: AnyLayout, x: Tensor, spare: int = 0) -> Tensor:
         spatial, prefix = layout.split(x)
         rows = resize(spatial, self.target.grid).permute(0, 2, 3, 1).flatten(1, 2)
+        if spare and prefix is not None:  # what is added to every position is an input of every position
+            tokens = prefix[:, self.shared :].flatten(1)[:, None].expand(-1, rows.shape[1], -1)
+            rows = torch.cat([rows, tokens], dim=2)
         if self.shared and prefix is not None:
-            rows = torch.cat([prefix[:, : self.shared], rows], dim=1)
+            shared = pad(prefix[:, : self.shared], (0, rows.shape[2] - prefix.shape[2]))
+            rows = torch.cat([shared, rows], dim=1)
         return rows.flatten(0, 1)
 
     def _rows_in(self, x: Tensor) -> Tensor:
-        return self._rows(self.source, x)
+        return self._rows(self.source, x, self.spare)
 
     def _rows_out(self, y: Tensor) -> Tensor:
         return self._rows(self.target, y)
@@ -141,7 +157,9 @@ class LinearStitch(Stitch):
 
     @torch.no_grad()
     def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
-        self.proj.weight.copy_(weight.view_as(self.proj.weight))
+        self.proj.weight.copy_(weight[:, : self.source.channels].reshape(self.proj.weight.shape))
+        if self.added is not None:
+            self.added.weight.copy_(weight[:, self.source.channels :])
         assert self.proj.bias is not None
         self.proj.bias.copy_(bias)
 
@@ -157,11 +175,44 @@ class LinearStitch(Stitch):
         self.pool.bias.copy_(bias)
 
 
-STITCHES: dict[str, Callable[[Layout, Layout, StitchConfig], Stitch]] = {"linear": LinearStitch}
+STITCHES: dict[str, Callable[[AnyLayout, Layout, StitchConfig], Stitch]] = {"linear": LinearStitch}
 
 
-def make_stitch(source: Layout, target: Layout, config: StitchConfig) -> Stitch:
+class JointStitch(Stitch):
+    """A stitch for each tensor of an activation of several.
+
+    Args:
+        source: layout that comes in.
+        target: layout that goes out.
+        config: of each.
+    """
+
+    def __init__(self, source: AnyLayout, target: JointLayout, config: StitchConfig) -> None:
+        super().__init__()
+        self.target = target
+        self.parts = nn.ModuleList(STITCHES[config.kind](source, part, config) for part in target.parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """An activation in the source's layout as one in the target's."""
+        return torch.cat([part(x).flatten(1) for part in self.parts], dim=1)
+
+    def problems(self) -> list[Problem]:
+        found = []
+        for index, part in enumerate(self.parts):
+            assert isinstance(part, Stitch)
+            for problem in part.problems():
+                outputs = partial(self._outputs, index, problem.outputs)
+                found.append(Problem(problem.inputs, outputs, problem.assign))
+        return found
+
+    def _outputs(self, index: int, outputs: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        return outputs(self.target.unpack(y)[index])
+
+
+def make_stitch(source: AnyLayout, target: AnyLayout, config: StitchConfig) -> Stitch:
     """A new stitch of the kind that ``config`` names."""
+    if isinstance(target, JointLayout):
+        return JointStitch(source, target, config)
     return STITCHES[config.kind](source, target, config)
 
 

@@ -1,9 +1,11 @@
 """Tiny random classifiers of every layout, the demo's trained anchors, and real images."""
 
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library reads it
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="restnet-hf-tests-")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -10,7 +10,8 @@ import transformers
 from conftest import CLASSES, MODELS, SIZE, make_anchor, make_model, save_model, spread
 from torch import nn
 
-from restnet_hf.anchors import Anchor, load_anchor, unique_names
+from restnet_hf.anchors import Anchor, unique_names
+from restnet_hf.loading import load_anchor
 from restnet_hf.preprocessing import Preprocessing
 
 
