@@ -1,12 +1,14 @@
-"""The files of an adapter: read strictly, written whole."""
+"""The files of an adapter, read strictly, and where its weights go."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import cached_file
 
 from restnet_hf.profiles import Profile
@@ -54,3 +56,23 @@ def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
     said = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
     if said:
         raise ValueError(f"the weights in {where} do not fit its config.json. {said}. Save the adapter again")
+
+
+def whole_device(device_map: Any) -> torch.device:
+    """The one device that a ``device_map`` of transformers names; the CPU for None.
+
+    Raises:
+        ValueError: it names several, or none that there is.
+    """
+    placed = check_and_set_device_map(dict(device_map) if isinstance(device_map, Mapping) else device_map)
+    if placed is None:
+        return torch.device("cpu")
+    if placed == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    devices = list(placed.values()) if isinstance(placed, dict) else []
+    if len(devices) != 1 or devices[0] == "disk":
+        raise ValueError(
+            f"device_map={device_map!r} spreads the model out, but the anchors, which all routes share, must be on "
+            "one device: give that device, or 'auto'"
+        )
+    return torch.device(devices[0])

@@ -1,9 +1,10 @@
 """Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and segments between them."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from restnet_hf.cut_cache import cached_cuts
@@ -36,6 +37,10 @@ class Anchor(nn.Module):
         ValueError: the name does not fit a route.
     """
 
+    # Both are set by the model's activation_checkpointing_enable(), as on any module of transformers that has them.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
     def __init__(
         self,
         model: nn.Module,
@@ -52,6 +57,10 @@ class Anchor(nn.Module):
         if not ANCHOR_NAME.fullmatch(name):
             raise ValueError(f"anchor name {name!r} may hold only letters, digits, '_' and '-'")
         self.model = model.requires_grad_(False)
+        # timm's own checkpointing would compute again without the bounds of a segment; see `forward`
+        for module in model.modules():
+            if "grad_checkpointing" in vars(module):
+                vars(module)["grad_checkpointing"] = False
         self.name = name
         self.preprocessing = preprocessing
         self.label_names = tuple(label_names) if label_names is not None else None
@@ -127,7 +136,10 @@ class Anchor(nn.Module):
             for index, candidate in enumerate(self.cuts, 1):
                 if cut in (candidate.name, *candidate.aliases):
                     return index
-            raise ValueError(f"anchor '{self.name}' has no cut {cut!r}; its cuts are {[c.name for c in self.cuts]}")
+            raise ValueError(
+                f"anchor '{self.name}' has no cut {cut!r}; a cut is a map or a grid of tokens that every path goes "
+                f"through. Its cuts are {[c.name for c in self.cuts]}"
+            )
         self.cut(cut)
         return cut
 
@@ -139,7 +151,7 @@ class Anchor(nn.Module):
         return cut.layout
 
     def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Run a segment.
+        """Run a segment. With activation checkpointing, the way back keeps the activations at cuts alone.
 
         Args:
             x: images (N, 3, H, W) for ``start=0``, else the activation at cut ``start`` in its layout.
@@ -148,6 +160,15 @@ class Anchor(nn.Module):
         Raises:
             ValueError: there is no such cut, or the segment is empty.
         """
+        if self.gradient_checkpointing and torch.is_grad_enabled() and x.requires_grad:
+            end = self.depth + 1 if stop is None else stop
+            for at in range(start, end):
+                piece = None if at == self.depth else at + 1
+                x = self._gradient_checkpointing_func(self._segment, x, at, piece)
+            return x
+        return self._segment(x, start, stop)
+
+    def _segment(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         return self.capture(x, (stop,), start)[stop]
 
     def capture(self, x: Tensor, stops: Collection[int | None], start: int = 0) -> dict[int | None, Tensor]:

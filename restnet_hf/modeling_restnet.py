@@ -25,6 +25,7 @@ from restnet_hf.adapter_files import (
     check_weights,
     read_profile,
     read_weights,
+    whole_device,
 )
 from restnet_hf.anchors import Anchor, unique_names
 from restnet_hf.configuration_restnet import RestNetConfig
@@ -61,6 +62,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    supports_gradient_checkpointing = True  # every anchor is checkpointed from cut to cut
     accepts_loss_kwargs = False  # the loss is a mean over the batch
 
     def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
@@ -330,7 +332,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype | str | None = None,
-        device_map: str | torch.device | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Self:
@@ -343,7 +345,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
             revision: of the adapter.
             subfolder: of the adapter in its repository.
             dtype: of the weights; as saved by default.
-            device_map: a device for the whole model.
+            device_map: a device for the whole model, as in transformers; ``auto`` takes the accelerator, if any.
             trust_remote_code: run anchors' code from the Hub.
             **kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in transformers.
 
@@ -353,6 +355,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
             ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
         """
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
+        device = whole_device(device_map)
         unknown = sorted(kwargs.keys() - {*HUB_KEYS, *PASSED_BY_AUTO})
         if unknown:
             raise TypeError(f"from_pretrained takes no {unknown}; see its documentation for what it takes")
@@ -382,7 +385,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         model.check_layouts()
         model.profiled = read_profile(where, at)
         model.config.name_or_path = model.name_or_path = where
-        return model.to(device_map).eval() if device_map not in (None, "auto") else model.eval()
+        return model.to(device).eval()
 
 
 AutoModelForImageClassification.register(RestNetConfig, StitchedModelForImageClassification, exist_ok=True)

@@ -53,6 +53,7 @@ class TrainArgs:
         logging_steps: steps between entries for the trackers.
         log_with: trackers, as in ``Accelerator``.
         mixed_precision: as in ``Accelerator``.
+        activation_checkpointing: keep activations at cuts alone, and compute the others again on the way back.
         seed: of the order of the data.
     """
 
@@ -71,6 +72,7 @@ class TrainArgs:
     logging_steps: int = Field(default=10, gt=0)
     log_with: Any = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    activation_checkpointing: bool = False
     seed: int = 0
 
 
@@ -203,10 +205,15 @@ class _Training:
             parameter.requires_grad_(False)
         self.model.train()
         self.optimizer.zero_grad()
+        checkpoints = self.args.activation_checkpointing and not self.model.is_activation_checkpointing
+        if checkpoints:
+            self.model.activation_checkpointing_enable()
         try:
             yield
         finally:
             self.optimizer.zero_grad()
+            if checkpoints:
+                self.model.activation_checkpointing_disable()
             self.model.eval()
             for parameter in others:
                 parameter.requires_grad_(True)

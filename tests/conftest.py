@@ -68,6 +68,18 @@ class Plain(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+class OneBlock(nn.Module):
+    """Too small to be cut; other networks build on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3, 2)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks[0](x).mean((2, 3)))
+
+
 # One representative of each layout and library: how to build it, and the layout kind and prefix of its cuts.
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "resnet": (
@@ -103,6 +115,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
         2,
     ),
     "plain": (Plain, "NCHW", 0),
+    "tnt": (
+        lambda: _timm("tnt_s_patch16_224", img_size=SIZE, embed_dim=32, inner_dim=8, depth=4, num_heads_outer=2),
+        "NLC+NLC",
+        1,
+    ),
 }
 
 
@@ -121,6 +138,24 @@ def save_model(name: str, folder: Path, seed: int = 0) -> Path:
 def make_anchor(name: str, seed: int = 0) -> Anchor:
     """A fresh anchor of `MODELS`."""
     return Anchor(make_model(name, seed), name, Preprocessing((SIZE, SIZE)))
+
+
+def assert_parts_make_the_whole(anchor: Anchor, images: torch.Tensor) -> None:
+    """To each cut and on from it, and from each to the next, as the whole does."""
+    with torch.no_grad():
+        whole = anchor(images)
+        captured = anchor.capture(images, [*range(1, anchor.depth + 1), None])
+        assert torch.equal(captured[None], whole)
+        assert whole.std(0).mean() > 1e-3, "logits hardly depend on the image, equality would say nothing"
+        for index in range(1, anchor.depth + 1):
+            activation = anchor(images, stop=index)
+            assert activation.shape == anchor.layout(index).shape(len(images))
+            assert torch.equal(activation, captured[index])
+            kept = activation.clone()
+            assert torch.equal(anchor(activation, start=index), whole)
+            assert torch.equal(activation, kept), "the segment wrote into what it was given"
+            if index < anchor.depth:
+                assert torch.equal(anchor(activation, index, index + 1), captured[index + 1])
 
 
 @pytest.fixture(scope="session")

@@ -4,44 +4,15 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import timm
 import torch
-import transformers
-from conftest import CLASSES, MODELS, SIZE, make_anchor, make_model, save_model, spread
+from conftest import MODELS, SIZE, OneBlock, assert_parts_make_the_whole, make_anchor, make_model, spread
 from torch import nn
 
 from restnet_hf.anchors import Anchor, unique_names
-from restnet_hf.loading import load_anchor
 from restnet_hf.preprocessing import Preprocessing
 
 
 DEMO_ANCHORS = ["resnet_fashion", "vit_fashion"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_cuts_and_layouts(anchors, name):
-    anchor = anchors[name]
-    _, kind, prefix = MODELS[name]
-    assert anchor.depth >= 2 and not anchor.found.rejected
-    assert {(cut.layout.kind, cut.layout.prefix) for cut in anchor.cuts} == {(kind, prefix)}
-    assert anchor.found.classes == CLASSES
-
-
-def assert_parts_make_the_whole(anchor, images):
-    with torch.no_grad():
-        whole = anchor(images)
-        captured = anchor.capture(images, [*range(1, anchor.depth + 1), None])
-        assert torch.equal(captured[None], whole)
-        assert whole.std(0).mean() > 1e-3, "logits hardly depend on the image, equality would say nothing"
-        for index in range(1, anchor.depth + 1):
-            activation = anchor(images, stop=index)
-            assert activation.shape == anchor.layout(index).shape(len(images))
-            assert torch.equal(activation, captured[index])
-            kept = activation.clone()
-            assert torch.equal(anchor(activation, start=index), whole)
-            assert torch.equal(activation, kept), "the segment wrote into what it was given"
-            if index < anchor.depth:
-                assert torch.equal(anchor(activation, index, index + 1), captured[index + 1])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,7 +73,7 @@ def test_names_address_cuts(anchors):
         assert [anchor.cut_index(name) for name in (cut.name, *cut.aliases)] == [index] * (1 + len(cut.aliases))
     assert anchor.cut_index(2) == 2
     assert any(cut.aliases for cut in anchor.cuts)
-    with pytest.raises(ValueError, match="no cut 'layer9'; its cuts are"):
+    with pytest.raises(ValueError, match="no cut 'layer9'; .* Its cuts are"):
         anchor.cut_index("layer9")
     with pytest.raises(ValueError, match=f"cuts 1 to {anchor.depth}, not 99"):
         anchor.cut_index(99)
@@ -110,93 +81,11 @@ def test_names_address_cuts(anchors):
         anchor(torch.zeros(anchor.layout(3).shape(1)), 3, 2)
 
 
-def test_module_granularity_finds_more():
-    blocks, modules = make_anchor("resnet"), make_anchor("resnet")
-    modules.granularity = "module"
-    assert modules.depth > blocks.depth
-
-
-def test_search_leaves_the_model_as_it_was(images):
-    model = MODELS["mobilenet"][0]().train()
-    before = copy.deepcopy(model.state_dict())
-    anchor = Anchor(model, "a", Preprocessing((SIZE, SIZE)))
-    state = torch.get_rng_state()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert anchor.depth > 2
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert all("forward" not in module.__dict__ and not module._forward_hooks for module in model.modules())
-    anchor.train()
-    assert not any(module.training for module in model.modules())
-
-
 def test_a_failing_run_leaves_the_model_as_it_was(anchors):
     anchor = anchors["vit"]
     with pytest.raises(RuntimeError):
         anchor(torch.zeros(1, 3, 3), start=1)
     assert all("forward" not in m.__dict__ and not m._forward_hooks for m in anchor.model.modules())
-
-
-def test_cubes_are_laid_out_as_their_neighbours():
-    """16 channels on a grid of 16 x 16 say nothing themselves, and inside its blocks this network is channels-last."""
-    config = transformers.ConvNextV2Config(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 2, 1], num_labels=CLASSES)
-    anchor = Anchor(spread(transformers.ConvNextV2ForImageClassification(config)), "a", Preprocessing((SIZE, SIZE)))
-    assert {cut.layout.kind for cut in anchor.cuts} == {"NCHW"} and anchor.layout(1).grid == (16, 16)
-
-
-class OneBlock(nn.Module):
-    def __init__(self, gate: bool = False) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3, 2)])
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.blocks[0](x).mean((2, 3)))
-
-
-def test_too_few_cuts():
-    anchor = Anchor(OneBlock(), "small", Preprocessing((16, 16)))
-    with pytest.raises(ValueError, match=r"'small' \(OneBlock\) has 1 places .* 2 are needed.* Choose another"):
-        _ = anchor.cuts
-
-
-class Bypassed(OneBlock):
-    """The second block's output misses what went around it, so it is no cut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3, 2), *(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))])
-
-    def forward(self, x):
-        x = self.blocks[0](x)
-        y = self.blocks[1](x)
-        z = self.blocks[2](y) + x
-        return self.head(self.blocks[3](z).mean((2, 3)))
-
-
-def test_only_dominators_are_cuts():
-    anchor = Anchor(spread(Bypassed(), 0), "skip", Preprocessing((16, 16)))
-    assert [cut.name for cut in anchor.cuts] == ["blocks.0", "blocks.3"]
-
-
-class Remembers(OneBlock):
-    """The last block reads a shape that only a real run of the first one leaves behind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Conv2d(c, 4, 3, 1, 1) for c in (3, 4, 4))
-
-    def forward(self, x):
-        x = self.blocks[0](x)
-        scale = x.detach().mean()
-        x = self.blocks[1](x)
-        return self.head((self.blocks[2](x) * scale).mean((2, 3)))
-
-
-def test_certification_rejects_what_autograd_cannot_see():
-    anchor = Anchor(spread(Remembers(), 0), "hidden", Preprocessing((16, 16)))
-    with pytest.raises(ValueError, match=r"blocks\.1: run from here on, the network is off by"):
-        _ = anchor.cuts
 
 
 class Sharing(OneBlock):
@@ -232,39 +121,6 @@ def test_what_blocks_share_is_kept_and_counted_once():
         assert sum(p.numel() for p in anchor.bake(*bounds).parameters()) == count
 
 
-class Positioned(OneBlock):
-    """The first block also returns the positions of its patches, which a later one reads."""
-
-    class Patches(nn.Conv2d):
-        def forward(self, x):
-            x = super().forward(x)
-            return x, torch.arange(x.shape[-1]).expand(len(x), -1)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = self.Patches(3, 4, 3, 2)
-        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))
-
-    def forward(self, x):
-        x, positions = self.stem(x)
-        for block in self.blocks:
-            x = block(x) * (1 + positions[:, None, None, :])
-        return self.head(x.mean((2, 3)))
-
-
-def test_values_that_do_not_depend_on_the_image_are_kept():
-    anchor = Anchor(spread(Positioned(), 0), "positioned", Preprocessing((16, 16)))
-    assert anchor.depth == 3 and not anchor.found.rejected
-    assert_parts_make_the_whole(anchor, torch.randn(5, 3, 16, 16))
-    images = torch.randn(4, 3, 16, 16)
-    assert torch.equal(anchor.bake(2)(anchor(images, stop=2)), anchor(images))
-
-
-def test_not_a_classifier():
-    with pytest.raises(ValueError, match="does not map images to logits"):
-        Anchor(nn.Conv2d(3, 4, 3), "conv", Preprocessing((16, 16))).cuts  # noqa: B018
-
-
 @pytest.mark.parametrize("name", ["resnet", "vit", "mobilenet", "swin_nhwc"])
 def test_headless(images, name):
     anchor = make_anchor(name)
@@ -284,33 +140,6 @@ def test_two_heads_cannot_be_replaced(anchors):
         anchors["distilled"].drop_classifier()
 
 
-def test_load(tmp_path, images):
-    save_model("vit", tmp_path / "my.vit.v1")
-    model = make_model("vit")
-    for source in (tmp_path / "my.vit.v1", str(tmp_path / "my.vit.v1"), f"local-dir:{tmp_path}/my.vit.v1"):
-        anchor = load_anchor(source)
-        assert (anchor.name, anchor.repo_id) == ("my", str(tmp_path / "my.vit.v1"))
-        assert torch.allclose(anchor(images), model.eval()(images).logits, atol=1e-5)
-    assert not any(p.requires_grad for p in anchor.parameters())
-
-
-def test_load_from_a_folder_that_timm_wrote(tmp_path, images):
-    from timm.models import save_for_hf
-
-    model = MODELS["mobilenet"][0]().eval()
-    save_for_hf(model, tmp_path / "small", safe_serialization=True)
-    anchor = load_anchor(tmp_path / "small", image_size=SIZE)
-    # the file's tensors lie at other addresses, and kernels round by alignment
-    assert torch.allclose(anchor(images), model(images), atol=1e-5)
-    assert anchor.preprocessing.image_size == (SIZE, SIZE)
-    assert anchor.preprocessing.mean == model.pretrained_cfg["mean"]
-
-
-def test_unknown_id():
-    with pytest.raises(OSError, match=r"anchor 'nobody/nothing' cannot be loaded: it must be a local folder"):
-        load_anchor("nobody/nothing")
-
-
 def test_names():
     with pytest.raises(ValueError, match="may hold only letters"):
         Anchor(OneBlock(), "a b", Preprocessing((16, 16)))
@@ -325,25 +154,6 @@ def test_fingerprint():
     with torch.no_grad():
         next(two.model.parameters()).view(-1)[0] += 1e-6
     assert one.fingerprint() != two.fingerprint()
-
-
-def test_images_must_be_understood(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"how Plain wants its images is not known.*Pass load_anchor\(..., preprocessing="
-    ):
-        load_anchor(make_model("plain"), image_size=SIZE)
-    make_model("vit").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="bare wants its images is not known"):
-        load_anchor(tmp_path / "bare")
-    told = Preprocessing((SIZE, SIZE), (0.1,) * 3, (0.2,) * 3)
-    assert load_anchor(tmp_path / "bare", preprocessing=told).preprocessing == told
-    save_model("vit", tmp_path / "full")
-    other = load_anchor(tmp_path / "full", preprocessing=told)
-    assert (other.preprocessing, other.processor) == (told, None)
-    with pytest.raises(ValueError, match="either image_size or preprocessing"):
-        load_anchor(tmp_path / "full", preprocessing=told, image_size=SIZE)
-    with pytest.raises(ValueError, match="is made already"):
-        load_anchor(other, image_size=SIZE)
 
 
 def test_wrong_size_names_the_anchor():
@@ -363,21 +173,3 @@ def test_threads_do_not_disturb_each_other(anchors, images):
 
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(work, range(4))) == [True] * 4
-
-
-# The architectures of the recipes, at the recipes' size, with random weights: cuts do not depend on weights.
-RECIPE_ANCHORS = {
-    "resnet-50": lambda: transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(downsample_in_bottleneck=True, num_labels=10)
-    ),
-    **{
-        name: lambda name=name: timm.create_model(name, num_classes=10)
-        for name in ("mobilenetv2_100", "tf_efficientnet_lite0", "tf_efficientnet_lite2")
-    },
-}
-
-
-@pytest.mark.parametrize("name", RECIPE_ANCHORS)
-def test_segments_of_the_recipes_anchors(name):
-    anchor = Anchor(spread(RECIPE_ANCHORS[name]()), name, Preprocessing((96, 96)))
-    assert_parts_make_the_whole(anchor, torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)))

@@ -1,9 +1,12 @@
 """Layouts are read off shapes, and conversion loses nothing."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 
-from restnet_hf.features import Layout, infer_layout, resize
+from restnet_hf.features import JointLayout, Layout, infer_layout, layout_from_dict, resize
 
 
 LAYOUTS = [Layout("NCHW", 6, (4, 5)), Layout("NHWC", 6, (4, 5)), *(Layout("NLC", 6, (4, 5), p) for p in (0, 1, 2, 5))]
@@ -74,3 +77,22 @@ def test_shrinking_averages():
 def test_refused(values):
     with pytest.raises(ValueError, match="is not a layout"):
         Layout(*values)
+
+
+def test_several_tensors_read_as_one_map():
+    tokens, grid = Layout("NLC", 3, (2, 2), 1), Layout("NCHW", 2, (4, 4))
+    joint = JointLayout((tokens, grid))
+    assert (joint.kind, joint.channels, joint.grid, joint.prefix) == ("NLC+NCHW", 5, (4, 4), 1)
+    x, y = torch.randn(tokens.shape(6)), torch.randn(grid.shape(6))
+    packed = torch.cat([x.flatten(1), y.flatten(1)], dim=1)
+    assert packed.shape == joint.shape(6)
+    assert all(torch.equal(a, b) for a, b in zip(joint.unpack(packed), (x, y), strict=True))
+    spatial, prefix = joint.split(packed)
+    assert torch.equal(spatial[:, 3:], y)
+    assert torch.equal(spatial[:, :3], resize(tokens.split(x)[0], (4, 4)))
+    assert torch.equal(prefix, torch.cat([x[:, :1], torch.zeros(6, 1, 2)], dim=2))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, JointLayout((LAYOUTS[0], LAYOUTS[-1]))], ids=str)
+def test_layouts_survive_json(layout):
+    assert layout_from_dict(json.loads(json.dumps(asdict(layout)))) == layout

@@ -149,6 +149,42 @@ def test_modules_made_in_code(tmp_path, images):
         load(tmp_path / "adapter", anchors={"plain": make_model("plain", 9), "mobilenet": make_model("mobilenet")})
 
 
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", torch.device("cpu"), {"": "cpu"}])
+@pytest.mark.parametrize("end", ["mobilenet", "vit", "swin"])
+def test_device_map(tmp_path, images, end, device_map):
+    model = StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), make_anchor(end), order="given")
+    model.set_route(model.add_stitch(f"resnet[:2] + {end}[2:]"))
+    model.save_pretrained(tmp_path)
+    again = StitchedModelForImageClassification.from_pretrained(
+        tmp_path, anchors={"resnet": make_model("resnet"), end: make_model(end)}, device_map=device_map
+    )
+    with torch.no_grad():
+        assert torch.allclose(again(images.to(again.device)).logits.cpu(), model(images).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("device_map", ["balanced", {"anchors": "cpu", "stitches": "cpu"}, {"": "disk"}, "nowhere"])
+def test_device_maps_of_several_devices_are_refused(saved, device_map):
+    with pytest.raises(ValueError, match="device"):
+        StitchedModelForImageClassification.from_pretrained(saved[1], device_map=device_map)
+
+
+def test_a_parent_that_changed_where_no_route_uses_it(saved, tmp_path):
+    """It loads, as the routes are what they were; the anchor alone is refused."""
+    _, path, images, logits = saved
+    other = make_model("vit")
+    with torch.no_grad():
+        other.vit.layers[0].layernorm_before.weight.add_(1)
+    other.save_pretrained(tmp_path / "vit")
+    again = StitchedModelForImageClassification.from_pretrained(path)
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, logits)
+        again.set_route("vit[:]")
+        with pytest.raises(ValueError, match="weights of 'vit' from cut 0 to 1 have the SHA-256 .*, not "):
+            again(images)
+    with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
+        StitchedModelForImageClassification.from_pretrained(path, dtype=torch.bfloat16)
+
+
 def test_a_changed_parent_is_refused(saved, tmp_path):
     _, path, _, _ = saved
     shutil.copytree(tmp_path / "vit", tmp_path / "moved")

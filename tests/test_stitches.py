@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, MODELS
+from conftest import CLASSES, MODELS, SIZE, make_anchor, make_model
 
-from restnet_hf.features import Layout, resize
+from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
+from restnet_hf.features import JointLayout, Layout, resize
 from restnet_hf.routes import StitchPoint
 from restnet_hf.stitches import (
     CLASS_TOKENS,
@@ -17,13 +18,17 @@ from restnet_hf.stitches import (
 )
 
 
-SOURCES = [Layout("NCHW", 6, (4, 4)), Layout("NHWC", 6, (6, 6)), Layout("NLC", 6, (4, 4)), Layout("NLC", 6, (4, 4), 2)]
+SOURCES = [Layout("NCHW", 6, (4, 4)), Layout("NHWC", 6, (6, 6)), *(Layout("NLC", 6, (4, 4), n) for n in (0, 1, 2, 5))]
+SOURCES += [JointLayout((Layout("NLC", 2, (2, 2), 1), Layout("NCHW", 4, (4, 4))))]
 TARGETS = [
     Layout("NCHW", 5, (4, 4)),
     Layout("NCHW", 5, (7, 7)),
     Layout("NHWC", 5, (3, 3)),
     Layout("NLC", 5, (4, 4), 1),
+    Layout("NLC", 5, (4, 4)),
+    Layout("NLC", 5, (4, 4), 2),
     Layout("NLC", 5, (2, 2), 5),
+    JointLayout((Layout("NLC", 3, (4, 4), 1), Layout("NHWC", 2, (2, 2)))),
 ]
 
 
@@ -138,6 +143,42 @@ def test_learned_class_token_is_the_mean():
     assert torch.allclose(stitch(x)[:, 0], y[:, 0].mean(0).expand(30, 4), atol=1e-6)
 
 
+@pytest.mark.parametrize("spare", [1, 5])
+def test_spare_tokens_are_added_or_dropped(spare):
+    """A target that is a map of the grid plus another of the prefix tokens: adding finds both, dropping cannot."""
+    torch.manual_seed(0)
+    source, target = Layout("NLC", 3, (4, 4), spare), Layout("NCHW", 2, (4, 4))
+    x = torch.randn(source.shape(60))
+    spatial, prefix = source.split(x)
+    of_grid, of_prefix, bias = torch.randn(2, 3), torch.randn(2, 3 * spare), torch.randn(2)
+    y = torch.einsum("dc,nchw->ndhw", of_grid, spatial) + (prefix.flatten(1) @ of_prefix.T + bias)[:, :, None, None]
+    errors = {}
+    for token in ("add", "drop"):
+        stitch = make_stitch(source, target, StitchConfig(class_token=token))
+        (problem,) = stitch.problems()
+        sums = LeastSquares()
+        sums.update(problem.inputs(x), problem.outputs(y))
+        problem.assign(*sums.solve()[:2])
+        errors[token] = (stitch(x) - y).abs().max().item()
+    assert errors["add"] < 1e-4 and errors["drop"] > 0.1
+    stitch = make_stitch(source, target, StitchConfig(class_token="add"))
+    assert stitch.added.weight.shape == (2, 3 * spare)
+
+
+def test_each_value_decides_for_its_own_direction():
+    """Towards a class token "add" and "drop" mean "pool"; away from one "learn" and "pool" mean "drop"."""
+    cnn, vit = Layout("NCHW", 3, (4, 4)), Layout("NLC", 4, (4, 4), 1)
+
+    def weights(source, target, token):
+        stitch = make_stitch(source, target, StitchConfig(class_token=token))
+        return sorted(name for name, _ in stitch.named_parameters())
+
+    assert weights(cnn, vit, "add") == weights(cnn, vit, "drop") == weights(cnn, vit, "pool")
+    assert weights(vit, cnn, "learn") == weights(vit, cnn, "pool") == weights(vit, cnn, "drop")
+    assert weights(vit, cnn, "add") == ["added.weight", "proj.bias", "proj.weight"]
+    assert weights(cnn, vit, "learn") == ["prefix", "proj.bias", "proj.weight"]
+
+
 @pytest.mark.parametrize("end", ["vit", "registers", "swin_nhwc", "mobilenet"])
 @pytest.mark.parametrize("front", ["resnet", "swin", "distilled"])
 def test_fit_of_every_pair_is_the_direct_solution(anchors, images, front, end):
@@ -181,6 +222,29 @@ def test_every_pair_trains(anchors, images, front, end):
     fit_stitches({point: stitch}, anchors, [{front: images, end: images}])
     with torch.no_grad():
         assert (stitch(source) - goal).square().mean() < 0.9 * random
+
+
+@pytest.mark.parametrize("token", CLASS_TOKENS)
+@pytest.mark.parametrize("end", ["resnet", "vit", "swin", "plain"])
+@pytest.mark.parametrize("front", ["mobilenet", "registers", "plain"])
+def test_anchors_of_different_image_sizes(front, end, token):
+    """A CNN at 96 pixels beside networks at 64: grids that do not divide each other."""
+    torch.manual_seed(0)
+    side = 96 if front in ("mobilenet", "plain") else SIZE
+    anchors = [Anchor(make_model(front), "front", Preprocessing((side, side))), make_anchor(end, 1)]
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given")
+    route = model.set_route(model.add_stitch(f"front[:2] + {anchors[1].name}[2:]", StitchConfig(class_token=token)))
+    images, (stitch,) = torch.randn(6, 3, side, side), model.stitches.values()
+    assert stitch.source.grid != stitch.target.grid or front == "registers"
+    model(images, labels=torch.arange(6) % CLASSES).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stitch.parameters())
+    (point,) = route.stitch_points
+    with torch.no_grad():
+        source, goal = anchors[0](images, stop=2), anchors[1](model.images_for(anchors[1].name, images), stop=2)
+        random = (stitch(source) - goal).square().mean()
+        model.fit_stitches(images)
+        assert (stitch(source) - goal).square().mean() < 0.9 * random
+    assert point.name in model.config.stitches
 
 
 def test_bad_calibration(anchors):

@@ -5,12 +5,12 @@ import pickle
 
 import pytest
 import torch
-from conftest import SIZE, make_anchor
+from conftest import CLASSES, SIZE, make_anchor, make_model
 
-from restnet_hf import StitchedModelForImageClassification
+from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
 
 
-ENDS = ["resnet", "vit", "swin", "swin_nhwc", "registers"]
+ENDS = ["resnet", "vit", "swin", "swin_nhwc", "registers", "tnt"]
 
 
 @pytest.fixture(params=ENDS)
@@ -65,6 +65,47 @@ def test_types_and_memory_layouts(stitched, images):
     half = stitched.to(torch.bfloat16)
     assert (half(images).logits.float() - expected).abs().max() < 0.15 * expected.abs().max()
     assert torch.equal(half.bake()(images.bfloat16()), half(images).logits)
+
+
+def saved_for_the_way_back(model, images):
+    """Numbers that autograd keeps for one loss, and the gradients it gives."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images, labels=torch.arange(len(images)) % CLASSES).loss
+    loss.backward()
+    return sum(kept.values()), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_activation_checkpointing(stitched, images, mode):
+    """Equal gradients from far fewer numbers kept, and transformers' own switch turns it on and off."""
+    stitched.train(mode)
+    whole, gradients = saved_for_the_way_back(stitched, images)
+    stitched.activation_checkpointing_enable()
+    assert stitched.is_activation_checkpointing
+    few, again = saved_for_the_way_back(stitched, images)
+    assert few < whole / 2
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True)) and len(gradients) >= 2
+    with torch.no_grad():
+        stitched(images)
+    stitched.activation_checkpointing_disable()
+    assert saved_for_the_way_back(stitched, images)[0] == whole
+
+
+def test_an_anchors_own_checkpointing_is_switched_off(images):
+    network = make_model("swin_nhwc", 1)
+    network.set_grad_checkpointing(True)
+    model = StitchedModelForImageClassification.from_anchors(
+        make_anchor("mobilenet"), Anchor(network, "end", Preprocessing((SIZE, SIZE))), order="given"
+    )
+    model.set_route(model.add_stitch("mobilenet[:5] + end[2:]"))
+    assert all(saved_for_the_way_back(model, images)[1][0].flatten()[:3] != 0)
 
 
 def test_other_batch_sizes(stitched):
