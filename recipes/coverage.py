@@ -83,10 +83,6 @@ EXCEPTIONS = {
     "transformers/shieldgemma2": "a language model that answers yes or no",
     "transformers/dinat": "needs the package natten, compiled for the machine",
     "transformers/timm_wrapper": "is timm, below",
-    "timm/crossvit": "two streams of tokens side by side: no one tensor carries the image",
-    "timm/nasnet": "every cell reads the two before it: no one tensor carries the image",
-    "timm/pnasnet": "every cell reads the two before it: no one tensor carries the image",
-    "timm/tnt": "inner and outer tokens side by side: no one tensor carries the image",
 }
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import CLASSES, SIZE, make_anchor, make_model
+from conftest import CLASSES, MODELS, SIZE, make_anchor, make_model
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
 
@@ -30,6 +30,23 @@ def test_baked(stitched, images):
     assert torch.equal(pickle.loads(pickle.dumps(baked))(images), expected)
     profile = stitched.profile(routes=[stitched.active_route])
     assert sum(p.numel() for p in baked.parameters()) == profile.routes[0].costs["params"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_baked_holds_what_the_profile_says(images, name):
+    """Every representative in front and at the end, with its own classifier and with a new head."""
+    for options in ({}, {"num_labels": 3}) if name != "distilled" else ({},):
+        anchors = [make_anchor(name), make_anchor("resnet", seed=1)]
+        anchors[1].name = "other"
+        model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **options)
+        for route in (f"{name}[:2] + other[3:]", f"other[:3] + {name}[2:]", f"{name}[:]"):
+            route = model.add_stitch(route)
+            baked = model.bake(route)
+            model.set_route(route)
+            assert torch.equal(baked(images), model(images).logits)
+            (row,) = model.profile(routes=[route]).routes
+            assert sum(p.numel() for p in baked.parameters()) == row.costs["params"]
 
 
 @torch.no_grad()

@@ -44,6 +44,17 @@ def trained(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def test_activation_checkpointing_changes_nothing_else():
+    """The same weights to the bit, and the switch is off again afterwards."""
+    results = []
+    for option in (False, True):
+        model = build()
+        train(model, data(), TrainArgs(activation_checkpointing=option, **FAST))
+        assert not model.is_activation_checkpointing
+        results.append(trained(model))
+    assert all(torch.equal(value, results[0][name]) for name, value in results[1].items())
+
+
 def test_only_stitches_move(images):
     model = build()
     with torch.no_grad():
@@ -275,7 +286,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
         assert torch.allclose(value, found[1][name], atol=1e-6)
 
 
-def test_transformers_trainer(tmp_path):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_trainer(checkpointing, tmp_path):
     """The same model under ``transformers.Trainer``: only stitches move, and its checkpoints are adapters."""
     model = build()
     model.set_route(ROUTES[0])
@@ -283,6 +295,7 @@ def test_transformers_trainer(tmp_path):
     start = trained(model)
     rows = [{"pixel_values": image, "labels": int(label)} for image, label in data()]
     options = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
+    options["activation_checkpointing"] = checkpointing
     args = TrainingArguments(
         output_dir=str(tmp_path), report_to="none", disable_tqdm=True, save_strategy="epoch", **options
     )

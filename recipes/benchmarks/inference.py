@@ -1,22 +1,38 @@
-"""What a stitched route costs beside its parts run by hand: eager, baked, switching, and memory.
+"""What a stitched route costs beside its parts run by hand: eager, baked, switching, loading and memory.
 
     python recipes/benchmarks/inference.py [--quick] [--out FILE.json]
 
 Networks of timm at 224 px with random weights, one thread. The limit is the sum of the parts: the front's own blocks,
 the stitch and the end's own blocks called one after the other by hand. All are timed in turn, repeat by repeat; a
-ratio is of minima, and of medians in brackets.
+ratio is of minima, and of medians in brackets. Memory is of data, not of code, each task in a process of its own;
+weights that are mapped from a file count once they are read.
 """
 
+import ctypes
+import gc
 import json
+import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import psutil
 import timm
 import torch
 import typer
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
 
@@ -31,14 +47,37 @@ PAIRS = [  # front, its cut, end, its cut
 def parts_by_hand(model: nn.Module, cut: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """A timm ResNet or ViT up to a block and from it on, without this package."""
     if hasattr(model, "layer1"):
-        stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
-        blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
-        return nn.Sequential(stem, *blocks[:cut]), nn.Sequential(*blocks[cut:], model.global_pool, model.fc)
+        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+
+        def early(x: Tensor) -> Tensor:
+            x = model.maxpool(model.act1(model.bn1(model.conv1(x))))
+            left = cut
+            for stage in stages:
+                x = stage[:left](x) if left > 0 else x
+                left -= len(stage)
+            return x
+
+        def late(x: Tensor) -> Tensor:
+            left = cut
+            for stage in stages:
+                x = stage[max(left, 0) :](x) if left < len(stage) else x
+                left -= len(stage)
+            return model.fc(model.global_pool(x))
+
+        return early, late
 
     def begin(x: Tensor) -> Tensor:
         return model.blocks[:cut](model.norm_pre(model._pos_embed(model.patch_embed(x))))
 
     return begin, lambda x: model.forward_head(model.norm(model.blocks[cut:](x)))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks. Else a batch of 16 faults in a gigabyte of pages a call, and their number, by
+    the order of earlier calls, moves times by several percent."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: none goes back
 
 
 def seconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -107,14 +146,120 @@ def bench_switching(repeats: int) -> dict[str, float]:
     }
 
 
+ROUTES = ["front[:3] + end[9:]", "front[:7] + end[6:]", "front[:10] + end[6:]", "front[:13] + end[3:]"]
+
+
+def write_adapter(folder: Path) -> None:
+    """A ResNet-50 in front of a ViT-S with random weights, on disk; also puts their cuts into the cache."""
+    small = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    ResNetForImageClassification(ResNetConfig(num_labels=1000)).save_pretrained(folder / "front")
+    ViTForImageClassification(ViTConfig(num_labels=1000, **small)).save_pretrained(folder / "end")
+    for name in ("front", "end"):
+        ViTImageProcessor().save_pretrained(folder / name)
+    model = StitchedModelForImageClassification.from_anchors(folder / "front", folder / "end", order="given")
+    for route in ROUTES:
+        model.add_stitch(route)
+    model.set_route(ROUTES[1])
+    model.save_pretrained(folder / "adapter")
+
+
+def load_route(folder: Path) -> list[object]:
+    """The adapter, and one image through its active route."""
+    model = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+    return [model, model(IMAGE)]
+
+
+def load_anchors(folder: Path) -> list[object]:
+    """Both anchors, and one image through each."""
+    models = [AutoModelForImageClassification.from_pretrained(folder / name) for name in ("front", "end")]
+    return [*models, *(model(IMAGE) for model in models)]
+
+
+def load_every_route(folder: Path) -> list[object]:
+    """The adapter, and one image through every route, the anchors alone too."""
+    model = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+    for route in model.all_routes:
+        model.set_route(route)
+        model(IMAGE)
+    return [model]
+
+
+def load_anchors_and_stitches(folder: Path) -> list[object]:
+    """What one model of every route cannot do without."""
+    return [*load_anchors(folder), *load_file(folder / "adapter" / "model.safetensors").values()]
+
+
+def load_separate_models(folder: Path) -> list[object]:
+    """A plain module for every route, and one image through each."""
+    model = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+    baked = [model.bake(route) for route in model.all_routes]
+    for one in baked:
+        one(IMAGE)
+    return baked
+
+
+IMAGE = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def resident_mb() -> tuple[float, float]:
+    """Megabytes of data that the process holds, and of weight files that it has read; code is not counted."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back
+    maps = psutil.Process().memory_maps()
+    read = sum(m.rss for m in maps if m.path.endswith(".safetensors")) / 1e6
+    return sum(m.anonymous for m in maps) / 1e6 + read, read
+
+
+@torch.no_grad()
+def held(task: Callable[[Path], list[object]], folder: Path) -> tuple[float, float, float]:
+    """In a process of its own: megabytes that a task's result holds, megabytes read of weight files, seconds."""
+    torch.set_num_threads(1)
+    nn.Conv2d(3, 8, 3)(IMAGE)  # what the libraries set up once is not counted
+    nn.functional.scaled_dot_product_attention(*[torch.randn(1, 2, 9, 8)] * 3)
+    before, began = resident_mb()[0], time.perf_counter()
+    kept = task(folder)
+    seconds = time.perf_counter() - began
+    after, read = resident_mb()
+    del kept
+    return after - before, read, seconds
+
+
+def bench_loading(repeats: int) -> dict[str, float]:
+    """Memory and time of a loaded adapter beside its anchors, and of one model beside a model for each route."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_adapter(folder)
+        on_disk = sum((folder / part / "model.safetensors").stat().st_size for part in ("front", "end")) / 1e6
+        tasks = (load_route, load_anchors, load_every_route, load_anchors_and_stitches, load_separate_models)
+        results: dict[str, list[tuple[float, float, float]]] = {task.__name__: [] for task in tasks}
+        for _ in range(repeats):
+            for task in tasks:
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    results[task.__name__].append(pool.submit(held, task, folder).result())
+    grown, mapped, seconds = ({name: min(r[i] for r in rows) for name, rows in results.items()} for i in range(3))
+    anchors = "load_anchors"
+    return {
+        "loading a route, megabytes of anchors read over megabytes of both files": mapped["load_route"] / on_disk,
+        "loading both anchors, megabytes read over megabytes of both files": mapped[anchors] / on_disk,
+        "loading a route and one image, memory over both anchors": grown["load_route"] / grown[anchors],
+        "loading a route and one image, time over both anchors": seconds["load_route"] / seconds[anchors],
+        "one model of every route, memory over anchors and stitches": (
+            grown["load_every_route"] / grown["load_anchors_and_stitches"]
+        ),
+        "a model for each route, memory over one model": grown["load_separate_models"] / grown["load_every_route"],
+    }
+
+
 def main(quick: bool = False, out: Path | None = None) -> None:
     """Print the ratios, and write them to OUT."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     ratios: dict[str, float] = {}
     for pair in PAIRS:
         for batch in (1,) if quick else (1, 16):
             ratios |= bench_pair(*pair, batch, 5 if quick else 25 if batch == 1 else 9)
     ratios |= bench_switching(3 if quick else 20)
+    ratios |= bench_loading(1 if quick else 3)
     for name, ratio in ratios.items():
         if not name.endswith("(median)"):
             median = ratios.get(f"{name} (median)")
