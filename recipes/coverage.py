@@ -1,6 +1,6 @@
 """Try every image classifier of transformers and timm as an anchor and write the result as a table.
 
-    python recipes/coverage.py recipes/coverage.md            # about 15 minutes on 2 cores
+    python recipes/coverage.py recipes/coverage.md            # about 6 minutes on a CPU
 
 The rows come from the libraries' own registries: every type that ``AutoModelForImageClassification`` knows, and for
 every model module of timm its smallest member. Weights are random; cuts do not depend on them. A row is certified

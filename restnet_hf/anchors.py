@@ -77,6 +77,12 @@ class Anchor(nn.Module):
         """Stay in evaluation mode: dropout and BatchNorm statistics of a frozen network must not move."""
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        like = next(self.parameters(), None)
+        if self._expected and like is not None and fn(like) is not like:
+            self.verify()  # cast or moved, the weights cannot be checked any more, or are read in any case
+        return super()._apply(fn, recurse)
+
     def num_parameters(self) -> int:
         """Parameters of the network: its size, where a larger anchor is told from a smaller."""
         return sum(parameter.numel() for parameter in self.parameters())

@@ -57,11 +57,12 @@ class Leaf:
         return cls(shape, tensor.dtype, batched, tensor.grad_fn is None)
 
     def with_values(self, tensor: Tensor) -> "Leaf":
-        """With the values of that tensor, where it is a constant."""
+        """With the values of that tensor, the same one for one image, where it is a constant."""
         if not self.constant:
             return self
-        values = tensor.detach()[: self.shape[0]] if self.batched else tensor.detach()
-        return replace(self, values=values.clone())
+        # a table may have had an even number of rows by chance
+        batched = self.batched and tensor.shape[0] == self.shape[0]
+        return replace(self, shape=tuple(tensor.shape), batched=batched, values=tensor.detach().clone())
 
     def fill(self, like: Tensor) -> Tensor:
         """The tensor for the batch of ``like``; zeros for values, as one expanded scalar that takes no memory."""

@@ -125,6 +125,27 @@ def test_values_that_do_not_depend_on_the_image_are_kept():
     assert torch.equal(anchor.bake(2)(anchor(images, stop=2)), anchor(images))
 
 
+class Tabled(Positioned):
+    """Beside the map, the first block returns a table of two rows, as many as there are images in the search."""
+
+    class Patches(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), torch.tensor([[1.0], [2.0]], device=x.device)
+
+    def forward(self, x):
+        x, table = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * table[0] + table[1]
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_table_is_not_taken_for_a_batch():
+    anchor = Anchor(spread(Tabled(), 0), "tabled", Preprocessing((16, 16)))
+    assert anchor.depth == 3 and not anchor.found.rejected
+    for size in (2, 5):
+        assert_parts_make_the_whole(anchor, torch.randn(size, 3, 16, 16))
+
+
 def test_not_a_classifier():
     with pytest.raises(ValueError, match="does not map images to logits"):
         Anchor(nn.Conv2d(3, 4, 3), "conv", Preprocessing((16, 16))).cuts  # noqa: B018

@@ -183,6 +183,21 @@ def test_a_parent_that_changed_where_no_route_uses_it(saved, tmp_path):
             again(images)
     with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
         StitchedModelForImageClassification.from_pretrained(path, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="weights of 'vit' from cut 0 to 1"):
+        again.half()
+
+
+def test_casts_after_loading_are_not_taken_for_changes(saved):
+    _, path, images, logits = saved
+    model = StitchedModelForImageClassification.from_pretrained(path)
+    model.to("cpu")
+    assert all(anchor._expected for anchor in model.anchors.values())  # nothing had to be read
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.allclose(model(images).logits.float(), logits, atol=0.3)
+        for route in model.all_routes:
+            model.set_route(route)
+            model(images)
 
 
 def test_a_changed_parent_is_refused(saved, tmp_path):

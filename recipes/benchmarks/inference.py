@@ -1,4 +1,4 @@
-"""What a stitched route costs beside its parts run by hand: eager, baked, switching, loading and memory.
+"""What a stitched route costs beside its parts run by hand: eager, baked, search, switching, loading and memory.
 
     python recipes/benchmarks/inference.py [--quick] [--out FILE.json]
 
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,7 @@ from transformers import (
 )
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
+from restnet_hf.cuts import find_cuts
 
 
 PAIRS = [  # front, its cut, end, its cut
@@ -124,6 +126,20 @@ def bench_pair(front: str, i: int, end: str, j: int, batch: int, repeats: int) -
         label = f"{front} -> {end}, batch {batch}: {name} over sum of parts"
         ratios[label] = min(taken[name]) / min(parts)
         ratios[f"{label} (median)"] = statistics.median(taken[name]) / statistics.median(parts)
+    return ratios
+
+
+@torch.no_grad()
+def bench_search(repeats: int) -> dict[str, float]:
+    """Time to find the cuts of a network, over one forward of one image."""
+    ratios = {}
+    for name in ("resnet50", "deit_small_patch16_224", "swin_tiny_patch4_window7_224"):
+        model, image = timm.create_model(name).eval(), torch.randn(1, 3, 224, 224)
+        runs = {"forward": partial(model, image), "search": partial(find_cuts, model, (224, 224))}
+        taken = seconds(runs, repeats)
+        label = f"{name}: search for cuts over one forward"
+        ratios[label] = min(taken["search"]) / min(taken["forward"])
+        ratios[f"{label} (median)"] = statistics.median(taken["search"]) / statistics.median(taken["forward"])
     return ratios
 
 
@@ -258,6 +274,7 @@ def main(quick: bool = False, out: Path | None = None) -> None:
     for pair in PAIRS:
         for batch in (1,) if quick else (1, 16):
             ratios |= bench_pair(*pair, batch, 5 if quick else 25 if batch == 1 else 9)
+    ratios |= bench_search(3 if quick else 9)
     ratios |= bench_switching(3 if quick else 20)
     ratios |= bench_loading(1 if quick else 3)
     for name, ratio in ratios.items():
