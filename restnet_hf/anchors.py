@@ -259,8 +259,9 @@ class Anchor(nn.Module):
             found = self._piece_sha256(index)
             if found != self._expected[index]:
                 raise ValueError(
-                    f"the weights of '{self.name}' from cut {index} to {index + 1} have the SHA-256 {found}, "
-                    f"not {self._expected[index]}"
+                    f"The weights of anchor '{self.name}' from cut {index} to {index + 1} have the SHA-256 {found}; the "
+                    f"adapter was made for {self._expected[index]}. Load it with the right network: "
+                    f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}})"
                 )
             del self._expected[index]
 

@@ -88,7 +88,7 @@ def reload(
     try:
         _same_cuts(anchor, pieces)
         if fingerprint(anchor.model, pieces) != entry["fingerprint"]:
-            raise ValueError("its class or the type of its weights differs")
+            raise ValueError(f"Its class or the type of its weights differs. Pass the right one: {hint}")
         used = [segment for route in routes for segment in route.segments if segment.anchor == name]
         for start, stop in {(segment.start, segment.stop) for segment in used}:
             anchor.verify(start, stop)
@@ -97,8 +97,7 @@ def reload(
     except ValueError as error:
         raise ValueError(
             f"anchor '{name}' ({type(source).__name__ if given is not None else source}) is not the network this "
-            f"adapter was made for: its fingerprint is {anchor.fingerprint()}, not {entry['fingerprint']}; {error}. "
-            f"Pass the right one: {hint}"
+            f"adapter was made for: its fingerprint is {anchor.fingerprint()}, not {entry['fingerprint']}. {error}"
         ) from error
     return anchor.to(dtype)
 
@@ -113,8 +112,8 @@ def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
         )
         here, then = (f"'{c[number][0]}' {c[number][1]}" if number < len(c) else "missing" for c in (found, saved))
         raise ValueError(
-            f"cut {number + 1} is {here} here and was {then}. Where the weights are the same, the versions of "
-            "transformers or timm differ too much for its routes: install those that profile.json names"
+            f"Cut {number + 1} is {here} here and was {then}. Where the weights are the same, the versions of "
+            "transformers or timm differ too much for its routes: install those that profile.json names."
         )
 
 

@@ -96,27 +96,21 @@ def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
 def _kept(model: nn.Module, wanted: Mapping[int, Cut], go_on: bool) -> Iterator[dict[int, Tensor]]:
     """Collect the activations at cuts for one call, which ends with the last of them unless it is to go on."""
     kept: dict[int, Tensor] = {}
+
+    def keep(key: int, path: str, tensors: dict[int, Tensor], module: nn.Module, args: Any, output: Any) -> None:
+        cut = wanted[key]
+        tensors |= cut.read(path, output)
+        if len(tensors) == len(cut.tensors):
+            kept[key] = cut.pack(tensors)
+        if not go_on and len(kept) == len(wanted):
+            raise _Reached
+
     handles = []
     for key, cut in wanted.items():
         tensors: dict[int, Tensor] = {}
         for path in cut.paths:
-
-            def keep(
-                module: nn.Module,
-                args: Any,
-                output: Any,
-                key: int = key,
-                cut: Cut = cut,
-                path: str = path,
-                tensors: dict[int, Tensor] = tensors,
-            ) -> None:
-                tensors |= cut.read(path, output)
-                if len(tensors) == len(cut.tensors):
-                    kept[key] = cut.pack(tensors)
-                if not go_on and len(kept) == len(wanted):
-                    raise _Reached
-
-            handles.append(model.get_submodule(path).register_forward_hook(keep))
+            hook = partial(keep, key, path, tensors)
+            handles.append(model.get_submodule(path).register_forward_hook(hook))
     try:
         yield kept
     finally:

@@ -63,7 +63,9 @@ def test_pieces_are_checked_when_they_first_run(images):
             lambda: anchor.bake(3),
             lambda: anchor.capture(images, [2, anchor.depth]),
         ):
-            with pytest.raises(ValueError, match=f"of 'resnet' from cut {anchor.depth - 1} to {anchor.depth} have"):
+            with pytest.raises(
+                ValueError, match=f"of anchor 'resnet' from cut {anchor.depth - 1} to {anchor.depth} have"
+            ):
                 use()
 
 
