@@ -259,7 +259,7 @@ class Anchor(nn.Module):
             found = self._piece_sha256(index)
             if found != self._expected[index]:
                 raise ValueError(
-                    f"The weights of anchor '{self.name}' from cut {index} to {index + 1} have the SHA-256 {found}; the "
+                    f"The weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {found}; the "
                     f"adapter was made for {self._expected[index]}. Load it with the right network: "
                     f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}})"
                 )

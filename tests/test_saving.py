@@ -179,9 +179,7 @@ def test_a_parent_that_changed_where_no_route_uses_it(saved, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(images).logits, logits)
         again.set_route("vit[:]")
-        with pytest.raises(
-            ValueError, match="The weights of anchor 'vit' from cut 0 to 1 have the SHA-256 .* anchors="
-        ):
+        with pytest.raises(ValueError, match="The weights of anchor 'vit' from cut 0 to 1 have SHA-256 .* anchors="):
             again(images)
     with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
         StitchedModelForImageClassification.from_pretrained(path, dtype=torch.bfloat16)
