@@ -69,10 +69,21 @@ def whole_device(device_map: Any) -> torch.device:
         return torch.device("cpu")
     if placed == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    devices = list(placed.values()) if isinstance(placed, dict) else []
-    if len(devices) != 1 or devices[0] == "disk":
-        raise ValueError(
-            f"device_map={device_map!r} spreads the model out, but the anchors, which all routes share, must be on "
-            "one device: give that device, or 'auto'"
-        )
-    return torch.device(devices[0])
+    device = placed.get("") if isinstance(placed, dict) and set(placed) == {""} else None
+    try:
+        if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
+            return torch.device(device)
+    except RuntimeError:
+        pass  # no such device, such as "disk"
+    raise ValueError(
+        f"device_map={device_map!r} is not one device, and the anchors, which all routes share, must be on one: give "
+        "its name, its number, or 'auto'"
+    )
+
+
+def weights_dtype(wanted: Any) -> torch.dtype:
+    """A type of weights from itself or its name; float32 for None. Raises ValueError where there is no such type."""
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={wanted!r} is not the name of a type of weights, such as 'float32'")
+    return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -57,10 +58,6 @@ class Anchor(nn.Module):
         if not ANCHOR_NAME.fullmatch(name):
             raise ValueError(f"anchor name {name!r} may hold only letters, digits, '_' and '-'")
         self.model = model.requires_grad_(False)
-        # timm's own checkpointing would compute again without the bounds of a segment; see `forward`
-        for module in model.modules():
-            if "grad_checkpointing" in vars(module):
-                vars(module)["grad_checkpointing"] = False
         self.name = name
         self.preprocessing = preprocessing
         self.label_names = tuple(label_names) if label_names is not None else None
@@ -70,7 +67,7 @@ class Anchor(nn.Module):
         self.granularity = granularity
         self.headless = False
         self._found: Cuts | None = None
-        self._expected: dict[int, str] = {}
+        self._expected: dict[int, tuple[str, dict[str, Tensor]]] = {}
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -166,11 +163,10 @@ class Anchor(nn.Module):
         Raises:
             ValueError: there is no such cut, or the segment is empty.
         """
-        if self.gradient_checkpointing and torch.is_grad_enabled() and x.requires_grad:
-            end = self.depth + 1 if stop is None else stop
-            for at in range(start, end):
-                piece = None if at == self.depth else at + 1
-                x = self._gradient_checkpointing_func(self._segment, x, at, piece)
+        if self.gradient_checkpointing and torch.is_grad_enabled() and x.requires_grad and start:
+            inner = range(start + 1, self.depth + 1 if stop is None else stop)
+            for piece in pairwise([start, *inner, stop]):
+                x = self._gradient_checkpointing_func(self._segment, x, *piece)
             return x
         return self._segment(x, start, stop)
 
@@ -229,24 +225,28 @@ class Anchor(nn.Module):
     def pieces(self) -> list[Piece]:
         """The network piece by piece, from cut to cut, with the SHA-256 of the weights of each."""
         return [
-            Piece(cut.name if cut else None, cut.layout.shape(1)[1:] if cut else (), self._piece_sha256(index))
+            Piece(
+                cut.name if cut else None,
+                cut.layout.shape(1)[1:] if cut else (),
+                weights_sha256(self._piece_tensors(index)),
+            )
             for index, cut in enumerate((*self.cuts, None))
         ]
 
-    def _piece_sha256(self, index: int) -> str:
+    def _piece_tensors(self, index: int) -> dict[str, Tensor]:
         stop = None if index == self.depth else self.cut(index + 1)
-        return weights_sha256(own_tensors(self.model, outside(self.cut(index), stop, None)))
+        return own_tensors(self.model, outside(self.cut(index), stop, None))
 
     def fingerprint(self) -> str:
         """Types of the weights and a SHA-256 of class, cuts and weights: equal ones mean equal networks."""
         return fingerprint(self.model, self.pieces())
 
     def expect(self, pieces: Sequence[Piece]) -> None:
-        """Raise ValueError, when a piece first runs, if its weights are other ones.
+        """Raise ValueError, when a piece first runs, if the weights it has now are other ones.
 
         Until then the weights of a memory-mapped file need not be read.
         """
-        self._expected = {index: piece.sha256 for index, piece in enumerate(pieces)}
+        self._expected = {index: (piece.sha256, self._piece_tensors(index)) for index, piece in enumerate(pieces)}
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
         """Check the weights of a segment against what is expected of them.
@@ -255,15 +255,17 @@ class Anchor(nn.Module):
             ValueError: they are other ones.
         """
         end = self.depth + 1 if stop is None else stop
-        for index in [index for index in self._expected if start <= index < end]:
-            found = self._piece_sha256(index)
-            if found != self._expected[index]:
+        for index, (expected, tensors) in list(self._expected.items()):
+            if not start <= index < end:
+                continue
+            found = weights_sha256(tensors)
+            if found != expected:
                 raise ValueError(
-                    f"The weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {found}; the "
-                    f"adapter was made for {self._expected[index]}. Load it with the right network: "
+                    f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {found}; the "
+                    f"adapter was made for {expected}. Load it with the right network: "
                     f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}})"
                 )
-            del self._expected[index]
+            self._expected.pop(index, None)  # another thread may have been faster
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, cuts={'not searched' if self._found is None else self.depth}"

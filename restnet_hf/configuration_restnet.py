@@ -67,7 +67,10 @@ class RestNetConfig(PreTrainedConfig):
         for index, entry in enumerate(self.anchors or []):
             missing = sorted(ANCHOR_KEYS - entry.keys()) if isinstance(entry, dict) else ["everything"]
             if missing or not isinstance(entry["fingerprint"], str):
-                raise ValueError(f"config.json: anchor {index} lacks {missing or 'its fingerprint'}")
+                raise ValueError(
+                    f"config.json: anchor {index} lacks {missing or 'its fingerprint'}; save the adapter again with "
+                    "this version of restnet_hf"
+                )
             try:
                 list(map(Piece.from_dict, entry["pieces"]))
             except (KeyError, TypeError) as error:

@@ -5,24 +5,37 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import treespec_dumps, treespec_loads
+from transformers import PreTrainedConfig
 
-from restnet_hf.cuts import Cuts
+from restnet_hf.cuts import MIN_CUTS, Cuts
 from restnet_hf.features import layout_from_dict
 from restnet_hf.files import written_whole
 from restnet_hf.outputs import Cut, Leaf, Made, OutputSpec
 
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm")  # whose code is known by its version
+SEARCH = ("features", "outputs", "segments", "tracing", "cuts", "cut_cache")  # modules
+NAMES = {
+    "_name_or_path",
+    "name_or_path",
+    "id2label",
+    "label2id",
+    "label_names",
+    "transformers_version",
+    "training",
+}  # not settings
+CONTAINERS = ("builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict")
 PLAIN = (bool, int, float, str, type(None))
 logger = logging.getLogger(__name__)
 
@@ -46,6 +59,8 @@ def cached_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str,
     if known is not None:
         return known
     found = find()
+    if found.rejected or len(found.cuts) < MIN_CUTS:
+        return found  # it may be the weights' fault, and the next ones will be others
     try:
         _write(file, found)
     except (OSError, NotImplementedError, TypeError, ValueError) as error:
@@ -59,16 +74,27 @@ def architecture(model: nn.Module, image_size: tuple[int, int], granularity: str
         changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
         if changed or type(module).__module__.split(".")[0] not in LIBRARIES:
             return None
-    config: Any = getattr(model, "config", None)
-    digest = hashlib.sha256(repr((image_size, granularity)).encode())
-    digest.update(repr([(name, version(name)) for name in ("restnet-hf", "timm", "torch", "transformers")]).encode())
-    digest.update(repr(config.to_dict() if hasattr(config, "to_dict") else None).encode())
-    digest.update(repr(getattr(config, "_attn_implementation", None)).encode())
+    digest = hashlib.sha256(repr((image_size, granularity, _software())).encode())
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        settings = {key: value for key, value in config.to_dict().items() if key not in NAMES}
+        digest.update(repr((sorted(settings.items()), config._attn_implementation)).encode())
     for name, module in model.named_modules():
-        settings = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training" and _plain(v)}
+        settings = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in NAMES and _plain(v)}
         weights = [(key, tuple(t.shape), t.dtype) for key, t in (*_own(module),)]
-        digest.update(repr((name, type(module).__qualname__, sorted(settings.items()), weights)).encode())
+        digest.update(
+            repr(
+                (name, type(module).__module__, type(module).__qualname__, sorted(settings.items()), weights)
+            ).encode()
+        )
     return digest.hexdigest()
+
+
+@cache
+def _software() -> tuple[str, ...]:
+    """What else a search depends on: the libraries' versions, and the code of the search itself."""
+    ours = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in SEARCH]
+    return (*(f"{name} {version(name)}" for name in LIBRARIES), hashlib.sha256(b"".join(ours)).hexdigest())
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -93,7 +119,10 @@ def _write(file: Path, found: Cuts) -> None:
     for cut in found.cuts:
         for path, spec in cut.specs().items():
             if path not in specs:
-                specs[path] = {"tree": treespec_dumps(spec.tree), "leaves": [_leaf(x, values) for x in spec.leaves]}
+                tree = treespec_dumps(spec.tree)
+                if not _known(json.loads(tree)[1]):
+                    raise TypeError(f"the output of '{path}' is of a class of its own")
+                specs[path] = {"tree": tree, "leaves": [_leaf(x, values) for x in spec.leaves]}
     cuts = [
         {
             "name": cut.name,
@@ -109,6 +138,13 @@ def _write(file: Path, found: Cuts) -> None:
     text = json.dumps({"specs": specs, "cuts": cuts, "rejected": found.rejected, **rest})
     with written_whole(file) as temporary:
         save_file(values, temporary, {"cuts": text})
+
+
+def _known(tree: dict[str, Any]) -> bool:
+    """Whether a structure, dumped by torch, is of plain containers and outputs of transformers."""
+    kind = tree["type"]
+    known = kind is None or kind in CONTAINERS or kind.startswith("transformers.")
+    return known and all(map(_known, tree["children_spec"]))
 
 
 def _leaf(leaf: Any, values: dict[str, Tensor]) -> Any:
@@ -132,6 +168,8 @@ def _leaf(leaf: Any, values: dict[str, Tensor]) -> Any:
 
 def _read(file: Path) -> Cuts | None:
     """The cuts in a file; None where there is none or it cannot be read."""
+    if not file.exists():
+        return None
     try:
         with safe_open(file, "pt") as opened:
             data = json.loads(opened.metadata()["cuts"])
@@ -139,11 +177,14 @@ def _read(file: Path) -> Cuts | None:
         specs = {path: _spec(entry, values) for path, entry in data["specs"].items()}
         cuts = tuple(_cut(entry, specs) for entry in data["cuts"])
         return Cuts(cuts, data["classes"], data["classifier"], data["features"], data["rejected"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, NotImplementedError):
+    except Exception as error:  # whatever is wrong with it, a search will put it right
+        logger.info("%s cannot be read: %s", file, error)
         return None
 
 
 def _spec(entry: dict[str, Any], values: dict[str, Tensor]) -> OutputSpec:
+    if not _known(json.loads(entry["tree"])[1]):
+        raise ValueError("an output of a class that is not known")
     leaves: list[Any] = []
     for leaf in entry["leaves"]:
         if "plain" in leaf:
@@ -151,6 +192,8 @@ def _spec(entry: dict[str, Any], values: dict[str, Tensor]) -> OutputSpec:
             continue
         kept = values[leaf["values"]] if "values" in leaf else None
         dtype = getattr(torch, leaf["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"{leaf['dtype']!r} is no type of tensors")
         leaves.append(Leaf(tuple(leaf["shape"]), dtype, leaf["batched"], leaf["constant"], kept))
     return OutputSpec(tuple(leaves), treespec_loads(entry["tree"]))
 

@@ -34,7 +34,7 @@ class Layout:
         numbers = (self.channels, *self.grid)
         if self.kind not in KINDS or len(self.grid) != 2 or not all(type(n) is int and n > 0 for n in numbers):
             raise ValueError(f"{self} is not a layout: kind is one of {KINDS}, channels and grid are above 0")
-        if not 0 <= self.prefix <= MAX_PREFIX or (self.prefix and self.kind != "NLC"):
+        if type(self.prefix) is not int or not 0 <= self.prefix <= MAX_PREFIX or (self.prefix and self.kind != "NLC"):
             raise ValueError(f"{self} is not a layout: 0 to {MAX_PREFIX} prefix tokens, and only with NLC")
 
     @classmethod
@@ -81,6 +81,10 @@ class JointLayout:
     """
 
     parts: tuple[Layout, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise ValueError(f"{self} is not a layout of several tensors")
 
     @property
     def kind(self) -> str:

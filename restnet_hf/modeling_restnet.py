@@ -25,6 +25,7 @@ from restnet_hf.adapter_files import (
     check_weights,
     read_profile,
     read_weights,
+    weights_dtype,
     whole_device,
 )
 from restnet_hf.anchors import Anchor, unique_names
@@ -370,12 +371,7 @@ class StitchedModelForImageClassification(RouteMixin, PreTrainedModel):
         strangers = sorted(given.keys() - {entry["name"] for entry in config.anchors or []})
         if strangers:
             raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
-        wanted = config.dtype if dtype in (None, "auto") else dtype
-        wanted = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
-        if not isinstance(wanted, torch.dtype):
-            raise ValueError(
-                f"dtype={dtype or config.dtype!r} is not the name of a type of weights, such as 'float32'"
-            )
+        wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
         options = {"trust_remote_code": trust_remote_code, **hub}
         routes = (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
         loaded = [reload(entry, given.get(entry["name"]), wanted, options, routes) for entry in config.anchors or []]

@@ -62,7 +62,14 @@ class Leaf:
             return self
         # a table may have had an even number of rows by chance
         batched = self.batched and tensor.shape[0] == self.shape[0]
-        return replace(self, shape=tuple(tensor.shape), batched=batched, values=tensor.detach().clone())
+        return replace(self, shape=tuple(tensor.shape), batched=batched, values=tensor)
+
+    def tells(self, tensor: Tensor, batch: int) -> bool:
+        """Whether the values kept are those of that tensor, the same one for other images."""
+        return self.values is not None and torch.equal(self._repeated(self.values, batch), tensor)
+
+    def _repeated(self, value: Tensor, batch: int) -> Tensor:
+        return value.repeat(batch, *[1] * (value.dim() - 1)) if self.batched else value.clone()
 
     def fill(self, like: Tensor) -> Tensor:
         """The tensor for the batch of ``like``; zeros for values, as one expanded scalar that takes no memory."""
@@ -70,8 +77,7 @@ class Leaf:
         if self.values is None:
             value, shape = torch.zeros((), dtype=dtype, device=like.device), self.shape
             return value.expand(shape[0] * like.shape[0], *shape[1:]) if self.batched else value.expand(shape)
-        value = self.values.to(like.device, dtype)
-        return value.repeat(like.shape[0], *[1] * (value.dim() - 1)) if self.batched else value
+        return self._repeated(self.values.to(like.device, dtype), like.shape[0])
 
 
 @dataclass(frozen=True)

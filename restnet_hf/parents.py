@@ -1,12 +1,13 @@
 """What config.json says of an anchor, and the anchor back from it."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from restnet_hf.anchors import Anchor
 from restnet_hf.fingerprints import Piece, fingerprint
@@ -14,6 +15,9 @@ from restnet_hf.labels import label_order
 from restnet_hf.loading import anchor_from_config, load_anchor
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route
+
+
+NO_SETTINGS = {"label_names", "num_classes", "pretrained_cfg"}  # of timm: what the model does with images is elsewhere
 
 
 def describe(anchor: Anchor) -> dict[str, Any]:
@@ -64,6 +68,8 @@ def reload(
         OSError: it cannot be loaded.
         ValueError: it is another network.
     """
+    if isinstance(given, Anchor):
+        given = given.model
     name, hint = entry["name"], f"from_pretrained(..., anchors={{{entry['name']!r}: a module or a folder}})"
     source = entry["repo_id"] if given is None else given
     if source is None:
@@ -84,22 +90,34 @@ def reload(
     except OSError as error:
         raise OSError(f"{error} If the anchor has moved, pass it: {hint}") from error
     pieces = [Piece.from_dict(piece) for piece in entry["pieces"]]
-    anchor.expect(pieces)
     try:
+        _same_settings(anchor.model, entry["config"] or {}, hint)
         _same_cuts(anchor, pieces)
+        anchor.expect(pieces)
         if fingerprint(anchor.model, pieces) != entry["fingerprint"]:
-            raise ValueError(f"Its class or the type of its weights differs. Pass the right one: {hint}")
+            raise ValueError(f"its class or the type of its weights differs. Pass the right one: {hint}")
         used = [segment for route in routes for segment in route.segments if segment.anchor == name]
         for start, stop in {(segment.start, segment.stop) for segment in used}:
             anchor.verify(start, stop)
         if any(parameter.dtype != dtype for parameter in anchor.parameters()):
             anchor.verify()
     except ValueError as error:
+        found, where = anchor.fingerprint(), type(source).__name__ if given is not None else source
+        differs = f"its fingerprint is {found}, not {entry['fingerprint']}. " if found != entry["fingerprint"] else ""
         raise ValueError(
-            f"anchor '{name}' ({type(source).__name__ if given is not None else source}) is not the network this "
-            f"adapter was made for: its fingerprint is {anchor.fingerprint()}, not {entry['fingerprint']}. {error}"
+            f"anchor '{name}' ({where}) is not the network this adapter was made for: {differs}{error}"
         ) from error
     return anchor.to(dtype)
+
+
+def _same_settings(model: nn.Module, saved: Mapping[str, Any], hint: str) -> None:
+    """Raise ValueError where a setting that both know differs, such as the number of attention heads."""
+    config = getattr(model, "config", None)
+    found = json.loads(json.dumps(config.to_dict(), default=str)) if isinstance(config, PreTrainedConfig) else {}
+    for key in sorted(found.keys() & saved.keys() - PreTrainedConfig().to_dict().keys() - NO_SETTINGS):
+        then = json.loads(json.dumps(saved[key], default=str))
+        if found[key] != then:
+            raise ValueError(f"its setting {key} is {found[key]!r} and was {then!r}. Pass the right one: {hint}")
 
 
 def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
@@ -112,7 +130,7 @@ def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
         )
         here, then = (f"'{c[number][0]}' {c[number][1]}" if number < len(c) else "missing" for c in (found, saved))
         raise ValueError(
-            f"Cut {number + 1} is {here} here and was {then}. Where the weights are the same, the versions of "
+            f"cut {number + 1} is {here} here and was {then}. Where the weights are the same, the versions of "
             "transformers or timm differ too much for its routes: install those that profile.json names."
         )
 

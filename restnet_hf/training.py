@@ -205,7 +205,8 @@ class _Training:
             parameter.requires_grad_(False)
         self.model.train()
         self.optimizer.zero_grad()
-        checkpoints = self.args.activation_checkpointing and not self.model.is_activation_checkpointing
+        before = all(anchor.gradient_checkpointing for anchor in self.model.anchors.values())
+        checkpoints = self.args.activation_checkpointing and not before
         if checkpoints:
             self.model.activation_checkpointing_enable()
         try:

@@ -53,6 +53,8 @@ def test_baked_segments(anchors, images, name):
         )
     whole = sum(p.numel() for p in anchor.parameters())
     assert 0 < sum(p.numel() for p in inner.parameters()) < whole
+    if any(True for _ in anchor.buffers()) and name in ("resnet", "mobilenet"):  # statistics of BatchNorm, for each
+        assert sum(b.numel() for b in inner.buffers()) < sum(b.numel() for b in anchor.buffers()) / 2
 
 
 def test_baked_segment_compiles_and_exports(anchors, images):

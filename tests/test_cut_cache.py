@@ -1,13 +1,18 @@
 """A network is searched once: the second time its cuts come from disk and are the same."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 from conftest import MODELS, SIZE, assert_parts_make_the_whole, make_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from restnet_hf import cut_cache
 from restnet_hf.anchors import Anchor
+from restnet_hf.cuts import find_cuts
 from restnet_hf.preprocessing import Preprocessing
 
 
@@ -68,6 +73,86 @@ def test_settings_that_weights_do_not_show():
         )
         keys.add(cut_cache.architecture(transformers.ViTForImageClassification(config), (SIZE, SIZE), "block"))
     assert len(keys) == 3 and None not in keys
+
+
+def test_names_are_no_settings(tmp_path):
+    config = transformers.ViTConfig(image_size=SIZE, patch_size=16, hidden_size=32, num_attention_heads=2)
+    config.num_hidden_layers = 1
+    keys = set()
+    for place, label in (("here", "cat"), ("there", "dog")):
+        config.id2label = {0: label, 1: "other"}
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / place)
+        model = transformers.ViTForImageClassification.from_pretrained(tmp_path / place)
+        keys.add(cut_cache.architecture(model, (SIZE, SIZE), "block"))
+    assert len(keys) == 1
+
+
+def test_another_attention_or_version_is_another_key(monkeypatch):
+    model = make_model("vit")
+    keys = {cut_cache.architecture(model, (SIZE, SIZE), "block")}
+    model.set_attn_implementation("eager")
+    keys.add(cut_cache.architecture(model, (SIZE, SIZE), "block"))
+    monkeypatch.setattr(cut_cache, "_software", lambda: "torch 99")
+    keys.add(cut_cache.architecture(model, (SIZE, SIZE), "block"))
+    model.vit.config.hidden_act = "relu"
+    keys.add(cut_cache.architecture(model, (SIZE, SIZE), "block"))
+    assert len(keys) == 4
+
+
+def test_what_the_software_is():
+    assert [line.split()[0] for line in cut_cache._software()[:-1]] == list(cut_cache.LIBRARIES)
+    assert set(cut_cache.SEARCH) <= {file.stem for file in Path(cut_cache.__file__).parent.glob("*.py")}
+
+
+def test_a_failed_search_is_not_kept(folder):
+    """Weights that are not numbers certify nothing; the next network of the kind is searched, and is fine."""
+    broken = make_model("vit")
+    with torch.no_grad():
+        next(broken.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="'vit' .* has 0 places"):
+        Anchor(broken, "vit", Preprocessing((SIZE, SIZE))).search()
+    assert not list(folder.iterdir())
+    assert anchor("vit").depth == 3
+
+
+class Scaled(nn.Module):
+    """Hands on a number that comes from a weight."""
+
+    class Stem(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), self.bias[:1].clone()
+
+    def __init__(self):
+        super().__init__()
+        self.stem = self.Stem(3, 4, 3, 2)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(3))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x, scale = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * scale
+        return self.head(x.mean((2, 3)))
+
+
+def test_values_from_weights_are_not_kept(tmp_path):
+    found = find_cuts(Scaled(), (16, 16))
+    assert len(found.cuts) == 3
+    with pytest.raises(ValueError, match="may depend on weights"):
+        cut_cache._write(tmp_path / "cuts.safetensors", found)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [('"float32"', '"float99"'), ("builtins.tuple", "os.path"), ('"NLC"', '"LCN"')])
+def test_a_file_of_strange_contents_is_written_again(folder, change):
+    anchor("swin").search()
+    (file,) = folder.iterdir()
+    with safe_open(file, "pt") as opened:
+        text, tensors = opened.metadata()["cuts"], {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    old, new = (part.replace('"', '\\"') if "builtins" in change[0] else part for part in change)
+    assert old in text
+    save_file(tensors, file, {"cuts": text.replace(old, new)})
+    assert ran(anchor("swin")) and not ran(anchor("swin"))
 
 
 def test_code_without_a_version_is_searched_every_time(folder):

@@ -146,6 +146,62 @@ def test_a_table_is_not_taken_for_a_batch():
         assert_parts_make_the_whole(anchor, torch.randn(size, 3, 16, 16))
 
 
+class Masked(Positioned):
+    """Beside the map, the first block returns a mask that autograd cannot see to depend on the image."""
+
+    class Patches(nn.Conv2d):
+        def forward(self, x):
+            x = super().forward(x)
+            return x, x.mean(1, keepdim=True) > 0
+
+    def forward(self, x):
+        x, mask = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * mask
+        return self.head(x.mean((2, 3)))
+
+
+class Indexed(Positioned):
+    """Beside the map, the first block returns where each image begins: one number more than there are images."""
+
+    class Patches(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), torch.arange(len(x) + 1, device=x.device)
+
+    def forward(self, x):
+        x, begins = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * (1 + begins[:-1, None, None, None])
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("network", [Masked, Indexed])
+def test_values_that_change_are_not_taken_for_constants(network):
+    anchor = Anchor(spread(network(), 0), "changing", Preprocessing((16, 16)))
+    with pytest.raises(ValueError, match=r"blocks\.1: 'stem' hands on values that depend on the images"):
+        _ = anchor.cuts
+
+
+class Steps(Positioned):
+    """Later blocks write into the constant that the first one returns."""
+
+    class Patches(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x), torch.zeros(1, device=x.device)
+
+    def forward(self, x):
+        x, step = self.stem(x)
+        for block in self.blocks:
+            x = block(x) * step.add_(1)
+        return self.head(x.mean((2, 3)))
+
+
+def test_constants_are_not_written_into():
+    anchor = Anchor(spread(Steps(), 0), "steps", Preprocessing((16, 16)))
+    for _ in range(2):
+        assert_parts_make_the_whole(anchor, torch.randn(5, 3, 16, 16))
+
+
 def test_not_a_classifier():
     with pytest.raises(ValueError, match="does not map images to logits"):
         Anchor(nn.Conv2d(3, 4, 3), "conv", Preprocessing((16, 16))).cuts  # noqa: B018
@@ -215,6 +271,25 @@ def test_two_tensors_together():
         assert torch.equal(anchor.bake(3)(anchor.bake(1, 3)(anchor.bake(0, 1)(images))), anchor(images))
     back = make_stitch(anchor.layout(3), anchor.layout(2), StitchConfig())
     assert back(hidden).shape == anchor.layout(2).shape(5)
+
+
+class Fork(Cells):
+    """Every cell has two branches of blocks: inside of it, one of them would have to run again."""
+
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = (nn.Sequential(*(nn.Conv2d(4, 4, 3, 1, 1) for _ in range(2))) for _ in range(2))
+
+        def forward(self, x, previous):
+            return self.left(x) + self.right(previous)
+
+
+def test_no_cut_lies_beside_another_branch():
+    found = cuts.find_cuts(spread(Fork()), (16, 16))
+    names = [cut.name for cut in found.cuts]
+    assert {f"blocks.{k}" for k in range(1, 5)} < set(names)
+    assert not found.rejected and not any(".right" in name for name in names)
 
 
 def test_where_one_tensor_will_do_no_others_are_looked_for(anchors):

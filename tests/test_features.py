@@ -93,6 +93,27 @@ def test_several_tensors_read_as_one_map():
     assert torch.equal(prefix, torch.cat([x[:, :1], torch.zeros(6, 1, 2)], dim=2))
 
 
+def test_prefix_tokens_of_several_tensors_stand_side_by_side():
+    two, one = Layout("NLC", 3, (2, 2), 2), Layout("NLC", 1, (2, 2), 1)
+    joint = JointLayout((two, one))
+    x, y = torch.randn(two.shape(4)), torch.randn(one.shape(4))
+    prefix = joint.split(torch.cat([x.flatten(1), y.flatten(1)], dim=1))[1]
+    assert joint.prefix == 2 and prefix.shape == (4, 2, 4)
+    assert torch.equal(prefix[:, :, :3], x[:, :2])
+    assert torch.equal(prefix[:, 0, 3:], y[:, 0]) and not prefix[:, 1, 3:].any()
+
+
+@pytest.mark.parametrize("data", [{"parts": []}, {"parts": [{"kind": "NCHW", "channels": 2, "grid": [2, 2]}]}])
+def test_layouts_of_too_few_tensors(data):
+    with pytest.raises(ValueError, match="not a layout of several tensors"):
+        layout_from_dict(data)
+
+
+def test_half_a_prefix_token():
+    with pytest.raises(ValueError, match="is not a layout"):
+        Layout("NLC", 3, (2, 2), 1.0)
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, JointLayout((LAYOUTS[0], LAYOUTS[-1]))], ids=str)
 def test_layouts_survive_json(layout):
     assert layout_from_dict(json.loads(json.dumps(asdict(layout)))) == layout

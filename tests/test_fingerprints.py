@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import MODELS, make_anchor
+from torch import nn
 
 from restnet_hf.fingerprints import Piece, weights_sha256
 
@@ -76,3 +78,38 @@ def test_checked_once(images, monkeypatch):
     monkeypatch.setattr("restnet_hf.anchors.weights_sha256", None)  # would not be callable
     with torch.no_grad():
         anchor(anchor(images, stop=1), start=1)
+
+
+def test_threads_check_at_once(images):
+    anchor = make_anchor("resnet")
+    anchor.expect(anchor.pieces())
+    with torch.no_grad():
+        expected = make_anchor("resnet")(images[:1])
+
+        def work(_):
+            with torch.no_grad():
+                return anchor(images[:1])
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(torch.allclose(result, expected, atol=1e-5) for result in pool.map(work, range(8)))
+    assert not anchor._expected
+
+
+def test_modules_put_into_a_network_are_no_change_of_its_weights(images):
+    """As adapters such as LoRA do: the layer moves into another one, with the same weights."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.more = base, nn.Linear(base.in_features, base.out_features)
+
+        def forward(self, x):
+            return self.base(x) + self.more(x)
+
+    anchor = make_anchor("vit")
+    anchor.expect(anchor.pieces())
+    layer = anchor.model.vit.layers[1]
+    layer.mlp.fc1 = Wrapped(layer.mlp.fc1)
+    with torch.no_grad():
+        anchor(images)
+    assert not anchor._expected

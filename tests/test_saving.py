@@ -162,7 +162,19 @@ def test_device_map(tmp_path, images, end, device_map):
         assert torch.allclose(again(images.to(again.device)).logits.cpu(), model(images).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("device_map", ["balanced", {"anchors": "cpu", "stitches": "cpu"}, {"": "disk"}, "nowhere"])
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        "balanced",
+        {"anchors": "cpu", "stitches": "cpu"},
+        {"": "disk"},
+        "nowhere",
+        {},
+        {"": None},
+        {"stitches": "cpu"},
+        True,
+    ],
+)
 def test_device_maps_of_several_devices_are_refused(saved, device_map):
     with pytest.raises(ValueError, match="device"):
         StitchedModelForImageClassification.from_pretrained(saved[1], device_map=device_map)
@@ -179,12 +191,44 @@ def test_a_parent_that_changed_where_no_route_uses_it(saved, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(images).logits, logits)
         again.set_route("vit[:]")
-        with pytest.raises(ValueError, match="The weights of anchor 'vit' from cut 0 to 1 have SHA-256 .* anchors="):
+        with pytest.raises(ValueError, match="the weights of anchor 'vit' from cut 0 to 1 have SHA-256 .* anchors="):
             again(images)
     with pytest.raises(ValueError, match="'vit' .* is not the network this adapter was made for"):
         StitchedModelForImageClassification.from_pretrained(path, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="The weights of anchor 'vit' from cut 0 to 1"):
+    with pytest.raises(ValueError, match="the weights of anchor 'vit' from cut 0 to 1"):
         again.half()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_attention_heads", 4), ("hidden_act", "relu"), ("layer_norm_eps", 1.0)]
+)
+def test_a_parent_with_other_settings_is_refused(saved, tmp_path, key, value):
+    """They change the logits, and are in no weight."""
+    _, path, _, _ = saved
+    file = tmp_path / "vit" / "config.json"
+    config = json.loads(file.read_text())
+    then = config[key]
+    file.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(
+        ValueError, match=f"'vit' .* is not the network .* setting {key} is {value!r} and was {then!r}"
+    ):
+        StitchedModelForImageClassification.from_pretrained(path)
+
+
+def test_an_anchor_may_be_given(saved):
+    _, path, images, logits = saved
+    again = StitchedModelForImageClassification.from_pretrained(path, anchors={"vit": make_anchor("vit")})
+    with torch.no_grad():
+        assert torch.allclose(again(images).logits, logits, atol=1e-5)
+
+
+def test_an_adapter_of_an_earlier_format(saved):
+    file = saved[1] / "config.json"
+    config = json.loads(file.read_text())
+    del config["anchors"][0]["pieces"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"anchor 0 lacks \['pieces'\]; save the adapter again"):
+        StitchedModelForImageClassification.from_pretrained(saved[1])
 
 
 def test_casts_after_loading_are_not_taken_for_changes(saved):
@@ -284,7 +328,7 @@ STITCH = ("stitches", "resnet_2__vit_1")
         (at("anchors", value=[3, 4]), "anchor 0 lacks"),
         (at("anchors", 0, "fingerprint", value=None), "anchor 0 lacks its fingerprint"),
         (at("anchors", 0, "fingerprint", value="float16:dead"), "is not the network this adapter was made for"),
-        (at("anchors", 0, "granularity", value="module"), "Cut 1 is .* here and was"),
+        (at("anchors", 0, "granularity", value="module"), "cut 1 is .* here and was"),
         (at("active_route", value="who[:]"), "names anchors or stitches that are not there"),
         (at("active_route", value="resnet[:1] + vit[1:]"), "names anchors or stitches that are not there"),
         (at("routes", value=["x"]), "is not a route"),
