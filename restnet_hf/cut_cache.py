@@ -35,7 +35,7 @@ NAMES = {
     "transformers_version",
     "training",
 }  # not settings
-CONTAINERS = ("builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict")
+CONTAINERS = ("builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict", "torch.Size")
 PLAIN = (bool, int, float, str, type(None))
 logger = logging.getLogger(__name__)
 
