@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 
+LARGE = 1 << 24  # bytes: hashing them takes longer than starting threads
+
+
 @dataclass(frozen=True)
 class Piece:
     """The part of a network from one cut to the next.
@@ -32,10 +35,13 @@ class Piece:
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values. Tensors are hashed side by side, which is what large files need."""
-    with ThreadPoolExecutor() as pool:
-        lines = pool.map(_line, tensors.items())
-        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    """SHA-256 of names, types, shapes and values; tensors of large pieces are hashed side by side."""
+    if sum(tensor.nbytes for tensor in tensors.values()) < LARGE:
+        lines = list(map(_line, tensors.items()))
+    else:
+        with ThreadPoolExecutor() as pool:
+            lines = list(pool.map(_line, tensors.items()))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _line(item: tuple[str, Tensor]) -> str:

@@ -21,6 +21,9 @@ def test_hash_of_weights_by_hand():
     assert weights_sha256(tensors) == hashlib.sha256(text.encode()).hexdigest()
     strided = {"b": torch.arange(8.0)[::2] / 2, "a": tensors["a"]}
     assert weights_sha256(strided) == weights_sha256(tensors)
+    large = {str(k): torch.full((1 << 21,), float(k)) for k in range(3)}
+    lines = (f"{k} torch.float32 ({1 << 21},) {hashlib.sha256(t.numpy()).hexdigest()}" for k, t in large.items())
+    assert weights_sha256(large) == hashlib.sha256("\n".join(lines).encode()).hexdigest()
     assert weights_sha256({"half": torch.ones(2, dtype=torch.bfloat16), "none": torch.zeros(0)})
 
 
