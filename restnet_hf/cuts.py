@@ -313,7 +313,8 @@ def _changing(
         run(model, _noise(model, CHECK_BATCH, image_size, seed=2), None, {0: None}, image_size)
     found: dict[str, str] = {}
     for cut in candidates:
-        for path, spec in cut.specs().items():
+        entered = {**dict(cut.before), **{made.path: made.output for made in cut.tensors}}
+        for path, spec in entered.items():  # what comes after a cut gives nothing back
             kept = {index: spec.leaves[index] for index in spec.constants}
             if not all(leaf.tells(seen[path][index], CHECK_BATCH) for index, leaf in kept.items()):
                 found[cut.name] = f"'{path}' hands on values that depend on the images beside the activation"

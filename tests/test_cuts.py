@@ -161,6 +161,38 @@ class Masked(Positioned):
         return self.head(x.mean((2, 3)))
 
 
+class Late(Masked):
+    """Only the last block hands on a mask, so all places before it are sound."""
+
+    class Patches(nn.Conv2d):
+        pass
+
+    class Last(nn.Conv2d):
+        def forward(self, x):
+            x = super().forward(x)
+            return x, x.mean(1, keepdim=True) > x.mean()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.append(self.Last(4, 4, 3, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x, mask = self.blocks[-1](x)
+        return self.head((x * mask).mean((2, 3)))
+
+
+def test_values_that_change_later_do_no_harm():
+    anchor = Anchor(spread(Late(), 0), "late", Preprocessing((16, 16)))
+    assert [cut.name for cut in anchor.cuts] == [f"blocks.{k}" for k in range(3)]
+    assert list(anchor.found.rejected) == ["blocks.3"]
+    images = torch.randn(5, 3, 16, 16)
+    assert_parts_make_the_whole(anchor, images)
+    assert torch.equal(anchor.bake(2)(anchor.bake(0, 2)(images)), anchor(images))
+
+
 class Indexed(Positioned):
     """Beside the map, the first block returns where each image begins: one number more than there are images."""
 
