@@ -33,6 +33,7 @@ LADDER = [
     "configuration_restnet",
     "adapter_files",
     "switching",
+    "saving",
     "modeling_restnet",
     "training",
     "plots",

@@ -1,0 +1,144 @@
+"""AdapterModel: a model whose files are an adapter; its anchors are named, or with them a whole checkpoint."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from restnet_hf.adapter_files import (
+    AUTO_MAP,
+    OWN_FILES,
+    PROFILE,
+    SHIM,
+    SHIM_TEXT,
+    WEIGHTS,
+    check_weights,
+    read_profile,
+    read_weights,
+    weights_dtype,
+    whole_device,
+)
+from restnet_hf.anchors import Anchor
+from restnet_hf.configuration_restnet import RestNetConfig
+from restnet_hf.files import folder_written_whole
+from restnet_hf.parents import identify, reload
+from restnet_hf.routes import Route
+from restnet_hf.switching import RouteMixin
+
+
+PASSED_BY_AUTO = ("_from_auto", "adapter_kwargs", "_commit_hash", "torch_dtype")  # by Auto classes and pipelines
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+
+
+class AdapterModel(RouteMixin, PreTrainedModel):
+    """What a stitched model does with files."""
+
+    config_class = RestNetConfig
+
+    def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
+        super().__init__(config)
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """The tensors that are saved: those of the stitches and new heads."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("anchors.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; a state dict without the anchors, such as a checkpoint's, is whole."""
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        result.missing_keys[:] = [key for key in result.missing_keys if not key.startswith("anchors.")]
+        if strict and (result.missing_keys or result.unexpected_keys):
+            raise RuntimeError(f"missing keys {result.missing_keys}, unexpected keys {result.unexpected_keys}")
+        return result
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter: config, stitches (and heads), profile, image processor; anchors are named, not copied."""
+        if not is_main_process:
+            return
+        state = self.state_dict() if state_dict is None else state_dict
+        adapter = {key: value for key, value in state.items() if not key.startswith("anchors.")}
+        self.config.active_route = str(self.active_route)
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            identify(entry, anchor)
+        self.config.auto_map = AUTO_MAP
+        with folder_written_whole(save_directory, OWN_FILES) as folder:
+            super().save_pretrained(folder, state_dict=adapter)
+            if not (folder / WEIGHTS).exists():  # nothing to save, but a file to load
+                save_file({}, folder / WEIGHTS, {"format": "pt"})
+            (folder / SHIM).write_text(SHIM_TEXT)
+            if self.profiled is not None:
+                self.profiled.save(folder / PROFILE)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(folder)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: RestNetConfig | None = None,
+        anchors: Mapping[str, nn.Module | str] | None = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        dtype: torch.dtype | str | None = None,
+        device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Load an adapter from a local folder or the Hub, and the anchors it names at the commits it names.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id of the adapter.
+            config: instead of the adapter's own.
+            anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
+            revision: of the adapter.
+            subfolder: of the adapter in its repository.
+            dtype: of the weights; as saved by default.
+            device_map: a device for the whole model, as in transformers; ``auto`` takes the accelerator, if any.
+            trust_remote_code: run anchors' code from the Hub.
+            **kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in transformers.
+
+        Raises:
+            OSError: a file is missing or damaged.
+            TypeError: an option is not known.
+            ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
+        """
+        dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
+        device = whole_device(device_map)
+        unknown = sorted(kwargs.keys() - {*HUB_KEYS, *PASSED_BY_AUTO})
+        if unknown:
+            raise TypeError(f"from_pretrained takes no {unknown}; see its documentation for what it takes")
+        hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+        at = {**hub, "revision": revision, "subfolder": subfolder}
+        if config is None:
+            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **at)
+        where = os.fspath(pretrained_model_name_or_path)
+        config.check()
+        weights = read_weights(where, at)
+        given = dict(anchors or {})
+        strangers = sorted(given.keys() - {entry["name"] for entry in config.anchors or []})
+        if strangers:
+            raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
+        wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
+        options = {"trust_remote_code": trust_remote_code, **hub}
+        routes = (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
+        loaded = [reload(entry, given.get(entry["name"]), wanted, options, routes) for entry in config.anchors or []]
+        model = cls(config, loaded)
+        check_weights(weights, model.adapter_state_dict(), where)
+        model.load_state_dict(weights)
+        model.check_layouts()
+        model.profiled = read_profile(where, at)
+        model.config.name_or_path = model.name_or_path = where
+        return model.to(device).eval()

@@ -1,0 +1,254 @@
+"""A small Hub in memory: enough of its HTTP protocol for the real client to create, upload, list and download."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+
+USER, TOKEN = "me", "hf_test"
+
+
+class Refused(Exception):
+    """An answer other than 200: status, the Hub's code for it, and a message."""
+
+    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+@dataclass
+class Repo:
+    """Commits, oldest first: id and all files by path."""
+
+    name: str
+    commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+
+    def commit(self, files: dict[str, bytes]) -> str:
+        parts = [f"{len(self.commits)} {self.name}", *(f"{path} {_oid(data)}" for path, data in sorted(files.items()))]
+        self.commits.append((hashlib.sha1("\n".join(parts).encode()).hexdigest(), files))
+        return self.commits[-1][0]
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        if revision == "main":
+            return self.commits[-1]
+        for sha, files in self.commits:
+            if sha == revision:
+                return sha, files
+        raise Refused(404, "RevisionNotFound", f"no revision {revision}")
+
+
+def _oid(data: bytes) -> str:
+    """As git names a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _card(files: dict[str, bytes]) -> dict[str, Any]:
+    found = re.match(rb"---\r?\n(.*?)\r?\n---", files.get("README.md", b""), re.S)
+    return yaml.safe_load(found[1]) or {} if found else {}
+
+
+def _many(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _tags(card: dict[str, Any]) -> list[str]:
+    """The tags that the Hub makes of a card."""
+    tags = [str(tag) for tag in _many(card.get("tags"))]
+    tags += [card[key] for key in ("library_name", "pipeline_tag") if key in card]
+    tags += [f"license:{name}" for name in _many(card.get("license"))]
+    tags += [f"dataset:{name}" for name in _many(card.get("datasets"))]
+    relation = card.get("base_model_relation", "finetune")
+    for name in _many(card.get("base_model")):
+        tags += [f"base_model:{name}", f"base_model:{relation}:{name}"]
+    return tags
+
+
+@dataclass
+class Hub:
+    """All repositories, and what was asked: method, path and bytes of the answer."""
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    log: list[tuple[str, str, int]] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    url: str = ""
+
+    def repo(self, name: str) -> Repo:
+        if name not in self.repos:
+            raise Refused(404, "RepoNotFound", f"no repository {name}")
+        return self.repos[name]
+
+    def put(self, name: str, files: dict[str, bytes]) -> str:
+        """Commit files without the protocol."""
+        return self.repos.setdefault(name, Repo(name)).commit(files)
+
+    def info(self, name: str, revision: str) -> dict[str, Any]:
+        sha, files = self.repo(name).at(revision)
+        card = _card(files)
+        return {
+            "_id": hashlib.md5(name.encode()).hexdigest()[:24],
+            "id": name,
+            "modelId": name,
+            "author": name.split("/")[0],
+            "sha": sha,
+            "lastModified": "2026-01-01T00:00:00.000Z",
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": _tags(card),
+            "cardData": card,
+            "library_name": card.get("library_name"),
+            "pipeline_tag": card.get("pipeline_tag"),
+            "siblings": [{"rfilename": path} for path in sorted(files)],
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    def _answer(self) -> None:
+        url = urlsplit(self.path)
+        self.query = parse_qs(url.query)
+        self.sent = self._read()
+        try:
+            for methods, pattern, route in ROUTES:
+                match = re.fullmatch(pattern, url.path)
+                if match and self.command in methods.split():
+                    if self.command in ("POST", "PUT") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                        raise Refused(401, "", "who are you?")
+                    with self.hub.lock:
+                        return route(self, *(unquote(part) for part in match.groups()))
+            raise Refused(404, "", f"no route for {self.command} {url.path}")
+        except Refused as refused:
+            headers = {"X-Error-Message": str(refused), **({"X-Error-Code": refused.code} if refused.code else {})}
+            self._send(json.dumps({"error": str(refused)}).encode(), refused.status, headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
+
+    def _read(self) -> bytes:
+        if "chunked" not in (self.headers.get("Transfer-Encoding") or ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while size := int(self.rfile.readline(), 16):
+            data += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
+
+    def _send(self, data: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.hub.log.append((self.command, self.path, 0 if self.command == "HEAD" else len(data)))
+        self.send_response(status)
+        for key, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _json(self, value: Any) -> None:
+        self._send(json.dumps(value).encode())
+
+    def whoami(self) -> None:
+        token = {"displayName": "test", "role": "write", "createdAt": "2026-01-01T00:00:00.000Z"}
+        about = {"type": "user", "id": "0", "name": USER, "fullname": USER, "orgs": [], "isPro": False}
+        self._json({**about, "auth": {"type": "access_token", "accessToken": token}})
+
+    def create(self) -> None:
+        wanted = json.loads(self.sent)
+        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        url = f"{self.hub.url}/{name}"
+        if name in self.hub.repos:
+            return self._send(json.dumps({"error": "it exists", "url": url, "name": name}).encode(), 409)
+        self.hub.put(name, {".gitattributes": b""})
+        self._json({"url": url, "name": name, "id": name})
+
+    def validate(self) -> None:
+        self._json({"errors": [], "warnings": []})
+
+    def preupload(self, name: str, revision: str) -> None:
+        files = self.hub.repo(name).at(revision)[1]
+        wanted = [file["path"] for file in json.loads(self.sent)["files"]]
+        known = {path: _oid(files[path]) if path in files else None for path in wanted}
+        answers = [{"path": p, "uploadMode": "regular", "shouldIgnore": False, "oid": oid} for p, oid in known.items()]
+        self._json({"files": answers, "commitOid": None})
+
+    def commit(self, name: str, revision: str) -> None:
+        repo = self.hub.repo(name)
+        files = dict(repo.at(revision)[1])
+        for line in filter(None, self.sent.splitlines()):
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "deletedFile":
+                del files[value["path"]]
+        sha = repo.commit(files)
+        self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
+
+    def info(self, name: str, revision: str = "main") -> None:
+        self._json(self.hub.info(name, revision))
+
+    def tree(self, name: str, revision: str) -> None:
+        files = self.hub.repo(name).at(revision)[1]
+        self._json([{"type": "file", "path": p, "oid": _oid(d), "size": len(d)} for p, d in sorted(files.items())])
+
+    def listing(self) -> None:
+        wanted = {tag for value in self.query.get("filter", []) for tag in value.split(",")}
+        found = [self.hub.info(name, "main") for name in sorted(self.hub.repos)]
+        self._json([info for info in found if wanted <= set(info["tags"])])
+
+    def file(self, name: str, revision: str, path: str) -> None:
+        sha, files = self.hub.repo(name).at(revision)
+        if path not in files:
+            raise Refused(404, "EntryNotFound", f"no file {path}")
+        data = files[path]
+        headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": sha, "Content-Type": "application/octet-stream"}
+        self._send(data, headers=headers)
+
+
+NAME = r"([^/]+/[^/]+)"
+ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", "/api/whoami-v2", _Handler.whoami),
+    ("POST", "/api/repos/create", _Handler.create),
+    ("POST", "/api/validate-yaml", _Handler.validate),
+    ("POST", rf"/api/models/{NAME}/preupload/([^/]+)", _Handler.preupload),
+    ("POST", rf"/api/models/{NAME}/commit/([^/]+)", _Handler.commit),
+    ("GET", "/api/models", _Handler.listing),
+    ("GET", rf"/api/models/{NAME}/tree/([^/]+)", _Handler.tree),
+    ("GET", rf"/api/models/{NAME}/revision/([^/]+)", _Handler.info),
+    ("GET", rf"/api/models/{NAME}", _Handler.info),
+    ("GET HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)", _Handler.file),
+]
+
+
+@contextmanager
+def running() -> Iterator[Hub]:
+    """A Hub on a free port of this machine."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server.daemon_threads = True
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
