@@ -26,6 +26,7 @@ class RestNetConfig(PreTrainedConfig):
         routes: as strings.
         active_route: as a string.
         trained_heads: names of the anchors whose new head was trained.
+        standalone: the checkpoint holds the anchors' weights too.
         new_head: in place of the anchors' own classifiers each has a new one for this model's labels.
     """
 
@@ -36,6 +37,7 @@ class RestNetConfig(PreTrainedConfig):
     routes: list[str] | None = None
     active_route: str | None = None
     new_head: bool = False
+    standalone: bool = False
     trained_heads: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

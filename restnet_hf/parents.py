@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from restnet_hf.adapter_files import check_weights
 from restnet_hf.anchors import Anchor
 from restnet_hf.fingerprints import Piece, fingerprint
 from restnet_hf.labels import label_order
@@ -70,16 +71,16 @@ def reload(
     """
     if isinstance(given, Anchor):
         given = given.model
-    name, hint = entry["name"], f"from_pretrained(..., anchors={{{entry['name']!r}: a module or a folder}})"
+    hint = _hint(entry)
     source = entry["repo_id"] if given is None else given
     if source is None:
-        raise ValueError(f"anchor '{name}' was made in code; pass it: {hint}")
+        raise ValueError(f"anchor '{entry['name']}' was made in code; pass it: {hint}")
     # the weights are compared in the type that they had, and cast after
     stored = getattr(torch, entry["fingerprint"].split(":")[0], None)
     try:
         anchor = load_anchor(
             source,
-            name=name,
+            name=entry["name"],
             revision=entry["revision"] if given is None else None,
             preprocessing=Preprocessing.from_dict(entry["preprocessing"]),
             label_names=entry["label_names"],
@@ -89,23 +90,48 @@ def reload(
         )
     except OSError as error:
         raise OSError(f"{error} If the anchor has moved, pass it: {hint}") from error
+    return _checked(anchor, entry, dtype, routes, type(source).__name__ if given is not None else str(source))
+
+
+def embedded(
+    entry: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, routes: Iterable[Route], where: str
+) -> Anchor:
+    """An anchor whose weights lie in the checkpoint itself, under ``anchors.NAME.model.``; checked as by `reload`.
+
+    Raises:
+        ValueError: it cannot be rebuilt, or is another network.
+    """
+    anchor, prefix = rebuild(entry), f"anchors.{entry['name']}.model."
+    mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    check_weights(mine, anchor.model.state_dict(), where)
+    anchor.model.load_state_dict(mine, assign=True)
+    return _checked(anchor, entry, dtype, routes, where)
+
+
+def _hint(entry: Mapping[str, Any]) -> str:
+    return f"from_pretrained(..., anchors={{{entry['name']!r}: a module or a folder}})"
+
+
+def _checked(
+    anchor: Anchor, entry: Mapping[str, Any], dtype: torch.dtype, routes: Iterable[Route], where: str
+) -> Anchor:
     pieces = [Piece.from_dict(piece) for piece in entry["pieces"]]
     try:
-        _same_settings(anchor.model, entry["config"] or {}, hint)
+        _same_settings(anchor.model, entry["config"] or {}, _hint(entry))
         _same_cuts(anchor, pieces)
         anchor.expect(pieces)
         if fingerprint(anchor.model, pieces) != entry["fingerprint"]:
-            raise ValueError(f"its class or the type of its weights differs. Pass the right one: {hint}")
-        used = [segment for route in routes for segment in route.segments if segment.anchor == name]
+            raise ValueError(f"its class or the type of its weights differs. Pass the right one: {_hint(entry)}")
+        used = [segment for route in routes for segment in route.segments if segment.anchor == anchor.name]
         for start, stop in {(segment.start, segment.stop) for segment in used}:
             anchor.verify(start, stop)
         if any(parameter.dtype != dtype for parameter in anchor.parameters()):
             anchor.verify()
     except ValueError as error:
-        found, where = anchor.fingerprint(), type(source).__name__ if given is not None else source
+        found = anchor.fingerprint()
         differs = f"its fingerprint is {found}, not {entry['fingerprint']}. " if found != entry["fingerprint"] else ""
         raise ValueError(
-            f"anchor '{name}' ({where}) is not the network this adapter was made for: {differs}{error}"
+            f"anchor '{anchor.name}' ({where}) is not the network this adapter was made for: {differs}{error}"
         ) from error
     return anchor.to(dtype)
 

@@ -25,7 +25,7 @@ from restnet_hf.adapter_files import (
 from restnet_hf.anchors import Anchor
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.files import folder_written_whole
-from restnet_hf.parents import identify, reload
+from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.routes import Route
 from restnet_hf.switching import RouteMixin
 
@@ -60,28 +60,55 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        standalone: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the adapter: config, stitches (and heads), profile, image processor; anchors are named, not copied."""
+        """Write the adapter: config, stitches (and heads), profile, image processor; anchors are named, not copied.
+
+        Args:
+            save_directory: a folder; its other files stay.
+            is_main_process: whether this process is to write.
+            state_dict: instead of the model's own.
+            push_to_hub: push it too, to ``repo_id`` or a repository of the folder's name.
+            standalone: write the anchors' weights too, so that the folder needs no parents; None as it was loaded.
+            **kwargs: of `push_to_hub`.
+
+        Raises:
+            ValueError: a standalone anchor was made in code, so that no config could rebuild it.
+        """
         if not is_main_process:
             return
+        whole = self.config.standalone if standalone is None else standalone
         state = self.state_dict() if state_dict is None else state_dict
-        adapter = {key: value for key, value in state.items() if not key.startswith("anchors.")}
+        if whole:
+            made_in_code = [entry["name"] for entry in self.config.anchors if entry["config"] is None]
+            if made_in_code:
+                raise ValueError(
+                    f"anchors {made_in_code} were made in code, and no config says how; standalone=True needs anchors "
+                    "loaded from the Hub or a folder"
+                )
         self.config.active_route = str(self.active_route)
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)
         self.config.auto_map = AUTO_MAP
+        loaded_as, self.config.standalone = self.config.standalone, whole
+        try:
+            self._write(save_directory, {k: v for k, v in state.items() if whole or not k.startswith("anchors.")})
+        finally:
+            self.config.standalone = loaded_as
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, standalone=standalone, **kwargs)
+
+    def _write(self, save_directory: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
         with folder_written_whole(save_directory, OWN_FILES) as folder:
-            super().save_pretrained(folder, state_dict=adapter)
-            if not (folder / WEIGHTS).exists():  # nothing to save, but a file to load
-                save_file({}, folder / WEIGHTS, {"format": "pt"})
+            super().save_pretrained(folder, state_dict={})
+            save_file(_apart(weights), folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)
             if self.profiled is not None:
                 self.profiled.save(folder / PROFILE)
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(folder)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -134,11 +161,30 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
         options = {"trust_remote_code": trust_remote_code, **hub}
         routes = (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
-        loaded = [reload(entry, given.get(entry["name"]), wanted, options, routes) for entry in config.anchors or []]
+        loaded = [
+            embedded(entry, weights, wanted, routes, where)
+            if config.standalone and entry["name"] not in given
+            else reload(entry, given.get(entry["name"]), wanted, options, routes)
+            for entry in config.anchors or []
+        ]
         model = cls(config, loaded)
-        check_weights(weights, model.adapter_state_dict(), where)
-        model.load_state_dict(weights)
+        adapter = {
+            key: value for key, value in weights.items() if not (config.standalone and key.startswith("anchors."))
+        }
+        check_weights(adapter, model.adapter_state_dict(), where)
+        model.load_state_dict(adapter)
         model.check_layouts()
         model.profiled = read_profile(where, at)
         model.config.name_or_path = model.name_or_path = where
         return model.to(device).eval()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and none in the memory of another, as a safetensors file holds them."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found

@@ -180,6 +180,23 @@ def images() -> torch.Tensor:
     return torch.randn(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.fixture
+def saved(
+    tmp_path: Path, images: torch.Tensor
+) -> tuple[StitchedModelForImageClassification, Path, torch.Tensor, torch.Tensor]:
+    """A model out of two folders, saved: (model, path of the adapter, images, logits)."""
+    for name in ("resnet", "vit"):
+        save_model(name, tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
+    for route in ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"):
+        model.set_route(model.add_stitch(route))
+    model.fit_stitches(images)
+    model.profile([(images, torch.zeros(len(images), dtype=torch.long))])
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        return model, tmp_path / "adapter", images, model(images).logits
+
+
 @pytest.fixture(scope="session")
 def demo_anchor() -> Callable[[str], Anchor]:
     """A trained anchor of the demo, by name."""
