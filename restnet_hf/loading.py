@@ -2,15 +2,17 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ResolvedRevision
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
+from transformers.utils.hub import resolve_revision
 
 from restnet_hf.anchors import Anchor
 from restnet_hf.labels import label_names
@@ -63,6 +65,7 @@ def load_anchor(
         model, repo_id = source, _source_id(named) if named else None
     else:
         repo_id = _source_id(source)
+        revision = at_commit(repo_id, revision, hub_kwargs)  # all files from one commit, and it is known which
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _pretrained(repo_id, load)
     found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
@@ -75,9 +78,15 @@ def load_anchor(
         label_names=label_names or _labels(config),
         processor=processor,
         repo_id=repo_id,
-        revision=getattr(config, "_commit_hash", None),
+        revision=revision.resolved if isinstance(revision, ResolvedRevision) else None,
         granularity=granularity,
     )
+
+
+def at_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """The revision of a repository with the commit that it now stands for, where the Hub or the cache can tell."""
+    keys = ("token", "cache_dir", "local_files_only")
+    return resolve_revision(repo_id, revision, **{key: hub_kwargs[key] for key in keys if hub_kwargs.get(key)})
 
 
 def anchor_from_config(config: dict[str, Any], name: str, preprocessing: Preprocessing, **kwargs: Any) -> Anchor:

@@ -1,10 +1,13 @@
 """AdapterModel: a model whose files are an adapter; its anchors are named, or with them a whole checkpoint."""
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +28,10 @@ from restnet_hf.adapter_files import (
 from restnet_hf.anchors import Anchor
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.files import folder_written_whole
+from restnet_hf.hub import PLOT, check_parents, is_hub_id, push_folder
+from restnet_hf.loading import at_commit
 from restnet_hf.parents import embedded, identify, reload
+from restnet_hf.plots import plot_tradeoff
 from restnet_hf.routes import Route
 from restnet_hf.switching import RouteMixin
 
@@ -110,6 +116,54 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        standalone: bool | None = None,
+    ) -> CommitInfo:
+        """Push the adapter with a card made from its profile; nothing is committed where nothing changed.
+
+        Args:
+            repo_id: where to; the repository is made if there is none.
+            commit_message, commit_description, private, token, revision, create_pr: as in transformers.
+            max_shard_size, tags: taken as transformers passes them; an adapter is one file and makes its own tags.
+            standalone: push the anchors' weights too; see `save_pretrained`.
+
+        Raises:
+            ValueError: an anchor is not on the Hub, so that others could not fetch it.
+        """
+        whole = self.config.standalone if standalone is None else standalone
+        if not whole:
+            check_parents(self.config.anchors)
+        scored = self.profiled is not None and all("accuracy" in row.scores for row in self.profiled.routes)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "adapter"
+            self.save_pretrained(folder, standalone=whole)
+            if self.profiled is not None and scored:
+                plot_tradeoff(self.profiled, folder / PLOT)
+            return push_folder(
+                folder,
+                repo_id,
+                self.config.anchors,
+                self.profiled,
+                standalone=whole,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or "Upload adapter",
+                commit_description=commit_description,
+            )
+
     @classmethod
     def from_pretrained(
         cls,
@@ -148,10 +202,10 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         if unknown:
             raise TypeError(f"from_pretrained takes no {unknown}; see its documentation for what it takes")
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
-        at = {**hub, "revision": revision, "subfolder": subfolder}
-        if config is None:
-            config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **at)
         where = os.fspath(pretrained_model_name_or_path)
+        at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
+        if config is None:
+            config = cls.config_class.from_pretrained(where, **at)
         config.check()
         weights = read_weights(where, at)
         given = dict(anchors or {})
@@ -159,6 +213,13 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         if strangers:
             raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
+        if not os.path.isdir(where) and not config.standalone:
+            local = [e["name"] for e in config.anchors or [] if e["name"] not in given and not is_hub_id(e["repo_id"])]
+            if local:
+                raise ValueError(
+                    f"anchors {local} of {where} are not on the Hub but on the machine it was made on; pass them: "
+                    "from_pretrained(..., anchors={name: a module or a folder})"
+                )
         options = {"trust_remote_code": trust_remote_code, **hub}
         routes = (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
         loaded = [

@@ -19,11 +19,13 @@ USER, TOKEN = "me", "hf_test"
 
 
 class Refused(Exception):
-    """An answer other than 200: status, the Hub's code for it, and a message."""
+    """An answer other than 200: status, the Hub's code for it, a message, and the commit that was looked at."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", commit: str = "") -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status = status
+        said = {"X-Error-Message": message, "X-Error-Code": code, "X-Repo-Commit": commit}
+        self.headers = {key: value for key, value in said.items() if value}
 
 
 @dataclass
@@ -136,8 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
                         return route(self, *(unquote(part) for part in match.groups()))
             raise Refused(404, "", f"no route for {self.command} {url.path}")
         except Refused as refused:
-            headers = {"X-Error-Message": str(refused), **({"X-Error-Code": refused.code} if refused.code else {})}
-            self._send(json.dumps({"error": str(refused)}).encode(), refused.status, headers)
+            self._send(json.dumps({"error": str(refused)}).encode(), refused.status, refused.headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
@@ -216,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
     def file(self, name: str, revision: str, path: str) -> None:
         sha, files = self.hub.repo(name).at(revision)
         if path not in files:
-            raise Refused(404, "EntryNotFound", f"no file {path}")
+            raise Refused(404, "EntryNotFound", f"no file {path}", sha)
         data = files[path]
         headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": sha, "Content-Type": "application/octet-stream"}
         self._send(data, headers=headers)

@@ -1,0 +1,161 @@
+"""The card of an adapter: its routes with costs and scores, its anchors and their licences, and how to use it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from restnet_hf.profiles import Profile
+
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+MARK = "<!-- Written by restnet_hf. Delete this line to keep a text of your own when the adapter is pushed again. -->"
+LIBRARY, TAG = "restnet-hf", "restnet"
+BUCKETS = {  # upper limits by which the Hub can filter
+    "macs": {"100m": 1e8, "300m": 3e8, "1g": 1e9, "3g": 3e9, "10g": 1e10, "30g": 3e10},
+    "params": {"1m": 1e6, "3m": 3e6, "10m": 1e7, "30m": 3e7, "100m": 1e8, "300m": 3e8},
+}
+COLUMNS = {  # of the table: heading, factor, digits
+    "macs": ("MACs, M", 1e-6, 1),
+    "params": ("params, M", 1e-6, 2),
+    "memory_mb": ("memory, MB", 1.0, 1),
+    "latency_ms": ("latency, ms", 1.0, 2),
+    "accuracy": ("accuracy, %", 100.0, 2),
+}
+
+
+def budget_tags(profile: Profile) -> list[str]:
+    """A tag for each bucket that the cheapest route fits in, such as ``macs:le-1g``."""
+    tags = []
+    for cost, buckets in BUCKETS.items():
+        values = [row.costs[cost] for row in profile.routes if cost in row.costs]
+        tags += [f"{cost}:le-{name}" for name, limit in buckets.items() if values and min(values) <= limit]
+    return tags
+
+
+def filter_tags(limits: Mapping[str, float]) -> list[str]:
+    """Tags that every adapter within the limits has: the smallest bucket not below each of them."""
+    tags = []
+    for cost, limit in limits.items():
+        names = [name for name, bound in BUCKETS.get(cost, {}).items() if bound >= limit]
+        tags += [f"{cost}:le-{names[0]}"] if names else []
+    return tags
+
+
+def card_data(
+    repo_id: str, anchors: Sequence[Mapping[str, Any]], profile: Profile | None, standalone: bool
+) -> ModelCardData:
+    """The metadata of a card.
+
+    Args:
+        repo_id: of the adapter.
+        anchors: for each ``name``, ``repo_id`` (None where others cannot fetch it) and ``license`` (None if unknown).
+        profile: of the routes.
+        standalone: whether the repository holds the anchors' weights.
+    """
+    licences = {anchor["license"] for anchor in anchors}
+    same = next(iter(licences)) if len(licences) == 1 and None not in licences else None
+    dataset = profile.metadata.get("dataset") if profile is not None else None
+    scored = [row for row in profile.routes if "accuracy" in row.scores] if profile is not None else []
+    results = [
+        EvalResult(
+            "image-classification", dataset, dataset, "accuracy", row.scores["accuracy"], metric_name=str(row.route)
+        )
+        for row in scored
+        if dataset
+    ]
+    return ModelCardData(
+        base_model=[anchor["repo_id"] for anchor in anchors if anchor["repo_id"]] or None,
+        base_model_relation="merge" if standalone else "adapter",
+        datasets=[dataset] if dataset else None,
+        metrics=["accuracy"] if scored else None,
+        library_name=LIBRARY,
+        pipeline_tag="image-classification",
+        license=same or "other",
+        license_name=None if same else "licences-of-the-anchors",
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+        tags=[TAG, *(budget_tags(profile) if profile is not None else [])],
+        restnet=None if profile is None else profile.to_dict(),
+    )
+
+
+def make_card(
+    repo_id: str,
+    anchors: Sequence[Mapping[str, Any]],
+    profile: Profile | None,
+    standalone: bool = False,
+    plot: str | None = None,
+) -> ModelCard:
+    """The card of an adapter; arguments as of `card_data`, and the file name of a picture."""
+    data = card_data(repo_id, anchors, profile, standalone)
+    said = [
+        (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", a["license"] or "not stated")
+        for a in anchors
+    ]
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        mark=MARK,
+        title=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        standalone=standalone,
+        number=len(anchors),
+        routes=_routes(profile, plot),
+        anchors=_table(("name", "model", "commit", "licence"), said),
+        choice=_choice(profile),
+        licence=_licence(data.license, anchors),
+    )
+
+
+def _routes(profile: Profile | None, plot: str | None) -> str:
+    if profile is None:
+        return "They were not measured: `model.profile(data)` does that."
+    names = [name for name in COLUMNS if any(_value(row, name) is not None for row in profile.routes)]
+    rows = sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))
+    printed = [(f"`{row.route}`", *(_printed(row, name) for name in names)) for row in rows]
+    parts = [_table(("route", *(COLUMNS[name][0] for name in names)), printed), _measured(profile)]
+    return "\n\n".join(parts + ([f"![accuracy against MACs of every route]({plot})"] if plot else []))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)] if head[0] == "route" else ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(row: Any, name: str) -> float | None:
+    return row.scores.get(name) if name == "accuracy" else row.costs.get(name)
+
+
+def _printed(row: Any, name: str) -> str:
+    _, factor, digits = COLUMNS[name]
+    value = _value(row, name)
+    return "" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _measured(profile: Profile) -> str:
+    about = profile.metadata
+    said = (
+        [f"on {about['images']} images of {about.get('dataset', 'a data set that was not named')}"]
+        if "images" in about
+        else []
+    )
+    said += [f"on {about[key]}" for key in ("device",) if key in about]
+    said += [f"on {about['date']}"] if "date" in about else []
+    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
+    return f"Measured {', '.join(said)}{f' with {versions}' if versions else ''}. Costs are for one image."
+
+
+def _choice(profile: Profile | None) -> str:
+    if profile is None or not profile.routes:
+        return "model.set_route(model.routes[0])"
+    middle = sorted(row.costs["macs"] for row in profile.routes)[len(profile.routes) // 2]
+    return f"model.set_budget(macs={middle:.0f})  # or params=, or set_route(...)"
+
+
+def _licence(chosen: Any, anchors: Sequence[Mapping[str, Any]]) -> str:
+    if chosen != "other":
+        return "All anchors have this licence, and so has the adapter."
+    stated = ", ".join(f"{anchor['name']}: {anchor['license'] or 'not stated'}" for anchor in anchors)
+    return f"The anchors' licences differ or are not stated ({stated}). Keep to all of them."

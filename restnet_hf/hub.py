@@ -1,0 +1,162 @@
+"""The Hub: pushing an adapter whose anchors others can fetch, and finding adapters by what they cost and give."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from restnet_hf.cards import MARK, TAG, filter_tags, make_card
+from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
+
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CARD, PLOT = "README.md", "tradeoff.png"
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be a repository of the Hub; folders and paths cannot."""
+    if not name or name.count("/") != 1 or os.path.isabs(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def check_parents(entries: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError where others could not fetch an anchor that config.json describes, at its very commit."""
+    for entry in entries:
+        name, repo_id = entry["name"], entry["repo_id"]
+        if not is_hub_id(repo_id):
+            where = "was made in code" if repo_id is None else f"comes from the folder {repo_id}"
+            raise ValueError(
+                f"anchor '{name}' {where}, and others cannot fetch it. Push it to the Hub and load it from there, or "
+                "push with standalone=True"
+            )
+        if not COMMIT.fullmatch(entry["revision"] or ""):
+            raise ValueError(f"anchor '{name}' is not pinned to a commit of {repo_id}: load it by its id on the Hub")
+
+
+def parents_on_card(entries: Iterable[Mapping[str, Any]], api: HfApi) -> list[dict[str, Any]]:
+    """What a card says of the anchors that config.json describes; their licences are asked of the Hub."""
+    found = []
+    for entry in entries:
+        known = is_hub_id(entry["repo_id"]) and bool(entry["revision"])
+        card = api.model_info(entry["repo_id"], revision=entry["revision"]).card_data if known else None
+        licence = card.get("license") if card is not None else None
+        found.append(
+            {
+                "name": entry["name"],
+                "repo_id": entry["repo_id"] if known else None,
+                "revision": entry["revision"] if known else None,
+                "license": ", ".join(licence) if isinstance(licence, list) else licence,
+            }
+        )
+    return found
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    entries: Sequence[Mapping[str, Any]],
+    profile: Profile | None,
+    *,
+    standalone: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **commit: Any,
+) -> CommitInfo:
+    """Write the card of a saved adapter and push the folder; nothing is committed where nothing changed.
+
+    A card on the Hub that somebody wrote by hand is left alone.
+
+    Args:
+        folder: what ``save_pretrained`` wrote.
+        repo_id: where to; the repository is made if there is none.
+        entries: of the anchors in config.json.
+        profile: for the card.
+        standalone: the folder holds the anchors' weights.
+        private: of a new repository.
+        token: as in huggingface_hub.
+        **commit: of ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    revision = commit.get("revision")
+    try:
+        there = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        there = MARK
+    if MARK in there:
+        plot = PLOT if (folder / PLOT).exists() else None
+        card = make_card(repo_id, parents_on_card(entries, api), profile, standalone, plot)
+        card.save(folder / CARD)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+
+
+@dataclass(frozen=True)
+class FoundAdapter:
+    """An adapter on the Hub and its best route within the limits asked for."""
+
+    repo_id: str
+    base_models: tuple[str, ...]
+    best: ProfiledRoute
+    profile: Profile
+
+
+def find_adapters(
+    base_model: str | Sequence[str] | None = None,
+    *,
+    macs: float | None = None,
+    params: float | None = None,
+    memory_mb: float | None = None,
+    latency_ms: float | None = None,
+    min_accuracy: float | None = None,
+    device: str | None = None,
+    token: str | bool | None = None,
+) -> list[FoundAdapter]:
+    """Adapters with a route within limits, the most accurate first.
+
+    Tags narrow the list on the server, the exact numbers of each card decide here.
+
+    Args:
+        base_model: anchors that it must have, by their ids on the Hub.
+        macs, params, memory_mb, latency_ms: limits, as of `Budget`.
+        min_accuracy: of the best route within them, from 0 to 1.
+        device: that the costs were measured on.
+        token: as in huggingface_hub.
+    """
+    limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms}
+    limits = {cost: limit for cost, limit in limits.items() if limit is not None}
+    budget = Budget(**limits) if limits else None
+    parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
+    tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(budget.limits) if budget else [])]
+    found = []
+    for info in HfApi(token=token).list_models(filter=tags, cardData=True):
+        adapter = _adapter(info, budget)
+        if adapter is None or (device is not None and adapter.profile.metadata.get("device") != device):
+            continue
+        if min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy:
+            found.append(adapter)
+    return sorted(found, key=lambda a: (-a.best.scores.get("accuracy", 0.0), a.best.costs.get("macs", 0.0), a.repo_id))
+
+
+def _adapter(info: Any, budget: Budget | None) -> FoundAdapter | None:
+    """None where the card holds no profile, or no route of it fits."""
+    card = info.card_data.to_dict() if info.card_data is not None else {}
+    try:
+        profile = Profile.from_dict(card.get("restnet"))
+        best = (
+            profile.best(budget) if budget else max(profile.routes, key=lambda row: row.scores.get("accuracy", -1.0))
+        )
+    except (BudgetError, ValueError):
+        return None
+    parents = card.get("base_model") or ()
+    return FoundAdapter(info.id, tuple([parents] if isinstance(parents, str) else parents), best, profile)

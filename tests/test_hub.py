@@ -1,0 +1,203 @@
+"""Adapters are pushed, found and loaded over HTTP by the real client, each side in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model, save_model
+from hub_server import TOKEN, running
+from safetensors.torch import load_file
+
+from restnet_hf.hub import check_parents, is_hub_id
+
+
+ANCHORS = {"me/big-resnet": ("resnet", "mit"), "me/small-vit": ("vit", "apache-2.0")}
+START = """
+import json, sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from restnet_hf import StitchedModelForImageClassification as Model
+folder = Path(sys.argv[1])
+images = load_file(folder / "images.safetensors")["images"]
+torch.set_grad_enabled(False)
+"""
+PUSH = """
+model = Model.from_anchors("me/big-resnet", "me/small-vit", order="given")
+routes = [model.add_stitch(r) for r in ("big-resnet[:2] + small-vit[1:]", "big-resnet[:4] + small-vit[2:]")]
+model.set_route(routes[0])
+model.fit_stitches(images)
+model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
+commits = [model.push_to_hub("me/adapter", commit_message=text) for text in ("one", "two")]
+assert commits[0].oid == commits[1].oid, "an unchanged adapter made a commit"
+save_file({str(i): (model.set_route(r), model(images).logits)[1] for i, r in enumerate(model.all_routes)},
+          folder / "logits.safetensors")
+print(json.dumps([str(r) for r in model.all_routes]))
+"""
+LOAD = """
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+expected = load_file(folder / "logits.safetensors")
+model = AutoModelForImageClassification.from_pretrained("me/adapter")
+assert isinstance(model, Model) and AutoConfig.from_pretrained("me/adapter").model_type == "restnet"
+for index, route in enumerate(model.all_routes):
+    model.set_route(route)
+    assert torch.equal(model(images).logits, expected[str(index)]), route
+print(json.dumps([entry["revision"] for entry in model.config.anchors]))
+"""
+
+
+class World:
+    """A Hub, a folder, and processes that talk to it, each with a cache of its own unless told."""
+
+    def __init__(self, hub, folder: Path) -> None:
+        self.hub, self.folder = hub, folder
+
+    def run(self, code: str, home: str = "home", **env: str) -> list:
+        keep = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ASSETS_CACHE")}
+        keep |= {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / home), **env}
+        keep |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", START + code, str(self.folder)],
+            env=keep,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(result.stdout.strip().splitlines()[-1])
+
+    def asked(self) -> list[tuple[str, str, int]]:
+        """What the Hub was asked for since the last time, without the client's own housekeeping."""
+        log = [entry for entry in self.hub.log if entry[1].startswith(("/api/models", "/me/"))]
+        self.hub.log.clear()
+        return log
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two anchors on a Hub, an adapter pushed by another process, and images."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("world")
+    save_file(
+        {"images": torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(7))},
+        folder / "images.safetensors",
+    )
+    with running() as hub:
+        for repo_id, (name, licence) in ANCHORS.items():
+            path = save_model(name, folder / name)
+            files = {file.name: file.read_bytes() for file in path.iterdir()}
+            hub.put(repo_id, files | {"README.md": f"---\nlicense: {licence}\n---\n".encode()})
+        world = World(hub, folder)
+        world.routes = world.run(PUSH, "author")
+        yield world
+
+
+def test_a_stranger_loads_what_was_pushed(world):
+    """Cold, warm and offline: equal logits from the pinned parents, and few requests."""
+    world.asked()
+    revisions = world.run(LOAD, "stranger")
+    cold = world.asked()
+    assert revisions == [world.hub.repos[name].commits[-1][0] for name in ANCHORS]
+    fetched = {path.split("/resolve/")[0] for method, path, _ in cold if method == "GET" and "/resolve/" in path}
+    assert fetched == {"/me/adapter", "/me/big-resnet", "/me/small-vit"}
+    assert world.run(LOAD, "stranger") == revisions
+    warm = world.asked()
+    assert [path for _, path, _ in warm] == ["/api/models/me/adapter"] * 2  # once for the config, once for the model
+    assert world.run(LOAD, "stranger", HF_HUB_OFFLINE="1") == revisions
+    assert world.asked() == []
+
+
+def test_a_parent_that_moves_on_is_still_the_pinned_one(world, tmp_path):
+    repo = world.hub.repos["me/small-vit"]
+    pinned = repo.commits[-1][0]
+    make_model("vit", 9).save_pretrained(tmp_path)
+    repo.commit({**repo.commits[-1][1], "model.safetensors": (tmp_path / "model.safetensors").read_bytes()})
+    try:
+        assert world.run(LOAD, "later")[1] == pinned
+    finally:
+        repo.commits.pop()
+
+
+def test_files_on_the_hub(world):
+    files = world.hub.repos["me/adapter"].commits[-1][1]
+    assert files.keys() == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "modeling_restnet.py",
+        "preprocessor_config.json",
+        "profile.json",
+        "tradeoff.png",
+    }
+    assert len(files["model.safetensors"]) < 20_000
+
+
+def test_what_others_cannot_fetch_is_not_pushed(world, tmp_path):
+    code = """
+model = Model.from_anchors(folder / "resnet", folder / "vit", order="given")
+model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
+try:
+    model.push_to_hub("me/local")
+except ValueError as error:
+    print(json.dumps(str(error)))
+"""
+    message = world.run(code)
+    assert message.startswith("anchor 'resnet' comes from the folder") and "standalone=True" in message
+    assert "me/local" not in world.hub.repos
+
+
+def test_standalone_on_the_hub(world):
+    code = """
+model = Model.from_anchors(folder / "resnet", folder / "vit", order="given")
+model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
+model.push_to_hub("me/whole", standalone=True)
+again = Model.from_pretrained("me/whole")
+assert torch.equal(again(images).logits, model(images).logits)
+print(json.dumps(again.config.standalone))
+"""
+    assert world.run(code) is True
+
+
+def test_a_card_written_by_hand_is_kept(world):
+    repo = world.hub.repos["me/adapter"]
+    repo.commit({**repo.commits[-1][1], "README.md": b"---\nlicense: mit\n---\nMy own words."})
+    world.run('model = Model.from_pretrained("me/adapter"); model.push_to_hub("me/adapter"); print("1")')
+    try:
+        assert repo.commits[-1][1]["README.md"].endswith(b"My own words.")
+    finally:
+        repo.commits.pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("me/net", True),
+        ("net", False),
+        ("/me/net", False),
+        ("../net", False),
+        ("a/b/c", False),
+        (None, False),
+        ("./net", False),
+    ],
+)
+def test_names_that_the_hub_can_have(name, answer):
+    assert is_hub_id(name) is answer
+
+
+def test_a_parent_must_be_pinned():
+    entry = {"name": "net", "repo_id": "me/net", "revision": "main"}
+    with pytest.raises(ValueError, match="'net' is not pinned to a commit of me/net"):
+        check_parents([entry])
+    check_parents([{**entry, "revision": "0123456789" * 4}])
+    with pytest.raises(ValueError, match="'net' was made in code"):
+        check_parents([{**entry, "repo_id": None}])
+
+
+def test_logits_were_kept(world):
+    assert load_file(world.folder / "logits.safetensors").keys() == {str(i) for i in range(len(world.routes))}
