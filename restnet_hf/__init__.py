@@ -13,6 +13,7 @@ except ImportError:
 else:
     from restnet_hf.anchors import Anchor
     from restnet_hf.configuration_restnet import RestNetConfig
+    from restnet_hf.hub import FoundAdapter, find_adapters
     from restnet_hf.loading import load_anchor
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
     from restnet_hf.preprocessing import Preprocessing
@@ -21,11 +22,13 @@ else:
 
     __all__ += [
         "Anchor",
+        "FoundAdapter",
         "Preprocessing",
         "RestNetConfig",
         "StitchConfig",
         "StitchedModelForImageClassification",
         "TrainArgs",
+        "find_adapters",
         "load_anchor",
         "train",
     ]

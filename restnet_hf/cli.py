@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from restnet_hf.embedded import DATA, END, FRONT, RECIPE
+from restnet_hf.hub import find_adapters
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 
 
@@ -49,6 +50,35 @@ def train(
 ) -> None:
     """Run a recipe: choose, fit, train and profile stitches, and save the adapter."""
     _do(lambda: load_recipe(recipe, front=front, end=end, dataset=dataset), out, resume)
+
+
+@app.command()
+def find(
+    base_model: Annotated[list[str] | None, typer.Option(help="An anchor it must have; may be given twice.")] = None,
+    macs: Annotated[float | None, typer.Option(help="Most multiply-accumulates for one image.")] = None,
+    params: Annotated[float | None, typer.Option(help="Most parameters of a route.")] = None,
+    memory_mb: Annotated[float | None, typer.Option(help="Most megabytes.")] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Most milliseconds for one image.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="From 0 to 1.")] = None,
+    device: Annotated[str | None, typer.Option(help="That the costs were measured on.")] = None,
+) -> None:
+    """Find adapters on the Hub with a route within limits, the most accurate first."""
+    limits: dict[str, Any] = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms}
+    try:
+        found = find_adapters(base_model, **limits, min_accuracy=min_accuracy, device=device)
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+    table = Table(title=f"{len(found)} adapters")
+    for column in ("adapter", "route", "MACs, M", "params, M", "accuracy, %"):
+        table.add_column(column, justify="left" if column in ("adapter", "route") else "right", overflow="fold")
+    for adapter in found:
+        costs = [adapter.best.costs.get(name) for name in ("macs", "params")]
+        accuracy = adapter.best.scores.get("accuracy")
+        numbers = [*(None if cost is None else cost / 1e6 for cost in costs), accuracy and 100 * accuracy]
+        printed = ["" if number is None else f"{number:.1f}" for number in numbers]
+        table.add_row(adapter.repo_id, str(adapter.best.route), *printed)
+    console.print(table)
 
 
 def _do(make: Any, out: Path, resume: bool) -> None:

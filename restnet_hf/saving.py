@@ -1,5 +1,6 @@
 """AdapterModel: a model whose files are an adapter; its anchors are named, or with them a whole checkpoint."""
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from restnet_hf.hub import PLOT, check_parents, is_hub_id, push_folder
 from restnet_hf.loading import at_commit
 from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.plots import plot_tradeoff
+from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route
 from restnet_hf.switching import RouteMixin
 
@@ -171,6 +173,8 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         *,
         config: RestNetConfig | None = None,
         anchors: Mapping[str, nn.Module | str] | None = None,
+        route: Route | str | None = None,
+        budget: Mapping[str, float] | None = None,
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype | str | None = None,
@@ -184,6 +188,8 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             pretrained_model_name_or_path: folder or Hub id of the adapter.
             config: instead of the adapter's own.
             anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
+            route: to make active. Only the weights that it uses are read, the others when another route needs them.
+            budget: limits such as ``{"macs": 1e9}``, to make the best route of the profile within them active.
             revision: of the adapter.
             subfolder: of the adapter in its repository.
             dtype: of the weights; as saved by default.
@@ -195,6 +201,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             OSError: a file is missing or damaged.
             TypeError: an option is not known.
             ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
+            BudgetError: no route fits, or the adapter has no profile.
         """
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
         device = whole_device(device_map)
@@ -204,40 +211,67 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         where = os.fspath(pretrained_model_name_or_path)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        if config is None:
-            config = cls.config_class.from_pretrained(where, **at)
+        config = cls.config_class.from_pretrained(where, **at) if config is None else copy.deepcopy(config)
         config.check()
+        profile = read_profile(where, at)
+        used = _choose(config, profile, route, budget)
         weights = read_weights(where, at)
-        given = dict(anchors or {})
-        strangers = sorted(given.keys() - {entry["name"] for entry in config.anchors or []})
-        if strangers:
-            raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
-        if not os.path.isdir(where) and not config.standalone:
-            local = [e["name"] for e in config.anchors or [] if e["name"] not in given and not is_hub_id(e["repo_id"])]
-            if local:
-                raise ValueError(
-                    f"anchors {local} of {where} are not on the Hub but on the machine it was made on; pass them: "
-                    "from_pretrained(..., anchors={name: a module or a folder})"
-                )
         options = {"trust_remote_code": trust_remote_code, **hub}
-        routes = (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
-        loaded = [
-            embedded(entry, weights, wanted, routes, where)
-            if config.standalone and entry["name"] not in given
-            else reload(entry, given.get(entry["name"]), wanted, options, routes)
-            for entry in config.anchors or []
-        ]
-        model = cls(config, loaded)
-        adapter = {
-            key: value for key, value in weights.items() if not (config.standalone and key.startswith("anchors."))
-        }
+        model = cls(config, _anchors(config, weights, dict(anchors or {}), wanted, options, used, where))
+        adapter = {k: v for k, v in weights.items() if not (config.standalone and k.startswith("anchors."))}
         check_weights(adapter, model.adapter_state_dict(), where)
         model.load_state_dict(adapter)
         model.check_layouts()
-        model.profiled = read_profile(where, at)
+        model.profiled = profile
         model.config.name_or_path = model.name_or_path = where
         return model.to(device).eval()
+
+
+def _choose(
+    config: RestNetConfig, profile: Profile | None, route: Route | str | None, budget: Mapping[str, float] | None
+) -> tuple[Route, ...]:
+    """Make the route that was asked for the active one; returns the routes whose weights are to be checked at once."""
+    if route is not None and budget is not None:
+        raise ValueError("give either route or budget")
+    if budget is not None:
+        if profile is None:
+            raise BudgetError("the adapter has no profile, so the costs of its routes are not known; give a route")
+        route = profile.best(Budget(**budget)).route
+    if route is not None:
+        config.active_route = str(route)
+        config.check()
+        return (Route.parse(config.active_route),)
+    return (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
+
+
+def _anchors(
+    config: RestNetConfig,
+    weights: Mapping[str, Tensor],
+    given: Mapping[str, nn.Module | str],
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    used: Sequence[Route],
+    where: str,
+) -> list[Anchor]:
+    """The anchors that a config describes: those given, those in the checkpoint itself, or from where it names."""
+    entries = config.anchors or []
+    strangers = sorted(given.keys() - {entry["name"] for entry in entries})
+    if strangers:
+        raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
+    if not os.path.isdir(where) and not config.standalone:
+        local = [e["name"] for e in entries if e["name"] not in given and not is_hub_id(e["repo_id"])]
+        if local:
+            raise ValueError(
+                f"anchors {local} of {where} are not on the Hub but on the machine it was made on; pass them: "
+                "from_pretrained(..., anchors={name: a module or a folder})"
+            )
+    return [
+        embedded(entry, weights, dtype, used, where)
+        if config.standalone and entry["name"] not in given
+        else reload(entry, given.get(entry["name"]), dtype, options, used)
+        for entry in entries
+    ]
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

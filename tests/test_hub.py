@@ -2,17 +2,24 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_model, save_model
+from conftest import CLASSES, make_model, save_model
 from hub_server import TOKEN, running
 from safetensors.torch import load_file
 
+from restnet_hf.cards import make_card
 from restnet_hf.hub import check_parents, is_hub_id
+from restnet_hf.profiles import Profile, ProfiledRoute
+from restnet_hf.routes import Route
 
 
 ANCHORS = {"me/big-resnet": ("resnet", "mit"), "me/small-vit": ("vit", "apache-2.0")}
@@ -56,19 +63,22 @@ class World:
     def __init__(self, hub, folder: Path) -> None:
         self.hub, self.folder = hub, folder
 
-    def run(self, code: str, home: str = "home", **env: str) -> list:
+    def run(
+        self, code: str, home: str = "home", arguments: Sequence[str] = (), whole: bool = False, **env: str
+    ) -> Any:
+        """The JSON in the last line that the code prints, or the whole text."""
         keep = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ASSETS_CACHE")}
         keep |= {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / home), **env}
         keep |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(
-            [sys.executable, "-c", START + code, str(self.folder)],
+            [sys.executable, "-c", START + code, str(self.folder), *arguments],
             env=keep,
             capture_output=True,
             text=True,
             check=False,
         )
         assert result.returncode == 0, result.stderr[-3000:]
-        return json.loads(result.stdout.strip().splitlines()[-1])
+        return result.stdout if whole else json.loads(result.stdout.strip().splitlines()[-1])
 
     def asked(self) -> list[tuple[str, str, int]]:
         """What the Hub was asked for since the last time, without the client's own housekeeping."""
@@ -172,6 +182,101 @@ def test_a_card_written_by_hand_is_kept(world):
         assert repo.commits[-1][1]["README.md"].endswith(b"My own words.")
     finally:
         repo.commits.pop()
+
+
+def test_the_usage_on_the_card_runs(world):
+    card = world.hub.repos["me/adapter"].commits[-1][1]["README.md"].decode()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    answer = world.run(code.replace("print(", "print(json.dumps(")[:-2] + "))\n")
+    assert answer in {f"LABEL_{index}" for index in range(CLASSES)}
+
+
+def profiles(count: int) -> dict[str, Profile]:
+    """Adapters of two routes each, by repository, with costs over three decades."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for index in range(count):
+        rows = [
+            ProfiledRoute(
+                Route.parse(route),
+                {
+                    "macs": float(rng.uniform(1, 4) * 10 ** rng.uniform(6, 10)),
+                    "params": float(10 ** rng.uniform(5, 9)),
+                },
+                {"accuracy": float(rng.uniform())},
+            )
+            for route in ("a[:]", "a[:1] + b[2:]")
+        ]
+        found[f"me/found-{index:02}"] = Profile(
+            tuple(rows), {"dataset": "me/noise", "device": ["cpu", "cuda"][index % 2]}
+        )
+    return found
+
+
+FIND = """
+from restnet_hf import find_adapters
+cases = json.loads(sys.argv[2])
+print(json.dumps([[a.repo_id for a in find_adapters(**case)] for case in cases]))
+"""
+LIMITS = [
+    {"macs": 1e9},
+    {"macs": 1e8, "params": 1e7},
+    {"params": 5e5},
+    {"macs": 7e9, "min_accuracy": 0.5},
+    {"macs": 1e12, "device": "cuda"},
+    {"min_accuracy": 0.9},
+    {"macs": 5e9, "base_model": ["big/a", "small/b0"]},
+    {"macs": 1.0},
+]
+
+
+def fits(profile: Profile, parents: set[str], case: dict) -> float | None:
+    """The best accuracy within the limits, by brute force."""
+    if (
+        not set(case.get("base_model", ())) <= parents
+        or case.get("device", profile.metadata["device"]) != profile.metadata["device"]
+    ):
+        return None
+    limits = {key: value for key, value in case.items() if key in ("macs", "params")}
+    inside = [r.scores["accuracy"] for r in profile.routes if all(r.costs[k] <= v for k, v in limits.items())]
+    return max(inside) if inside and max(inside) >= case.get("min_accuracy", 0) else None
+
+
+def test_find_returns_exactly_those_within_the_budget(world):
+    """Sixty adapters, one that is no adapter of ours, and one whose card lies about its numbers."""
+    parents = {}
+    for index, (repo_id, profile) in enumerate(known := profiles(60).items()):
+        anchors = [
+            {"name": "a", "repo_id": "big/a", "revision": "0" * 40, "license": "mit"},
+            {"name": "b", "repo_id": f"small/b{index % 3}", "revision": "1" * 40, "license": "mit"},
+        ]
+        parents[repo_id] = {anchor["repo_id"] for anchor in anchors}
+        world.hub.put(repo_id, {"README.md": str(make_card(repo_id, anchors, profile)).encode()})
+    tags = "tags: [restnet, 'macs:le-1g', 'params:le-1m']"
+    world.hub.put("me/other", {"README.md": f"---\n{tags}\n---\n".encode()})
+    world.hub.put(
+        "me/odd", {"README.md": f"---\n{tags}\nrestnet: {{routes: [{{route: '../x', costs: 3}}]}}\n---\n".encode()}
+    )
+    answers = world.run(FIND, "finder", arguments=[json.dumps(LIMITS)])
+    for case, answer in zip(LIMITS, answers, strict=True):
+        scores = {name: fits(profile, parents[name], case) for name, profile in known}
+        expected = {name: score for name, score in scores.items() if score is not None}
+        mine = [name for name in answer if name in parents]
+        assert mine == sorted(expected, key=lambda name: -expected[name]), case
+        assert set(answer) - set(mine) <= {"me/adapter", "me/whole"}
+    assert any(len(answer) > 20 for answer in answers) and answers[-1] == []
+    for name in (*parents, "me/other", "me/odd"):
+        del world.hub.repos[name]
+
+
+def test_find_by_command(world):
+    code = """
+import restnet_hf.cli
+restnet_hf.cli.app(["find", "--macs", "11.95e6", "--base-model", "me/small-vit"], standalone_mode=False)
+print(json.dumps(1))
+"""
+    printed = world.run(code, whole=True)
+    assert "me/adapter" in printed and "small-vit[:]" in printed and "100.0" in printed
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ LADDER = [
     "cli",
     "__init__",
 ]
-NO_TORCH = ["embedded", "files", "routes", "profiles"]
+NO_TORCH = ["embedded", "files", "routes", "profiles", "cards", "hub"]
 
 
 def trees(package):
@@ -84,7 +84,7 @@ def test_reading_a_profile_needs_no_torch():
         "    def find_spec(self, name, *rest):\n"
         "        if name.split('.')[0] in ('torch', 'transformers', 'numpy'): raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "import restnet_hf\n"
+        "import restnet_hf, restnet_hf.hub, restnet_hf.cards\n"
         "assert str(restnet_hf.Route.parse('a[:2] + b[1:]')) == 'a[:2] + b[1:]'\n"
         "assert 'torch' not in sys.modules and not hasattr(restnet_hf, 'train')\n"
     )

@@ -12,10 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from restnet_hf import RestNetConfig, StitchedModelForImageClassification
+from restnet_hf import BudgetError, RestNetConfig, StitchedModelForImageClassification
 from restnet_hf.adapter_files import OWN_FILES, WEIGHTS
 from restnet_hf.data import load_images
 from restnet_hf.embedded import DATA
+from restnet_hf.steps import run_steps
 
 
 def test_round_trip(saved):
@@ -246,7 +247,36 @@ def test_unsound_config(saved, change, message):
         StitchedModelForImageClassification.from_pretrained(saved[1])
 
 
-@pytest.mark.parametrize("options", [{"budget": {"macs": 3}}, {"quantise": True}])
+def test_route_and_budget(saved):
+    """Only what the route runs is checked, and so read; another route has its weights checked when it runs."""
+    model, path, images, _ = saved
+    load = StitchedModelForImageClassification.from_pretrained
+    late = load(path, route="resnet[:4] + vit[2:]")
+    early = load(path, route="resnet[:2] + vit[1:]")
+    assert str(early.active_route) == early.config.active_route == "resnet[:2] + vit[1:]"
+    pending = [{name: set(anchor._expected) for name, anchor in m.anchors.items()} for m in (early, late)]
+    assert pending == [
+        {"resnet": set(range(2, 7)), "vit": {0}},
+        {"resnet": set(range(4, 7)), "vit": {0, 1}},
+    ]
+    with torch.no_grad():
+        for other in model.all_routes:
+            assert torch.equal(run_steps(images, early.steps(other)), run_steps(images, model.steps(other)))
+    cheapest = min(model.profiled.routes, key=lambda row: row.costs["macs"])
+    chosen = load(path, budget={"macs": cheapest.costs["macs"]})
+    assert chosen.active_route == cheapest.route
+    with pytest.raises(BudgetError, match="the cheapest is"):
+        load(path, budget={"macs": 1})
+    with pytest.raises(ValueError, match="either route or budget"):
+        load(path, budget={"macs": 1}, route="vit[:]")
+    with pytest.raises(ValueError, match="names anchors or stitches that are not there"):
+        load(path, route="resnet[:1] + vit[1:]")
+    (path / "profile.json").unlink()
+    with pytest.raises(BudgetError, match="has no profile"):
+        load(path, budget={"macs": 1})
+
+
+@pytest.mark.parametrize("options", [{"bugdet": {"macs": 3}}, {"quantise": True}])
 def test_unknown_options(saved, options):
     with pytest.raises(TypeError, match=f"takes no \\['{next(iter(options))}'\\]"):
         StitchedModelForImageClassification.from_pretrained(saved[1], **options)
