@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from restnet_hf.features import AnyLayout, layout_from_dict
 from restnet_hf.fingerprints import Piece
+from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route, StitchPoint
 from restnet_hf.stitches import StitchConfig
 
@@ -57,7 +58,7 @@ class RestNetConfig(PreTrainedConfig):
                 layout_from_dict(entry["target"]),
                 StitchConfig(**entry["config"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"config.json: the entry of stitch {name!r} is not sound: {error!r}") from error
         if point.name != name:
             raise ValueError(f"config.json: stitch {name!r} says of itself that it is {point.name!r}")
@@ -65,29 +66,41 @@ class RestNetConfig(PreTrainedConfig):
 
     def check(self) -> "RestNetConfig":
         """Return the config if a model can be built from it; raise ValueError that says which entry is not sound."""
-        names = set()
-        for index, entry in enumerate(self.anchors or []):
-            missing = sorted(ANCHOR_KEYS - entry.keys()) if isinstance(entry, dict) else ["everything"]
-            if missing or not isinstance(entry["fingerprint"], str):
-                raise ValueError(
-                    f"config.json: anchor {index} lacks {missing or 'its fingerprint'}; save the adapter again with "
-                    "this version of restnet_hf"
-                )
-            try:
-                list(map(Piece.from_dict, entry["pieces"]))
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"config.json: the pieces of anchor {index} are not sound: {error!r}") from error
-            names.add(entry["name"])
+        if not isinstance(self.anchors, list) or not isinstance(self.stitches, dict):
+            raise ValueError("config.json: anchors must be a list, and stitches an object")
+        names = {self._anchor_name(index, entry) for index, entry in enumerate(self.anchors)}
         points = {self.stitch_parts(name)[0] for name in self.stitches or {}}
         if len(names) < 2:
             raise ValueError(f"config.json: names of at least two anchors are needed, not {sorted(names)}")
         if not isinstance(self.routes, list) or not all(isinstance(route, str) for route in self.routes):
             raise ValueError(f"config.json: routes must be a list of strings, not {self.routes!r}")
+        if not isinstance(self.active_route, str | None):
+            raise ValueError(f"config.json: active_route must be a string, not {self.active_route!r}")
         for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
             strange = {segment.anchor for segment in route.segments} - names
             if strange or set(route.stitch_points) - points:
                 raise ValueError(f"config.json: route '{route}' names anchors or stitches that are not there")
         return self
+
+    def _anchor_name(self, index: int, entry: Any) -> str:
+        """The name of an anchor; raises ValueError where its entry is not sound."""
+        missing = sorted(ANCHOR_KEYS - entry.keys()) if isinstance(entry, dict) else ["everything"]
+        if missing or not isinstance(entry["fingerprint"], str):
+            raise ValueError(
+                f"config.json: anchor {index} lacks {missing or 'its fingerprint'}; save the adapter again with this "
+                "version of restnet_hf"
+            )
+        labels = entry["label_names"]
+        texts = [entry["name"], entry["granularity"], *(labels or [] if isinstance(labels, list | None) else [labels])]
+        texts += [entry[key] for key in ("repo_id", "revision") if entry[key] is not None]
+        try:
+            Preprocessing.from_dict(entry["preprocessing"])
+            texts += [piece.sha256 for piece in map(Piece.from_dict, entry["pieces"])]
+            if not all(isinstance(text, str) for text in texts) or not isinstance(entry["config"], dict | None):
+                raise ValueError("a name, an id, a label, a hash or the config is of another type")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"config.json: the entry of anchor {index} is not sound: {error!r}") from error
+        return entry["name"]
 
     def set_stitch(self, point: StitchPoint, source: AnyLayout, target: AnyLayout, config: StitchConfig) -> None:
         """Write down a stitch."""

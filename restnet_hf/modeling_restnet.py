@@ -69,6 +69,7 @@ class StitchedModelForImageClassification(AdapterModel):
                 raise ValueError(f"the anchors have {len(order)} classes, not num_labels={config.num_labels}")
             if order != list(range(len(order))):
                 self.orders[anchor.name] = Reorder(order)
+        self.check_layouts()
         for name in config.stitches or {}:
             self._make_stitch(*config.stitch_parts(name))
         self.profiled: Profile | None = None

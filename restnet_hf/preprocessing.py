@@ -14,6 +14,9 @@ from torch.nn.functional import interpolate
 from transformers import BitImageProcessor
 
 
+MAX_SIDE = 4096  # pixels: a larger number in a file is a mistake, or an attempt on the memory
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Images of ``image_size`` (height, width), RGB values of 0..1 less ``mean`` over ``std`` per channel."""
@@ -23,8 +26,10 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if len(self.image_size) != 2 or not all(type(side) is int and side > 0 for side in self.image_size):
-            raise ValueError(f"image_size={self.image_size!r} must be two whole numbers above 0: height and width")
+        if len(self.image_size) != 2 or not all(type(n) is int and 0 < n <= MAX_SIDE for n in self.image_size):
+            raise ValueError(
+                f"image_size={self.image_size!r} must be two whole numbers, height and width, from 1 to {MAX_SIDE}"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.std):
             raise ValueError(f"mean={self.mean} and std={self.std} must hold three numbers each, std above 0")
 

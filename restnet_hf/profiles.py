@@ -131,7 +131,7 @@ class Profile:
         """Read what `save` wrote; raises ValueError where the file is not a profile."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 

@@ -211,8 +211,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
         where = os.fspath(pretrained_model_name_or_path)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        config = cls.config_class.from_pretrained(where, **at) if config is None else copy.deepcopy(config)
-        config.check()
+        config = _read_config(where, at) if config is None else copy.deepcopy(config).check()
         profile = read_profile(where, at)
         used = _choose(config, profile, route, budget)
         weights = read_weights(where, at)
@@ -222,10 +221,16 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         adapter = {k: v for k, v in weights.items() if not (config.standalone and k.startswith("anchors."))}
         check_weights(adapter, model.adapter_state_dict(), where)
         model.load_state_dict(adapter)
-        model.check_layouts()
         model.profiled = profile
         model.config.name_or_path = model.name_or_path = where
         return model.to(device).eval()
+
+
+def _read_config(where: str, at: Mapping[str, Any]) -> RestNetConfig:
+    try:
+        return RestNetConfig.from_pretrained(where, **at).check()
+    except (AttributeError, KeyError, RecursionError) as error:  # from transformers, which trusts its files
+        raise ValueError(f"config.json of {where} is not sound: {error!r}") from error
 
 
 def _choose(

@@ -86,7 +86,7 @@ class RouteMixin:
 
     def check_layouts(self) -> None:
         """Raise ValueError where a stitch was made for other activations than its anchors have."""
-        for name in self.stitches:
+        for name in self.config.stitches or {}:
             point, source, target, _ = self.config.stitch_parts(name)
             for anchor, cut, layout in (
                 (point.source, point.source_cut, source),
