@@ -44,7 +44,11 @@ def filter_tags(limits: Mapping[str, float]) -> list[str]:
 
 
 def card_data(
-    repo_id: str, anchors: Sequence[Mapping[str, Any]], profile: Profile | None, standalone: bool
+    repo_id: str,
+    anchors: Sequence[Mapping[str, Any]],
+    profile: Profile | None,
+    standalone: bool,
+    tags: Iterable[str] = (),
 ) -> ModelCardData:
     """The metadata of a card.
 
@@ -53,6 +57,7 @@ def card_data(
         anchors: for each ``name``, ``repo_id`` (None where others cannot fetch it) and ``license`` (None if unknown).
         profile: of the routes.
         standalone: whether the repository holds the anchors' weights.
+        tags: beside those of the budget.
     """
     licences = {anchor["license"] for anchor in anchors}
     same = next(iter(licences)) if len(licences) == 1 and None not in licences else None
@@ -76,7 +81,7 @@ def card_data(
         license_name=None if same else "licences-of-the-anchors",
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
-        tags=[TAG, *(budget_tags(profile) if profile is not None else [])],
+        tags=list(dict.fromkeys([TAG, *(budget_tags(profile) if profile is not None else []), *tags])),
         restnet=None if profile is None else profile.to_dict(),
     )
 
@@ -87,9 +92,10 @@ def make_card(
     profile: Profile | None,
     standalone: bool = False,
     plot: str | None = None,
+    tags: Iterable[str] = (),
 ) -> ModelCard:
     """The card of an adapter; arguments as of `card_data`, and the file name of a picture."""
-    data = card_data(repo_id, anchors, profile, standalone)
+    data = card_data(repo_id, anchors, profile, standalone, tags)
     said = [
         (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", a["license"] or "not stated")
         for a in anchors

@@ -69,6 +69,7 @@ def push_folder(
     profile: Profile | None,
     *,
     standalone: bool = False,
+    tags: Iterable[str] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     **commit: Any,
@@ -83,11 +84,13 @@ def push_folder(
         entries: of the anchors in config.json.
         profile: for the card.
         standalone: the folder holds the anchors' weights.
+        tags: for the card, beside those of the budget.
         private: of a new repository.
         token: as in huggingface_hub.
         **commit: of ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
     """
     api = HfApi(token=token)
+    parents = parents_on_card(entries, api)  # before anything is made
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     revision = commit.get("revision")
     try:
@@ -96,7 +99,7 @@ def push_folder(
         there = MARK
     if MARK in there:
         plot = PLOT if (folder / PLOT).exists() else None
-        card = make_card(repo_id, parents_on_card(entries, api), profile, standalone, plot)
+        card = make_card(repo_id, parents, profile, standalone, plot, tags)
         card.save(folder / CARD)
     return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
 

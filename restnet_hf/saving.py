@@ -137,7 +137,8 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         Args:
             repo_id: where to; the repository is made if there is none.
             commit_message, commit_description, private, token, revision, create_pr: as in transformers.
-            max_shard_size, tags: taken as transformers passes them; an adapter is one file and makes its own tags.
+            max_shard_size: taken as transformers passes it; an adapter is one file.
+            tags: for the card, beside those that make the adapter findable by budget.
             standalone: push the anchors' weights too; see `save_pretrained`.
 
         Raises:
@@ -158,6 +159,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
                 self.config.anchors,
                 self.profiled,
                 standalone=whole,
+                tags=tags or (),
                 private=private,
                 token=token,
                 revision=revision,
@@ -223,6 +225,9 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         model.load_state_dict(adapter)
         model.profiled = profile
         model.config.name_or_path = model.name_or_path = where
+        lora = dict(kwargs.get("adapter_kwargs") or {})
+        if tuned := lora.pop("_adapter_model_path", None):  # Auto classes were given what PEFT wrote on top of this
+            model.load_adapter(tuned, adapter_kwargs=lora)
         return model.to(device).eval()
 
 

@@ -38,6 +38,11 @@ def test_tags_are_those_of_the_cheapest_route():
     assert "params:le-1m" not in tags and "params:le-3m" in tags
 
 
+def test_tags_of_the_author():
+    card = make_card("me/adapter", parents("mit", "mit"), profile(), tags=["mine", "restnet"])
+    assert card.data.tags == ["restnet", *budget_tags(profile()), "mine"]
+
+
 @pytest.mark.parametrize("cost", BUCKETS)
 @pytest.mark.parametrize("limit", [1.0, 9.9e7, 1e8, 1.01e8, 1e9, 2e12])
 def test_a_filter_loses_no_adapter_within_the_limit(cost, limit):

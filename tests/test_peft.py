@@ -1,0 +1,64 @@
+"""PEFT's own LoRA works on top of a stitched model: trained, saved, loaded again, merged."""
+
+import pytest
+import torch
+from conftest import CLASSES, save_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForImageClassification
+
+from restnet_hf import StitchedModelForImageClassification
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # PEFT asks by the old name
+
+
+@pytest.fixture
+def tuned(tmp_path, images):
+    """An adapter, LoRA trained for some steps on its end anchor and its stitch, and the logits of both."""
+    for name in ("resnet", "vit"):
+        save_model(name, tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
+    model.set_route(model.add_stitch("resnet[:2] + vit[1:]"))
+    model.save_pretrained(tmp_path / "adapter")
+    base = StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        before = base(images).logits
+    torch.manual_seed(0)
+    config = LoraConfig(
+        target_modules=r"anchors\.vit\..*\.(q_proj|v_proj)", modules_to_save=["stitches.resnet_2__vit_1"], r=4
+    )
+    lora = get_peft_model(base, config).train()
+    frozen = {n: p.clone() for n, p in lora.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW((p for p in lora.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(5):
+        optimizer.zero_grad()
+        lora(pixel_values=images, labels=torch.arange(len(images)) % CLASSES).loss.backward()
+        optimizer.step()
+    assert all(torch.equal(p, frozen[n]) for n, p in lora.named_parameters() if n in frozen)
+    lora.eval()
+    lora.save_pretrained(tmp_path / "lora")
+    with torch.no_grad():
+        return tmp_path, before, lora(pixel_values=images).logits
+
+
+def test_loaded_by_peft_and_merged(tuned, images):
+    folder, before, expected = tuned
+    assert (expected - before).abs().max() > 0.01
+    base = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+    lora = PeftModel.from_pretrained(base, folder / "lora").eval()
+    with torch.no_grad():
+        assert torch.equal(lora(pixel_values=images).logits, expected)
+        assert torch.allclose(lora.merge_and_unload()(images).logits, expected, atol=1e-5)
+
+
+def test_loaded_by_auto_class(tuned, images):
+    """The folder that PEFT wrote names the adapter, which names the anchors; nothing of the three is left out."""
+    folder, _, expected = tuned
+    model = AutoModelForImageClassification.from_pretrained(folder / "lora")
+    assert isinstance(model, StitchedModelForImageClassification)
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, expected)
+        again = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+        assert not torch.equal(again(images).logits, expected)
