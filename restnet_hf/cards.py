@@ -73,7 +73,7 @@ def card_data(
     return ModelCardData(
         base_model=[anchor["repo_id"] for anchor in anchors if anchor["repo_id"]] or None,
         base_model_relation="merge" if standalone else "adapter",
-        datasets=[dataset] if dataset else None,
+        datasets=[dataset] if dataset and "/" in dataset else None,  # a folder's name is no data set of the Hub
         metrics=["accuracy"] if scored else None,
         library_name=LIBRARY,
         pipeline_tag="image-classification",

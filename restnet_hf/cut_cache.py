@@ -52,7 +52,7 @@ def cached_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str,
         return find()
     try:
         file = cached_assets_path("restnet_hf", "cuts") / f"{key}.safetensors"
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a file in the way is a ValueError there
         logger.info("cuts cannot be kept: %s", error)
         return find()
     known = _read(file)
@@ -81,7 +81,7 @@ def architecture(model: nn.Module, image_size: tuple[int, int], granularity: str
         digest.update(repr((sorted(settings.items()), config._attn_implementation)).encode())
     for name, module in model.named_modules():
         settings = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in NAMES and _plain(v)}
-        weights = [(key, tuple(t.shape), t.dtype) for key, t in (*_own(module),)]
+        weights = [(key, tuple(t.shape), t.dtype) for key, t in _own(module)]
         digest.update(
             repr(
                 (name, type(module).__module__, type(module).__qualname__, sorted(settings.items()), weights)

@@ -64,6 +64,11 @@ def test_metadata_survives_yaml():
     assert ModelCard(str(card)).data.pipeline_tag == "image-classification"
 
 
+def test_a_folder_is_no_dataset_of_the_hub():
+    card = make_card("me/adapter", parents("mit", "mit"), profile(dataset="data", images=100))
+    assert card.data.datasets is None and "100 images of data" in card.text
+
+
 def test_table_of_routes():
     text = make_card("me/adapter", parents("mit", "mit"), profile(), plot="tradeoff.png").text
     assert "| `small[:]` | 250.0 | 2.00 | 70.00 |" in text.splitlines()

@@ -1,11 +1,13 @@
 """A network is searched once: the second time its cuts come from disk and are the same."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import MODELS, SIZE, assert_parts_make_the_whole, make_model
+from huggingface_hub import cached_assets_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -21,8 +23,9 @@ LIBRARY_MODELS = [name for name in MODELS if name != "plain"]
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(cut_cache, "cached_assets_path", lambda *names: tmp_path)
-    return tmp_path
+    """Where the client of the Hub keeps this package's files, in a place of the test's own."""
+    monkeypatch.setattr(cut_cache, "cached_assets_path", partial(cached_assets_path, assets_dir=tmp_path))
+    return cut_cache.cached_assets_path("restnet_hf", "cuts")
 
 
 def anchor(name, seed=0, size=SIZE):
@@ -135,12 +138,12 @@ class Scaled(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def test_values_from_weights_are_not_kept(tmp_path):
+def test_values_from_weights_are_not_kept(folder):
     found = find_cuts(Scaled(), (16, 16))
     assert len(found.cuts) == 3
     with pytest.raises(ValueError, match="may depend on weights"):
-        cut_cache._write(tmp_path / "cuts.safetensors", found)
-    assert not list(tmp_path.iterdir())
+        cut_cache._write(folder / "cuts.safetensors", found)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("change", [('"float32"', '"float99"'), ("builtins.tuple", "os.path"), ('"NLC"', '"LCN"')])
@@ -171,9 +174,9 @@ def test_a_damaged_file_is_written_again(folder, damage):
     assert ran(anchor("vit")) and not ran(anchor("vit"))
 
 
-def test_without_a_place_to_write(monkeypatch):
-    def refuse(*names):
-        raise PermissionError("read-only file system")
-
-    monkeypatch.setattr(cut_cache, "cached_assets_path", refuse)
+def test_without_a_place_to_write(folder):
+    """A file stands where the folder should be."""
+    folder.rmdir()
+    folder.write_text("in the way")
     assert ran(anchor("vit")) and anchor("vit").depth == 3
+    assert folder.read_text() == "in the way"
