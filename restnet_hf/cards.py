@@ -4,17 +4,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 
-from restnet_hf.profiles import Profile
+from restnet_hf.profiles import Profile, ProfiledRoute
 
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 MARK = "<!-- Written by restnet_hf. Delete this line to keep a text of your own when the adapter is pushed again. -->"
-LIBRARY, TAG = "restnet-hf", "restnet"
+LIBRARY, TAG, TASK = "restnet-hf", "restnet", "image-classification"
 BUCKETS = {  # upper limits by which the Hub can filter
     "macs": {"100m": 1e8, "300m": 3e8, "1g": 1e9, "3g": 3e9, "10g": 1e10, "30g": 3e10},
     "params": {"1m": 1e6, "3m": 3e6, "10m": 1e7, "30m": 3e7, "100m": 1e8, "300m": 3e8},
+    "memory_mb": {"3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0, "1000": 1000.0},
+    "latency_ms": {"1": 1.0, "3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0},
 }
 COLUMNS = {  # of the table: heading, factor, digits
     "macs": ("MACs, M", 1e-6, 1),
@@ -32,6 +34,11 @@ def budget_tags(profile: Profile) -> list[str]:
         values = [row.costs[cost] for row in profile.routes if cost in row.costs]
         tags += [f"{cost}:le-{name}" for name, limit in buckets.items() if values and min(values) <= limit]
     return tags
+
+
+def adapter_tags(profile: Profile | None) -> list[str]:
+    """The tags of an adapter by which it is found."""
+    return [TAG, *(budget_tags(profile) if profile is not None else [])]
 
 
 def filter_tags(limits: Mapping[str, float]) -> list[str]:
@@ -61,29 +68,48 @@ def card_data(
     """
     licences = {anchor["license"] for anchor in anchors}
     same = next(iter(licences)) if len(licences) == 1 and None not in licences else None
-    dataset = profile.metadata.get("dataset") if profile is not None else None
-    scored = [row for row in profile.routes if "accuracy" in row.scores] if profile is not None else []
+    dataset, scored = _scored(profile)
     results = [
-        EvalResult(
-            "image-classification", dataset, dataset, "accuracy", row.scores["accuracy"], metric_name=str(row.route)
-        )
+        EvalResult(TASK, dataset, dataset, "accuracy", row.scores["accuracy"], metric_name=str(row.route))
         for row in scored
         if dataset
     ]
     return ModelCardData(
         base_model=[anchor["repo_id"] for anchor in anchors if anchor["repo_id"]] or None,
         base_model_relation="merge" if standalone else "adapter",
-        datasets=[dataset] if dataset and "/" in dataset else None,  # a folder's name is no data set of the Hub
+        datasets=[dataset] if dataset and on_hub(dataset) else None,
         metrics=["accuracy"] if scored else None,
         library_name=LIBRARY,
-        pipeline_tag="image-classification",
+        pipeline_tag=TASK,
         license=same or "other",
         license_name=None if same else "licences-of-the-anchors",
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
-        tags=list(dict.fromkeys([TAG, *(budget_tags(profile) if profile is not None else []), *tags])),
+        tags=list(dict.fromkeys([*adapter_tags(profile), *tags])),
         restnet=None if profile is None else profile.to_dict(),
     )
+
+
+def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
+    """The data set that routes were scored on, and those routes."""
+    if profile is None:
+        return None, []
+    dataset = profile.metadata.get("dataset")
+    return dataset if isinstance(dataset, str) else None, [row for row in profile.routes if "accuracy" in row.scores]
+
+
+def on_hub(dataset: str) -> bool:
+    """Whether a data set's name is an id of the Hub, and not the name of a folder."""
+    return "/" in dataset
+
+
+def eval_results(profile: Profile | None) -> list[EvalResultEntry]:
+    """The accuracies of all routes as the Hub's leaderboards read them; none where the data set is not on the Hub."""
+    dataset, scored = _scored(profile)
+    if profile is None or not dataset or not on_hub(dataset):
+        return []
+    about = {"date": profile.metadata.get("date"), "dataset_revision": profile.metadata.get("dataset_revision")}
+    return [EvalResultEntry(dataset, TASK, row.scores["accuracy"], notes=str(row.route), **about) for row in scored]
 
 
 def make_card(
@@ -93,8 +119,15 @@ def make_card(
     standalone: bool = False,
     plot: str | None = None,
     tags: Iterable[str] = (),
+    training: Iterable[Mapping[str, Any]] = (),
 ) -> ModelCard:
-    """The card of an adapter; arguments as of `card_data`, and the file name of a picture."""
+    """The card of an adapter.
+
+    Args:
+        repo_id, anchors, profile, standalone, tags: as of `card_data`.
+        plot: the file name of a picture.
+        training: what config.json says of how the stitches were fitted and trained.
+    """
     data = card_data(repo_id, anchors, profile, standalone, tags)
     said = [
         (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", a["license"] or "not stated")
@@ -110,6 +143,7 @@ def make_card(
         number=len(anchors),
         routes=_routes(profile, plot),
         anchors=_table(("name", "model", "commit", "licence"), said),
+        training=_training(training),
         choice=_choice(profile),
         licence=_licence(data.license, anchors),
     )
@@ -151,6 +185,14 @@ def _measured(profile: Profile) -> str:
     said += [f"on {about['date']}"] if "date" in about else []
     versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
     return f"Measured {', '.join(said)}{f' with {versions}' if versions else ''}. Costs are for one image."
+
+
+def _training(stages: Iterable[Mapping[str, Any]]) -> str:
+    said = []
+    for stage in stages:
+        settings = ", ".join(f"{key} {value}" for key, value in stage.items() if key != "stage" and value is not None)
+        said.append(f"- {stage.get('stage', 'training')}: {settings}")
+    return "\n".join(said) or "The stitches are as they were made: neither fitted nor trained."
 
 
 def _choice(profile: Profile | None) -> str:

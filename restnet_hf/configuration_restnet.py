@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from restnet_hf.features import AnyLayout, layout_from_dict
 from restnet_hf.fingerprints import Piece
 from restnet_hf.preprocessing import Preprocessing
-from restnet_hf.routes import Route, StitchPoint
+from restnet_hf.routes import Route, StitchPoint, of_adapter
 from restnet_hf.stitches import StitchConfig
 
 
@@ -26,7 +26,8 @@ class RestNetConfig(PreTrainedConfig):
         stitches: by name: ``point``, ``config``, ``source`` and ``target`` layouts, and ``r2`` once fitted.
         routes: as strings.
         active_route: as a string.
-        trained_heads: names of the anchors whose new head was trained.
+        trained_heads: keys of the new heads that were trained.
+        training: how stitches and heads were fitted and trained, one dict for each time.
         standalone: the checkpoint holds the anchors' weights too.
         new_head: in place of the anchors' own classifiers each has a new one for this model's labels.
     """
@@ -40,12 +41,14 @@ class RestNetConfig(PreTrainedConfig):
     new_head: bool = False
     standalone: bool = False
     trained_heads: list[str] | None = None
+    training: list[dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchors = self.anchors or []
         self.stitches = self.stitches or {}
         self.routes = self.routes or []
         self.trained_heads = self.trained_heads or []
+        self.training = self.training or []
         super().__post_init__(**kwargs)
 
     def stitch_parts(self, name: str) -> tuple[StitchPoint, AnyLayout, AnyLayout, StitchConfig]:
@@ -74,6 +77,10 @@ class RestNetConfig(PreTrainedConfig):
             raise ValueError(f"config.json: names of at least two anchors are needed, not {sorted(names)}")
         if not isinstance(self.routes, list) or not all(isinstance(route, str) for route in self.routes):
             raise ValueError(f"config.json: routes must be a list of strings, not {self.routes!r}")
+        if not isinstance(self.trained_heads, list) or not all(isinstance(key, str) for key in self.trained_heads):
+            raise ValueError(f"config.json: trained_heads must be a list of strings, not {self.trained_heads!r}")
+        if not isinstance(self.training, list) or not all(isinstance(entry, dict) for entry in self.training):
+            raise ValueError(f"config.json: training must be a list of objects, not {self.training!r}")
         if not isinstance(self.active_route, str | None):
             raise ValueError(f"config.json: active_route must be a string, not {self.active_route!r}")
         for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
@@ -106,6 +113,11 @@ class RestNetConfig(PreTrainedConfig):
         """Write down a stitch."""
         entry = {"point": asdict(point), "source": asdict(source), "target": asdict(target), "config": asdict(config)}
         self.stitches = {**(self.stitches or {}), point.name: entry}
+
+    def head_keys(self) -> list[str]:
+        """The keys of all new heads: every anchor's, and those again of every named adapter."""
+        adapters = sorted({"", *(route.adapter for route in self.parsed_routes())}) if self.new_head else []
+        return [of_adapter(adapter, entry["name"]) for adapter in adapters for entry in self.anchors or []]
 
     def parsed_routes(self) -> tuple[Route, ...]:
         """The routes; raises ValueError where one does not parse."""

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+import yaml
+from huggingface_hub import CommitInfo, HfApi, ModelCard, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from restnet_hf.cards import MARK, TAG, filter_tags, make_card
+from restnet_hf.cards import MARK, TAG, eval_results, filter_tags, make_card
 from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-CARD, PLOT = "README.md", "tradeoff.png"
+CARD, PLOT, PROFILE, RESULTS = "README.md", "tradeoff.png", "profile.json", ".eval_results"
+STALE = (PLOT, PROFILE, f"{RESULTS}/*")  # of ours: on the Hub, but no longer in what is pushed
+OF_TRAINER = "generated_from_trainer"  # the tag on a card that transformers' Trainer wrote
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -70,13 +73,14 @@ def push_folder(
     *,
     standalone: bool = False,
     tags: Iterable[str] = (),
+    training: Iterable[Mapping[str, Any]] = (),
     private: bool | None = None,
     token: str | bool | None = None,
     **commit: Any,
 ) -> CommitInfo:
     """Write the card of a saved adapter and push the folder; nothing is committed where nothing changed.
 
-    A card on the Hub that somebody wrote by hand is left alone.
+    A card on the Hub that somebody wrote by hand is left alone; one that transformers' ``Trainer`` made is replaced.
 
     Args:
         folder: what ``save_pretrained`` wrote.
@@ -85,6 +89,7 @@ def push_folder(
         profile: for the card.
         standalone: the folder holds the anchors' weights.
         tags: for the card, beside those of the budget.
+        training: of config.json, for the card.
         private: of a new repository.
         token: as in huggingface_hub.
         **commit: of ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
@@ -97,11 +102,27 @@ def push_folder(
         there = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         there = MARK
-    if MARK in there:
-        plot = PLOT if (folder / PLOT).exists() else None
-        card = make_card(repo_id, parents, profile, standalone, plot, tags)
-        card.save(folder / CARD)
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, **commit)
+    if MARK in there or OF_TRAINER in (ModelCard(there, ignore_metadata_errors=True).data.get("tags") or ()):
+        write_card(folder, repo_id, parents, profile, standalone, tags, training)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(STALE), **commit)
+
+
+def write_card(
+    folder: Path,
+    repo_id: str,
+    parents: Sequence[Mapping[str, Any]],
+    profile: Profile | None,
+    standalone: bool = False,
+    tags: Iterable[str] = (),
+    training: Iterable[Mapping[str, Any]] = (),
+) -> None:
+    """Write an adapter's README.md and ``.eval_results/`` into its folder; see `make_card`."""
+    plot = PLOT if (folder / PLOT).exists() else None
+    make_card(repo_id, parents, profile, standalone, plot, tags, training).save(folder / CARD)
+    if entries := eval_results(profile):
+        file = folder / RESULTS / f"{entries[0].dataset_id.replace('/', '--')}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -142,8 +163,9 @@ def find_adapters(
     parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
     tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(budget.limits) if budget else [])]
     found = []
-    for info in HfApi(token=token).list_models(filter=tags, cardData=True):
-        adapter = _adapter(info, budget)
+    api = HfApi(token=token)
+    for info in api.list_models(filter=tags, cardData=True):
+        adapter = _adapter(info, budget, api)
         if adapter is None or (device is not None and adapter.profile.metadata.get("device") != device):
             continue
         if min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy:
@@ -151,15 +173,21 @@ def find_adapters(
     return sorted(found, key=lambda a: (-a.best.scores.get("accuracy", 0.0), a.best.costs.get("macs", 0.0), a.repo_id))
 
 
-def _adapter(info: Any, budget: Budget | None) -> FoundAdapter | None:
-    """None where the card holds no profile, or no route of it fits."""
+def _adapter(info: Any, budget: Budget | None, api: HfApi) -> FoundAdapter | None:
+    """None where neither the card nor the repository holds a profile, or no route of it fits."""
     card = info.card_data.to_dict() if info.card_data is not None else {}
     try:
-        profile = Profile.from_dict(card.get("restnet"))
+        profile = Profile.from_dict(card["restnet"]) if "restnet" in card else _profile_file(info, api)
         best = (
             profile.best(budget) if budget else max(profile.routes, key=lambda row: row.scores.get("accuracy", -1.0))
         )
-    except (BudgetError, ValueError):
+    except (BudgetError, ValueError, EntryNotFoundError):
         return None
-    parents = card.get("base_model") or ()
-    return FoundAdapter(info.id, tuple([parents] if isinstance(parents, str) else parents), best, profile)
+    tags = [tag for tag in info.tags or () if tag.startswith("base_model:") and tag.count(":") == 1]
+    parents = dict.fromkeys(tag.removeprefix("base_model:") for tag in tags)
+    return FoundAdapter(info.id, tuple(parents), best, profile)
+
+
+def _profile_file(info: Any, api: HfApi) -> Profile:
+    """The profile of a repository whose card holds none, as those that ``Trainer`` pushed."""
+    return Profile.load(api.hf_hub_download(info.id, PROFILE, revision=info.sha))

@@ -62,7 +62,9 @@ class StitchedModelForImageClassification(AdapterModel):
             like = next(anchor.parameters())
             if config.new_head:
                 features = anchor.drop_classifier()
-                self.heads[anchor.name] = nn.Linear(features, config.num_labels, device=like.device, dtype=like.dtype)
+                for key in config.head_keys():
+                    if key.rpartition(":")[2] == anchor.name:
+                        self.heads[key] = nn.Linear(features, config.num_labels, device=like.device, dtype=like.dtype)
                 continue
             order = class_order(anchors[0], anchor)
             if len(order) != config.num_labels:
@@ -212,10 +214,19 @@ class StitchedModelForImageClassification(AdapterModel):
         points = {point: self.stitches[point.name] for route in chosen for point in route.stitch_points}
         if not points:
             raise ValueError("there are no stitches to fit; call select_stitches or add_stitch first")
-        images = self._images(calibration, batch_size, "calibration")
-        r2 = fitting.fit_stitches(points, self.anchors, images, ridge)
+        count, images = 0, self._images(calibration, batch_size, "calibration")
+
+        def counted() -> Iterator[dict[str, Tensor]]:
+            nonlocal count
+            for batch in images:
+                count += len(batch[self.front])
+                yield batch
+
+        r2 = fitting.fit_stitches(points, self.anchors, counted(), ridge)
         for name, explained in r2.items():
             self.config.stitches[name]["r2"] = explained
+        done = {"stage": "least squares", "images": count, "routes": len(chosen), "ridge": ridge}
+        self.config.training = [*self.config.training, done]
         self.profiled = None  # it was of other stitches
         return r2
 
@@ -250,7 +261,8 @@ class StitchedModelForImageClassification(AdapterModel):
         ]
         where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
         versions = {package: version(package) for package in PACKAGES}
-        self.profiled = Profile(tuple(rows), {**metadata, **where, "versions": versions})
+        of = {"weights": self.weights_sha256(), "versions": versions}
+        self.profiled = Profile(tuple(rows), {**metadata, **where, **of})
         return self.profiled
 
     def _checked(self, data: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:

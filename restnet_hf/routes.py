@@ -7,6 +7,7 @@ from itertools import pairwise
 
 
 ANCHOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
+ADAPTER = re.compile(rf"\s*({ANCHOR_NAME.pattern}):(.*)", re.S)
 SEGMENT = re.compile(rf"({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
 EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone"
 
@@ -25,27 +26,40 @@ class Segment:
 
 @dataclass(frozen=True, order=True)
 class StitchPoint:
-    """Where a stitch sits: it reads the activation at cut ``source_cut`` and replaces the one at ``target_cut``."""
+    """Where a stitch sits: it reads the activation at cut ``source_cut`` and replaces the one at ``target_cut``.
+
+    Stitches of several adapters may sit at the same place; ``adapter`` names the set, and is empty for the first.
+    """
 
     source: str
     source_cut: int
     target: str
     target_cut: int
+    adapter: str = ""
 
     @property
     def name(self) -> str:
         """A name without dots, fit for a module key, such as ``resnet50_7__mobilenetv2_11``."""
-        return f"{self.source}_{self.source_cut}__{self.target}_{self.target_cut}"
+        return of_adapter(self.adapter, f"{self.source}_{self.source_cut}__{self.target}_{self.target_cut}")
+
+
+def of_adapter(adapter: str, key: str) -> str:
+    """The key of a module of a named adapter; no anchor's name holds a colon."""
+    return f"{adapter}:{key}" if adapter else key
 
 
 @dataclass(frozen=True, order=True)
 class Route:
     """A way from image to logits: segments with a stitch between neighbours; an anchor alone is one segment.
 
+    ``adapter`` names whose stitches and head it uses where a model holds several sets on the same anchors. It stands
+    in front, ``night: resnet50[:7] + mobilenetv2[11:]``, and is empty for the first set.
+
     Raises ValueError when the segments do not lead from an image to logits.
     """
 
     segments: tuple[Segment, ...]
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -83,8 +97,10 @@ class Route:
                 raise ValueError(f"{text!r} is not a route: {cut!r} is not the number of a cut; {EXAMPLE}")
             return cut_number(anchor, cut)
 
+        named = ADAPTER.fullmatch(text)
+        adapter, rest = (named[1], named[2]) if named else ("", text)
         segments = []
-        for part in text.split("+"):
+        for part in rest.split("+"):
             match = SEGMENT.fullmatch(part.strip())
             if match is None:
                 raise ValueError(f"{text!r} is not a route; {EXAMPLE}")
@@ -92,16 +108,22 @@ class Route:
             segments.append(
                 Segment(anchor, number(anchor, start) if start else 0, number(anchor, stop) if stop else None)
             )
-        return cls(tuple(segments))
+        return cls(tuple(segments), adapter)
 
     def __str__(self) -> str:
-        return " + ".join(map(str, self.segments))
+        said = " + ".join(map(str, self.segments))
+        return f"{self.adapter}: {said}" if self.adapter else said
+
+    @property
+    def head(self) -> str:
+        """The key of the new head that it ends in, where the model has new heads."""
+        return of_adapter(self.adapter, self.segments[-1].anchor)
 
     @property
     def stitch_points(self) -> tuple[StitchPoint, ...]:
         """The stitches the route needs, from the image on."""
         return tuple(
-            StitchPoint(left.anchor, left.stop, right.anchor, right.start)
+            StitchPoint(left.anchor, left.stop, right.anchor, right.start, self.adapter)
             for left, right in pairwise(self.segments)
             if left.stop is not None
         )

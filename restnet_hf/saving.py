@@ -15,21 +15,24 @@ from transformers import PreTrainedModel
 
 from restnet_hf.adapter_files import (
     AUTO_MAP,
+    CONFIG,
     OWN_FILES,
-    PROFILE,
     SHIM,
     SHIM_TEXT,
     WEIGHTS,
     check_weights,
+    finish_saving,
     read_profile,
     read_weights,
     weights_dtype,
     whole_device,
 )
+from restnet_hf.adapters import add_adapter
 from restnet_hf.anchors import Anchor
+from restnet_hf.cards import BUCKETS, adapter_tags
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.files import folder_written_whole
-from restnet_hf.hub import PLOT, check_parents, is_hub_id, push_folder
+from restnet_hf.hub import PLOT, PROFILE, check_parents, is_hub_id, push_folder
 from restnet_hf.loading import at_commit
 from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.plots import plot_tradeoff
@@ -46,6 +49,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
     """What a stitched model does with files."""
 
     config_class = RestNetConfig
+    model_tags: list[str] | None
 
     def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
         super().__init__(config)
@@ -109,14 +113,23 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             self.push_to_hub(repo_id, standalone=standalone, **kwargs)
 
     def _write(self, save_directory: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
-        with folder_written_whole(save_directory, OWN_FILES) as folder:
+        profile = self.sound_profile()
+        self._tag(profile)
+        with folder_written_whole(save_directory, CONFIG, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict={})
             save_file(_apart(weights), folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)
-            if self.profiled is not None:
-                self.profiled.save(folder / PROFILE)
+            if profile is not None:
+                profile.save(folder / PROFILE)
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(folder)
+
+    def _tag(self, profile: Profile | None) -> None:
+        """Tags for cards that others write: ``Trainer`` puts them on the one that it pushes."""
+        known = {entry["repo_id"] for entry in self.config.anchors if is_hub_id(entry["repo_id"])}
+        mine = [*adapter_tags(profile), *(f"base_model:{repo_id}" for repo_id in sorted(known))]
+        others = [tag for tag in self.model_tags or () if not any(tag.startswith(f"{cost}:le-") for cost in BUCKETS)]
+        self.model_tags = list(dict.fromkeys([*mine, *others]))
 
     def push_to_hub(
         self,
@@ -147,19 +160,21 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         whole = self.config.standalone if standalone is None else standalone
         if not whole:
             check_parents(self.config.anchors)
-        scored = self.profiled is not None and all("accuracy" in row.scores for row in self.profiled.routes)
+        profile = self.sound_profile()
+        scored = profile is not None and all("accuracy" in row.scores for row in profile.routes)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "adapter"
             self.save_pretrained(folder, standalone=whole)
-            if self.profiled is not None and scored:
-                plot_tradeoff(self.profiled, folder / PLOT)
+            if profile is not None and scored:
+                plot_tradeoff(profile, folder / PLOT)
             return push_folder(
                 folder,
                 repo_id,
                 self.config.anchors,
-                self.profiled,
+                profile,
                 standalone=whole,
-                tags=tags or (),
+                tags=[*(tags or ()), *(tag for tag in self.model_tags or () if not tag.startswith("base_model:"))],
+                training=self.config.training,
                 private=private,
                 token=token,
                 revision=revision,
@@ -167,6 +182,44 @@ class AdapterModel(RouteMixin, PreTrainedModel):
                 commit_message=commit_message or "Upload adapter",
                 commit_description=commit_description,
             )
+
+    def load_stitch(
+        self,
+        repo_id: str | os.PathLike[str],
+        name: str,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        **hub_kwargs: Any,
+    ) -> list[Route]:
+        """Add another adapter on the same anchors, from a local folder or the Hub, beside those that are there.
+
+        Its routes have the name in front, ``night: resnet50[:7] + mobilenetv2[11:]``: `set_route` switches to them,
+        ``delete_stitch("night")`` removes them. Costs and accuracies come along where they were measured on the same
+        device and images.
+
+        Args:
+            repo_id: Hub id or local folder of the adapter.
+            name: for it; letters, digits, ``_`` and ``-``.
+            revision: of it.
+            subfolder: of it in its repository.
+            **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in `from_pretrained`.
+
+        Returns:
+            The routes that were added.
+
+        Raises:
+            OSError: a file is missing or damaged.
+            TypeError: an option is not known.
+            ValueError: the name is taken, or the adapter is for other anchors, images or classes.
+        """
+        hub = _hub_options("load_stitch", hub_kwargs)
+        where = os.fspath(repo_id)
+        finish_saving(where, subfolder)
+        at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
+        config, profile, weights = _read_config(where, at), read_profile(where, at), read_weights(where, at)
+        mine = {key: value for key, value in weights.items() if not key.startswith("anchors.")}
+        return add_adapter(self, config, profile, mine if config.standalone else weights, name, where)
 
     @classmethod
     def from_pretrained(
@@ -207,11 +260,9 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         """
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
         device = whole_device(device_map)
-        unknown = sorted(kwargs.keys() - {*HUB_KEYS, *PASSED_BY_AUTO})
-        if unknown:
-            raise TypeError(f"from_pretrained takes no {unknown}; see its documentation for what it takes")
-        hub = {key: kwargs[key] for key in HUB_KEYS if kwargs.get(key) is not None}
+        hub = _hub_options("from_pretrained", kwargs)
         where = os.fspath(pretrained_model_name_or_path)
+        finish_saving(where, subfolder)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
         config = _read_config(where, at) if config is None else copy.deepcopy(config).check()
         profile = read_profile(where, at)
@@ -229,6 +280,14 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         if tuned := lora.pop("_adapter_model_path", None):  # Auto classes were given what PEFT wrote on top of this
             model.load_adapter(tuned, adapter_kwargs=lora)
         return model.to(device).eval()
+
+
+def _hub_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of huggingface_hub that are set; raises TypeError for others that are not known."""
+    unknown = sorted(options.keys() - {*HUB_KEYS, *PASSED_BY_AUTO})
+    if unknown:
+        raise TypeError(f"{method} takes no {unknown}; see its documentation for what it takes")
+    return {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
 
 
 def _read_config(where: str, at: Mapping[str, Any]) -> RestNetConfig:

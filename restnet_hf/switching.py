@@ -1,14 +1,18 @@
 """The routes of a model: stitches added and removed, one route active, and the steps that each route runs."""
 
+import copy
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from restnet_hf.anchors import Anchor
+from restnet_hf.features import AnyLayout
+from restnet_hf.fingerprints import weights_sha256
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Budget, BudgetError, Profile
-from restnet_hf.routes import Route, Segment, StitchPoint
+from restnet_hf.routes import Route, Segment, StitchPoint, of_adapter
 from restnet_hf.steps import Step
 from restnet_hf.stitches import Stitch, StitchConfig, make_stitch
 
@@ -47,7 +51,9 @@ class RouteMixin:
     @property
     def all_routes(self) -> tuple[Route, ...]:
         """Every anchor alone, then the stitched routes."""
-        return (*(Route((Segment(name),)) for name in self.anchors), *self.routes)
+        alone = [Route((Segment(name),)) for name in self.anchors]
+        adapters = sorted({route.adapter for route in self.routes if route.adapter}) if self.heads else []
+        return (*alone, *(replace(route, adapter=name) for name in adapters for route in alone), *self.routes)
 
     def route(self, route: Route | str) -> Route:
         """A route of this model from its string form, where cuts may be given by name.
@@ -58,6 +64,8 @@ class RouteMixin:
         if isinstance(route, str):
             route = Route.parse(route, lambda anchor, cut: self._anchor(anchor).cut_index(cut))
         alone = len(route.segments) == 1  # an anchor alone needs no search for cuts
+        if alone and route.adapter and route.head not in self.heads:
+            raise ValueError(f"route '{route}': the anchor alone has no head of an adapter '{route.adapter}'")
         return route.check({name: 0 if alone else anchor.depth for name, anchor in self.anchors.items()})
 
     def _anchor(self, name: str) -> Anchor:
@@ -66,7 +74,11 @@ class RouteMixin:
         return self.anchors[name]
 
     def add_stitch(self, route: Route | str, config: StitchConfig | None = None) -> Route:
-        """Add a route and, made as ``config`` says, the stitches it still lacks, not fitted yet; returns the route."""
+        """Add a route and, made as ``config`` says, the stitches it still lacks, not fitted yet; returns the route.
+
+        A route with an adapter's name in front, ``night: a[:1] + b[2:]``, gets stitches of its own and, where the
+        model has new heads, a copy of the head.
+        """
         route = self.route(route)
         for point in route.stitch_points:
             if point.name not in self.stitches:
@@ -75,6 +87,9 @@ class RouteMixin:
                 self._make_stitch(point, source, target, config or StitchConfig())
         if len(route.segments) > 1 and route not in self.routes:
             self.config.routes = [*self.config.routes, str(route)]
+        for name in self.anchors if self.heads else ():
+            if of_adapter(route.adapter, name) not in self.heads:
+                self.heads[of_adapter(route.adapter, name)] = copy.deepcopy(self.heads[name])
         return route
 
     def _make_stitch(self, point: StitchPoint, source: Any, target: Any, config: StitchConfig) -> None:
@@ -87,31 +102,71 @@ class RouteMixin:
     def check_layouts(self) -> None:
         """Raise ValueError where a stitch was made for other activations than its anchors have."""
         for name in self.config.stitches or {}:
-            point, source, target, _ = self.config.stitch_parts(name)
-            for anchor, cut, layout in (
-                (point.source, point.source_cut, source),
-                (point.target, point.target_cut, target),
-            ):
-                found = self.anchors[anchor].layout(cut)
-                if found != layout:
-                    raise ValueError(
-                        f"stitch '{name}' was made for {layout} at cut {cut} of '{anchor}', which is {found}"
-                    )
+            self.check_layout(*self.config.stitch_parts(name)[:3])
+
+    def check_layout(self, point: StitchPoint, source: AnyLayout, target: AnyLayout) -> None:
+        """Raise ValueError where the activations at a stitch are not of those layouts."""
+        for anchor, cut, layout in (
+            (point.source, point.source_cut, source),
+            (point.target, point.target_cut, target),
+        ):
+            found = self.anchors[anchor].layout(cut)
+            if found != layout:
+                raise ValueError(
+                    f"stitch '{point.name}' was made for {layout} at cut {cut} of '{anchor}', which is {found}"
+                )
 
     def delete_stitch(self, route: Route | str) -> None:
-        """Remove a route and the stitches that no other route needs. The active route cannot be removed."""
-        route = self.route(route)
-        if route == self.active_route:
-            raise ValueError(f"'{route}' is the active route; set another one first")
-        if route not in self.routes:
-            raise ValueError(f"there is no route '{route}'; the routes are {list(map(str, self.routes))}")
-        self.config.routes = [str(other) for other in self.routes if other != route]
-        needed = {point.name for other in self.routes for point in other.stitch_points}
+        """Remove a route, or all routes of a named adapter, and the stitches and heads that no other route needs.
+
+        Args:
+            route: a route, or the name that `load_stitch` gave an adapter.
+
+        Raises:
+            ValueError: there is no such route, or it is active.
+        """
+        gone = [r for r in self.routes if r.adapter == route] if route else []
+        gone = gone or [self.route(route)]
+        for each in gone:
+            if each not in self.routes:
+                raise ValueError(f"there is no route '{each}'; the routes are {list(map(str, self.routes))}")
+        left = [other for other in self.routes if other not in gone]
+        needed = {point.name for other in left for point in other.stitch_points}
+        adapters = {"", *(other.adapter for other in left)}
+        active = self.active_route
+        if active in gone or active.adapter not in adapters or {p.name for p in active.stitch_points} - needed:
+            raise ValueError(f"'{active}' is the active route; set another one first")
+        self.config.routes = list(map(str, left))
         for name in set(self.stitches) - needed:
             del self.stitches[name], self.config.stitches[name]
+        for name in set(self.heads) - {of_adapter(adapter, anchor) for adapter in adapters for anchor in self.anchors}:
+            del self.heads[name]
+        self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
         if self.profiled is not None:
-            kept = tuple(row for row in self.profiled.routes if row.route != route)
+            rows = self.profiled.routes
+            kept = tuple(row for row in rows if row.route not in gone and row.route.adapter in adapters)
             self.profiled = Profile(kept, self.profiled.metadata)
+
+    def weights_sha256(self) -> dict[str, str]:
+        """SHA-256 of the weights of each stitch and new head."""
+        parts: dict[str, nn.Module] = {f"stitches.{name}": stitch for name, stitch in self.stitches.items()}
+        parts |= {f"heads.{name}": head for name, head in self.heads.items()}
+        return {key: weights_sha256(part.state_dict()) for key, part in parts.items()}
+
+    def sound_profile(self) -> Profile | None:
+        """The profile without the scores of routes whose stitches or heads have changed since."""
+        if self.profiled is None:
+            return None
+        then, now = self.profiled.metadata.get("weights"), self.weights_sha256()
+        if not isinstance(then, Mapping):
+            return self.profiled
+        changed = {key for key in now if then.get(key) != now[key]}
+
+        def uses(route: Route) -> set[str]:
+            return {f"heads.{route.head}", *(f"stitches.{point.name}" for point in route.stitch_points)}
+
+        rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
+        return Profile(tuple(rows), {**self.profiled.metadata, "weights": now})
 
     def set_route(self, route: Route | str) -> Route:
         """Make ``forward`` run that route.
@@ -164,8 +219,11 @@ class RouteMixin:
                 steps.append(Step(point.name, self.stitches[point.name], shape))
                 shape = anchor.layout(segment.start).shape(1)
             steps.append(Step(str(segment), anchor, shape, segment))
-        if last in self.heads:
-            steps.append(Step(f"head of {last}", self.heads[last], (1, self.heads[last].in_features)))
+        if self.heads:
+            if route.head not in self.heads:
+                raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")
+            head = self.heads[route.head]
+            steps.append(Step(f"head of {route.head}", head, (1, head.in_features)))
         elif last in self.orders:
             steps.append(Step(f"labels of {last}", self.orders[last], (1, self.config.num_labels)))
         return tuple(steps)

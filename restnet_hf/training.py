@@ -30,6 +30,14 @@ from restnet_hf.steps import Step, run_steps
 
 
 KEPT_CHECKPOINTS = 2
+PLACE = "training.json"  # of a checkpoint
+NOT_SETTINGS = {
+    "output_dir",
+    "save_steps",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "log_with",
+}  # of what is learned
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -152,7 +160,7 @@ class _Training:
         names = {point.name for route in routes for point in route.stitch_points}
         modules: dict[str, nn.Module] = {f"stitches.{name}": self.model.stitches[name] for name in sorted(names)}
         if self.args.train_head is not False:
-            ends = {route.segments[-1].anchor for route in routes}
+            ends = {route.head for route in routes}
             modules |= {f"heads.{name}": head for name, head in self.model.heads.items() if name in ends}
         if not modules:
             raise ValueError(
@@ -193,8 +201,19 @@ class _Training:
         trained = {key.removeprefix("heads.") for key in self.modules if key.startswith("heads.")}
         self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
         self.model.profiled = None  # it was of the stitches as they were
+        self._record(time.perf_counter() - began)
         means = {str(route): sum(losses) / len(losses) for route, losses in self.losses.items() if losses}
         return TrainResult(self.step, time.perf_counter() - began, means)
+
+    def _record(self, seconds: float) -> None:
+        """Write into config.json, for the card, how it was trained."""
+        settings = {key: value for key, value in vars(self.args).items() if key not in NOT_SETTINGS}
+        done = {"images": len(self.loader.dataset), "routes": len(self.walks), "steps": self.step}
+        processes = {"processes": self.accelerator.num_processes, "seconds": round(seconds, 1)}
+        self.model.config.training = [
+            *self.model.config.training,
+            {"stage": "training", **done, **settings, **processes},
+        ]
 
     @contextmanager
     def _only_these_train(self) -> Iterator[None]:
@@ -322,17 +341,17 @@ class _Training:
         moments = self.optimizer.state_dict()["state"]
         for index, name in enumerate(self.parameters):
             tensors |= {f"{key}/{name}": value.contiguous() for key, value in moments[index].items()}
-        with folder_written_whole(Path(self.args.output_dir) / f"checkpoint-{self.step}") as folder:
+        with folder_written_whole(Path(self.args.output_dir) / f"checkpoint-{self.step}", PLACE) as folder:
             save_file(tensors, folder / "training.safetensors")
             place = {"step": self.step, "total": self.total, "schedule": self.schedule.state_dict()}
             if self.accelerator.scaler is not None:
                 place["scaler"] = self.accelerator.scaler.state_dict()
-            (folder / "training.json").write_text(json.dumps(place))
+            (folder / PLACE).write_text(json.dumps(place))
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def _resume(self, folder: Path) -> None:
-        place = json.loads((folder / "training.json").read_text())
+        place = json.loads((folder / PLACE).read_text())
         with safe_open(folder / "training.safetensors", "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         found = {key.removeprefix("parameters/") for key in tensors if key.startswith("parameters/")}

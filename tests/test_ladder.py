@@ -36,6 +36,7 @@ LADDER = [
     "evaluation",
     "configuration_restnet",
     "switching",
+    "adapters",
     "saving",
     "modeling_restnet",
     "training",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -338,3 +339,64 @@ def test_image_processor_is_saved(demo_model, tmp_path):
     image = load_images(DATA, "test")[0]["image"].convert("RGB")
     ours = demo_model.image_processor(image, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(image, return_tensors="pt")["pixel_values"], ours)
+
+
+KILLED = """
+import json, os, shutil, signal, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+from restnet_hf import StitchedModelForImageClassification
+
+torch.set_num_threads(1)
+torch.set_grad_enabled(False)
+folder = Path(sys.argv[1])
+images = load_file(folder / "images.safetensors")["images"]
+old = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+new = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
+new.set_route(new.add_stitch("resnet[:3] + vit[2:]"))
+new.delete_stitch("resnet[:2] + vit[1:]")
+new.fit_stitches(images)
+logits = {"old": old(images).logits, "new": new(images).logits}
+
+def save(target, last):
+    writes = 0
+    def count(event, arguments):
+        nonlocal writes
+        wrote = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+        if wrote or event in ("os.rename", "os.remove", "os.mkdir"):
+            writes += 1
+            if writes > last:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(count)
+    new.save_pretrained(target)
+
+found = []
+while not found or code:
+    target = shutil.copytree(folder / "adapter", folder / f"out{len(found)}")
+    child = os.fork()
+    if not child:
+        save(target, len(found))
+        os._exit(0)
+    code = os.waitpid(child, 0)[1]
+    again = AutoModelForImageClassification.from_pretrained(target)
+    (which,) = [name for name in logits if torch.equal(again(images).logits, logits[name])]
+    found.append((which, code, again.profiled is not None))
+print(json.dumps(found))
+"""
+
+
+def test_killed_while_saving(saved):
+    """Wherever the process dies while it saves over an adapter, that loads as it was, or as the new one."""
+    _, path, images, _ = saved
+    save_file({"images": images}, path.parent / "images.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path.parent)], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found[0] == ["old", signal.SIGKILL, True] and found[-1] == ["new", 0, False]
+    order = [which for which, *_ in found]
+    assert order == sorted(order, reverse=True), "old to some step, new from there on"
+    assert all(profiled is (which == "old") for which, _, profiled in found)
+    assert order.count("old") > 5 and order.count("new") > 5

@@ -1,0 +1,190 @@
+"""Several published adapters live on the same anchors: loaded beside each other, switched between, freed."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from conftest import save_model
+
+from restnet_hf import StitchedModelForImageClassification, TrainArgs, load_anchor, train
+
+
+ROUTES = ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]")
+
+
+def make(folder, seed=0, names=("resnet", "vit"), **options):
+    """An adapter whose stitches are random in its own way, on the anchors in a folder."""
+    anchors = [load_anchor(folder / kind, name=name) for kind, name in zip(("resnet", "vit"), names, strict=True)]
+    torch.manual_seed(seed)
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **options)
+    for route in ROUTES:
+        model.set_route(model.add_stitch(route.replace("resnet", names[0]).replace("vit", names[1])))
+    with torch.no_grad():
+        for parameter in [*model.stitches.parameters(), *model.heads.parameters()]:
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def profiled(model, images, **metadata):
+    model.profile([(images, torch.arange(len(images)) % model.config.num_labels)], **metadata)
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("resnet", "vit"):
+        save_model(name, tmp_path / name)
+    return tmp_path
+
+
+@torch.no_grad()
+def logits(model, images, route):
+    model.set_route(route)
+    return model(images).logits
+
+
+@pytest.mark.parametrize("options", [{}, {"num_labels": 3}])
+@pytest.mark.parametrize("names", [("resnet", "vit"), ("big", "small")])
+def test_beside_the_first(folder, images, names, options):
+    """Each gives its own logits on the same anchors, whatever its author called them, also saved and loaded again."""
+    first, second = make(folder, 0, **options), make(folder, 1, names, **options)
+    for model, name in ((first, "first"), (second, "second")):
+        profiled(model, images, dataset="noise").save_pretrained(folder / name)
+    model = StitchedModelForImageClassification.from_pretrained(folder / "first")
+    added = model.load_stitch(folder / "second", "night")
+    assert list(map(str, added)) == [f"night: {route}" for route in ROUTES]
+    for again in (model, None):
+        if again is None:
+            model.save_pretrained(folder / "both")
+            again = StitchedModelForImageClassification.from_pretrained(folder / "both")
+        for index, route in enumerate(ROUTES):
+            assert torch.equal(logits(again, images, route), logits(first, images, first.routes[index]))
+            assert torch.equal(logits(again, images, f"night: {route}"), logits(second, images, second.routes[index]))
+        if options:
+            alone = logits(second, images, f"{names[1]}[:]")
+            assert torch.equal(logits(again, images, "night: vit[:]"), alone)
+            assert not torch.equal(logits(again, images, "vit[:]"), alone)
+        rows = {str(row.route): (row.costs, row.scores) for row in again.profiled.routes}
+        assert len(rows) == len(again.all_routes) == (8 if options else 6)
+        for row in second.profiled.routes[2:]:
+            mine = str(row.route).replace(names[0] + "[", "resnet[").replace(names[1] + "[", "vit[")
+            assert rows[f"night: {mine}"] == (row.costs, row.scores)
+
+
+def test_profiles_of_other_images_and_devices(folder, images):
+    """Accuracies on other images and latencies of another device are left out; MACs are the same everywhere."""
+    first, second = profiled(make(folder, 0), images, dataset="a"), profiled(make(folder, 1), images, dataset="b")
+    for row in second.profiled.routes:
+        row.costs["latency_ms"] = 1.0
+    second.profiled.metadata["device"] = "cuda"
+    second.save_pretrained(folder / "second")
+    first.load_stitch(folder / "second", "night")
+    (row,) = [row for row in first.profiled.routes if str(row.route) == f"night: {ROUTES[0]}"]
+    assert row.costs.keys() == {"macs", "params"} and not row.scores
+
+
+def test_deleted_and_freed(folder, images):
+    make(folder, 1, num_labels=3).save_pretrained(folder / "second")
+    model = make(folder, 0, num_labels=3)
+    before = model.adapter_state_dict().keys()
+    expected = {route: logits(model, images, route) for route in ROUTES}
+    model.load_stitch(folder / "second", "night")
+    parts = [*model.stitches.values(), *model.heads.values()]
+    watched = [weakref.ref(part) for part in parts]
+    del parts
+    model.set_route(f"night: {ROUTES[0]}")
+    with pytest.raises(ValueError, match="'night: resnet.*is the active route; set another one first"):
+        model.delete_stitch("night")
+    with pytest.raises(ValueError, match="is the active route"):
+        model.set_route("night: vit[:]")
+        model.delete_stitch("night")
+    assert len(model.routes) == 4
+    model.set_route(ROUTES[0])
+    model.delete_stitch("night")
+    gc.collect()
+    assert [ref() is None for ref in watched] == [False, False, True, True, False, False, True, True]
+    assert model.adapter_state_dict().keys() == before and list(map(str, model.routes)) == list(ROUTES)
+    assert all(torch.equal(logits(model, images, route), expected[route]) for route in ROUTES)
+    model.load_stitch(folder / "second", "night")  # the name is free again
+    model.delete_stitch(f"night: {ROUTES[0]}")
+    assert len(model.routes) == 3 and "night:vit" in model.heads
+    model.delete_stitch(f"night: {ROUTES[1]}")
+    assert model.adapter_state_dict().keys() == before
+
+
+def test_one_is_trained_and_the_other_is_not(folder, images):
+    make(folder, 1, num_labels=3).save_pretrained(folder / "second")
+    model = make(folder, 0, num_labels=3)
+    model.load_stitch(folder / "second", "night")
+    before = {key: value.clone() for key, value in model.adapter_state_dict().items()}
+    rows = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]
+    args = TrainArgs(num_train_epochs=1, batch_size=3, distillation=0.0)
+    train(model, rows, args, routes=[f"night: {ROUTES[0]}"])
+    moved = {
+        key.rsplit(".", 1)[0] for key, value in model.adapter_state_dict().items() if (value != before[key]).any()
+    }
+    assert {part.split(".")[1] for part in moved} == {"night:resnet_2__vit_1", "night:vit"}
+    assert model.config.trained_heads == ["night:vit"]
+
+
+def test_stitches_of_ones_own_under_a_name(folder, images):
+    """A second set may be made here, too; its head begins as a copy of the first."""
+    model = make(folder, 0, num_labels=3)
+    route = model.add_stitch(f"mine: {ROUTES[0]}")
+    model.fit_stitches(images, routes=[route])
+    assert not torch.equal(logits(model, images, route), logits(model, images, ROUTES[0]))
+    assert torch.equal(logits(model, images, "mine: vit[:]"), logits(model, images, "vit[:]"))
+
+
+def edited(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("a b", None, "no adapter can be named 'a b'"),
+        ("", None, "no adapter can be named ''"),
+        ("taken", None, r"none of \['taken'\]"),
+        ("night", lambda c: c["anchors"][1].update(fingerprint="float32:0"), "this model does not have"),
+        ("night", lambda c: c["anchors"][1]["preprocessing"].update(mean=[0, 0, 0]), "gives 'vit' images prepared by"),
+        ("night", lambda c: c.update(id2label={"0": "cat", "1": "dog"}), "has 2 classes, this model"),
+        ("night", lambda c: c.update(routes=[]), "has no stitched routes"),
+        (
+            "night",
+            lambda c: c.update(routes=["resnet[:99] + vit[1:]"]),
+            "names anchors or stitches that are not there",
+        ),
+        ("night", lambda c: c["stitches"].pop("resnet_2__vit_1"), "names anchors or stitches that are not there"),
+        (
+            "night",
+            lambda c: c["stitches"]["resnet_2__vit_1"]["source"].update(channels=2**40),
+            "stitch 'night:resnet_2__vit_1' was made for",
+        ),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(folder, images, name, change, message):
+    make(folder, 1).save_pretrained(folder / "second")
+    model = make(folder, 0)
+    model.load_stitch(folder / "second", "taken")
+    before, config = set(model.state_dict()), model.config.to_dict()
+    if change is not None:
+        edited(folder / "second", change)
+    with pytest.raises(ValueError, match=message):
+        model.load_stitch(folder / "second", name)
+    assert set(model.state_dict()) == before and model.config.to_dict() == config
+
+
+def test_weights_that_do_not_fit(folder):
+    make(folder, 1, num_labels=3).save_pretrained(folder / "second")
+    with pytest.raises(ValueError, match="has 3 classes and a new head, this model"):
+        make(folder, 0).load_stitch(folder / "second", "night")
+    (folder / "second" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(OSError, match="damaged or cut short"):
+        make(folder, 0).load_stitch(folder / "second", "night")
+    with pytest.raises(TypeError, match="load_stitch takes no"):
+        make(folder, 0).load_stitch(folder / "second", "night", devicemap="cpu")
