@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard, eval_result_entries_to_yaml
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx, validate_repo_id
 
 from restnet_hf.cards import MARK, TAG, eval_results, filter_tags, make_card
 from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
@@ -20,6 +21,19 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 CARD, PLOT, PROFILE, RESULTS = "README.md", "tradeoff.png", "profile.json", ".eval_results"
 STALE = (PLOT, PROFILE, f"{RESULTS}/*")  # of ours: on the Hub, but no longer in what is pushed
 OF_TRAINER = "generated_from_trainer"  # the tag on a card that transformers' Trainer wrote
+
+
+@contextmanager
+def hub_errors() -> Iterator[None]:
+    """Make a Hub that cannot be reached, or whose answer breaks off, an OSError that says what to do."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"the Hub could not be reached, or broke off: {error}. Try again, or set HF_HUB_OFFLINE=1 to use the cache"
+        ) from error
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -65,6 +79,7 @@ def parents_on_card(entries: Iterable[Mapping[str, Any]], api: HfApi) -> list[di
     return found
 
 
+@hub_errors()
 def push_folder(
     folder: Path,
     repo_id: str,
@@ -102,8 +117,10 @@ def push_folder(
         there = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
     except EntryNotFoundError:
         there = MARK
-    if MARK in there or OF_TRAINER in (ModelCard(there, ignore_metadata_errors=True).data.get("tags") or ()):
-        write_card(folder, repo_id, parents, profile, standalone, tags, training)
+    ours = MARK in there or OF_TRAINER in (ModelCard(there, ignore_metadata_errors=True).data.get("tags") or ())
+    write_card(folder, repo_id, parents, profile, standalone, tags, training)
+    if not ours:
+        (folder / CARD).unlink()
     return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(STALE), **commit)
 
 
@@ -135,6 +152,7 @@ class FoundAdapter:
     profile: Profile
 
 
+@hub_errors()
 def find_adapters(
     base_model: str | Sequence[str] | None = None,
     *,

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import resolve_revision
 
 from restnet_hf.anchors import Anchor
+from restnet_hf.hub import hub_errors
 from restnet_hf.labels import label_names
 from restnet_hf.preprocessing import Preprocessing, timm_processor, with_image_size
 from restnet_hf.routes import ANCHOR_NAME
@@ -23,6 +24,7 @@ from restnet_hf.routes import ANCHOR_NAME
 TIMM_PREFIXES = ("hf_hub:", "hf-hub:", "local-dir:")
 
 
+@hub_errors()
 def load_anchor(
     source: str | os.PathLike[str] | nn.Module | Anchor,
     *,

@@ -148,6 +148,8 @@ class StitchedModelForImageClassification(AdapterModel):
             TypeError, ValueError: the images have another type or shape.
         """
         self.preprocessing.check(pixel_values)
+        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels, self.config.num_labels)
         logits = run_steps(pixel_values.to(self.dtype), self.steps(self.active_route))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)

@@ -32,7 +32,7 @@ from restnet_hf.anchors import Anchor
 from restnet_hf.cards import BUCKETS, adapter_tags
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.files import folder_written_whole
-from restnet_hf.hub import PLOT, PROFILE, check_parents, is_hub_id, push_folder
+from restnet_hf.hub import PLOT, PROFILE, check_parents, hub_errors, is_hub_id, push_folder
 from restnet_hf.loading import at_commit
 from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.plots import plot_tradeoff
@@ -183,6 +183,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
                 commit_description=commit_description,
             )
 
+    @hub_errors()
     def load_stitch(
         self,
         repo_id: str | os.PathLike[str],
@@ -222,6 +223,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         return add_adapter(self, config, profile, mine if config.standalone else weights, name, where)
 
     @classmethod
+    @hub_errors()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],

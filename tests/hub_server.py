@@ -77,8 +77,12 @@ def _tags(card: dict[str, Any]) -> list[str]:
 
 @dataclass
 class Hub:
-    """All repositories, and what was asked: method, path and bytes of the answer."""
+    """All repositories, and what was asked: method, path and bytes of the answer.
 
+    The bodies of files whose path ends in ``cut_short`` break off half way.
+    """
+
+    cut_short: str | None = None
     repos: dict[str, Repo] = field(default_factory=dict)
     log: list[tuple[str, str, int]] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -159,7 +163,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command != "HEAD" and self.hub.cut_short and self.path.endswith(self.hub.cut_short):
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+        elif self.command != "HEAD":
             self.wfile.write(data)
 
     def _json(self, value: Any) -> None:

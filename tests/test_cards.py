@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
 
-from restnet_hf.cards import BUCKETS, MARK, budget_tags, filter_tags, make_card
+from restnet_hf.cards import BUCKETS, MARK, budget_tags, eval_results, filter_tags, make_card
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import Route
 
@@ -97,3 +97,30 @@ def test_standalone():
     card = make_card("me/whole", entries, profile(), standalone=True)
     assert card.data.base_model is None and card.data.to_dict()["base_model_relation"] == "merge"
     assert "the anchors' weights too" in card.text and "in this repository" in card.text
+
+
+def test_training_is_told():
+    stages = [{"stage": "least squares", "images": 64, "ridge": 1e-6}, {"stage": "training", "steps": 9, "seed": None}]
+    lines = make_card("me/adapter", parents("mit", "mit"), profile(), training=stages).text.splitlines()
+    assert "- least squares: images 64, ridge 1e-06" in lines and "- training: steps 9" in lines
+    assert "neither fitted nor trained" in make_card("me/adapter", parents("mit", "mit"), profile()).text
+
+
+def test_results_for_leaderboards():
+    """What the Hub's own parser reads from the YAML is what was measured; a folder's name is no leaderboard."""
+    known = profile(dataset="me/data", date="2026-01-02")
+    entries = parse_eval_result_entries(
+        yaml.safe_load(yaml.safe_dump(eval_result_entries_to_yaml(eval_results(known))))
+    )
+    assert [(e.dataset_id, e.notes, e.value, e.date) for e in entries] == [
+        ("me/data", "small[:]", 0.7, "2026-01-02"),
+        ("me/data", "big[:3] + small[2:]", 0.8, "2026-01-02"),
+    ]
+    for none in (None, profile(), profile(dataset="data"), profile(scores=(None, None), dataset="me/data")):
+        assert eval_results(none) == []
+
+
+def test_what_nobody_should_have_put_there():
+    """A profile from elsewhere may say anything about itself; the card is still one."""
+    for dataset in (3, ["x"], None, {"a": 1}):
+        assert ModelCard(str(make_card("me/adapter", parents("mit", "mit"), profile(dataset=dataset)))).data.metrics

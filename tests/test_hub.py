@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import CLASSES, make_model, save_model
 from hub_server import TOKEN, running
 from safetensors.torch import load_file
@@ -136,6 +137,7 @@ def test_a_parent_that_moves_on_is_still_the_pinned_one(world, tmp_path):
 def test_files_on_the_hub(world):
     files = world.hub.repos["me/adapter"].commits[-1][1]
     assert files.keys() == {
+        ".eval_results/me--noise.yaml",
         ".gitattributes",
         "README.md",
         "config.json",
@@ -181,6 +183,130 @@ def test_a_card_written_by_hand_is_kept(world):
     try:
         assert repo.commits[-1][1]["README.md"].endswith(b"My own words.")
     finally:
+        repo.commits.pop()
+
+
+PIPELINE = """
+from PIL import Image
+from transformers import AutoImageProcessor, pipeline
+image = Image.effect_mandelbrot((80, 60), (-2, -1, 1, 1), 50).convert("RGB")
+(best, *_) = pipeline("image-classification", model="me/adapter", top_k=1)(image)
+model = Model.from_pretrained("me/adapter")
+logits = model(**AutoImageProcessor.from_pretrained("me/adapter")(image, return_tensors="pt")).logits[0]
+print(json.dumps([best, model.config.id2label[logits.argmax().item()], logits.softmax(-1).max().item()]))
+"""
+
+
+def test_pipeline_and_processor(world):
+    best, label, score = world.run(PIPELINE, "stranger")
+    assert best["label"] == label and abs(best["score"] - score) < 1e-5
+
+
+OTHERS = """
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageClassification
+expected = load_file(folder / "logits.safetensors")
+model = Model.from_pretrained("me/adapter")
+with torch.enable_grad():
+    model.fit_stitches(images.flip(0) * 2)
+model.push_to_hub("me/second")
+again = Model.from_pretrained("me/adapter")
+night = again.load_stitch("me/second", "night")
+for index, route in enumerate(again.all_routes[2:4]):
+    assert torch.equal((again.set_route(route), again(images).logits)[1], expected[str(index + 2)]), route
+    assert torch.equal((again.set_route(night[index]), again(images).logits)[1],
+                       (model.set_route(route), model(images).logits)[1]), route
+base = Model.from_pretrained("me/adapter")
+config = LoraConfig(target_modules=r"anchors\\.small-vit\\..*q_proj", init_lora_weights=False)
+lora = get_peft_model(base, config).eval()
+tuned = lora(pixel_values=images).logits
+lora.push_to_hub("me/lora")
+loaded = AutoModelForImageClassification.from_pretrained("me/lora")
+assert isinstance(loaded, Model) and torch.equal(loaded(images).logits, tuned)
+assert not torch.equal(tuned, Model.from_pretrained("me/adapter")(images).logits)
+print(json.dumps(list(map(str, night))))
+"""
+
+
+def test_beside_and_on_top(world):
+    """A second adapter on the same parents, and PEFT's LoRA on top of one, from their repositories."""
+    night = world.run(OTHERS, "another")
+    assert night == [f"night: {route}" for route in world.routes[2:]]
+    for name in ("me/second", "me/lora"):
+        del world.hub.repos[name]
+
+
+TRAINER = """
+import warnings
+from transformers import Trainer, TrainingArguments
+from restnet_hf import find_adapters
+model = Model.from_pretrained("me/adapter")
+rows = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(images)]
+args = TrainingArguments(
+    str(folder / "trained"), push_to_hub=True, hub_model_id="me/trained", max_steps=4, save_steps=2, learning_rate=0.1,
+    per_device_train_batch_size=3, report_to=[], use_cpu=True, disable_tqdm=True,
+)
+trainer = Trainer(model, args, train_dataset=rows)
+with torch.enable_grad():
+    trainer.train()
+trainer.push_to_hub()
+again = Model.from_pretrained("me/trained")
+assert torch.equal(again(images).logits, model.eval()(images).logits)
+assert not torch.equal(again(images).logits, Model.from_pretrained("me/adapter")(images).logits)
+found = {a.repo_id: a for a in find_adapters(["me/big-resnet", "me/small-vit"], macs=1e12)}
+print(json.dumps([found["me/trained"].best.scores, str(found["me/trained"].best.route)]))
+"""
+
+
+def test_trainer_pushes(world):
+    """What transformers' Trainer pushes loads, is found by its budget, and claims no accuracy of earlier weights.
+
+    The Trainer writes a card of its own kind; ours takes its place when the model is pushed as it should be.
+    """
+    scores, best = world.run(TRAINER, "author")
+    files = world.hub.repos["me/trained"].commits[-1][1]
+    rows = {row["route"]: row["scores"] for row in json.loads(files["profile.json"])["routes"]}
+    trained = world.routes[2]  # the active one
+    assert not rows[trained] and all(rows[route] for route in world.routes if route != trained)
+    assert scores == rows[best] and best != trained
+    card = files["README.md"].decode()
+    assert "generated_from_trainer" in card and "base_model:me/small-vit" in card and "macs:le-100m" in card
+    world.run('Model.from_pretrained("me/trained").push_to_hub("me/trained"); print("1")', "author")
+    card = world.hub.repos["me/trained"].commits[-1][1]["README.md"].decode()
+    data = yaml.safe_load(card.split("---")[1])
+    assert data["base_model"] == list(ANCHORS) and "generated_from_trainer" not in card
+    del world.hub.repos["me/trained"]
+
+
+CUT = """
+try:
+    model = Model.from_pretrained("me/adapter")
+    print(json.dumps(sum((model.set_route(route), model(images).logits)[1].sum().item() for route in model.routes)))
+except OSError as error:
+    print(json.dumps(["OSError", str(error)]))
+"""
+
+
+def test_a_download_that_breaks_off(world):
+    """It is an error, nothing of it is taken for the file, and the version that was there before still loads."""
+    repo = world.hub.repos["me/adapter"]
+    expected = world.run(CUT, "cut")
+    files = dict(repo.commits[-1][1])
+    assert isinstance(expected, float)
+    files["model.safetensors"] = files["model.safetensors"][:-4] + b"\x00\x00\x80\x3f"
+    old, new = repo.commits[-1][0], repo.commit(files)
+    world.hub.cut_short = f"{new}/model.safetensors"
+    try:
+        kind, message = world.run(CUT, "cut")
+        assert kind == "OSError", message
+        snapshots = list((world.folder / "cut").rglob("snapshots/*/model.safetensors"))
+        assert old in {path.parent.name for path in snapshots} and new not in {path.parent.name for path in snapshots}
+        pinned = CUT.replace('"me/adapter"', f'"me/adapter", revision="{old}"')
+        assert world.run(pinned, "cut", HF_HUB_OFFLINE="1") == expected
+        world.hub.cut_short = None
+        assert world.run(CUT, "cut") not in (expected, None)
+    finally:
+        world.hub.cut_short = None
         repo.commits.pop()
 
 
