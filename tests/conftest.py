@@ -14,6 +14,8 @@ import pytest
 import timm
 import torch
 import transformers
+from hub_server import World, running
+from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTImageProcessor
 
@@ -195,6 +197,39 @@ def saved(
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         return model, tmp_path / "adapter", images, model(images).logits
+
+
+PARENTS = {"me/big-resnet": ("resnet", "mit"), "me/small-vit": ("vit", "apache-2.0")}
+PUSH = """
+model = Model.from_anchors("me/big-resnet", "me/small-vit", order="given")
+routes = [model.add_stitch(r) for r in ("big-resnet[:2] + small-vit[1:]", "big-resnet[:4] + small-vit[2:]")]
+model.set_route(routes[0])
+model.fit_stitches(images)
+model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
+commits = [model.push_to_hub("me/adapter", commit_message=text) for text in ("one", "two")]
+assert commits[0].oid == commits[1].oid, "an unchanged adapter made a commit"
+save_file({str(i): (model.set_route(r), model(images).logits)[1] for i, r in enumerate(model.all_routes)},
+          folder / "logits.safetensors")
+print(json.dumps([str(r) for r in model.all_routes]))
+"""
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Two anchors on a Hub, an adapter pushed by another process, and images."""
+    folder = tmp_path_factory.mktemp("world")
+    save_file(
+        {"images": torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(7))},
+        folder / "images.safetensors",
+    )
+    with running() as hub:
+        for repo_id, (name, licence) in PARENTS.items():
+            path = save_model(name, folder / name)
+            files = {file.name: file.read_bytes() for file in path.iterdir()}
+            hub.put(repo_id, files | {"README.md": f"---\nlicense: {licence}\n---\n".encode()})
+        world = World(hub, folder)
+        world.routes = world.run(PUSH, "author")
+        yield world
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,18 @@
-"""A small Hub in memory: enough of its HTTP protocol for the real client to create, upload, list and download."""
+"""A small Hub in memory: enough of its HTTP protocol for the real client; and processes that talk to it."""
 
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -260,3 +264,45 @@ def running() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+START = """
+import json, sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from restnet_hf import StitchedModelForImageClassification as Model
+folder = Path(sys.argv[1])
+images = load_file(folder / "images.safetensors")["images"]
+torch.set_grad_enabled(False)
+"""
+
+
+class World:
+    """A Hub, a folder, and processes that talk to it, each with a cache of its own unless told."""
+
+    def __init__(self, hub, folder: Path) -> None:
+        self.hub, self.folder = hub, folder
+
+    def run(
+        self, code: str, home: str = "home", arguments: Sequence[str] = (), whole: bool = False, **env: str
+    ) -> Any:
+        """The JSON in the last line that the code prints, or the whole text."""
+        keep = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ASSETS_CACHE")}
+        keep |= {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / home), **env}
+        keep |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        result = subprocess.run(
+            [sys.executable, "-c", START + code, str(self.folder), *arguments],
+            env=keep,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout if whole else json.loads(result.stdout.strip().splitlines()[-1])
+
+    def asked(self) -> list[tuple[str, str, int]]:
+        """What the Hub was asked for since the last time, without the client's own housekeeping."""
+        log = [entry for entry in self.hub.log if entry[1].startswith(("/api/models", "/me/"))]
+        self.hub.log.clear()
+        return log

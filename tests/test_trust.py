@@ -20,7 +20,7 @@ from restnet_hf import StitchedModelForImageClassification
 
 DOCUMENTED = (OSError, ValueError, TypeError, StrictDataclassError)
 MANY = settings(
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
