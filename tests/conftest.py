@@ -1,9 +1,12 @@
 """Tiny random classifiers of every layout, the demo's trained anchors, and real images."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library reads it
 os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="restnet-hf-tests-")
 
@@ -26,6 +29,7 @@ from restnet_hf.embedded import DATA, DEMO, END, FRONT
 from restnet_hf.preprocessing import Preprocessing
 
 
+atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 SIZE = 64
 CLASSES = 5
 VIT = {"image_size": SIZE, "patch_size": 16, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}

@@ -230,46 +230,6 @@ def test_a_download_that_breaks_off(world):
         repo.commits.pop()
 
 
-HOSTILE = """
-from transformers import AutoModelForImageClassification
-said = {}
-for name in json.loads(sys.argv[2]):
-    for load in (Model, AutoModelForImageClassification):
-        try:
-            load.from_pretrained(name)
-            said.setdefault(name, []).append("loaded")
-        except (ValueError, OSError, TypeError) as error:
-            said.setdefault(name, []).append(str(error))
-print(json.dumps(said))
-"""
-
-
-def test_hostile_repositories(world):
-    """Parents on the reader's own disk, names that leave their folder, unknown stitches: refused. Code: never run."""
-    files = world.hub.repos["me/adapter"].commits[-1][1]
-    config = json.loads(files["config.json"])
-    trap, secret = world.folder / "trap", str(world.folder / "vit")
-    code = f"open({str(trap)!r}, 'w').write('ran')\n".encode()
-    (stitch,) = [name for name in config["stitches"] if name.endswith("vit_1")]
-    changes = {
-        "evil/disk": (lambda c: c["anchors"][1].update(repo_id=secret), "not on the Hub but on the machine"),
-        "evil/up": (lambda c: c["anchors"][1].update(repo_id="../vit"), "not on the Hub but on the machine"),
-        "evil/name": (lambda c: c["anchors"][1].update(name="../vit"), "not sound|names|may hold only"),
-        "evil/kind": (lambda c: c["stitches"][stitch]["config"].update(kind="exec"), "is not one of"),
-        "evil/huge": (lambda c: c["stitches"][stitch]["target"].update(channels=2**40), "was made for"),
-        "evil/code": (lambda c: None, "loaded"),
-    }
-    for name, (change, _) in changes.items():
-        changed = json.loads(files["config.json"])
-        change(changed)
-        mine = {"config.json": json.dumps(changed).encode(), "modeling_restnet.py": code, "setup.py": code}
-        world.hub.put(name, files | mine)
-    answers = world.run(HOSTILE, "victim", arguments=[json.dumps(list(changes))])
-    for name, (_, message) in changes.items():
-        assert all(re.search(message, answer) for answer in answers[name]), (name, answers[name])
-    assert not trap.exists()
-
-
 def test_the_usage_on_the_card_runs(world):
     card = world.hub.repos["me/adapter"].commits[-1][1]["README.md"].decode()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
