@@ -173,8 +173,18 @@ class Anchor(nn.Module):
     def _segment(self, x: Tensor, start: int, stop: int | None) -> Tensor:
         return self.capture(x, (stop,), start)[stop]
 
-    def capture(self, x: Tensor, stops: Collection[int | None], start: int = 0) -> dict[int | None, Tensor]:
-        """The activation at every cut in ``stops``, in one forward from ``start``; None stands for the logits."""
+    def capture(
+        self,
+        x: Tensor,
+        stops: Collection[int | None],
+        start: int = 0,
+        see: Callable[[int, Tensor], Any] | None = None,
+    ) -> dict[int | None, Any]:
+        """The activation at every cut in ``stops``, in one forward from ``start``; None stands for the logits.
+
+        With ``see``, activations are not kept: it is called with each cut and its activation as it comes, and what it
+        returns is kept instead.
+        """
         if start == 0 and set(stops) == {None} and not self.headless:
             return dict.fromkeys(stops, self.logits(x))  # an anchor alone needs no cuts
         wanted = {-1 if stop is None else stop: None if stop is None else self.cut(stop) for stop in stops}
@@ -182,7 +192,7 @@ class Anchor(nn.Module):
             raise ValueError(f"a segment of '{self.name}' that starts at cut {start} cannot stop at {sorted(wanted)}")
         if self._expected:
             self.verify(start, None if -1 in wanted else max(wanted))
-        result = run(self.model, x, self.cut(start), wanted, self.preprocessing.image_size, self.classifier)
+        result = run(self.model, x, self.cut(start), wanted, self.preprocessing.image_size, self.classifier, see)
         return {None if key == -1 else key: value for key, value in result.items()}
 
     def logits(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from restnet_hf.embedded import DATA, END, FRONT, RECIPE
 from restnet_hf.hub import find_adapters
-from restnet_hf.recipe import Recipe, load_recipe, run_recipe
+from restnet_hf.recipe import Recipe, compare_anchors, load_recipe, run_recipe
 
 
 app = typer.Typer(help="One network out of two pre-trained image classifiers.", no_args_is_help=True)
@@ -67,8 +67,7 @@ def find(
     try:
         found = find_adapters(base_model, **limits, min_accuracy=min_accuracy, device=device)
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        _fail(error)
     table = Table(title=f"{len(found)} adapters")
     for column in ("adapter", "route", "MACs, M", "params, M", "accuracy, %"):
         table.add_column(column, justify="left" if column in ("adapter", "route") else "right", overflow="fold")
@@ -81,22 +80,62 @@ def find(
     console.print(table)
 
 
+@app.command()
+def similarity(
+    front: Annotated[str, typer.Argument(help="Anchor whose early blocks run: Hub id or local folder.")],
+    end: Annotated[str, typer.Argument(help="Anchor whose late blocks run: Hub id or local folder.")],
+    dataset: Annotated[str, typer.Option(help="Images, labelled or not: Hub id or local folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the matrices and pictures.")] = Path("similarity"),
+    method: Annotated[list[str] | None, typer.Option(help="Selector; may be given more than once.")] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    images: Annotated[int, typer.Option(help="How many, chosen at random.")] = 512,
+    image_size: Annotated[int | None, typer.Option(help="In pixels, instead of the anchors' own.")] = None,
+    max_routes: Annotated[int, typer.Option(help="How many routes to choose.")] = 8,
+    macs: Annotated[float | None, typer.Option(help="Most multiply-accumulates of a route.")] = None,
+    params: Annotated[float | None, typer.Option(help="Most parameters of a route.")] = None,
+    order: Annotated[str, typer.Option(help="given, or auto for both directions.")] = "given",
+) -> None:
+    """Say where two classifiers are best joined: print the routes chosen, write all values and a heat map."""
+    limits = {cost: limit for cost, limit in (("macs", macs), ("params", params)) if limit is not None}
+    try:
+        chosen = compare_anchors(
+            front, end, dataset, out, method or ["cka"], split=split, images=images, image_size=image_size,
+            max_routes=max_routes, budget=limits or None, order=order,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        _fail(error)
+    for name, rows in chosen.items():
+        table = Table(title=f"{name}: the best of each part of the range of costs")
+        for column in ("route", "value", "MACs, M", "params, M", ""):
+            table.add_column(column, justify="left" if column in ("route", "") else "right", no_wrap=True)
+        for row in rows:
+            numbers = (f"{row.score:.3f}", f"{row.costs['macs'] / 1e6:.1f}", f"{row.costs['params'] / 1e6:.2f}")
+            table.add_row(str(row.route), *numbers, "dominated" if row.dominated else "")
+        console.width = max(console.width, 60 + max(len(str(row.route)) for row in rows))
+        console.print(table)
+    console.print(f"written to {out}: for each selector .npz, .csv and .png", markup=False, highlight=False)
+
+
+def _fail(error: Exception) -> NoReturn:
+    if os.environ.get("RESTNET_HF_DEBUG"):
+        raise error
+    console.print(f"error: {error}", style="red", markup=False, highlight=False)
+    raise typer.Exit(1) from error
+
+
 def _do(make: Any, out: Path, resume: bool) -> None:
     try:
         recipe: Recipe = make()
         report = run_recipe(recipe, out, resume)
     except (ValueError, OSError) as error:
-        if os.environ.get("RESTNET_HF_DEBUG"):
-            raise
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+        _fail(error)
     _show(report, out)
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
     console.width = max(console.width, 75 + max(len(row["route"]) for row in report["routes"]))  # no name is cut
     table = Table(title="routes, cheapest first")
-    for column in ("route", "MACs, M", "params, K", "CKA", "R²", "fitted, %", "trained, %"):
+    for column in ("route", "MACs, M", "params, K", report["recipe"]["method"], "R²", "fitted, %", "trained, %"):
         table.add_column(column, justify="left" if column == "route" else "right", no_wrap=True)
     for row in report["routes"]:
         stitched = "similarity" in row

@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, load_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
+from restnet_hf.fingerprints import weights_sha256
 from restnet_hf.preprocessing import prepare
 
 
 Batch = dict[str, Tensor]
+
+
+def this_process() -> PartialState:
+    """Which of the run's processes this is. On CPUs Accelerate's own state sees one alone unless it is told."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
@@ -39,7 +46,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
     else:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in logging.tqdm(source, desc=name, disable=not PartialState().is_local_main_process):
+    for item in logging.tqdm(source, desc=name, disable=not this_process().is_local_main_process):
         batch = as_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False
@@ -61,6 +68,15 @@ def as_batch(item: Any, name: str = "data") -> Batch:
         f"{name} gives {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or "
         "a dict with a tensor of pixel_values. For a data set of images see restnet_hf.data.with_pixel_values"
     )
+
+
+def data_fingerprint(data: Any) -> str | None:
+    """What tells these images from all others; None for loaders and datasets of your own, which have nothing such."""
+    if isinstance(data, Dataset):
+        return f"dataset:{data._fingerprint}"
+    if isinstance(data, Tensor):
+        return f"tensor:{weights_sha256({'images': data})}"
+    return None
 
 
 def check_labels(labels: Tensor, classes: int) -> None:

@@ -7,11 +7,10 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from restnet_hf.data import Batch
+from restnet_hf.data import Batch, this_process
 from restnet_hf.routes import Route
 from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
 
@@ -53,7 +52,7 @@ def predict_routes(
         ValueError: a batch has no labels.
     """
     shared = split_at_shared_cuts(walks)
-    state = PartialState()
+    state = this_process()
     chunks: list[tuple[int, Tensor, dict[Route, Tensor]]] = []
     for index, batch in enumerate(batches):
         if index % state.num_processes != state.process_index:

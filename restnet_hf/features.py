@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -150,6 +151,13 @@ def resize(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
     if grid[0] <= height and grid[1] <= width:
         return interpolate(spatial, size=grid, mode="area")
     return interpolate(spatial, size=grid, mode="bilinear", antialias=grid[0] < height or grid[1] < width)
+
+
+@cache
+def resize_matrix(source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """What `resize` does to every channel, as a matrix (positions of ``grid``, positions of ``source``)."""
+    places = math.prod(source)
+    return resize(torch.eye(places).unflatten(1, (1, *source)), grid).flatten(1).T.contiguous()
 
 
 def infer_layout(

@@ -17,25 +17,25 @@ from restnet_hf import stitches as fitting
 from restnet_hf.anchors import Anchor, unique_names
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, count_params
-from restnet_hf.data import batches, check_labels
+from restnet_hf.data import check_labels
 from restnet_hf.evaluation import score_routes
 from restnet_hf.labels import class_names
 from restnet_hf.loading import load_anchor
 from restnet_hf.parents import class_order, describe, rebuild
 from restnet_hf.preprocessing import Reprocess
 from restnet_hf.profiles import Profile, ProfiledRoute
+from restnet_hf.ranking import RankedRoute, Similarity
 from restnet_hf.routes import Route, Segment
-from restnet_hf.saving import AdapterModel
-from restnet_hf.similarity import SELECTORS, Similarity, choose_routes
+from restnet_hf.selecting import SelectingModel
 from restnet_hf.steps import Reorder, run_steps
-from restnet_hf.stitches import RIDGE, StitchConfig
+from restnet_hf.stitches import RIDGE
 
 
 ORDERS = ("large-to-small", "small-to-large", "given")
 PACKAGES = ("restnet-hf", "torch", "transformers", "timm")
 
 
-class StitchedModelForImageClassification(AdapterModel):
+class StitchedModelForImageClassification(SelectingModel):
     """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
 
     The anchors are frozen and in evaluation mode always; what trains, is saved and is shared are the stitches and,
@@ -76,6 +76,7 @@ class StitchedModelForImageClassification(AdapterModel):
             self._make_stitch(*config.stitch_parts(name))
         self.profiled: Profile | None = None
         self.similarity: Similarity | None = None
+        self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route((Segment(self.front),))
         self.post_init()
 
@@ -154,43 +155,6 @@ class StitchedModelForImageClassification(AdapterModel):
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
-    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
-        """Batches of images as every anchor wants them, by anchor."""
-        for batch in batches(data, batch_size, name):
-            self.preprocessing.check(batch["pixel_values"])
-            images = batch["pixel_values"].to(self.device, self.dtype)
-            yield {name: self.images_for(name, images) for name in self.anchors}
-
-    def select_stitches(
-        self,
-        calibration: Any,
-        method: str = "cka",
-        max_routes: int = 8,
-        config: StitchConfig | None = None,
-        batch_size: int = 64,
-        **options: Any,
-    ) -> list[Route]:
-        """Choose where to join the first anchor to the last, from unlabelled images, and add those stitches.
-
-        The whole matrix is kept in `similarity`. The first route found becomes the active one.
-
-        Args:
-            calibration: images; see `restnet_hf.data.batches`. A few hundred do.
-            method: a key of `SELECTORS`.
-            max_routes: how many to add at most.
-            config: how the stitches are made.
-            batch_size: for a tensor or a data set.
-            **options: of the selector.
-        """
-        if method not in SELECTORS:
-            raise ValueError(f"method={method!r} is not one of {sorted(SELECTORS)}")
-        front, *_, end = self.anchors.values()
-        images = self._images(calibration, batch_size, "calibration")
-        self.similarity = SELECTORS[method](front, end, images, **options)
-        routes = [self.add_stitch(route, config) for route in choose_routes(self.similarity, max_routes)]
-        self.set_route(routes[0])
-        return routes
-
     def fit_stitches(
         self,
         calibration: Any,
@@ -266,13 +230,6 @@ class StitchedModelForImageClassification(AdapterModel):
         of = {"weights": self.weights_sha256(), "versions": versions}
         self.profiled = Profile(tuple(rows), {**metadata, **where, **of})
         return self.profiled
-
-    def _checked(self, data: Any, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        for batch in batches(data, batch_size):
-            self.preprocessing.check(batch["pixel_values"])
-            if "labels" in batch:
-                check_labels(batch["labels"], self.config.num_labels)
-            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""

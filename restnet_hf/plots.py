@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from restnet_hf.files import written_whole
 from restnet_hf.profiles import Profile, ProfiledRoute
+from restnet_hf.ranking import Similarity
 from restnet_hf.routes import Route
-from restnet_hf.similarity import Similarity
 
 
 def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str | os.PathLike[str]) -> None:
@@ -18,7 +19,9 @@ def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str |
     figure = Figure(figsize=(2.5 + 0.35 * columns, 1.8 + 0.35 * rows), layout="constrained")
     axes = figure.add_subplot()
     extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
-    image = axes.imshow(similarity.values, vmin=0, vmax=1, cmap="viridis", extent=extent, aspect="auto")
+    image = axes.imshow(
+        similarity.values, cmap="viridis", extent=extent, aspect="auto", vmin=_least(similarity), vmax=1.0
+    )
     points = [point for route in routes for point in route.stitch_points]
     axes.scatter(
         [p.target_cut for p in points], [p.source_cut for p in points], s=90, c="none", edgecolors="red", linewidths=2
@@ -28,9 +31,16 @@ def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str |
     axes.set_xlabel(f"cut of {similarity.end} (replaced)")
     axes.set_ylabel(f"cut of {similarity.front} (comes in)")
     settings = similarity.settings
-    axes.set_title(f"{settings['estimator']} CKA, {settings['images']} images\ncircles: stitches", fontsize=10)
+    images = f", {settings['images']} images" if "images" in settings else ""
+    axes.set_title(f"{settings['method']}{images}\ncircles: stitches", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.9)
     _write(figure, path)
+
+
+def _least(similarity: Similarity) -> float:
+    """0, or where values are below it, their 10th percentile: a few bad pairs hide nothing."""
+    values = similarity.values.compressed()
+    return min(0.0, float(np.percentile(values, 10))) if len(values) else 0.0
 
 
 def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profile | None = None) -> None:

@@ -1,31 +1,35 @@
 """Recipes: the whole job as data, from two classifiers to a saved adapter and a report."""
 
+import csv
 import dataclasses
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import ClassLabel, Dataset
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from restnet_hf.anchors import Anchor
-from restnet_hf.data import load_images, subset, with_pixel_values
+from restnet_hf.data import load_images, subset, this_process, with_pixel_values
 from restnet_hf.files import written_whole
 from restnet_hf.labels import label_order
 from restnet_hf.loading import load_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.parents import class_order
 from restnet_hf.plots import plot_similarity, plot_tradeoff
-from restnet_hf.profiles import Profile
+from restnet_hf.profiles import Budget, Profile
+from restnet_hf.ranking import RankedRoute, choose_routes, rank_routes
 from restnet_hf.routes import Route, Segment
+from restnet_hf.similarity_cache import write_similarity
 from restnet_hf.stitches import StitchConfig
 from restnet_hf.training import TrainArgs, train
 
@@ -102,7 +106,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     folder = Path(out)
     clock = _Clock()
     set_seed(recipe.seed)
-    model, train_set, eval_set = _prepare(recipe)
+    model, train_set, eval_set = prepare(recipe)
     calibration = train_set.select(range(min(recipe.calibration_images, len(train_set))))
     clock.lap("load")
     if model.config.new_head:
@@ -127,7 +131,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     clock.lap("second profile")
     best = max(profile.routes, key=lambda row: (len(row.route.segments) > 1, row.scores["accuracy"]))
     model.set_route(best.route)
-    state = PartialState()
+    state = this_process()
     model.save_pretrained(folder / "adapter", is_main_process=state.is_main_process)
     state.wait_for_everyone()
     same = _reloads(model, folder / "adapter", calibration)
@@ -150,6 +154,74 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     return report
 
 
+def compare_anchors(
+    front: str,
+    end: str,
+    dataset: str,
+    out: str | os.PathLike[str],
+    methods: Sequence[str],
+    *,
+    split: str = "train",
+    images: int = 512,
+    image_size: int | None = None,
+    max_routes: int = 8,
+    budget: Mapping[str, float] | None = None,
+    order: str = "given",
+) -> dict[str, list[RankedRoute]]:
+    """Compare two anchors by selectors and write, for each, ``NAME.npz``, ``NAME.csv`` and ``NAME.png`` to ``out``.
+
+    Args:
+        front, end: Hub ids or local folders.
+        dataset: images; labels are used where they are the anchors' classes.
+        out: folder.
+        methods: keys of `SELECTORS`.
+        split, images, image_size: as of `Recipe`.
+        max_routes, budget, order: as of ``select_stitches``.
+
+    Returns:
+        The routes that each selector chooses.
+
+    Raises:
+        ValueError, OSError: something cannot be loaded, or does not fit.
+    """
+    rows = subset(load_images(dataset, split), images)
+    anchors = [load_anchor(source, image_size=image_size, dtype=torch.float32) for source in (front, end)]
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **_own_classes(anchors))
+    if model.image_processor is None:
+        raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
+    names = _class_names(rows) if "label" in rows.column_names else None
+    order_of = None if names is None else label_order(names, list(model.config.id2label.values()))
+    if order_of is None and "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    found = model.compare(with_pixel_values(rows, model.image_processor, order_of), methods, order)
+    costs, limits = model.route_costs(), None if budget is None else Budget(**budget)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = {}
+    for name, similarities in found.items():
+        chosen[name] = choose_routes(rank_routes(similarities, costs, limits), max_routes)
+        for similarity in similarities:
+            suffix = "" if similarity is similarities[0] else "_back"
+            write_similarity(similarity, folder / f"{name}{suffix}.npz")
+            routes = [row.route for row in chosen[name] if row.route.segments[0].anchor == similarity.front]
+            plot_similarity(similarity, routes, folder / f"{name}{suffix}.png")
+            with written_whole(folder / f"{name}{suffix}.csv") as temporary, temporary.open("w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
+                for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
+                    table.writerow([cut.name, *row.filled(np.nan)])
+    return chosen
+
+
+def _own_classes(anchors: list[Anchor]) -> dict[str, Any]:
+    """Options for anchors whose classes differ: heads do not matter where activations are compared."""
+    try:
+        class_order(*anchors)
+    except ValueError:
+        return {"num_labels": 2}
+    return {}
+
+
 class _Clock:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -160,7 +232,8 @@ class _Clock:
         self.laps[name], self._began = round(now - self._began, 2), now
 
 
-def _prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Dataset, Dataset]:
+def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Dataset, Dataset]:
+    """The model without stitches, and the images to train and to evaluate on, prepared for it."""
     train_rows, eval_rows = (load_images(recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split))
     anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in (recipe.front, recipe.end)]
     names = _class_names(train_rows)

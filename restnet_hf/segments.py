@@ -93,15 +93,21 @@ def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _kept(model: nn.Module, wanted: Mapping[int, Cut], go_on: bool) -> Iterator[dict[int, Tensor]]:
-    """Collect the activations at cuts for one call, which ends with the last of them unless it is to go on."""
-    kept: dict[int, Tensor] = {}
+def _kept(
+    model: nn.Module, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None
+) -> Iterator[dict[int, Any]]:
+    """Collect the activations at cuts, or what ``see`` makes of them, for one call.
+
+    The call ends with the last of the cuts unless it is to go on.
+    """
+    kept: dict[int, Any] = {}
 
     def keep(key: int, path: str, tensors: dict[int, Tensor], module: nn.Module, args: Any, output: Any) -> None:
         cut = wanted[key]
         tensors |= cut.read(path, output)
         if len(tensors) == len(cut.tensors):
-            kept[key] = cut.pack(tensors)
+            kept[key] = cut.pack(tensors) if see is None else see(key, cut.pack(tensors))
+            tensors.clear()  # nothing of it is held here
         if not go_on and len(kept) == len(wanted):
             raise _Reached
 
@@ -138,7 +144,8 @@ def run(
     stops: Mapping[int, Cut | None],
     image_size: tuple[int, int],
     classifier: str | None = None,
-) -> dict[int, Tensor]:
+    see: Callable[[int, Tensor], Any] | None = None,
+) -> dict[int, Any]:
     """Run ``model`` from ``start`` and return its activation at each of ``stops``, in one forward.
 
     Args:
@@ -148,12 +155,14 @@ def run(
         stops: cuts to read, under any key; None stands for the logits. Nothing runs past the last of them.
         image_size: of the images the network is used with.
         classifier: path of the last layer, to be left out: the logits are then the features before it.
+        see: is called with each key and activation as it comes; what it returns is returned instead of the activation,
+            which is then not kept.
     """
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
     entering = _entering(_Flow(x), start, classifier)
     with (
         _lock(model),
-        _kept(model, wanted, go_on=len(wanted) < len(stops)) as kept,
+        _kept(model, wanted, go_on=len(wanted) < len(stops), see=see) as kept,
         _replaced((model.get_submodule(path), forward) for path, forward in entering),
     ):
         try:

@@ -1,8 +1,9 @@
 """Stitches: small adapters from one anchor's activation to another's, and their fit by streaming least squares."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from restnet_hf.anchors import Anchor
-from restnet_hf.features import AnyLayout, JointLayout, Layout, resize
+from restnet_hf.features import AnyLayout, JointLayout, Layout, resize, resize_matrix
 from restnet_hf.routes import StitchPoint
 
 
 CLASS_TOKENS = ("pool", "learn", "drop", "add")
 ROWS = 16384  # of float64 features at a time
+POSITIONS = 256  # of each image that a stitch is fitted on; more of a map tell little new and cost as much each
 RIDGE = 1e-6  # of the mean variance: far below what real features carry, far above float64 rounding
 
 
@@ -46,14 +48,37 @@ class StitchConfig:
             raise ValueError(f"class_token={self.class_token!r} is not one of {CLASS_TOKENS}")
 
 
+Chosen = Tensor | None  # positions (N, P) of each image, None for all
+
+
 @dataclass(frozen=True)
 class Problem:
-    """A least-squares problem: rows (M, C) from the source's activation, rows (M, D) from the target's, and where the
-    solution, weight (D, C) and bias (D,), goes."""
+    """A least-squares problem.
 
-    inputs: Callable[[Tensor], Tensor]
-    outputs: Callable[[Tensor], Tensor]
+    Of images with more positions than are asked for a sample is taken, the same of inputs and of outputs.
+
+    Args:
+        inputs: rows (N, P, C) of the source's activation.
+        outputs: rows (N, P, D) of the target's.
+        assign: where the solution, weight (D, C) and bias (D,), goes.
+        positions: P, where all are taken.
+        key_in: equal for equal rows of the same activation.
+        key_out: likewise.
+    """
+
+    inputs: Callable[[Tensor, Chosen], Tensor]
+    outputs: Callable[[Tensor, Chosen], Tensor]
     assign: Callable[[Tensor, Tensor], None]
+    positions: int
+    key_in: Hashable
+    key_out: Hashable
+
+    def chosen(self, images: int, most: int, seed: int) -> Chosen:
+        """At most so many of the positions of each image (N, P), drawn at random; None for all of them."""
+        if self.positions <= most:
+            return None
+        dice = torch.Generator().manual_seed(1_000_003 * seed + self.positions)
+        return torch.rand(images, self.positions, generator=dice).argsort(1)[:, :most]
 
 
 class Stitch(nn.Module, ABC):
@@ -128,32 +153,58 @@ class LinearStitch(Stitch):
         return torch.cat(tokens, dim=1) if tokens else None
 
     def problems(self) -> list[Problem]:
-        found = [Problem(self._rows_in, self._rows_out, self._set_projection)]
+        places = self.shared + math.prod(self.target.grid)
+        rows_in, rows_out = ("rows", self.target.grid, self.shared, self.spare), ("rows", self.shared)
+        found = [Problem(self._rows_in, self._rows_out, self._set_projection, places, rows_in, rows_out)]
+        missing = ("missing", self.shared)
         if self.prefix is not None:
-            found.append(Problem(lambda x: x.new_zeros(len(x), 0), self._missing_out, self._set_prefix))
+            found.append(Problem(self._nothing_in, self._missing_out, self._set_prefix, 1, "nothing", missing))
         elif self.pool is not None:
-            found.append(Problem(lambda x: self.source.split(x)[0].mean((2, 3)), self._missing_out, self._set_pool))
+            found.append(Problem(self._mean_in, self._missing_out, self._set_pool, 1, "mean", missing))
         return found
 
-    def _rows(self, layout: AnyLayout, x: Tensor, spare: int = 0) -> Tensor:
-        spatial, prefix = layout.split(x)
-        rows = resize(spatial, self.target.grid).permute(0, 2, 3, 1).flatten(1, 2)
-        if spare and prefix is not None:  # what is added to every position is an input of every position
+    def _rows_in(self, x: Tensor, chosen: Chosen) -> Tensor:
+        spatial, prefix = self.source.split(x)
+        if chosen is None or self.shrinks:
+            rows = self._at(resize(spatial, self.target.grid), chosen)
+        else:  # what grows is never made as a whole
+            matrix = resize_matrix(self.source.grid, self.target.grid).to(x.device, x.dtype)
+            rows = matrix[(chosen.to(x.device) - self.shared).clamp_min(0)] @ spatial.flatten(2).transpose(1, 2)
+        if self.spare and prefix is not None:  # what is added to every position is an input of every position
             tokens = prefix[:, self.shared :].flatten(1)[:, None].expand(-1, rows.shape[1], -1)
             rows = torch.cat([rows, tokens], dim=2)
-        if self.shared and prefix is not None:
-            shared = pad(prefix[:, : self.shared], (0, rows.shape[2] - prefix.shape[2]))
-            rows = torch.cat([shared, rows], dim=1)
-        return rows.flatten(0, 1)
+        return self._with_prefix(rows, prefix, chosen)
 
-    def _rows_in(self, x: Tensor) -> Tensor:
-        return self._rows(self.source, x, self.spare)
+    def _rows_out(self, y: Tensor, chosen: Chosen) -> Tensor:
+        spatial, prefix = self.target.split(y)
+        return self._with_prefix(self._at(spatial, chosen), prefix, chosen)
 
-    def _rows_out(self, y: Tensor) -> Tensor:
-        return self._rows(self.target, y)
+    def _at(self, spatial: Tensor, chosen: Chosen) -> Tensor:
+        """A map on the target's grid as rows (N, P, C)."""
+        rows = spatial.flatten(2).transpose(1, 2)
+        if chosen is None:
+            return rows
+        at = (chosen.to(rows.device) - self.shared).clamp_min(0)
+        return rows.gather(1, at[..., None].expand(-1, -1, rows.shape[2]))
 
-    def _missing_out(self, y: Tensor) -> Tensor:
-        return y[:, self.shared : self.target.prefix].flatten(1)
+    def _with_prefix(self, rows: Tensor, prefix: Tensor | None, chosen: Chosen) -> Tensor:
+        """Rows with those of the shared prefix tokens before them, or in the places that were chosen for them."""
+        if not self.shared or prefix is None:
+            return rows
+        tokens = pad(prefix[:, : self.shared], (0, rows.shape[2] - prefix.shape[2]))
+        if chosen is None:
+            return torch.cat([tokens, rows], dim=1)
+        chosen = chosen.to(rows.device)[..., None].expand(-1, -1, rows.shape[2])
+        return torch.where(chosen < self.shared, tokens.gather(1, chosen.clamp_max(self.shared - 1)), rows)
+
+    def _nothing_in(self, x: Tensor, chosen: Chosen) -> Tensor:
+        return x.new_zeros(len(x), 1, 0)
+
+    def _mean_in(self, x: Tensor, chosen: Chosen) -> Tensor:
+        return self.source.split(x)[0].mean((2, 3))[:, None]
+
+    def _missing_out(self, y: Tensor, chosen: Chosen) -> Tensor:
+        return y[:, self.shared : self.target.prefix].flatten(1)[:, None]
 
     @torch.no_grad()
     def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
@@ -202,11 +253,11 @@ class JointStitch(Stitch):
             assert isinstance(part, Stitch)
             for problem in part.problems():
                 outputs = partial(self._outputs, index, problem.outputs)
-                found.append(Problem(problem.inputs, outputs, problem.assign))
+                found.append(replace(problem, outputs=outputs, key_out=(index, problem.key_out)))
         return found
 
-    def _outputs(self, index: int, outputs: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
-        return outputs(self.target.unpack(y)[index])
+    def _outputs(self, index: int, outputs: Callable[[Tensor, Chosen], Tensor], y: Tensor, chosen: Chosen) -> Tensor:
+        return outputs(self.target.unpack(y)[index], chosen)
 
 
 def make_stitch(source: AnyLayout, target: AnyLayout, config: StitchConfig) -> Stitch:
@@ -313,12 +364,15 @@ def fit_stitches(
     for point in stitches:
         wanted.setdefault(point.source, set()).add(point.source_cut)
         wanted.setdefault(point.target, set()).add(point.target_cut)
+    start = 0
     for batch in images:
         features = {name: anchors[name].capture(batch[name], cuts) for name, cuts in wanted.items()}
         for point, problem, sums in jobs:
             source = features[point.source][point.source_cut]
             target = features[point.target][point.target_cut]
-            sums.update(problem.inputs(source), problem.outputs(target))
+            chosen = problem.chosen(len(source), POSITIONS, start)
+            sums.update(problem.inputs(source, chosen).flatten(0, 1), problem.outputs(target, chosen).flatten(0, 1))
+        start += len(next(iter(batch.values())))
     r2: dict[str, float] = {}
     solutions = []
     for point, problem, sums in jobs:  # nothing is assigned before everything is solved

@@ -199,9 +199,15 @@ class RouteMixin:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
         return self.set_route(self.profiled.best(budget, score).route)
 
-    def steps(self, route: Route | str) -> tuple[Step, ...]:
-        """What a route runs, one after the other. Forward, costs, profiles and baking all walk this."""
+    def steps(self, route: Route | str, stitches: Mapping[str, nn.Module] | None = None) -> tuple[Step, ...]:
+        """What a route runs, one after the other. Forward, costs, profiles and baking all walk this.
+
+        Args:
+            route: of this model.
+            stitches: instead of the model's own, by name.
+        """
         route = self.route(route) if isinstance(route, str) else route
+        stitches = self.stitches if stitches is None else stitches
         steps: list[Step] = []
         first, last = route.segments[0].anchor, route.segments[-1].anchor
         if first in self.converters:
@@ -213,10 +219,10 @@ class RouteMixin:
             shape: tuple[int, ...] = (1, 3, *anchor.preprocessing.image_size)
             if segment.start:
                 point = next(points)
-                if point.name not in self.stitches:
+                if point.name not in stitches:
                     raise ValueError(f"route '{route}' has no stitch yet; call add_stitch('{route}') and fit_stitches")
                 shape = self.anchors[point.source].layout(point.source_cut).shape(1)
-                steps.append(Step(point.name, self.stitches[point.name], shape))
+                steps.append(Step(point.name, stitches[point.name], shape))
                 shape = anchor.layout(segment.start).shape(1)
             steps.append(Step(str(segment), anchor, shape, segment))
         if self.heads:
@@ -227,6 +233,12 @@ class RouteMixin:
         elif last in self.orders:
             steps.append(Step(f"labels of {last}", self.orders[last], (1, self.config.num_labels)))
         return tuple(steps)
+
+    def finish(self, anchor: str) -> nn.Module:
+        """What turns an anchor's own output into this model's logits: its new head, an order of labels, or nothing."""
+        if self.heads:
+            return self.heads[anchor]
+        return self.orders[anchor] if anchor in self.orders else nn.Identity()
 
     def bake(self, route: Route | str | None = None) -> nn.Sequential:
         """The active route (or another) as a plain module with only its own weights: images to logits."""

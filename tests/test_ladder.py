@@ -12,6 +12,7 @@ LADDER = [
     "files",
     "routes",
     "profiles",
+    "ranking",
     "cards",
     "hub",
     "features",
@@ -29,7 +30,10 @@ LADDER = [
     "parents",
     "data",
     "stitches",
+    "hsic",
+    "samples",
     "similarity",
+    "similarity_cache",
     "plots",
     "steps",
     "costs",
@@ -38,13 +42,14 @@ LADDER = [
     "switching",
     "adapters",
     "saving",
+    "selecting",
     "modeling_restnet",
     "training",
     "recipe",
     "cli",
     "__init__",
 ]
-NO_TORCH = ["embedded", "files", "routes", "profiles", "cards", "hub"]
+NO_TORCH = ["embedded", "files", "routes", "profiles", "ranking", "cards", "hub"]
 
 
 def trees(package):

@@ -202,7 +202,7 @@ def test_bad_images(pair, images, error):
 
 def test_select_fit_profile_budget(pair, images):
     routes = pair.select_stitches(images, max_routes=3)
-    assert len(routes) == 3 and pair.active_route == routes[0]
+    assert len(routes) == 3 and pair.active_route == max(routes, key=pair.similarity.value)
     assert pair.similarity.values.shape == (6, 3)
     r2 = pair.fit_stitches(images)
     assert r2.keys() == set(pair.stitches) and all(0 < value <= 1 for value in r2.values())

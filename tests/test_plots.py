@@ -6,8 +6,8 @@ from PIL import Image
 
 from restnet_hf.plots import plot_similarity, plot_tradeoff
 from restnet_hf.profiles import Profile, ProfiledRoute
+from restnet_hf.ranking import Similarity
 from restnet_hf.routes import Route
-from restnet_hf.similarity import Similarity
 
 
 def profile(*rows):
@@ -35,7 +35,7 @@ def test_tradeoff(tmp_path):
 
 def test_similarity(tmp_path):
     values = np.ma.masked_array([[0.1, 0.9], [0.5, 0.5], [0.2, 0.3]], [[0, 0], [1, 0], [0, 0]])
-    found = Similarity("a", "b", values, {"estimator": "unbiased", "images": 64})
+    found = Similarity("a", "b", values, {"method": "cka", "images": 64})
     plot_similarity(found, [], tmp_path / "none.png")
     plot_similarity(found, [Route.parse("a[:1] + b[2:]")], tmp_path / "one.png")
     red = [((p := pixels(tmp_path / f"{n}.png"))[..., 0] > 240) & (p[..., 1] < 30) for n in ("none", "one")]

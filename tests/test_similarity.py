@@ -1,165 +1,223 @@
-"""CKA equals the formulas, stays exact far from zero, and is never NaN."""
+"""Selectors agree with the formulas, computed on activations that come from the plain models' own hooks."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_anchor
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import CLASSES, make_anchor
+from test_hsic import biased_formula, unbiased_formula
+from torch import nn
 
-from restnet_hf.routes import Route
-from restnet_hf.similarity import ESTIMATORS, FEATURES, HSIC, SELECTORS, Similarity, choose_routes, cka, gram
-
-
-def value(x, y, estimator="biased", batch=None):
-    sums = HSIC(estimator)
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
-    for a, b in zip(x.split(batch or len(x)), y.split(batch or len(y)), strict=True):
-        sums.update(gram(a)[None], gram(b)[None])
-    return sums.cka()[0, 0]
+from restnet_hf.hsic import ESTIMATORS
+from restnet_hf.samples import Pair, Samples, Seen
+from restnet_hf.similarity import FEATURES, SELECTORS, TOKENS, ProbeKL, compare
 
 
-def biased_formula(x, y):
-    """Kornblith et al.: squared Frobenius norms of cross-covariances, in float64."""
-    x, y = x - x.mean(0), y - y.mean(0)
-    return np.linalg.norm(x.T @ y) ** 2 / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+COUNT = 24
+IMAGES = torch.randn(COUNT, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(COUNT) % CLASSES
 
 
-def unbiased_hsic(x, y):
-    """Song et al., equation 5, by its three terms."""
-    n = len(x)
-    k, m = x @ x.T, y @ y.T
-    np.fill_diagonal(k, 0)
-    np.fill_diagonal(m, 0)
-    total = np.trace(k @ m) + k.sum() * m.sum() / (n - 1) / (n - 2) - 2 * (k @ m).sum() / (n - 2)
-    return total / (n * (n - 3))
+def seen(anchors, images=IMAGES, labels=None, batch=COUNT):
+    finish = dict.fromkeys((anchor.name for anchor in anchors), nn.Identity())
+    by_name = {anchor.name: anchor for anchor in anchors}
+    for start in range(0, len(images), batch):
+        part = slice(start, start + batch)
+        inputs = dict.fromkeys(by_name, images[part])
+        yield Seen(start, inputs, by_name, finish, None if labels is None else labels[part])
 
 
-def unbiased_formula(x, y):
-    return unbiased_hsic(x, y) / np.sqrt(unbiased_hsic(x, x) * unbiased_hsic(y, y))
+def one(front, end, method, images=IMAGES, labels=None, batch=COUNT, **options):
+    pair = Pair(front, end, nn.Identity())
+    return compare([pair], lambda: seen((front, end), images, labels, batch), {method: options})[method][0]
 
 
-def test_golden_values():
-    rng = np.random.RandomState(1337)
-    x = rng.randn(100, 10)
-    y = rng.randn(100, 10) + x
-    assert value(x, y) == pytest.approx(0.55761, abs=5e-6)
-    assert value(x, y, "unbiased") == pytest.approx(0.51346, abs=5e-6)
-
-
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_far_from_zero(offset, dtype):
-    rng = np.random.default_rng(0)
-    x = (rng.normal(size=(48, 5000)) + offset).astype(dtype)
-    y = (rng.normal(size=(48, 300)) + x[:, :300] + offset).astype(dtype)
-    double = x.astype(np.float64), y.astype(np.float64)
-    centred = tuple(v - v.mean(0) for v in double)
-    assert value(x, y) == pytest.approx(biased_formula(*double), abs=1e-6)
-    assert value(x, y, "unbiased") == pytest.approx(unbiased_formula(*centred), abs=1e-6)
-
-
-def test_batches_are_summed_before_the_ratio():
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(60, 4))
-    y = rng.normal(size=(60, 4)) + x
-    parts = [(x[i : i + 20], y[i : i + 20]) for i in (0, 20, 40)]
-    sums = [sum(unbiased_hsic(p[a], p[b]) for p in parts) for a, b in ((0, 1), (0, 0), (1, 1))]
-    assert value(x, y, "unbiased", batch=20) == pytest.approx(sums[0] / np.sqrt(sums[1] * sums[2]), abs=1e-9)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 1000), st.floats(0.01, 100), st.sampled_from(ESTIMATORS))
-def test_invariances(seed, scale, estimator):
-    rng = np.random.default_rng(seed)
-    x, y = rng.normal(size=(20, 6)), rng.normal(size=(20, 4))
-    rotation = np.linalg.qr(rng.normal(size=(6, 6)))[0]
-    base = value(x, y, estimator)
-    assert value(scale * x @ rotation + 3, y, estimator) == pytest.approx(base, abs=1e-9)
-    assert value(y, x, estimator) == pytest.approx(base, abs=1e-9)
-    assert value(x, x, estimator) == pytest.approx(1, abs=1e-9)
-    assert -1 <= base <= 1 and (estimator == "unbiased" or base >= 0)
-
-
-def test_undefined_is_masked():
-    sums = HSIC("unbiased")
-    flat, live = torch.zeros(8, 8, dtype=torch.float64), gram(torch.randn(8, 3))
-    sums.update(torch.stack([flat, live]), torch.stack([live, flat]))
-    found = sums.cka()
-    assert found.mask.tolist() == [[True, True], [False, True]]
-    assert np.isfinite(found.data).all()
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_short_last_batch_says_nothing(estimator):
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(258, 50))
-    y = rng.normal(size=(258, 50)) + 0.5 * x
-    assert value(x, y, estimator, batch=64) == pytest.approx(value(x[:256], y[:256], estimator, batch=64), abs=1e-12)
-
-
-def test_too_few_images():
-    with pytest.raises(ValueError, match="batches of at least 4"):
-        value(torch.randn(3, 2), torch.randn(3, 2), "unbiased")
+def hooked(anchor):
+    """Activations at every cut by hooks on the plain model."""
+    found, handles = {}, []
+    for index, cut in enumerate(anchor.cuts, 1):
+        handles.append(
+            anchor.model.get_submodule(cut.name).register_forward_hook(
+                lambda m, a, out, index=index: found.update({index: out[0] if isinstance(out, tuple) else out})
+            )
+        )
+    with torch.no_grad():
+        anchor.model(IMAGES)
+    for handle in handles:
+        handle.remove()
+    return {index: value.double() for index, value in found.items()}
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_two_anchors(anchors, features, estimator):
-    """Against the formulas on activations that come from the plain models' own hooks."""
+def test_cka(anchors, features, estimator):
     front, end = anchors["resnet"], anchors["vit"]
-    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    batches = [{"resnet": images, "vit": images}]
-    found = cka(front, end, batches, estimator=estimator, features=features)
-    seen = {}
-    for anchor in (front, end):
-        for index, cut in enumerate(anchor.cuts, 1):
-            anchor.model.get_submodule(cut.name).register_forward_hook(
-                lambda m, a, out, key=(anchor.name, index): seen.update(
-                    {key: out[0] if isinstance(out, tuple) else out}
-                )
-            )
-    with torch.no_grad():
-        front.model(images), end.model(images)
-    for anchor in (front, end):
-        for cut in anchor.cuts:
-            anchor.model.get_submodule(cut.name)._forward_hooks.clear()
-    assert found.values.shape == (front.depth, end.depth)
+    found = one(front, end, "cka", estimator=estimator, features=features)
+    maps, tokens = hooked(front), hooked(end)
+    assert found.values.shape == (front.depth, end.depth) and found.settings["images"] == COUNT
     for (i, j), result in np.ndenumerate(found.values):
-        x, y = seen["resnet", i + 1].double(), seen["vit", j + 1].double()
+        x, y = maps[i + 1], tokens[j + 1]
         if features == "pooled":
             x, y = x.mean((2, 3)), y[:, 1:].mean(1)  # the class token is no position
+        elif features == "tokens":
+            y = y[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+            x, y = (nn.functional.adaptive_avg_pool2d(v, TOKENS).permute(0, 2, 3, 1).flatten(0, 2) for v in (x, y))
         x, y = (v.flatten(1).numpy() - v.flatten(1).numpy().mean(0) for v in (x, y))
         formula = biased_formula if estimator == "biased" else unbiased_formula
         assert result == pytest.approx(formula(x, y), abs=1e-5)
-    assert found.settings["images"] == 16
 
 
-def test_nan_features_are_named():
-    front, end = make_anchor("resnet"), make_anchor("vit")
-    bad = torch.full((8, 3, 64, 64), float("nan"))
-    with pytest.raises(ValueError, match=r"activations of 'resnet' at cut 1 \(.*\) hold NaN"):
-        cka(front, end, [{"resnet": bad, "vit": bad}])
+def test_position(anchors):
+    values = one(anchors["resnet"], anchors["vit"], "position").values
+    depths = anchors["resnet"].depth, anchors["vit"].depth
+    assert values.shape == depths
+    assert values[0, 0] == pytest.approx(1 - abs(1 / (depths[0] + 1) - 1 / (depths[1] + 1)))
+    assert values.max() <= 1 and values[-1, 0] == pytest.approx(values.min())
 
 
-def test_choose_routes():
-    values = np.ma.masked_array([[0.9, 0.2, 0.1], [0.5, 0.8, 0.1], [0.1, 0.6, 0.7], [0.9, 0.9, 0.9]])
-    values[3] = np.ma.masked
-    similarity = Similarity("a", "b", values, {})
-    assert choose_routes(similarity, 9) == [Route.parse(f"a[:{i}] + b[{i}:]") for i in (1, 2, 3)]
-    assert choose_routes(similarity, 2) == [Route.parse("a[:1] + b[1:]"), Route.parse("a[:3] + b[3:]")]
-    with pytest.raises(ValueError, match="max_routes"):
-        choose_routes(similarity, 0)
+def test_held_out_r2(anchors):
+    """By numpy, in float64, on the rows that were kept: fitted on every other image, explained on the others."""
+    front, end = anchors["resnet"], anchors["mobilenet"]
+    samples = Samples(Pair(front, end, nn.Identity()))
+    samples.keep_rows()
+    for batch in seen((front, end), batch=8):
+        batch.visit(lambda *args, seen=batch: samples.read(*args, seen))
+        samples.update(batch)
+    values = one(front, end, "lstsq", batch=8).values
+    for i, j in ((1, 1), (3, 5), (front.depth, end.depth)):
+        (problem,) = samples.problems[i, j]
+        x, y = (samples._all((side, cut, key)).double().numpy() for side, cut, key in
+                (("in", i, problem.key_in), ("out", j, problem.key_out)))  # fmt: skip
+        assert x.shape[:2] == y.shape[:2] == (COUNT, min(4, np.prod(end.layout(j).grid)))
+        (fit_x, fit_y), (test_x, test_y) = ([v[k::2].reshape(-1, v.shape[2]) for v in (x, y)] for k in (0, 1))
+        mean_x, mean_y = fit_x.mean(0), fit_y.mean(0)
+        a, b = fit_x - mean_x, fit_y - mean_y
+        weight = np.linalg.solve(a.T @ a + 0.01 * np.trace(a.T @ a) / a.shape[1] * np.eye(a.shape[1]), a.T @ b)
+        left = test_y - mean_y - (test_x - mean_x) @ weight
+        expected = 1 - (left**2).sum() / ((test_y - mean_y) ** 2).sum()
+        assert values[i - 1, j - 1] == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("names", [("resnet", "vit"), ("vit", "mobilenet"), ("tnt", "resnet"), ("resnet", "tnt")])
+@pytest.mark.parametrize("labels", [None, LABELS])
+def test_fitted_accuracy(anchors, names, labels):
+    """What a route through the kept stitch scores, run step by step on the held-out images."""
+    front, end = (anchors[name] for name in names)
+    values = one(front, end, "fitted_accuracy", labels=labels).values
+    samples = Samples(Pair(front, end, nn.Identity()))
+    samples.keep_rows()
+    for batch in seen((front, end), labels=labels):
+        batch.visit(lambda *args, seen=batch: samples.read(*args, seen))
+        samples.update(batch)
+    stitches = samples.stitches(0.01)
+    larger = max((front, end), key=lambda anchor: anchor.num_parameters())
+    with torch.no_grad():
+        guess = larger.model(IMAGES)
+        truth = getattr(guess, "logits", guess).argmax(-1)[1::2] if labels is None else labels[1::2]
+        for i, j in ((1, 1), (front.depth, end.depth)):
+            logits = end(stitches[i, j](front(IMAGES[1::2], stop=i)), start=j)
+            assert values[i - 1, j - 1] == pytest.approx((logits.argmax(-1) == truth).double().mean().item())
+
+
+def test_probes(anchors):
+    """The probes are at the minimum of the regularised loss, and the value is KLAS's ratio of their divergences."""
+    front, end = anchors["resnet"], anchors["vit"]
+    samples = Samples(Pair(front, end, nn.Identity()))
+    selector = ProbeKL(samples.pair, samples, weight_decay=0.02)
+    for batch in seen((front, end), labels=LABELS):
+        batch.visit(lambda *args, seen=batch: samples.read(*args, seen))
+        samples.update(batch)
+    values = selector.values()
+    maps, tokens = hooked(front), hooked(end)
+    pooled = {("f", i): v.mean((2, 3)) for i, v in maps.items()} | {
+        ("g", j): v[:, 1:].mean(1) for j, v in tokens.items()
+    }
+    outputs = {key: reference_probe(x, 0.02) for key, x in pooled.items()}
+    with torch.no_grad():
+        last = end.model(IMAGES).logits.double()[1::2].log_softmax(-1)
+
+    def theta(a, b):
+        return (a.exp() * (a - b)).sum(-1).mean().item()
+
+    for i, j in ((1, 1), (2, end.depth), (front.depth, 2)):
+        after = outputs["g", j + 1] if j < end.depth else last
+        ratio = theta(outputs["f", i], outputs["g", j]) / theta(outputs["g", j], after)
+        assert values[i - 1, j - 1] == pytest.approx(1 / (1 + ratio), rel=2e-2)
+
+
+def reference_probe(x, weight_decay):
+    """Softmax regression by plain gradient descent in float64, far longer than is needed."""
+    fit, test = x[0::2], x[1::2]
+    mean, std = fit.mean(0), fit.std(0).clamp_min(1e-6)
+    fit, test = (fit - mean) / std, (test - mean) / std
+    weight, bias = fit.new_zeros(x.shape[1], CLASSES), fit.new_zeros(CLASSES)
+    targets = nn.functional.one_hot(LABELS[0::2], CLASSES).double()
+    rate = 1 / (torch.linalg.matrix_norm(fit, 2) ** 2 / len(fit) + 2 * weight_decay + 1)
+    for _ in range(20_000):
+        wrong = ((fit @ weight + bias).softmax(-1) - targets) / len(fit)
+        weight -= rate * (fit.T @ wrong + 2 * weight_decay * weight)
+        bias -= rate * wrong.sum(0)
+    return (test @ weight + bias).log_softmax(-1)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-def test_every_selector_gives_a_matrix(anchors, images, name):
-    found = SELECTORS[name](anchors["swin"], anchors["mobilenet"], [{"swin": images, "mobilenet": images}])
-    assert found.values.shape == (anchors["swin"].depth, anchors["mobilenet"].depth)
-    assert (found.front, found.end) == ("swin", "mobilenet")
+def test_every_selector_both_ways(anchors, name):
+    """One matrix for each direction, from one forward of each anchor for each batch."""
+    front, end = anchors["swin"], anchors["mobilenet"]
+    calls = []
+    front.search(), end.search()
+    handles = [anchor.model.register_forward_pre_hook(lambda m, a: calls.append(m)) for anchor in (front, end)]
+    pairs = [Pair(front, end, nn.Identity()), Pair(end, front, nn.Identity())]
+    found = compare(pairs, lambda: seen((front, end), batch=8), {name: {}})[name]
+    for handle in handles:
+        handle.remove()
+    assert [(f.front, f.end) for f in found] == [("swin", "mobilenet"), ("mobilenet", "swin")]
+    assert [f.values.shape for f in found] == [(front.depth, end.depth), (end.depth, front.depth)]
+    assert all(np.isfinite(f.values.compressed()).all() and f.settings["method"] == name for f in found)
+    assert len(calls) <= {"position": 0, "cka": 6, "lstsq": 12, "kl_probe": 12}.get(name, 1000)
+    again = compare(pairs, lambda: seen((front, end), batch=8), {name: {}})[name]
+    assert all(np.array_equal(a.values, b.values) for a, b in zip(found, again, strict=True))
 
 
-@pytest.mark.parametrize("options", [{"estimator": "exact"}, {"features": "all"}])
-def test_unknown_option(anchors, options):
-    with pytest.raises(ValueError, match="is not one of"):
-        cka(anchors["vit"], anchors["swin"], [], **options)
+@pytest.mark.parametrize("name", [name for name in SELECTORS if name != "position"])
+def test_nan_features_are_named(name):
+    front, end = make_anchor("resnet"), make_anchor("vit")
+    with pytest.raises(ValueError, match=r"activations of 'resnet' at cut 1 \(.*\) hold NaN"):
+        one(front, end, name, torch.full((8, 3, 64, 64), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cka", {"estimator": "exact"}, "estimator='exact' is not one of"),
+        ("cka", {"features": "all"}, "features='all' is not one of"),
+        ("cka", {"kernel": "cubic"}, "kernel='cubic' is not one of"),
+        ("cka", {"average": "median"}, "average='median' is not one of"),
+        ("lstsq", {"rigde": 1}, "'lstsq'.*rigde"),
+        ("magic", {}, "method='magic' is not one of"),
+    ],
+)
+def test_unknown_option(anchors, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        one(anchors["vit"], anchors["swin"], name, **options)
+
+
+@pytest.mark.parametrize("name", ["cka", "lstsq", "kl_probe", "fitted_accuracy"])
+def test_too_few_images(anchors, name):
+    with pytest.raises(ValueError, match="images"):
+        one(anchors["vit"], anchors["swin"], name, IMAGES[:1])
+
+
+def test_what_is_kept_does_not_grow(anchors):
+    front, end = anchors["resnet"], anchors["vit"]
+    sizes = []
+    for count in (16, 24):
+        samples = Samples(Pair(front, end, nn.Identity()), images=10)
+        samples.keep_rows()
+        samples.keep_pooled()
+        samples.keep_images()
+        for batch in seen((front, end), IMAGES[:count], LABELS[:count], batch=8):
+            batch.visit(lambda *args, seen=batch, into=samples: into.read(*args, seen))
+            samples.update(batch)
+        sizes.append(sum(t.nbytes for chunk in samples.chunks for t in chunk.values()))
+        assert samples.settings() == {"images": 10, "held_out": 5}
+    assert sizes[0] == sizes[1]

@@ -52,7 +52,7 @@ def test_contract(source, target, config):
     random = (out - y).square().mean().item()
     for problem in stitch.problems():
         sums = LeastSquares()
-        sums.update(problem.inputs(x), problem.outputs(y))
+        sums.update(problem.inputs(x, None).flatten(0, 1), problem.outputs(y, None).flatten(0, 1))
         weight, bias, _ = sums.solve()
         problem.assign(weight, bias)
     assert (stitch(x) - y).square().mean().item() < 0.7 * random
@@ -138,7 +138,7 @@ def test_learned_class_token_is_the_mean():
     problem = stitch.problems()[1]
     sums = LeastSquares()
     x = torch.randn(source.shape(30))
-    sums.update(problem.inputs(x), problem.outputs(y))
+    sums.update(problem.inputs(x, None).flatten(0, 1), problem.outputs(y, None).flatten(0, 1))
     problem.assign(*sums.solve()[:2])
     assert torch.allclose(stitch(x)[:, 0], y[:, 0].mean(0).expand(30, 4), atol=1e-6)
 
@@ -157,7 +157,7 @@ def test_spare_tokens_are_added_or_dropped(spare):
         stitch = make_stitch(source, target, StitchConfig(class_token=token))
         (problem,) = stitch.problems()
         sums = LeastSquares()
-        sums.update(problem.inputs(x), problem.outputs(y))
+        sums.update(problem.inputs(x, None).flatten(0, 1), problem.outputs(y, None).flatten(0, 1))
         problem.assign(*sums.solve()[:2])
         errors[token] = (stitch(x) - y).abs().max().item()
     assert errors["add"] < 1e-4 and errors["drop"] > 0.1

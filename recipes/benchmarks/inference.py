@@ -8,6 +8,11 @@ ratio is of minima and, in brackets, the median of the ratios of each repeat. Me
 in a process of its own; weights that are mapped from a file count once they are read.
 """
 
+import sys
+
+
+sys.path.pop(0)  # this folder: a benchmark in it has the name of a module of Python's
+
 import ctypes
 import gc
 import json

@@ -1,0 +1,111 @@
+"""Centered kernel alignment of features that arrive in batches: Gram matrices and the independence criterion."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+ESTIMATORS = ("unbiased", "biased")
+KERNELS = ("linear", "rbf")
+AVERAGES = ("sum", "mean")
+COLUMNS = 16384  # of a flattened feature at a time
+
+
+class HSIC:
+    """The Hilbert-Schmidt independence criterion of two sets of features, over batches.
+
+    The ratio is formed from sums over batches (minibatch CKA; Nguyen, Raghu and Kornblith, arXiv 2010.15327, equation
+    3), or averaged over the batches' own ratios, with the unbiased estimator of Song et al. (JMLR 2012, equation 5) or
+    the biased one of Gretton et al. (2005).
+
+    Batches weigh by their images, and one of less than half the images of the first is left out: what it says is
+    noise, and the biased estimate depends on the size of the batch.
+
+    Args:
+        estimator: ``unbiased`` (batches of at least 4 images) or ``biased`` (at least 2).
+        average: ``sum`` of the criterion, or ``mean`` of the ratios.
+    """
+
+    def __init__(self, estimator: str = "unbiased", average: str = "sum") -> None:
+        for name, value, known in (("estimator", estimator, ESTIMATORS), ("average", average, AVERAGES)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not one of {known}")
+        self.estimator, self.average = estimator, average
+        self.least = 4 if estimator == "unbiased" else 2
+        self.images = self.first = 0
+        self.xy: Any = 0.0
+        self.xx: Any = 0.0
+        self.yy: Any = 0.0
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add one batch of Gram matrices (cuts, N, N) of centred features, float64; too small a batch is left out."""
+        n = x.shape[-1]
+        if n < self.least or 2 * n < self.first:
+            return
+        self.first = self.first or n
+        x, y = (self._centred(gram).flatten(1) for gram in (x, y))
+        scale = (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2 / n  # n times the estimate
+        self.images += n
+        xy, xx, yy = (x @ y.T / scale).cpu(), (x.square().sum(1) / scale).cpu(), (y.square().sum(1) / scale).cpu()
+        if self.average == "mean":  # ratios, each as heavy as its images
+            norm = (xx[:, None] * yy[None, :]).sqrt()
+            self.xy += torch.where(norm > torch.finfo(norm.dtype).tiny, n * xy / norm, torch.nan)
+            return
+        self.xy, self.xx, self.yy = self.xy + xy, self.xx + xx, self.yy + yy
+
+    def add(self, other: "HSIC") -> None:
+        """Add what another has summed over other batches."""
+        self.images, self.first = self.images + other.images, self.first or other.first
+        self.xy, self.xx, self.yy = self.xy + other.xy, self.xx + other.xx, self.yy + other.yy
+
+    def _centred(self, gram: Tensor) -> Tensor:
+        if self.estimator == "biased":
+            rows = gram.mean(2)
+            return gram - rows[:, :, None] - rows[:, None, :] + rows.mean(1)[:, None, None]
+        n = gram.shape[-1]
+        gram = gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+        rows = gram.sum(2) / (n - 2)
+        total = rows.sum(1) / (n - 1)
+        gram = gram - rows[:, :, None] - rows[:, None, :] + total[:, None, None]
+        return gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
+
+    def cka(self) -> np.ma.MaskedArray:
+        """Centered kernel alignment of every pair, masked where one of the two has no variation.
+
+        Raises:
+            ValueError: there was no batch of enough images.
+        """
+        if not self.images:
+            raise ValueError(f"no images to compare features on: batches of at least {self.least} are needed")
+        if self.average == "mean":
+            return np.ma.masked_invalid((self.xy / self.images).numpy())
+        norm = (self.xx[:, None] * self.yy[None, :]).sqrt()
+        undefined = norm <= torch.finfo(torch.float64).tiny
+        values = self.xy / norm.masked_fill(undefined, 1.0)
+        return np.ma.masked_array(values.numpy(), undefined.numpy())
+
+
+def gram(feature: Tensor, kernel: str = "linear") -> Tensor:
+    """Gram matrix (N, N) in float64 of features (N, ...), flattened and centred over the batch before it is formed.
+
+    Done in blocks of columns: a second copy of the whole feature is never made.
+
+    Args:
+        feature: of a batch.
+        kernel: ``linear``, or ``rbf`` with the median distance of the batch as its width (Kornblith et al., arXiv
+            1905.00414, section 3).
+    """
+    flat = feature.flatten(1)
+    total = flat.new_zeros(len(flat), len(flat), dtype=torch.float64)
+    for block in flat.split(COLUMNS, dim=1):
+        centred = block.double() if block.shape[1] <= 4096 else block.float()
+        centred = centred - centred.mean(0)
+        total += (centred @ centred.T).double()
+    if kernel == "linear":
+        return total
+    squares = total.diagonal()
+    distances = (squares[:, None] + squares[None, :] - 2 * total).clamp_min(0)
+    width = distances[~torch.eye(len(flat), dtype=torch.bool, device=flat.device)].median()
+    return torch.exp(-distances / (2 * width)) if width > 0 else torch.ones_like(total)

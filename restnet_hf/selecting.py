@@ -1,0 +1,189 @@
+"""SelectingModel: a model that compares its anchors and chooses where to join them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restnet_hf.costs import MacsTable, count_params
+from restnet_hf.data import batches, check_labels, data_fingerprint, this_process
+from restnet_hf.parents import identify
+from restnet_hf.profiles import Budget
+from restnet_hf.ranking import RankedRoute, Similarity, choose_routes, rank_routes
+from restnet_hf.routes import Route
+from restnet_hf.samples import Pair, Seen
+from restnet_hf.saving import AdapterModel
+from restnet_hf.similarity import compare
+from restnet_hf.similarity_cache import kept_file, read_similarity, write_similarity
+from restnet_hf.stitches import StitchConfig, make_stitch
+
+
+class SelectingModel(AdapterModel):
+    """What a stitched model does to find its stitches."""
+
+    similarity: Similarity | None
+    ranking: list[RankedRoute]
+
+    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
+        """Batches of images as every anchor wants them, by anchor."""
+        for batch in batches(data, batch_size, name):
+            self.preprocessing.check(batch["pixel_values"])
+            images = batch["pixel_values"].to(self.device, self.dtype)
+            yield {name: self.images_for(name, images) for name in self.anchors}
+
+    def _seen(self, data: Any, batch_size: int) -> Iterator[Seen]:
+        """Batches for selectors."""
+        front, *_, end = self.anchors
+        anchors = {name: self.anchors[name] for name in (front, end)}
+        finish = {name: self.finish(name) for name in anchors}
+        start = 0
+        for batch in self._checked(data, batch_size, "calibration"):
+            images = batch["pixel_values"].to(self.device)
+            each = {name: self.images_for(name, images) for name in anchors}
+            yield Seen(start, each, anchors, finish, batch.get("labels"))
+            start += len(images)
+
+    def compare(
+        self,
+        calibration: Any,
+        methods: Iterable[str] | Mapping[str, Mapping[str, Any]] = ("cka",),
+        order: str = "given",
+        config: StitchConfig | None = None,
+        batch_size: int = 64,
+        kept_images: int = 512,
+    ) -> dict[str, list[Similarity]]:
+        """How promising each pair of cuts of the first and the last anchor is, by one or more selectors.
+
+        All of them are served by one pass over each anchor.
+
+        Args:
+            calibration: images; see `restnet_hf.data.batches`. Labels, where there are any, are used by selectors
+                that can.
+            methods: keys of `SELECTORS`, or options by key.
+            order: ``given`` joins the first anchor to the last, ``auto`` looks at the other direction too.
+            config: how stitches would be made.
+            batch_size: for a tensor or a data set.
+            kept_images: how many images selectors that fit something keep samples of; half of these are for tests.
+
+        Returns:
+            By method, a `Similarity` for each direction.
+
+        Raises:
+            ValueError: an option is unknown, images are too few or labels are wrong, an activation is not finite
+                (named), or a selector needs heads that are not trained yet.
+        """
+        if order not in ("given", "auto"):
+            raise ValueError(f"order={order!r} is not one of ('given', 'auto')")
+        options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
+        first, *_, last = self.anchors
+        ends = [first, last]
+        untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
+        if untrained and {*options} & {"kl_probe", "fitted_accuracy"}:
+            raise ValueError(f"{sorted(options)}: the new heads of {untrained} are not trained yet; train them first")
+        pairs = [
+            Pair(self.anchors[front], self.anchors[end], self.finish(end), config or StitchConfig())
+            for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
+        ]
+        about = self._about(calibration, config, batch_size, kept_images)
+        files = {
+            (name, pair.front.name): None
+            if about is None
+            else kept_file({**about, "front": pair.front.name, "method": name, "options": dict(options[name])})
+            for name in options
+            for pair in pairs
+        }
+        known = {
+            name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
+            for name in options
+        }
+        missing = {name: options[name] for name in options if None in known[name]}
+        found = compare(pairs, lambda: self._seen(calibration, batch_size), missing, kept_images) if missing else {}
+        for name, each in found.items():
+            for similarity in each:
+                file = files[name, similarity.front]
+                if file is not None and this_process().is_main_process:
+                    write_similarity(similarity, file)
+        return {name: found.get(name) or [each for each in known[name] if each is not None] for name in options}
+
+    def _about(
+        self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int
+    ) -> dict[str, Any] | None:
+        """All that similarities depend on besides the selector; None where the images have no fingerprint."""
+        images = data_fingerprint(data)
+        if images is None:
+            return None
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            identify(entry, anchor)
+        keys = ("name", "fingerprint", "preprocessing", "granularity")
+        anchors = [{key: entry[key] for key in keys} for entry in self.config.anchors]
+        heads = {key: value for key, value in self.weights_sha256().items() if key.startswith("heads.")}
+        settings = {"config": asdict(config or StitchConfig()), "batch_size": batch_size, "kept_images": kept_images}
+        return {"anchors": anchors, "images": images, "heads": heads, "dtype": str(self.dtype), **settings}
+
+    def route_costs(self, config: StitchConfig | None = None) -> Callable[[Route], dict[str, float]]:
+        """A function that gives the MACs and parameters of any route, also one whose stitches do not exist yet."""
+        table, ghosts = MacsTable(), dict(self.stitches.items())
+
+        def costs(route: Route) -> dict[str, float]:
+            for point in route.stitch_points:
+                if point.name not in ghosts:
+                    source = self.anchors[point.source].layout(point.source_cut)
+                    target = self.anchors[point.target].layout(point.target_cut)
+                    with torch.device("meta"):  # its shapes are all that is needed
+                        ghosts[point.name] = make_stitch(source, target, config or StitchConfig())
+            steps = self.steps(route, ghosts)
+            return {"macs": table.macs(steps), "params": count_params(steps)}
+
+        return costs
+
+    def select_stitches(
+        self,
+        calibration: Any,
+        method: str = "cka",
+        max_routes: int = 8,
+        config: StitchConfig | None = None,
+        batch_size: int = 64,
+        *,
+        order: str = "given",
+        budget: Mapping[str, float] | None = None,
+        kept_images: int = 512,
+        **options: Any,
+    ) -> list[Route]:
+        """Choose where to join the first anchor to the last, from a few hundred images, and add those stitches.
+
+        The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken. All values are
+        kept in `similarity`, all routes in `ranking`. The best route becomes the active one.
+
+        Args:
+            calibration: images; see `restnet_hf.data.batches`.
+            method: a key of `SELECTORS`.
+            max_routes: how many to add at most.
+            config: how the stitches are made.
+            batch_size: for a tensor or a data set.
+            order: ``given`` joins the first anchor to the last; ``auto`` also considers the last in front, and takes
+                whichever has the higher score in each part of the range.
+            budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
+            kept_images: see `compare`.
+            **options: of the selector.
+
+        Raises:
+            ValueError: see `compare`; or no route fits the budget.
+        """
+        found = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
+        limits = None if budget is None else Budget(**budget)
+        ranking = rank_routes(found, self.route_costs(config), limits)
+        self.similarity, self.ranking = found[0], ranking
+        chosen = choose_routes(ranking, max_routes)
+        for row in chosen:
+            self.add_stitch(row.route, config)
+        self.set_route(max(chosen, key=lambda row: row.score).route)
+        return [row.route for row in chosen]
+
+    def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
+        for batch in batches(data, batch_size, name):
+            self.preprocessing.check(batch["pixel_values"])
+            if "labels" in batch:
+                check_labels(batch["labels"], self.config.num_labels)
+            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
