@@ -297,7 +297,7 @@ def _rows(
         row: dict[str, Any] = {"route": str(after.route), **after.costs}
         for point in after.route.stitch_points:
             assert model.similarity is not None
-            row["similarity"] = float(model.similarity.values[point.source_cut - 1, point.target_cut - 1])
+            row["similarity"] = model.similarity.value(after.route)
             row["r2"] = r2[point.name]
             row["accuracy_least_squares"] = before.scores["accuracy"]
         rows.append({**row, "accuracy": after.scores["accuracy"]})

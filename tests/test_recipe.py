@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -159,3 +160,48 @@ def test_command_errors(tmp_path, monkeypatch, arguments, code, message):
     result = invoke(*arguments)
     assert result.exit_code == code and message in " ".join(result.output.split())
     assert "Traceback" not in result.output and list(tmp_path.iterdir()) == []
+
+
+def test_similarity_by_command(tmp_path):
+    """The routes printed are those that the matrix written says are best; both directions, and labels that help."""
+    out = tmp_path / "out"
+    command = ["similarity", str(FRONT), str(END), "--dataset", str(DATA), "--images", "64", "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, "--method", "cka", "--method", "fitted_accuracy", "--order", "auto"])
+    assert result.exit_code == 0, result.output
+    names = {f"{name}{back}.{kind}" for name in ("cka", "fitted_accuracy") for back in ("", "_back")
+             for kind in ("npz", "csv", "png")}  # fmt: skip
+    assert {file.name for file in out.iterdir()} == names
+    for name in ("cka", "fitted_accuracy"):
+        with np.load(out / f"{name}.npz") as data, np.load(out / f"{name}_back.npz") as back:
+            values, behind, settings = data["values"], back["values"], json.loads(str(data["settings"]))
+        assert values.shape == (8, 6) and settings["method"] == name and settings["images"] == 64
+        lines = (out / f"{name}.csv").read_text().splitlines()
+        assert np.allclose([[float(x) for x in line.split(",")[1:]] for line in lines[1:]], values)
+        assert lines[0].startswith("resnet_fashion,vit.layers.0,") and len(lines) == 9
+    assert settings["labels"] is True
+    assert "dominated" in result.output and "vit_fashion[:" in result.output
+    i, j = np.unravel_index(values.argmax(), values.shape)
+    assert values.max() < behind.max() or f"resnet_fashion[:{i + 1}] + vit_fashion[{j + 1}:]" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "magic"], "method='magic' is not one of"),
+        (["--macs", "10"], "no stitched route fits macs<=10"),
+        (["--split", "none"], "cannot be loaded"),
+        (["--order", "both"], "order='both' is not one of"),
+    ],
+)
+def test_similarity_by_command_refused(tmp_path, options, message):
+    command = ["similarity", str(FRONT), str(END), "--dataset", str(DATA), "--images", "16", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
+def test_similarity_of_other_classes(new_task):
+    """Anchors need not share classes to be compared, and labels of another task are no labels."""
+    command = ["similarity", str(new_task / "resnet"), str(END), "--dataset", str(DATA), "--images", "32"]
+    result = CliRunner().invoke(app, [*command, "--out", str(new_task / "out")])
+    assert result.exit_code == 0, result.output
+    assert (new_task / "out" / "cka.png").exists()

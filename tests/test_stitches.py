@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import CLASSES, MODELS, SIZE, make_anchor, make_model
 
-from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
-from restnet_hf.features import JointLayout, Layout, resize
+from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, stitches
+from restnet_hf.features import JointLayout, Layout, resize, resize_matrix
 from restnet_hf.routes import StitchPoint
 from restnet_hf.stitches import (
     CLASS_TOKENS,
@@ -263,3 +263,50 @@ def test_bad_calibration(anchors):
 def test_config_refused(options):
     with pytest.raises(ValueError, match="is not one of"):
         StitchConfig(**options)
+
+
+@pytest.mark.parametrize("config", every_kind(), ids=str)
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_a_sample_of_positions(source, target, config):
+    """Sampled rows are the full rows at the places drawn, those of inputs and outputs at the same ones."""
+    torch.manual_seed(1)
+    stitch = make_stitch(source, target, config)
+    x, y = torch.randn(source.shape(6)), torch.randn(target.shape(6))
+    for problem in stitch.problems():
+        chosen = problem.chosen(6, 3, seed=4)
+        for activation, rows in ((x, problem.inputs), (y, problem.outputs)):
+            every = rows(activation, None)
+            assert every.shape[:2] == (6, problem.positions)
+            if chosen is None:
+                assert problem.positions <= 3
+                continue
+            assert chosen.shape == (6, 3) and all(len(set(row)) == 3 for row in chosen.tolist())
+            some = rows(activation, chosen)
+            expected = torch.stack([image[places] for image, places in zip(every, chosen, strict=True)])
+            assert torch.allclose(some, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", [(4, 4), (3, 5), (7, 7)])
+@pytest.mark.parametrize("target", [(4, 4), (2, 2), (9, 8), (5, 3)])
+def test_resizing_as_a_matrix(source, target):
+    x = torch.randn(2, 3, *source)
+    by_matrix = x.flatten(2) @ resize_matrix(source, target).T
+    assert torch.allclose(by_matrix, resize(x, target).flatten(2), atol=1e-6)
+
+
+def test_large_maps_are_fitted_on_a_sample(monkeypatch):
+    """Beyond that many positions of an image the fit takes a sample, and comes to nearly the same stitch."""
+    front, end = make_anchor("resnet"), make_anchor("mobilenet", seed=1)
+    images = [{"resnet": batch, "mobilenet": batch} for batch in torch.randn(4, 16, 3, 64, 64)]
+    point = StitchPoint("resnet", 2, "mobilenet", 1)
+    found = []
+    for positions in (10_000, 32, 8):
+        monkeypatch.setattr(stitches, "POSITIONS", positions)
+        stitch = make_stitch(front.layout(2), end.layout(1), StitchConfig())
+        r2 = fit_stitches({point: stitch}, {"resnet": front, "mobilenet": end}, images)
+        found.append((stitch.state_dict()["proj.weight"].flatten(), r2[point.name]))
+    assert end.layout(1).grid == (16, 16)
+    for weight, r2 in found[1:]:
+        assert not torch.equal(weight, found[0][0]) and r2 == pytest.approx(found[0][1], abs=0.1)
+        assert torch.nn.functional.cosine_similarity(weight, found[0][0], dim=0) > 0.9
