@@ -300,13 +300,14 @@ def test_large_maps_are_fitted_on_a_sample(monkeypatch):
     front, end = make_anchor("resnet"), make_anchor("mobilenet", seed=1)
     images = [{"resnet": batch, "mobilenet": batch} for batch in torch.randn(4, 16, 3, 64, 64)]
     point = StitchPoint("resnet", 2, "mobilenet", 1)
-    found = []
-    for positions in (10_000, 32, 8):
+    every = torch.cat([batch["resnet"] for batch in images])
+    errors, r2 = [], []
+    for positions in (10_000, 64, 16):
         monkeypatch.setattr(stitches, "POSITIONS", positions)
         stitch = make_stitch(front.layout(2), end.layout(1), StitchConfig())
-        r2 = fit_stitches({point: stitch}, {"resnet": front, "mobilenet": end}, images)
-        found.append((stitch.state_dict()["proj.weight"].flatten(), r2[point.name]))
+        r2 += fit_stitches({point: stitch}, {"resnet": front, "mobilenet": end}, images).values()
+        with torch.no_grad():
+            errors.append((stitch(front(every, stop=2)) - end(every, stop=1)).square().mean().item())
     assert end.layout(1).grid == (16, 16)
-    for weight, r2 in found[1:]:
-        assert not torch.equal(weight, found[0][0]) and r2 == pytest.approx(found[0][1], abs=0.1)
-        assert torch.nn.functional.cosine_similarity(weight, found[0][0], dim=0) > 0.9
+    assert errors[0] < errors[1] < 1.05 * errors[0] and errors[2] < 1.2 * errors[0]
+    assert r2[1:] == pytest.approx([r2[0]] * 2, abs=0.1)
