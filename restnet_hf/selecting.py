@@ -12,7 +12,7 @@ from restnet_hf.data import batches, check_labels, data_fingerprint, this_proces
 from restnet_hf.parents import identify
 from restnet_hf.profiles import Budget
 from restnet_hf.ranking import RankedRoute, Similarity, choose_routes, rank_routes
-from restnet_hf.routes import Route
+from restnet_hf.routes import Route, Segment
 from restnet_hf.samples import Pair, Seen
 from restnet_hf.saving import AdapterModel
 from restnet_hf.similarity import compare
@@ -153,8 +153,9 @@ class SelectingModel(AdapterModel):
     ) -> list[Route]:
         """Choose where to join the first anchor to the last, from a few hundred images, and add those stitches.
 
-        The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken. All values are
-        kept in `similarity`, all routes in `ranking`. The best route becomes the active one.
+        The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
+        more than any anchor alone are left out if there are others. All values are kept in `similarity`, all routes in
+        `ranking`. The best route becomes the active one.
 
         Args:
             calibration: images; see `restnet_hf.data.batches`.
@@ -172,10 +173,11 @@ class SelectingModel(AdapterModel):
             ValueError: see `compare`; or no route fits the budget.
         """
         found = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
-        limits = None if budget is None else Budget(**budget)
-        ranking = rank_routes(found, self.route_costs(config), limits)
+        limits, costs = None if budget is None else Budget(**budget), self.route_costs(config)
+        ranking = rank_routes(found, costs, limits)
         self.similarity, self.ranking = found[0], ranking
-        chosen = choose_routes(ranking, max_routes)
+        most = max(costs(Route((Segment(name),)))["macs"] for name in self.anchors)
+        chosen = choose_routes([row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes)
         for row in chosen:
             self.add_stitch(row.route, config)
         self.set_route(max(chosen, key=lambda row: row.score).route)

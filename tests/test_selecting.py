@@ -57,6 +57,14 @@ def test_budget(noise):
         again.select_stitches(noise, "position", budget={"params": 10})
 
 
+def test_nothing_dearer_than_the_anchors(noise):
+    model = build()
+    chosen = model.select_stitches(noise, "position", max_routes=99)
+    alone = max(row.costs["macs"] for row in model.profile(routes=["resnet[:]", "vit[:]"]).routes)
+    assert all(row.costs["macs"] <= alone for row in model.ranking if row.route in chosen)
+    assert any(row.costs["macs"] > alone for row in model.ranking), "or this shows nothing"
+
+
 def test_one_pass_serves_all(noise):
     """All selectors at once give what each gives alone."""
     model, batches = build(), list(noise.split(8))
