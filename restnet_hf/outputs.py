@@ -166,11 +166,14 @@ class Cut:
         """The modules that make the tensors, each once."""
         return tuple(dict.fromkeys(made.path for made in self.tensors))
 
-    def read(self, path: str, output: Any) -> dict[int, Tensor]:
-        """Those of the tensors that this module made, by number; copied where the network would write into them."""
+    def read(self, path: str, output: Any, copy: bool = True) -> dict[int, Tensor]:
+        """Those of the tensors that this module made, by number.
+
+        With ``copy``, those that the network would write into are copied; not needed where they are used at once.
+        """
         leaves = tree_flatten(output)[0]
         return {
-            number: leaves[made.leaf].clone() if made.modified else leaves[made.leaf]
+            number: leaves[made.leaf].clone() if made.modified and copy else leaves[made.leaf]
             for number, made in enumerate(self.tensors)
             if made.path == path
         }

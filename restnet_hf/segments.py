@@ -104,7 +104,7 @@ def _kept(
 
     def keep(key: int, path: str, tensors: dict[int, Tensor], module: nn.Module, args: Any, output: Any) -> None:
         cut = wanted[key]
-        tensors |= cut.read(path, output)
+        tensors |= cut.read(path, output, copy=see is None or len(cut.tensors) > 1)
         if len(tensors) == len(cut.tensors):
             kept[key] = cut.pack(tensors) if see is None else see(key, cut.pack(tensors))
             tensors.clear()  # nothing of it is held here

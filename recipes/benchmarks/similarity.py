@@ -24,7 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -88,7 +88,8 @@ def torch_cka(anchors: list[Anchor], images: list[Tensor]) -> None:
     from torch_cka import CKA
 
     loader, names = _peer(anchors, images)
-    CKA(*(a.model for a in anchors), *(a.name for a in anchors), *names).compare(loader, loader)
+    with suppress(AssertionError):  # its last line: the result holds NaN, which it does on these networks
+        CKA(*(a.model for a in anchors), *(a.name for a in anchors), *names).compare(loader, loader)
 
 
 def ckatorch(anchors: list[Anchor], images: list[Tensor]) -> None:
@@ -124,7 +125,7 @@ def quietly(run: Callable[[], None], anchors: list[Anchor]) -> None:
 def peak(pair: tuple[str, str], name: str) -> float:
     """Megabytes that a job holds at most, beyond what was held before it; in a process of its own."""
     torch.set_num_threads(1)
-    anchors, images = networks(pair), list(torch.randn(2 * BATCH, 3, 224, 224).split(BATCH))
+    anchors, images = networks(pair), [torch.randn(BATCH, 3, 224, 224)]
     quietly(partial(bare, anchors, [image[:2] for image in images]), anchors)
     process, done, highest = psutil.Process(), threading.Event(), 0
     before = process.memory_info().rss
@@ -144,7 +145,13 @@ def peak(pair: tuple[str, str], name: str) -> float:
 
 def bench(pair: tuple[str, str], names: list[str], repeats: int) -> dict[str, float]:
     """Ratios of time and of peak memory to the bare forwards."""
-    anchors, images = networks(pair), list(torch.randn(2 * BATCH, 3, 224, 224).split(BATCH))
+    anchors, images = networks(pair), [torch.randn(BATCH, 3, 224, 224)]
+    for name in [name for name in names if name in PEERS]:
+        try:
+            quietly(job(name, anchors, [image[:8] for image in images]), anchors)
+        except RuntimeError as error:
+            print(f"{name} cannot compare {pair[0]} with {pair[1]}: {error}")
+            names = [other for other in names if other != name]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats + 1):
         for name in names:
@@ -172,7 +179,7 @@ def main(quick: bool = False, out: Path | None = None) -> None:
     there = [name for name in PEERS if name == "naive" or importlib.util.find_spec(name)]
     ratios: dict[str, float] = {}
     for pair in PAIRS[1:] if quick else PAIRS:
-        ratios |= bench(pair, ["bare", *OURS, *(there[:1] if quick else there)], 1 if quick else 7)
+        ratios |= bench(pair, ["bare", *OURS, *(there[:1] if quick else there)], 1 if quick else 5)
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f}")
     if out is not None:
