@@ -7,7 +7,7 @@ network. torch-cka and ckatorch (pip install --no-deps torch-cka ckatorch seabor
 same images; the naive way keeps every activation of a batch and forms a Gram matrix of each. These three compare
 flattened activations, so ours is measured on those too; pooled over positions is our default. Times are taken in turn,
 repeat by repeat; a ratio is the median of the ratios of each repeat (and of the minima). Memory is the highest that a
-process holds beyond what it held before, each task in a process of its own.
+process holds beyond what it held before, each task in processes of its own: the median of three.
 """
 
 import sys
@@ -167,8 +167,8 @@ def bench(pair: tuple[str, str], names: list[str], repeats: int) -> dict[str, fl
     context = multiprocessing.get_context("spawn")
     held = {}
     for name in names:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            held[name] = pool.submit(peak, pair, name).result()
+        with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+            held[name] = statistics.median(pool.map(partial(peak, pair), [name] * (1 if repeats == 1 else 3)))
     print(label, {name: f"{megabytes:.0f} MB" for name, megabytes in held.items()})
     return found | {f"{label}, {name}: memory": held[name] / held["bare"] for name in names[1:]}
 
