@@ -1,7 +1,7 @@
 """Several adapters on the same anchors: one more beside those that a model has."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -42,9 +42,7 @@ def add_adapter(
     Raises:
         ValueError: the adapter is for other anchors, images or classes, or its weights do not fit its config.
     """
-    taken = sorted({route.adapter for route in model.routes if route.adapter})
-    if not ANCHOR_NAME.fullmatch(name) or any(other == name or other.startswith(f"{name}-") for other in taken):
-        raise ValueError(f"no adapter can be named {name!r}: take letters, digits, '_' and '-', and none of {taken}")
+    _check_name(name, model.routes)
     if not config.routes:
         raise ValueError(f"{where} has no stitched routes that could be added")
     anchors = _same_anchors(model, config, where)
@@ -79,13 +77,18 @@ def add_adapter(
     mine = model.config
     mine.stitches = {**mine.stitches, **entries}
     mine.routes = [*mine.routes, *map(str, routes)]
-    mine.trained_heads = sorted(
-        {*mine.trained_heads, *(heads[key] for key in config.trained_heads or () if key in heads)}
-    )
+    trained = {heads[key] for key in config.trained_heads or () if key in heads}
+    mine.trained_heads = sorted(trained.union(mine.trained_heads))
     mine.training = [*mine.training, *({**entry, "adapter": name} for entry in config.training or ())]
     renamed = {key: f"{key.split('.')[0]}.{new}" for key, (new, _) in modules.items()}
     model.profiled = _beside(model.profiled, profile, here, renamed)
     return routes
+
+
+def _check_name(name: str, routes: Iterable[Route]) -> None:
+    taken = sorted({route.adapter for route in routes if route.adapter})
+    if not ANCHOR_NAME.fullmatch(name) or any(other == name or other.startswith(f"{name}-") for other in taken):
+        raise ValueError(f"no adapter can be named {name!r}: take letters, digits, '_' and '-', and none of {taken}")
 
 
 def _same_anchors(model: RouteMixin, config: RestNetConfig, where: str) -> dict[str, str]:

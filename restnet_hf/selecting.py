@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,14 +87,7 @@ class SelectingModel(AdapterModel):
             Pair(self.anchors[front], self.anchors[end], self.finish(end), config or StitchConfig())
             for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
         ]
-        about = self._about(calibration, config, batch_size, kept_images)
-        files = {
-            (name, pair.front.name): None
-            if about is None
-            else kept_file({**about, "front": pair.front.name, "method": name, "options": dict(options[name])})
-            for name in options
-            for pair in pairs
-        }
+        files = self._files(self._about(calibration, config, batch_size, kept_images), options, pairs)
         known = {
             name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
             for name in options
@@ -107,12 +101,27 @@ class SelectingModel(AdapterModel):
                     write_similarity(similarity, file)
         return {name: found.get(name) or [each for each in known[name] if each is not None] for name in options}
 
+    def _files(
+        self, about: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
+    ) -> dict[tuple[str, str], Path | None]:
+        """Where similarities are kept, by method and front; None where they cannot be."""
+        fronts = [(name, pair.front.name) for name in options for pair in pairs]
+        if about is None:
+            return dict.fromkeys(fronts)
+        return {
+            (name, front): kept_file({**about, "front": front, "method": name, "options": dict(options[name])})
+            for name, front in fronts
+        }
+
     def _about(
         self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int
     ) -> dict[str, Any] | None:
-        """All that similarities depend on besides the selector; None where the images have no fingerprint."""
+        """All that similarities depend on besides the selector.
+
+        None where the images have no fingerprint, and under several processes: one may remember what another does not.
+        """
         images = data_fingerprint(data)
-        if images is None:
+        if images is None or this_process().num_processes > 1:
             return None
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)
