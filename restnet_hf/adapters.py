@@ -68,9 +68,7 @@ def add_adapter(
         adapter, _, anchor = key.rpartition(":")
         heads[key] = here(Route((Segment(anchor),), adapter)).head
         modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[anchor]])
-    check_weights(weights, {f"{m}.{k}": v for m in modules for k, v in modules[m][1].state_dict().items()}, where)
-    for key, (_, module) in modules.items():
-        module.load_state_dict({k: weights[f"{key}.{k}"] for k in module.state_dict()})
+    _load({key: module for key, (_, module) in modules.items()}, weights, where)
     for key, (new, module) in modules.items():  # from here on nothing can fail
         place: Any = model.stitches if key.startswith("stitches.") else model.heads
         place[new] = module.eval()
@@ -83,6 +81,15 @@ def add_adapter(
     renamed = {key: f"{key.split('.')[0]}.{new}" for key, (new, _) in modules.items()}
     model.profiled = _beside(model.profiled, profile, here, renamed)
     return routes
+
+
+def _load(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], where: str) -> None:
+    """Give modules their weights; ValueError where there are others than theirs."""
+    check_weights(
+        weights, {f"{name}.{k}": v for name in modules for k, v in modules[name].state_dict().items()}, where
+    )
+    for name, module in modules.items():
+        module.load_state_dict({k: weights[f"{name}.{k}"] for k in module.state_dict()})
 
 
 def _check_name(name: str, routes: Iterable[Route]) -> None:
