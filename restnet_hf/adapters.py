@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import ANCHOR_NAME, Route, Segment
 from restnet_hf.stitches import make_stitch
 from restnet_hf.switching import RouteMixin
+from restnet_hf.tuning import Tuned, tuned_keys
 
 
 EVERYWHERE = ("macs", "params")  # costs that are the same on every device
@@ -68,12 +70,21 @@ def add_adapter(
         adapter, _, anchor = key.rpartition(":")
         heads[key] = here(Route((Segment(anchor),), adapter)).head
         modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[anchor]])
+    tuned: dict[str, Any] = {}
+    for route in config.parsed_routes():
+        for key, new in zip(*(chain.from_iterable(tuned_keys(r)) for r in (route, here(route))), strict=True):
+            if key not in (config.tuned or {}):
+                continue
+            about = config.tuned_config(key)
+            about = replace(about, anchor=anchors[about.anchor])
+            tuned[new] = asdict(about)
+            modules[f"tuned.{key}"] = new, Tuned(model.anchors[about.anchor], about)
     _load({key: module for key, (_, module) in modules.items()}, weights, where)
     for key, (new, module) in modules.items():  # from here on nothing can fail
-        place: Any = model.stitches if key.startswith("stitches.") else model.heads
+        place: Any = getattr(model, key.split(".")[0])  # stitches, heads or tuned
         place[new] = module.eval()
     mine = model.config
-    mine.stitches = {**mine.stitches, **entries}
+    mine.stitches, mine.tuned = {**mine.stitches, **entries}, {**mine.tuned, **tuned}
     mine.routes = [*mine.routes, *map(str, routes)]
     trained = {heads[key] for key in config.trained_heads or () if key in heads}
     mine.trained_heads = sorted(trained.union(mine.trained_heads))

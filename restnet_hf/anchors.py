@@ -1,6 +1,6 @@
 """Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and segments between them."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Self
@@ -16,6 +16,9 @@ from restnet_hf.outputs import Cut
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import ANCHOR_NAME
 from restnet_hf.segments import BakedSegment, outside, own_parameters, own_tensors, run
+
+
+Replaced = Callable[[int, int | None], Mapping[str, Tensor]]
 
 
 class Anchor(nn.Module):
@@ -153,12 +156,13 @@ class Anchor(nn.Module):
             raise ValueError("cut 0 is the image; a stitch joins cuts from 1 on")
         return cut.layout
 
-    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None, tuned: Replaced | None = None) -> Tensor:
         """Run a segment. With activation checkpointing, the way back keeps the activations at cuts alone.
 
         Args:
             x: images (N, 3, H, W) for ``start=0``, else the activation at cut ``start`` in its layout.
             stop: the cut to run to; None for the logits (N, classes), or the features (N, C) of a headless anchor.
+            tuned: gives, for a start and a stop, the tensors that take the place of the network's own, by name.
 
         Raises:
             ValueError: there is no such cut, or the segment is empty.
@@ -166,12 +170,12 @@ class Anchor(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled() and x.requires_grad and start:
             inner = range(start + 1, self.depth + 1 if stop is None else stop)
             for piece in pairwise([start, *inner, stop]):
-                x = self._gradient_checkpointing_func(self._segment, x, *piece)
+                x = self._gradient_checkpointing_func(self._segment, x, *piece, tuned)
             return x
-        return self._segment(x, start, stop)
+        return self._segment(x, start, stop, tuned)
 
-    def _segment(self, x: Tensor, start: int, stop: int | None) -> Tensor:
-        return self.capture(x, (stop,), start)[stop]
+    def _segment(self, x: Tensor, start: int, stop: int | None, tuned: Replaced | None) -> Tensor:
+        return self.capture(x, (stop,), start, tensors={} if tuned is None else tuned(start, stop))[stop]
 
     def capture(
         self,
@@ -179,20 +183,29 @@ class Anchor(nn.Module):
         stops: Collection[int | None],
         start: int = 0,
         see: Callable[[int, Tensor], Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
+        features: bool = False,
     ) -> dict[int | None, Any]:
         """The activation at every cut in ``stops``, in one forward from ``start``; None stands for the logits.
 
-        With ``see``, activations are not kept: it is called with each cut and its activation as it comes, and what it
-        returns is kept instead.
+        Args:
+            x: as of `forward`.
+            stops: cuts to read.
+            start: where ``x`` belongs.
+            see: is called with each cut and its activation as it comes; what it returns is kept instead.
+            tensors: in the place of the network's own, by name.
+            features: give what the classifier takes, (N, C), for None; the logits where there is no linear classifier.
         """
-        if start == 0 and set(stops) == {None} and not self.headless:
+        classifier = self.found.classifier if features else self.classifier if self.headless else None
+        if start == 0 and set(stops) == {None} and not (classifier or tensors):
             return dict.fromkeys(stops, self.logits(x))  # an anchor alone needs no cuts
         wanted = {-1 if stop is None else stop: None if stop is None else self.cut(stop) for stop in stops}
         if any(stop is not None and stop <= start for stop in stops):
             raise ValueError(f"a segment of '{self.name}' that starts at cut {start} cannot stop at {sorted(wanted)}")
         if self._expected:
             self.verify(start, None if -1 in wanted else max(wanted))
-        result = run(self.model, x, self.cut(start), wanted, self.preprocessing.image_size, self.classifier, see)
+        size = self.preprocessing.image_size
+        result = run(self.model, x, self.cut(start), wanted, size, classifier, see, tensors or {})
         return {None if key == -1 else key: value for key, value in result.items()}
 
     def logits(self, x: Tensor) -> Tensor:
@@ -220,12 +233,19 @@ class Anchor(nn.Module):
         self.headless = True
         return self.found.features
 
-    def bake(self, start: int = 0, stop: int | None = None) -> BakedSegment:
-        """The segment as a plain module with only its own weights."""
+    def bake(
+        self, start: int = 0, stop: int | None = None, tensors: Mapping[str, Tensor] | None = None
+    ) -> BakedSegment:
+        """The segment as a plain module with only its own weights, or with ``tensors`` in the place of them."""
         self.verify(start, stop)
         size = self.preprocessing.image_size
         last = None if stop is None else self.cut(stop)
-        return BakedSegment(self.model, self.cut(start) if start else None, last, size, self.classifier).eval()
+        baked = BakedSegment(self.model, self.cut(start), last, size, self.classifier).eval()
+        with torch.no_grad():
+            for name, tensor in (tensors or {}).items():
+                path, _, leaf = name.rpartition(".")
+                getattr(baked.model.get_submodule(path), leaf).copy_(tensor)
+        return baked
 
     def own_parameters(self, start: int = 0, stop: int | None = None) -> dict[str, nn.Parameter]:
         """The parameters of a segment, by name: those of the network that `bake` keeps."""

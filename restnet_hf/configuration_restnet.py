@@ -10,6 +10,7 @@ from restnet_hf.fingerprints import Piece
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route, StitchPoint, of_adapter
 from restnet_hf.stitches import StitchConfig
+from restnet_hf.tuning import TunedConfig
 
 
 ANCHOR_KEYS = {"name", "repo_id", "revision", "fingerprint", "config", "preprocessing", "label_names"}
@@ -27,6 +28,7 @@ class RestNetConfig(PreTrainedConfig):
         routes: as strings.
         active_route: as a string.
         trained_heads: keys of the new heads that were trained.
+        tuned: what takes the place of anchors' own weights, by key; see `TunedConfig`.
         training: how stitches and heads were fitted and trained, one dict for each time.
         standalone: the checkpoint holds the anchors' weights too.
         new_head: in place of the anchors' own classifiers each has a new one for this model's labels.
@@ -42,6 +44,7 @@ class RestNetConfig(PreTrainedConfig):
     standalone: bool = False
     trained_heads: list[str] | None = None
     training: list[dict[str, Any]] | None = None
+    tuned: dict[str, dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.anchors = self.anchors or []
@@ -49,6 +52,7 @@ class RestNetConfig(PreTrainedConfig):
         self.routes = self.routes or []
         self.trained_heads = self.trained_heads or []
         self.training = self.training or []
+        self.tuned = self.tuned or {}
         super().__post_init__(**kwargs)
 
     def stitch_parts(self, name: str) -> tuple[StitchPoint, AnyLayout, AnyLayout, StitchConfig]:
@@ -67,12 +71,24 @@ class RestNetConfig(PreTrainedConfig):
             raise ValueError(f"config.json: stitch {name!r} says of itself that it is {point.name!r}")
         return point, *parts
 
+    def tuned_config(self, key: str) -> TunedConfig:
+        """What is tuned under a key; raises ValueError where its entry is not sound."""
+        try:
+            found = TunedConfig(**(self.tuned or {})[key])
+            if found.anchor not in {entry["name"] for entry in self.anchors or []} or key.split("-")[0] != found.kind:
+                raise ValueError("it is of an anchor that is not there, or its key says another kind")
+            return found
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.json: the entry of what is tuned as {key!r} is not sound: {error}") from error
+
     def check(self) -> "RestNetConfig":
         """Return the config if a model can be built from it; raise ValueError that says which entry is not sound."""
-        if not isinstance(self.anchors, list) or not isinstance(self.stitches, dict):
-            raise ValueError("config.json: anchors must be a list, and stitches an object")
+        if not isinstance(self.anchors, list) or not all(isinstance(e, dict) for e in (self.stitches, self.tuned)):
+            raise ValueError("config.json: anchors must be a list, stitches and tuned must be objects")
         names = {self._anchor_name(index, entry) for index, entry in enumerate(self.anchors)}
         points = {self.stitch_parts(name)[0] for name in self.stitches or {}}
+        for key in self.tuned or {}:
+            self.tuned_config(key)
         if len(names) < 2:
             raise ValueError(f"config.json: names of at least two anchors are needed, not {sorted(names)}")
         if not isinstance(self.routes, list) or not all(isinstance(route, str) for route in self.routes):

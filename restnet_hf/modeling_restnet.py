@@ -13,13 +13,14 @@ from transformers import AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from restnet_hf import stitches as fitting
+from restnet_hf import least_squares as fitting
 from restnet_hf.anchors import Anchor, unique_names
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, count_params
 from restnet_hf.data import check_labels
 from restnet_hf.evaluation import score_routes
 from restnet_hf.labels import class_names
+from restnet_hf.least_squares import RIDGE
 from restnet_hf.loading import load_anchor
 from restnet_hf.parents import class_order, describe, rebuild
 from restnet_hf.preprocessing import Reprocess
@@ -28,7 +29,6 @@ from restnet_hf.ranking import RankedRoute, Similarity
 from restnet_hf.routes import Route, Segment
 from restnet_hf.selecting import SelectingModel
 from restnet_hf.steps import Reorder, run_steps
-from restnet_hf.stitches import RIDGE
 
 
 ORDERS = ("large-to-small", "small-to-large", "given")
@@ -55,7 +55,8 @@ class StitchedModelForImageClassification(SelectingModel):
         anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
         self.anchors = cast("Mapping[str, Anchor]", nn.ModuleDict({anchor.name: anchor for anchor in anchors}))
         self.front = next(iter(self.anchors), "")
-        self.converters, self.orders, self.heads, self.stitches = (cast("Any", nn.ModuleDict()) for _ in range(4))
+        self.converters, self.orders, self.heads = (cast("Any", nn.ModuleDict()) for _ in range(3))
+        self.stitches, self.tuned = (cast("Any", nn.ModuleDict()) for _ in range(2))
         for anchor in anchors:
             if anchor.preprocessing != self.preprocessing:
                 self.converters[anchor.name] = Reprocess(self.preprocessing, anchor.preprocessing)
@@ -74,6 +75,8 @@ class StitchedModelForImageClassification(SelectingModel):
         self.check_layouts()
         for name in config.stitches or {}:
             self._make_stitch(*config.stitch_parts(name))
+        for key in config.tuned or {}:
+            self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
         self.similarity: Similarity | None = None
         self.ranking: list[RankedRoute] = []

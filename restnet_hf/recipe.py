@@ -44,7 +44,7 @@ class Recipe:
         dataset: labelled images: a Hub id or a local folder; see `load_images`.
         train_split, eval_split: of the data set.
         train_images, eval_images: how many, chosen at random; all by default.
-        calibration_images: of the training images, for similarity and least squares.
+        calibration_images: of the training images, for similarity and least squares; new heads do not train on them.
         image_size: in pixels, instead of the anchors' own.
         new_head: give the anchors new heads; by default when the data set's classes are not theirs.
         method: key of `SELECTORS`.
@@ -107,12 +107,12 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     clock = _Clock()
     set_seed(recipe.seed)
     model, train_set, eval_set = prepare(recipe)
-    calibration = train_set.select(range(min(recipe.calibration_images, len(train_set))))
+    calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     clock.lap("load")
     if model.config.new_head:
         alone = [Route((Segment(name),)) for name in model.anchors]
         options = _options(recipe.heads, folder / "training" / "heads", resume, train_head=True)
-        train(model, train_set, options, alone)
+        train(model, others, options, alone)
         clock.lap("heads")
     model.select_stitches(calibration, recipe.method, recipe.max_routes, StitchConfig(class_token=recipe.class_token))
     clock.lap("similarity")
@@ -253,6 +253,16 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
         return with_pixel_values(subset(rows, size), model.image_processor, order)
 
     return model, ready(train_rows, recipe.train_images), ready(eval_rows, recipe.eval_images)
+
+
+def hold_out(train_set: Dataset, images: int, new_head: bool) -> tuple[Dataset, Dataset]:
+    """Images to compare and fit on, and the others.
+
+    On images that a head was trained on, fitted stitches look better than they are, so the two do not overlap, and new
+    heads get at least half of the images.
+    """
+    count = min(images, max(1, len(train_set) // 2) if new_head else len(train_set))
+    return train_set.select(range(count)), train_set.select(range(count, len(train_set)))
 
 
 def _name(dataset: str) -> str:

@@ -93,6 +93,23 @@ def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 
 @contextmanager
+def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give modules other tensors for one call, wherever theirs are used."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            own: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+            before.append((own, leaf, own[leaf]))
+            own[leaf] = tensor
+        yield
+    finally:
+        for own, leaf, tensor in reversed(before):
+            own[leaf] = tensor
+
+
+@contextmanager
 def _kept(
     model: nn.Module, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None
 ) -> Iterator[dict[int, Any]]:
@@ -145,6 +162,7 @@ def run(
     image_size: tuple[int, int],
     classifier: str | None = None,
     see: Callable[[int, Tensor], Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> dict[int, Any]:
     """Run ``model`` from ``start`` and return its activation at each of ``stops``, in one forward.
 
@@ -157,6 +175,7 @@ def run(
         classifier: path of the last layer, to be left out: the logits are then the features before it.
         see: is called with each key and activation as it comes; what it returns is returned instead of the activation,
             which is then not kept.
+        tensors: in the place of the network's own parameters and buffers, by name.
     """
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
     entering = _entering(_Flow(x), start, classifier)
@@ -164,6 +183,7 @@ def run(
         _lock(model),
         _kept(model, wanted, go_on=len(wanted) < len(stops), see=see) as kept,
         _replaced((model.get_submodule(path), forward) for path, forward in entering),
+        _swapped(model, tensors or {}),
     ):
         try:
             output = model(_image(x, start, image_size))

@@ -123,13 +123,17 @@ class SelectingModel(AdapterModel):
         images = data_fingerprint(data)
         if images is None or this_process().num_processes > 1:
             return None
+        settings = {"config": asdict(config or StitchConfig()), "batch_size": batch_size, "kept_images": kept_images}
+        return {**self.identity(), "images": images, **settings}
+
+    def identity(self) -> dict[str, Any]:
+        """All that the anchors' activations and logits depend on besides the images, fit for JSON."""
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)
         keys = ("name", "fingerprint", "preprocessing", "granularity")
         anchors = [{key: entry[key] for key in keys} for entry in self.config.anchors]
         heads = {key: value for key, value in self.weights_sha256().items() if key.startswith("heads.")}
-        settings = {"config": asdict(config or StitchConfig()), "batch_size": batch_size, "kept_images": kept_images}
-        return {"anchors": anchors, "images": images, "heads": heads, "dtype": str(self.dtype), **settings}
+        return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype)}
 
     def route_costs(self, config: StitchConfig | None = None) -> Callable[[Route], dict[str, float]]:
         """A function that gives the MACs and parameters of any route, also one whose stitches do not exist yet."""

@@ -15,7 +15,8 @@ from restnet_hf.files import written_whole
 from restnet_hf.ranking import Similarity
 
 
-CODE = ("features", "hsic", "preprocessing", "samples", "segments", "similarity", "stitches")  # that values depend on
+# That values depend on.
+CODE = ("data", "features", "hsic", "least_squares", "preprocessing", "samples", "segments", "similarity", "stitches")
 logger = logging.getLogger(__name__)
 
 

@@ -1,8 +1,8 @@
 """Steps: what a route runs, one after the other. Everything that walks a route walks these."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors import Anchor
 from restnet_hf.routes import Route, Segment
+from restnet_hf.tuning import Tuned, tuned_tensors
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,33 @@ class Step:
         module: the anchor, stitch, conversion of images, order of labels, or head.
         shape: of its input for one image, (1, ...).
         segment: the part of the anchor to run; None for any other module.
+        tuned: what takes the place of the anchor's own weights.
     """
 
     name: str
     module: nn.Module
     shape: tuple[int, ...]
     segment: Segment | None = None
+    tuned: tuple[Tuned, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.segment is None:
             return self.module(x)
-        return self.module(x, self.segment.start, self.segment.stop)
+        return self.module(x, self.segment.start, self.segment.stop, self.replaced)
+
+    def replaced(self, start: int, stop: int | None) -> Mapping[str, Tensor]:
+        """What takes the place of the anchor's own weights between two cuts, by name."""
+        if not self.tuned:
+            return {}
+        assert isinstance(self.module, Anchor)
+        return tuned_tensors(self.tuned, self.module, start, stop)
 
     def bake(self) -> nn.Module:
         """A plain module of its own that does the same."""
         if self.segment is not None:
             assert isinstance(self.module, Anchor)
-            return self.module.bake(self.segment.start, self.segment.stop)
+            start, stop = self.segment.start, self.segment.stop
+            return self.module.bake(start, stop, self.replaced(start, stop))
         return copy.deepcopy(self.module)
 
     def parameters(self) -> Iterable[nn.Parameter]:
@@ -73,7 +84,7 @@ def _pieces(step: Step, stops: dict[tuple[str, int], set[int]]) -> list[Step]:
         assert start is not None
         shape = step.shape if start == segment.start else step.module.layout(start).shape(1)
         piece = Segment(segment.anchor, start, stop)
-        pieces.append(Step(str(piece), step.module, shape, piece))
+        pieces.append(replace(step, name=step.name.replace(str(segment), str(piece)), shape=shape, segment=piece))
     return pieces
 
 

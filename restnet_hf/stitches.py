@@ -1,25 +1,20 @@
-"""Stitches: small adapters from one anchor's activation to another's, and their fit by streaming least squares."""
+"""Stitches: small adapters from one anchor's activation to another's, of several kinds."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, relu
 
-from restnet_hf.anchors import Anchor
 from restnet_hf.features import AnyLayout, JointLayout, Layout, resize, resize_matrix
-from restnet_hf.routes import StitchPoint
 
 
 CLASS_TOKENS = ("pool", "learn", "drop", "add")
-ROWS = 16384  # of float64 features at a time
-POSITIONS = 256  # of each image that a stitch is fitted on; more of a map tell little new and cost as much each
-RIDGE = 1e-6  # of the mean variance: far below what real features carry, far above float64 rounding
+MOST = torch.finfo(torch.float32).max  # json.loads gives infinity, and whole numbers that no float can hold
 
 
 @dataclass(frozen=True)
@@ -33,19 +28,30 @@ class StitchConfig:
             (``learn``), which tells nothing of the image to a late cut. Those that the source has more are left out
             (``drop``, the default), or mapped and added to every position (``add``; the readout of DPT,
             arXiv 2103.13413, section 3). Each value decides for its own direction.
+        r: rank of the update of kind ``lora``, at least 1.
+        lora_alpha: its update is scaled by ``lora_alpha / r``, as in PEFT.
+        hidden: width of the hidden layer of kind ``mlp``; the target's channels by default.
 
     Raises:
-        ValueError: an option is not one of those.
+        ValueError: an option is not one of those, or a number is out of range.
     """
 
     kind: str = "linear"
     class_token: str = "pool"
+    r: int = 16
+    lora_alpha: float = 16
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in STITCHES:
             raise ValueError(f"stitch kind {self.kind!r} is not one of {sorted(STITCHES)}")
         if self.class_token not in CLASS_TOKENS:
             raise ValueError(f"class_token={self.class_token!r} is not one of {CLASS_TOKENS}")
+        for name, value in (("r", self.r), ("hidden", 1 if self.hidden is None else self.hidden)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha <= MOST:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number above 0")
 
 
 Chosen = Tensor | None  # positions (N, P) of each image, None for all
@@ -107,11 +113,7 @@ class LinearStitch(Stitch):
         self.source, self.target = source, target
         self.shared = min(source.prefix, target.prefix)
         self.missing = target.prefix - self.shared
-        self.proj: nn.Conv2d | nn.Linear
-        if source.kind == "NCHW":
-            self.proj = nn.Conv2d(source.channels, target.channels, 1)
-        else:
-            self.proj = nn.Linear(source.channels, target.channels)
+        self.proj = self._layer(source.channels, target.channels)
         self.shrinks = target.grid[0] * target.grid[1] < source.grid[0] * source.grid[1]
         self.prefix: nn.Parameter | None = None
         self.pool: nn.Linear | None = None
@@ -123,6 +125,16 @@ class LinearStitch(Stitch):
         self.added: nn.Linear | None = None
         if self.spare:
             self.added = nn.Linear(self.spare * source.channels, target.channels, bias=False)
+
+    def _layer(self, channels_in: int, channels_out: int, bias: bool = True) -> nn.Conv2d | nn.Linear:
+        """A new map of channels, of the form that the source's layout asks for."""
+        if self.source.kind == "NCHW":
+            return nn.Conv2d(channels_in, channels_out, 1, bias=bias)
+        return nn.Linear(channels_in, channels_out, bias=bias)
+
+    def _map(self, x: Tensor) -> Tensor:
+        """The channels of every position mapped; they stand where those of `_layer` do."""
+        return self.proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """An activation in the source's layout as one in the target's."""
@@ -139,13 +151,13 @@ class LinearStitch(Stitch):
 
     def _project(self, spatial: Tensor) -> Tensor:
         if isinstance(self.proj, nn.Conv2d):
-            return self.proj(spatial)
-        return self.proj(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return self._map(spatial)
+        return self._map(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def _prefix(self, prefix: Tensor | None, pooled: Tensor | None, batch: int) -> Tensor | None:
         tokens = []
         if self.shared and prefix is not None:
-            tokens.append(self.proj(prefix[:, : self.shared]))
+            tokens.append(self._map(prefix[:, : self.shared]))
         if self.prefix is not None:
             tokens.append(self.prefix.expand(batch, -1, -1))
         elif self.pool is not None:
@@ -226,7 +238,65 @@ class LinearStitch(Stitch):
         self.pool.bias.copy_(bias)
 
 
-STITCHES: dict[str, Callable[[AnyLayout, Layout, StitchConfig], Stitch]] = {"linear": LinearStitch}
+class LowRankStitch(LinearStitch):
+    """A linear stitch that learns by an update of low rank: W x + b + (lora_alpha / r) B A x (SN-Netv2).
+
+    SN-Netv2 (arXiv 2307.00154) found it steadier to train than the whole weight. W is kept as least squares sets it
+    and has no gradient; A, B, the bias and what maps tokens that one side lacks train. B is zero after a fit, as in
+    PEFT, so the stitch starts as the linear one. Resizing commutes with it, too.
+
+    Args:
+        source, target, config: see `LinearStitch`; ``r`` and ``lora_alpha`` are of this kind.
+    """
+
+    def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
+        super().__init__(source, target, config)
+        self.proj.weight.requires_grad_(False)
+        self.scaling = config.lora_alpha / config.r
+        self.A = self._layer(source.channels, config.r, bias=False)  # not lora_A: PEFT takes such tensors for its own
+        self.B = self._layer(config.r, target.channels, bias=False)
+        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.B.weight)
+
+    def _map(self, x: Tensor) -> Tensor:
+        return self.proj(x) + self.scaling * self.B(self.A(x))
+
+    def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
+        super()._set_projection(weight, bias)
+        nn.init.zeros_(self.B.weight)  # the solution is that of the affine map alone
+
+
+class MLPStitch(LinearStitch):
+    """A two-layer perceptron for every position beside the affine map: W x + b + V relu(U x + c).
+
+    An MLP is the best of the forms that arXiv 2603.12433 compares. V is zero after a fit, so the stitch starts as the
+    linear one. Between different grids the map is resized where the linear stitch does it, on the cheaper side, but
+    the two do not commute here: what shrinks is averaged before the ReLU, what grows is interpolated after V.
+
+    Args:
+        source, target, config: see `LinearStitch`; ``hidden`` is of this kind.
+    """
+
+    def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
+        super().__init__(source, target, config)
+        hidden = target.channels if config.hidden is None else config.hidden
+        self.hidden = self._layer(source.channels, hidden)
+        self.out = self._layer(hidden, target.channels, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def _map(self, x: Tensor) -> Tensor:
+        return self.proj(x) + self.out(relu(self.hidden(x)))
+
+    def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
+        super()._set_projection(weight, bias)
+        nn.init.zeros_(self.out.weight)  # the solution is that of the affine map alone
+
+
+STITCHES: dict[str, Callable[[AnyLayout, Layout, StitchConfig], Stitch]] = {
+    "linear": LinearStitch,
+    "lora": LowRankStitch,
+    "mlp": MLPStitch,
+}
 
 
 class JointStitch(Stitch):
@@ -265,123 +335,3 @@ def make_stitch(source: AnyLayout, target: AnyLayout, config: StitchConfig) -> S
     if isinstance(target, JointLayout):
         return JointStitch(source, target, config)
     return STITCHES[config.kind](source, target, config)
-
-
-class LeastSquares:
-    """Affine regression of rows Y (M, D) on rows X (M, C) that arrive in batches.
-
-    Keeps the means and the centred second moments in float64 and merges batches by the pairwise update of Chan, Golub
-    and LeVeque (1983), so an offset of the features costs no digits and memory does not grow with the data.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.moments: Any = None
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add rows."""
-        for rows_x, rows_y in zip(x.split(ROWS), y.split(ROWS), strict=True):
-            self._merge(rows_x.double(), rows_y.double())
-
-    def _merge(self, x: Tensor, y: Tensor) -> None:
-        mean_x, mean_y = x.mean(0), y.mean(0)
-        x, y = x - mean_x, y - mean_y
-        new = (mean_x, mean_y, x.T @ x, x.T @ y, y.square().sum(0))
-        if self.moments is None:
-            self.rows, self.moments = len(x), new
-            return
-        rows = self.rows + len(x)
-        old_x, old_y, xx, xy, yy = self.moments
-        step_x, step_y, share = mean_x - old_x, mean_y - old_y, self.rows * len(x) / rows
-        self.moments = (
-            old_x + step_x * (len(x) / rows),
-            old_y + step_y * (len(x) / rows),
-            xx.add_(new[2]).addr_(step_x, step_x, alpha=share),
-            xy.add_(new[3]).addr_(step_x, step_y, alpha=share),
-            yy.add_(new[4]).add_(step_y.square(), alpha=share),
-        )
-        self.rows = rows
-
-    def solve(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor, float]:
-        """Weight (D, C) and bias (D,) in float64, and R², the share of Y's variance that they explain.
-
-        Args:
-            ridge: added to the diagonal of XᵀX, relative to its mean.
-
-        Raises:
-            ValueError: there were no rows, or the features were not finite.
-        """
-        if self.moments is None:
-            raise ValueError("no features to fit a stitch on: the calibration set is empty")
-        mean_x, mean_y, xx, xy, yy = self.moments
-        if not (xx.isfinite().all() and xy.isfinite().all() and yy.isfinite().all()):
-            raise ValueError("features hold NaN or infinite values")
-        total = yy.sum().item()
-        if xx.numel() == 0 or not xx.diagonal().any():  # a constant is all that can be fitted
-            return xy.T.new_zeros(len(yy), len(xx)), mean_y, 0.0
-        weight = _solve_spd(xx, xy, ridge * xx.diagonal().mean().item())
-        residual = total - 2 * (weight * xy).sum().item() + (weight * (xx @ weight)).sum().item()
-        r2 = 1 - residual / total if total > 0 else 1.0
-        return weight.T, mean_y - mean_x @ weight, r2
-
-
-def _solve_spd(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solve by Cholesky; where the matrix is singular to rounding, with ten times the ridge until it is not."""
-    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    floor = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max().item()
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * eye)
-        if not failed:
-            return torch.cholesky_solve(right, factor)
-        ridge = max(10 * ridge, floor)
-
-
-@torch.no_grad()
-def fit_stitches(
-    stitches: Mapping[StitchPoint, Stitch],
-    anchors: Mapping[str, Anchor],
-    images: Iterable[Mapping[str, Tensor]],
-    ridge: float = RIDGE,
-) -> dict[str, float]:
-    """Set the weights of stitches to the least-squares solution, all of them in one pass over each anchor.
-
-    Each stitch is to give the activation that it replaces (SN-Net, arXiv 2302.06586, equation 3).
-
-    Args:
-        stitches: to fit, by where they sit.
-        anchors: by name.
-        images: batches; each holds the same images as every anchor wants them, by anchor.
-        ridge: see `LeastSquares.solve`.
-
-    Returns:
-        R² of each stitch's map of positions on the calibration images, by stitch name.
-
-    Raises:
-        ValueError: no images, or features that are not finite (the message names the stitch).
-    """
-    jobs = [(point, problem, LeastSquares()) for point, s in stitches.items() for problem in s.problems()]
-    wanted: dict[str, set[int | None]] = {}
-    for point in stitches:
-        wanted.setdefault(point.source, set()).add(point.source_cut)
-        wanted.setdefault(point.target, set()).add(point.target_cut)
-    start = 0
-    for batch in images:
-        features = {name: anchors[name].capture(batch[name], cuts) for name, cuts in wanted.items()}
-        for point, problem, sums in jobs:
-            source = features[point.source][point.source_cut]
-            target = features[point.target][point.target_cut]
-            chosen = problem.chosen(len(source), POSITIONS, start)
-            sums.update(problem.inputs(source, chosen).flatten(0, 1), problem.outputs(target, chosen).flatten(0, 1))
-        start += len(next(iter(batch.values())))
-    r2: dict[str, float] = {}
-    solutions = []
-    for point, problem, sums in jobs:  # nothing is assigned before everything is solved
-        try:
-            weight, bias, explained = sums.solve(ridge)
-        except ValueError as error:
-            raise ValueError(f"stitch '{point.name}' cannot be fitted: {error}") from error
-        solutions.append((problem, weight, bias))
-        r2.setdefault(point.name, explained)
-    for problem, weight, bias in solutions:
-        problem.assign(weight, bias)
-    return r2

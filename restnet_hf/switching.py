@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, MutableMapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route, Segment, StitchPoint, of_adapter
 from restnet_hf.steps import Step
 from restnet_hf.stitches import Stitch, StitchConfig, make_stitch
+from restnet_hf.tuning import Tuned, TunedConfig, tuned_keys
 
 
 class RouteMixin:
@@ -25,6 +26,7 @@ class RouteMixin:
     converters: MutableMapping[str, nn.Module]
     stitches: MutableMapping[str, Stitch]
     heads: MutableMapping[str, nn.Linear]
+    tuned: MutableMapping[str, Tuned]
     orders: MutableMapping[str, nn.Module]
     active_route: Route
     profiled: Profile | None
@@ -99,6 +101,17 @@ class RouteMixin:
         if point.name not in (self.config.stitches or {}):
             self.config.set_stitch(point, source, target, config)
 
+    def add_tuned(self, key: str, config: TunedConfig) -> Tuned:
+        """Put tensors in the place of an anchor's own, equal to them at first, for the routes that use that key.
+
+        Args:
+            key: from `tuned_keys`.
+            config: what is tuned.
+        """
+        self.tuned[key] = Tuned(self._anchor(config.anchor), config)
+        self.config.tuned = {**self.config.tuned, key: asdict(config)}
+        return self.tuned[key]
+
     def check_layouts(self) -> None:
         """Raise ValueError where a stitch was made for other activations than its anchors have."""
         for name in self.config.stitches or {}:
@@ -139,6 +152,8 @@ class RouteMixin:
         self.config.routes = list(map(str, left))
         for name in set(self.stitches) - needed:
             del self.stitches[name], self.config.stitches[name]
+        for key in set(self.tuned) - {key for other in left for keys in tuned_keys(other) for key in keys}:
+            del self.tuned[key], self.config.tuned[key]
         for name in set(self.heads) - {of_adapter(adapter, anchor) for adapter in adapters for anchor in self.anchors}:
             del self.heads[name]
         self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
@@ -148,9 +163,10 @@ class RouteMixin:
             self.profiled = Profile(kept, self.profiled.metadata)
 
     def weights_sha256(self) -> dict[str, str]:
-        """SHA-256 of the weights of each stitch and new head."""
+        """SHA-256 of the weights of each stitch and new head, and of all that is tuned."""
         parts: dict[str, nn.Module] = {f"stitches.{name}": stitch for name, stitch in self.stitches.items()}
         parts |= {f"heads.{name}": head for name, head in self.heads.items()}
+        parts |= {f"tuned.{name}": tuned for name, tuned in self.tuned.items()}
         return {key: weights_sha256(part.state_dict()) for key, part in parts.items()}
 
     def sound_profile(self) -> Profile | None:
@@ -160,10 +176,11 @@ class RouteMixin:
         then, now = self.profiled.metadata.get("weights"), self.weights_sha256()
         if not isinstance(then, Mapping):
             return self.profiled
-        changed = {key for key in now if then.get(key) != now[key]}
+        changed = {key for key in {*now, *then} if then.get(key) != now.get(key)}
 
         def uses(route: Route) -> set[str]:
-            return {f"heads.{route.head}", *(f"stitches.{point.name}" for point in route.stitch_points)}
+            tuned = {f"tuned.{key}" for keys in tuned_keys(route) for key in keys}
+            return {f"heads.{route.head}", *(f"stitches.{point.name}" for point in route.stitch_points)} | tuned
 
         rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
         return Profile(tuple(rows), {**self.profiled.metadata, "weights": now})
@@ -214,8 +231,10 @@ class RouteMixin:
             image = (1, 3, *self.preprocessing.image_size)
             steps.append(Step(f"images for {first}", self.converters[first], image))
         points = iter(route.stitch_points)
-        for segment in route.segments:
+        for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
             anchor = self.anchors[segment.anchor]
+            keys = [key for key in keys if key in self.tuned]
+            name = f"{segment} with {', '.join(keys)}" if keys else str(segment)
             shape: tuple[int, ...] = (1, 3, *anchor.preprocessing.image_size)
             if segment.start:
                 point = next(points)
@@ -224,7 +243,7 @@ class RouteMixin:
                 shape = self.anchors[point.source].layout(point.source_cut).shape(1)
                 steps.append(Step(point.name, stitches[point.name], shape))
                 shape = anchor.layout(segment.start).shape(1)
-            steps.append(Step(str(segment), anchor, shape, segment))
+            steps.append(Step(name, anchor, shape, segment, tuple(self.tuned[key] for key in keys)))
         if self.heads:
             if route.head not in self.heads:
                 raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")

@@ -13,6 +13,7 @@ LADDER = [
     "routes",
     "profiles",
     "ranking",
+    "samplers",
     "cards",
     "hub",
     "features",
@@ -28,8 +29,11 @@ LADDER = [
     "loading",
     "adapter_files",
     "parents",
+    "augment",
     "data",
     "stitches",
+    "least_squares",
+    "tuning",
     "hsic",
     "samples",
     "similarity",
@@ -44,12 +48,21 @@ LADDER = [
     "saving",
     "selecting",
     "modeling_restnet",
+    "checkpoints",
+    "feature_cache",
+    "tracking",
+    "stopping",
+    "training_args",
+    "objectives",
+    "frozen",
+    "feeding",
+    "learning",
     "training",
     "recipe",
     "cli",
     "__init__",
 ]
-NO_TORCH = ["embedded", "files", "routes", "profiles", "ranking", "cards", "hub"]
+NO_TORCH = ["embedded", "files", "routes", "profiles", "ranking", "samplers", "cards", "hub"]
 
 
 def trees(package):

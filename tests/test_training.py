@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
 
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
-from restnet_hf.training import KEPT_CHECKPOINTS, _Training
+from restnet_hf.checkpoints import KEPT
+from restnet_hf.learning import Learner
 
 
 ROUTES = ["resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"]
@@ -81,11 +83,13 @@ def test_loss_by_hand():
     """(1 - w) cross-entropy + w T² KL(teacher ‖ student), in float64, from probabilities."""
     model = build()
     args = TrainArgs(distillation=0.3, temperature=3.0)
-    job = _Training(model, data(), args, None)
+    job = Learner(model, ROUTES, args)
+    job.begin()
     images, labels = data()[:8]
     batch = {"pixel_values": images, "labels": labels}
     with torch.no_grad():
-        found = {str(route): loss.item() for route, loss in job._route_losses(batch)}
+        losses = job.losses(batch, job.routes, False, False, nullcontext)
+        found = {str(route): loss.item() for route, loss in zip(job.routes, losses, strict=True)}
         anchors = model.anchors
         largest = max(anchors, key=lambda name: sum(p.numel() for p in anchors[name].parameters()))
         teacher = anchors[largest](images).double()
@@ -147,8 +151,10 @@ def test_resume_is_exact(tmp_path, save_steps):
         train(again, data(), TrainArgs(output_dir=out, **args))
     train(again, data(), TrainArgs(output_dir=out, resume_from_checkpoint=True, **args))
     assert all(torch.equal(value, trained(again)[name]) for name, value in trained(whole).items())
-    folders = sorted((tmp_path / "run").iterdir())
-    assert len(folders) == KEPT_CHECKPOINTS
+    folders = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert len(folders) == KEPT and {file.name for file in (tmp_path / "run").iterdir()} - {"log.jsonl"} == {
+        folder.name for folder in folders
+    }
     for folder in folders:
         assert {file.name for file in folder.iterdir()} == {"training.safetensors", "training.json"}
         keys = load_file(folder / "training.safetensors")

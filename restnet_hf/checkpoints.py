@@ -1,0 +1,118 @@
+"""Checkpoints of a training: what trains, the optimizer's moments and the place in the data; whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from restnet_hf.files import folder_written_whole
+
+
+KEPT = 2
+PLACE, WEIGHTS = "training.json", "training.safetensors"
+
+
+class Checkpoints:
+    """Those in one folder, ``checkpoint-STEP`` each.
+
+    Args:
+        folder: None for no checkpoints.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def found(self) -> list[Path]:
+        """Those that are there, the latest last."""
+        names = [] if self.folder is None else self.folder.glob("checkpoint-*")
+        return sorted((p for p in names if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
+
+    def save(
+        self,
+        step: int,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: Any,
+        place: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+    ) -> None:
+        """Write one, and keep only the last few.
+
+        Args:
+            step: its number.
+            parameters: what trains, in the optimizer's order.
+            optimizer: theirs.
+            place: all else that a resumed run needs, fit for JSON.
+            buffers: what training has set besides.
+
+        Raises:
+            OSError: it cannot be written; those before it stay as they are.
+        """
+        if self.folder is None:
+            return
+        tensors = {f"parameters/{name}": p.detach().contiguous() for name, p in parameters.items()}
+        tensors |= {f"buffers/{name}": buffer.contiguous() for name, buffer in buffers.items()}
+        moments = optimizer.state_dict()["state"]
+        for index, name in enumerate(parameters):
+            tensors |= {f"{key}/{name}": value.contiguous() for key, value in moments.get(index, {}).items()}
+        try:
+            with folder_written_whole(self.folder / f"checkpoint-{step}", PLACE) as folder:
+                save_file(tensors, folder / WEIGHTS)
+                (folder / PLACE).write_text(json.dumps({"step": step, **place}))
+        except (OSError, SafetensorError) as error:
+            last = self.found()[-1:]
+            raise OSError(
+                f"checkpoint-{step} cannot be written to {self.folder}: {error}. Free some disk space and go on with "
+                f"resume_from_checkpoint=True{f' from {last[0].name}' if last else ''}"
+            ) from error
+        for old in self.found()[:-KEPT]:
+            shutil.rmtree(old)
+
+    def load(
+        self, total: int, parameters: Mapping[str, nn.Parameter], optimizer: Any, buffers: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Set parameters, buffers and optimizer to those of the latest one; returns its place.
+
+        Args:
+            total: steps of this training.
+            parameters, optimizer, buffers: as of `save`.
+
+        Raises:
+            ValueError: it is of another training.
+            OSError: it is damaged.
+        """
+        folder = self.found()[-1]
+        try:
+            place = json.loads((folder / PLACE).read_text())
+            with safe_open(folder / WEIGHTS, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise OSError(f"{folder} is damaged ({error}); delete it to go on from the one before") from error
+        sections: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            section, _, name = key.partition("/")
+            sections.setdefault(section, {})[name] = tensor
+        kept, stored = sections.pop("parameters", {}), sections.pop("buffers", {})
+        if kept.keys() != parameters.keys() or stored.keys() != buffers.keys() or place["total"] != total:
+            raise ValueError(
+                f"{folder} is of another training: it has {place['total']} steps over {sorted(kept)}, this one "
+                f"{total} over {sorted(parameters)}. Choose another output_dir"
+            )
+        state = optimizer.state_dict()
+        with torch.no_grad():
+            for index, (name, parameter) in enumerate(parameters.items()):
+                parameter.copy_(kept[name])
+                moments = {key: each[name] for key, each in sections.items() if name in each}
+                if moments:
+                    state["state"][index] = moments
+            for name, buffer in buffers.items():
+                buffer.copy_(stored[name])
+        for group, rate in zip(state["param_groups"], place["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        optimizer.load_state_dict(state)
+        return place
