@@ -8,9 +8,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from restnet_hf.comparing import compare_anchors
+from restnet_hf.data import this_process
 from restnet_hf.embedded import DATA, END, FRONT, RECIPE
 from restnet_hf.hub import find_adapters
-from restnet_hf.recipe import Recipe, compare_anchors, load_recipe, run_recipe
+from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 
 
 app = typer.Typer(help="One network out of two pre-trained image classifiers.", no_args_is_help=True)
@@ -129,21 +131,28 @@ def _do(make: Any, out: Path, resume: bool) -> None:
         report = run_recipe(recipe, out, resume)
     except (ValueError, OSError) as error:
         _fail(error)
-    _show(report, out)
+    state = this_process()
+    if state.is_main_process:
+        _show(report, out)
+    if state.num_processes > 1:
+        state.destroy_process_group()
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
     console.width = max(console.width, 75 + max(len(row["route"]) for row in report["routes"]))  # no name is cut
+    compared = report["similarity"] is not None
     table = Table(title="routes, cheapest first")
-    for column in ("route", "MACs, M", "params, K", report["recipe"]["method"], "R²", "fitted, %", "trained, %"):
+    method = [report["recipe"]["method"]] if compared else []
+    for column in ("route", "MACs, M", "params, K", *method, "R²", "fitted, %", "trained, %"):
         table.add_column(column, justify="left" if column == "route" else "right", no_wrap=True)
     for row in report["routes"]:
-        stitched = "similarity" in row
+        stitched = "r2" in row
+        value = [f"{row['similarity']:.2f}" if stitched else ""] if compared else []
         table.add_row(
             row["route"],
             f"{row['macs'] / 1e6:.1f}",
             f"{row['params'] / 1e3:.0f}",
-            f"{row['similarity']:.2f}" if stitched else "",
+            *value,
             f"{row['r2']:.2f}" if stitched else "",
             f"{100 * row['accuracy_least_squares']:.1f}" if stitched else "",
             f"{100 * row['accuracy']:.1f}",
@@ -152,4 +161,9 @@ def _show(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     checks = ", ".join(f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in report["checks"].items())
     seconds = ", ".join(f"{name} {spent:.0f} s" for name, spent in report["seconds"].items())
-    console.print(f"{checks}\n{seconds}\nwritten to {out}: adapter/, report.json, similarity.png, tradeoff.png")
+    pictures = "similarity.png, tradeoff.png" if compared else "tradeoff.png"
+    console.print(f"{checks}\n{seconds}\nwritten to {out}: adapter/, report.json, {pictures}")
+
+
+if __name__ == "__main__":
+    app()

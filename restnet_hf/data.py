@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers.utils import logging
 
 from restnet_hf.augment import Augment, augmentation, augmented
@@ -91,6 +91,8 @@ def data_fingerprint(data: Any) -> str | None:
         return f"dataset:{data._fingerprint}"
     if isinstance(data, Tensor):
         return f"tensor:{weights_sha256({'images': data})}"
+    if type(data) is TensorDataset:
+        return f"tensors:{weights_sha256({str(i): tensor for i, tensor in enumerate(data.tensors)})}"
     return None
 
 

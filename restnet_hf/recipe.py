@@ -1,35 +1,32 @@
 """Recipes: the whole job as data, from two classifiers to a saved adapter and a report."""
 
-import csv
 import dataclasses
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from accelerate.utils import set_seed
-from datasets import ClassLabel, Dataset
-from pydantic import ConfigDict, Field, ValidationError
+from datasets import Dataset
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from restnet_hf.anchors import Anchor
+from restnet_hf.augment import augmentation
+from restnet_hf.comparing import class_names_of
 from restnet_hf.data import load_images, subset, this_process, with_pixel_values
 from restnet_hf.files import written_whole
 from restnet_hf.labels import label_order
 from restnet_hf.loading import load_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.parents import class_order
 from restnet_hf.plots import plot_similarity, plot_tradeoff
-from restnet_hf.profiles import Budget, Profile
-from restnet_hf.ranking import RankedRoute, choose_routes, rank_routes
+from restnet_hf.profiles import Profile
 from restnet_hf.routes import Route, Segment
-from restnet_hf.similarity_cache import write_similarity
 from restnet_hf.stitches import StitchConfig
 from restnet_hf.training import TrainArgs, train
 
@@ -49,7 +46,13 @@ class Recipe:
         new_head: give the anchors new heads; by default when the data set's classes are not theirs.
         method: key of `SELECTORS`.
         max_routes: how many stitches to make.
+        routes: these, and none that ``method`` would choose.
+        stitch_kind: key of `STITCHES`.
         class_token: see `StitchConfig`.
+        augment: key of `AUGMENTATIONS`, for the images that heads and stitches train on; similarity, least squares
+            and evaluation see images as they are.
+        label_free: take no labels of the training images, or have none. Heads cannot be trained then, so the anchors
+            must know the classes; accuracy is measured by the labels of the evaluation images.
         seed: of the first weights of new heads; the images and their order have fixed seeds of their own.
         heads: how new heads are trained on the frozen anchors.
         stitches: how stitches are trained.
@@ -67,10 +70,35 @@ class Recipe:
     new_head: bool | None = None
     method: str = "cka"
     max_routes: int = Field(default=8, gt=0)
+    routes: list[str] | None = Field(default=None, min_length=1)
+    stitch_kind: str = "linear"
     class_token: str = "pool"
+    augment: str | None = None
+    label_free: bool = False
     seed: int = 0
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        self.stitch_config()
+        augmentation(self.augment)
+        if self.augment is not None and (self.heads.cache_dir or self.stitches.cache_dir):
+            raise ValueError(
+                "augment makes other images each time, so cache_dir cannot keep them; leave one of them out"
+            )
+        if self.label_free and self.new_head:
+            raise ValueError("new heads are trained with labels; leave new_head or label_free out")
+        if self.label_free and self.stitches.num_train_epochs and self.stitches.distillation < 1:
+            raise ValueError(
+                "label_free leaves stitches only the anchors to learn from; set stitches.distillation to 1, or "
+                "stitches.num_train_epochs to 0 and stitches.matching_epochs to 1 or more"
+            )
+        return self
+
+    def stitch_config(self) -> StitchConfig:
+        """How stitches are made."""
+        return StitchConfig(kind=self.stitch_kind, class_token=self.class_token)
 
 
 def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
@@ -88,12 +116,14 @@ def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
     try:
         return Recipe(**{**data, **{key: value for key, value in overrides.items() if value is not None}})
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
         raise ValueError(f"recipe {os.fspath(path)} is not valid. {wrong}") from error
 
 
 def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
-    """Do the job and write ``adapter/``, ``report.json``, ``similarity.png`` and ``tradeoff.png`` to ``out``.
+    """Do the job and write ``adapter/``, ``report.json`` and ``tradeoff.png`` to ``out``.
+
+    Where stitches were chosen by similarity, ``similarity.png`` too.
 
     Args:
         recipe: the job.
@@ -103,28 +133,24 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     Returns:
         The report: a row for each route, and the seconds that each part took.
     """
-    folder = Path(out)
-    clock = _Clock()
+    folder, clock = Path(out), _Clock()
+    heads, stitches = (_options(recipe, stage, folder, resume) for stage in ("heads", "stitches"))
     set_seed(recipe.seed)
     model, train_set, eval_set = prepare(recipe)
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     clock.lap("load")
     if model.config.new_head:
-        alone = [Route((Segment(name),)) for name in model.anchors]
-        options = _options(recipe.heads, folder / "training" / "heads", resume, train_head=True)
-        train(model, others, options, alone)
+        train(model, to_train_on(model, others, recipe), heads, [Route((Segment(name),)) for name in model.anchors])
         clock.lap("heads")
-    model.select_stitches(calibration, recipe.method, recipe.max_routes, StitchConfig(class_token=recipe.class_token))
+    set_seed(recipe.seed)  # new stitches are the same whether heads were trained or read from a checkpoint
+    _add_stitches(model, calibration, recipe)
     clock.lap("similarity")
     r2 = model.fit_stitches(calibration)
     clock.lap("least squares")
     fitted = model.profile(eval_set, dataset=_name(recipe.dataset))
     clock.lap("first profile")
     before = _anchor_logits(model, calibration)
-    options = _options(
-        recipe.stitches, folder / "training" / "stitches", resume, train_head=bool(recipe.stitches.train_head)
-    )
-    train(model, train_set, options)
+    train(model, to_train_on(model, train_set, recipe), stitches)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
     clock.lap("training")
     profile = model.profile(eval_set, dataset=_name(recipe.dataset))
@@ -136,90 +162,22 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     state.wait_for_everyone()
     same = _reloads(model, folder / "adapter", calibration)
     clock.lap("save and reload")
-    assert model.similarity is not None
     report = {
         "recipe": dataclasses.asdict(recipe),
         "routes": _rows(model, fitted, profile, r2),
         "checks": {"anchors_unchanged": unchanged, "reloaded_logits_equal": same},
-        "similarity": dict(model.similarity.settings),
+        "similarity": None if model.similarity is None else dict(model.similarity.settings),
         "seconds": clock.laps,
         "metadata": dict(profile.metadata),
     }
     if state.is_main_process:
         shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints have served
-        plot_similarity(model.similarity, model.routes, folder / "similarity.png")
         plot_tradeoff(profile, folder / "tradeoff.png", fitted)
+        if model.similarity is not None:
+            plot_similarity(model.similarity, model.routes, folder / "similarity.png")
         with written_whole(folder / "report.json") as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
     return report
-
-
-def compare_anchors(
-    front: str,
-    end: str,
-    dataset: str,
-    out: str | os.PathLike[str],
-    methods: Sequence[str],
-    *,
-    split: str = "train",
-    images: int = 512,
-    image_size: int | None = None,
-    max_routes: int = 8,
-    budget: Mapping[str, float] | None = None,
-    order: str = "given",
-) -> dict[str, list[RankedRoute]]:
-    """Compare two anchors by selectors and write, for each, ``NAME.npz``, ``NAME.csv`` and ``NAME.png`` to ``out``.
-
-    Args:
-        front, end: Hub ids or local folders.
-        dataset: images; labels are used where they are the anchors' classes.
-        out: folder.
-        methods: keys of `SELECTORS`.
-        split, images, image_size: as of `Recipe`.
-        max_routes, budget, order: as of ``select_stitches``.
-
-    Returns:
-        The routes that each selector chooses.
-
-    Raises:
-        ValueError, OSError: something cannot be loaded, or does not fit.
-    """
-    rows = subset(load_images(dataset, split), images)
-    anchors = [load_anchor(source, image_size=image_size, dtype=torch.float32) for source in (front, end)]
-    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **_own_classes(anchors))
-    if model.image_processor is None:
-        raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
-    names = _class_names(rows) if "label" in rows.column_names else None
-    order_of = None if names is None else label_order(names, list(model.config.id2label.values()))
-    if order_of is None and "label" in rows.column_names:
-        rows = rows.remove_columns("label")
-    found = model.compare(with_pixel_values(rows, model.image_processor, order_of), methods, order)
-    costs, limits = model.route_costs(), None if budget is None else Budget(**budget)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    chosen = {}
-    for name, similarities in found.items():
-        chosen[name] = choose_routes(rank_routes(similarities, costs, limits), max_routes)
-        for similarity in similarities:
-            suffix = "" if similarity is similarities[0] else "_back"
-            write_similarity(similarity, folder / f"{name}{suffix}.npz")
-            routes = [row.route for row in chosen[name] if row.route.segments[0].anchor == similarity.front]
-            plot_similarity(similarity, routes, folder / f"{name}{suffix}.png")
-            with written_whole(folder / f"{name}{suffix}.csv") as temporary, temporary.open("w", newline="") as file:
-                table = csv.writer(file)
-                table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
-                for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
-                    table.writerow([cut.name, *row.filled(np.nan)])
-    return chosen
-
-
-def _own_classes(anchors: list[Anchor]) -> dict[str, Any]:
-    """Options for anchors whose classes differ: heads do not matter where activations are compared."""
-    try:
-        class_order(*anchors)
-    except ValueError:
-        return {"num_labels": 2}
-    return {}
 
 
 class _Clock:
@@ -233,11 +191,22 @@ class _Clock:
 
 
 def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Dataset, Dataset]:
-    """The model without stitches, and the images to train and to evaluate on, prepared for it."""
+    """The model without stitches, and the images to train and to evaluate on, prepared for it and not augmented.
+
+    Raises:
+        ValueError, OSError: something cannot be loaded, or does not fit.
+    """
     train_rows, eval_rows = (load_images(recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split))
     anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in (recipe.front, recipe.end)]
-    names = _class_names(train_rows)
+    names = class_names_of(eval_rows if recipe.label_free else train_rows)
+    if recipe.label_free and "label" in train_rows.column_names:
+        train_rows = train_rows.remove_columns("label")
     new_head = recipe.new_head if recipe.new_head is not None else not _knows(anchors, names)
+    if recipe.label_free and new_head:
+        raise ValueError(
+            f"the data set's {len(names)} classes are not those that both anchors know, and new heads cannot be "
+            "trained without labels; set label_free: false, or choose anchors of these classes"
+        )
     model = StitchedModelForImageClassification.from_anchors(
         *anchors, order="given", id2label=dict(enumerate(names)) if new_head else None
     )
@@ -248,6 +217,8 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
         raise ValueError(
             f"the data set's {len(names)} classes are not the anchors' {model.config.num_labels}; set new_head: true"
         )
+    for route in recipe.routes or ():
+        model.route(route)  # a mistake shows before heads are trained
 
     def ready(rows: Dataset, size: int | None) -> Dataset:
         return with_pixel_values(subset(rows, size), model.image_processor, order)
@@ -265,23 +236,39 @@ def hold_out(train_set: Dataset, images: int, new_head: bool) -> tuple[Dataset, 
     return train_set.select(range(count)), train_set.select(range(count, len(train_set)))
 
 
+def to_train_on(model: StitchedModelForImageClassification, rows: Dataset, recipe: Recipe) -> Dataset:
+    """Images that `prepare` gave, augmented where the recipe says so."""
+    if recipe.augment is None:
+        return rows
+    order = None
+    if "label" in rows.column_names:
+        order = label_order(class_names_of(rows), list(model.config.id2label.values()))
+    return with_pixel_values(rows, model.image_processor, order, recipe.augment)
+
+
+def _add_stitches(model: StitchedModelForImageClassification, calibration: Dataset, recipe: Recipe) -> None:
+    """Those that the recipe names, or those that its selector chooses."""
+    config = recipe.stitch_config()
+    if recipe.routes is None:
+        model.select_stitches(calibration, recipe.method, recipe.max_routes, config)
+    for route in recipe.routes or ():
+        model.add_stitch(route, config)
+
+
 def _name(dataset: str) -> str:
     return Path(dataset).name if Path(dataset).is_dir() else dataset  # a profile is shared, local paths are not
-
-
-def _class_names(rows: Dataset) -> list[str]:
-    feature = rows.features.get("label")
-    if not isinstance(feature, ClassLabel):
-        raise ValueError("the data set needs a 'label' column of type ClassLabel, which names the classes")
-    return list(feature.names)
 
 
 def _knows(anchors: list[Anchor], names: list[str]) -> bool:
     return all(anchor.label_names is not None and label_order(names, anchor.label_names) for anchor in anchors)
 
 
-def _options(args: TrainArgs, folder: Path, resume: bool, **changes: Any) -> TrainArgs:
-    return dataclasses.replace(args, output_dir=str(folder), resume_from_checkpoint=resume, **changes)
+def _options(recipe: Recipe, stage: str, folder: Path, resume: bool) -> TrainArgs:
+    """How ``heads`` or ``stitches`` train, with checkpoints in a folder of their own."""
+    args: TrainArgs = getattr(recipe, stage)
+    train_head = True if stage == "heads" else bool(args.train_head)
+    output_dir = str(folder / "training" / stage)
+    return dataclasses.replace(args, output_dir=output_dir, resume_from_checkpoint=resume, train_head=train_head)
 
 
 @torch.no_grad()
@@ -306,8 +293,8 @@ def _rows(
     for before, after in zip(fitted.routes, profile.routes, strict=True):
         row: dict[str, Any] = {"route": str(after.route), **after.costs}
         for point in after.route.stitch_points:
-            assert model.similarity is not None
-            row["similarity"] = model.similarity.value(after.route)
+            if model.similarity is not None:
+                row["similarity"] = model.similarity.value(after.route)
             row["r2"] = r2[point.name]
             row["accuracy_least_squares"] = before.scores["accuracy"]
         rows.append({**row, "accuracy": after.scores["accuracy"]})

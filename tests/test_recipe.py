@@ -1,6 +1,12 @@
 """The whole job on toy sizes, from Python and from the command line."""
 
+import copy
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +15,19 @@ import torch
 import yaml
 from conftest import SIZE, save_model
 from datasets import ClassLabel, Dataset, Features, Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from restnet_hf import Profile, StitchedModelForImageClassification
 from restnet_hf.cli import app
+from restnet_hf.data import load_images
 from restnet_hf.embedded import DATA, END, FRONT, RECIPE
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+FRONTS = {"deit_small_tiny_cifar10": "other_vit"}  # at toy size, where it is not a ResNet
 TOY = {"front": str(FRONT), "end": str(END), "dataset": str(DATA), "train_images": 96, "eval_images": 50}
 TOY |= {"calibration_images": 64, "max_routes": 2}
 TOY_STITCHES = {"num_train_epochs": 1, "batch_size": 32}
@@ -25,9 +35,9 @@ TOY_STITCHES = {"num_train_epochs": 1, "batch_size": 32}
 
 @pytest.fixture
 def new_task(tmp_path):
-    """Two random anchors, and a data set of three classes that they do not know."""
-    for name in ("resnet", "vit"):
-        save_model(name, tmp_path / name)
+    """Three random anchors, and a data set of three classes that they do not know."""
+    for name, kind, seed in (("resnet", "resnet", 0), ("vit", "vit", 0), ("other_vit", "vit", 1)):
+        save_model(kind, tmp_path / name, seed)
     features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
     pixels = torch.zeros(24, SIZE, SIZE, 3, dtype=torch.uint8)
     for index in range(24):
@@ -99,16 +109,31 @@ def test_recipes_are_valid(path):
     data = yaml.safe_load(path.read_text())
     missing = {key: "x" for key in ("front", "end", "dataset") if key not in data}
     recipe = load_recipe(path, **missing)
-    assert recipe.stitches.num_train_epochs > 0
+    assert recipe.stitches.matching_epochs + recipe.stitches.num_train_epochs > 0
     assert path == RECIPE or not missing
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_say_how_they_are_run(path):
+    top = path.read_text().partition("\nfront:")[0]
+    assert all(line.startswith("#") for line in top.splitlines())
+    assert f"#   restnet-hf train recipes/{path.name} --out runs/" in top
+    assert "minutes on 2 cores" in top and "# Results: recipes/README.md" in top
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run_at_toy_size(path, new_task):
     """With tiny anchors and images in place of those it names."""
-    toy = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
-    report = run_recipe(load_recipe(path, **toy, image_size=SIZE, calibration_images=16), new_task / "out")
+    recipe = load_recipe(path)
+    front = new_task / FRONTS.get(path.stem, "resnet")
+    toy = {"front": str(front), "end": str(new_task / "vit"), "dataset": str(new_task / "data"), "image_size": SIZE}
+    if recipe.label_free:  # the anchors must know the classes
+        toy = {**TOY, "eval_split": "test", "image_size": 56}
+    report = run_recipe(load_recipe(path, **{**toy, "calibration_images": 16, "max_routes": 2}), new_task / "out")
     assert all(report["checks"].values())
+    model = StitchedModelForImageClassification.from_pretrained(new_task / "out" / "adapter")
+    assert bool(model.tuned) == (recipe.stitches.tuning != "stitch")
+    assert {stitch["kind"] for stitch in model.config.stitches.values()} == {recipe.stitch_kind}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +144,15 @@ def test_recipes_run_at_toy_size(path, new_task):
         ("front: a\nend: b\ndataset: c\nepochs: 3", "epochs: Unexpected keyword argument"),
         ("front: a\nend: b\ndataset: c\nstitches: {learning_rate: fast}", "stitches.learning_rate: Input should be"),
         ("front: a", "end: Field required"),
+        ("front: a\nend: b\ndataset: c\nroutes: []", "routes: List should have at least 1 item"),
+        (
+            "front: a\nend: b\ndataset: c\nstitch_kind: cubic",
+            r"valid\. Value error, stitch kind 'cubic' is not one of",
+        ),
+        ("front: a\nend: b\ndataset: c\naugment: blur", "augment='blur' is not one of"),
+        ("front: a\nend: b\ndataset: c\naugment: flip\nstitches: {cache_dir: d}", "leave one of them out"),
+        ("front: a\nend: b\ndataset: c\nlabel_free: true\nnew_head: true", "leave new_head or label_free out"),
+        ("front: a\nend: b\ndataset: c\nlabel_free: true", "set stitches.distillation to 1, or"),
     ],
 )
 def test_bad_recipe(tmp_path, text, message):
@@ -205,3 +239,119 @@ def test_similarity_of_other_classes(new_task):
     result = CliRunner().invoke(app, [*command, "--out", str(new_task / "out")])
     assert result.exit_code == 0, result.output
     assert (new_task / "out" / "cka.png").exists()
+
+
+def test_augmentation_is_for_training_alone(tmp_path):
+    """All that least squares gives stays as it was, and what training gives does not."""
+    reports, weights = [], []
+    for augment in (None, "crop"):
+        out = tmp_path / str(augment)
+        reports.append(run_recipe(Recipe(**TOY, augment=augment, stitches=TOY_STITCHES), out)["routes"])
+        weights.append(load_file(out / "adapter" / "model.safetensors"))
+    for key in ("route", "similarity", "r2", "accuracy_least_squares"):
+        assert [row.get(key) for row in reports[0]] == [row.get(key) for row in reports[1]]
+    assert not any(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_label_free_looks_at_no_label(tmp_path):
+    """With and without labels of the training images the same adapter to the last bit."""
+    images = {split: load_images(DATA, split).select(range(48)) for split in ("train", "test")}
+    stitches = {"matching_epochs": 1, "num_train_epochs": 1, "distillation": 1.0, "batch_size": 16}
+    recipe = {**TOY, "method": "fitted_accuracy", "max_routes": 1, "label_free": True, "stitches": stitches}
+    weights = []
+    for name in ("labelled", "not"):
+        rows = images["train"] if name == "labelled" else images["train"].remove_columns("label")
+        (tmp_path / name).mkdir()
+        rows.to_parquet(tmp_path / name / "train.parquet")
+        images["test"].to_parquet(tmp_path / name / "test.parquet")
+        report = run_recipe(Recipe(**{**recipe, "dataset": str(tmp_path / name)}), tmp_path / "out" / name)
+        assert report["routes"][-1]["accuracy"] > 0.8
+        weights.append((tmp_path / "out" / name / "adapter" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_label_free_needs_anchors_that_know_the_classes(new_task):
+    recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
+    with pytest.raises(ValueError, match="3 classes are not those that both anchors know, and new heads cannot be"):
+        run_recipe(Recipe(**recipe, label_free=True, stitches={"distillation": 1.0}), new_task / "out")
+    assert not (new_task / "out").exists()
+
+
+def test_routes_by_name(tmp_path):
+    """They take the place of those that a selector would choose, so there is no similarity to show."""
+    routes = ["resnet_fashion[:2] + vit_fashion[4:]", "resnet_fashion[:6] + vit_fashion[vit.layers.4:]"]
+    recipe = {**TOY, "routes": routes, "stitch_kind": "mlp", "stitches": TOY_STITCHES}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "out"
+    result = invoke("train", tmp_path / "toy.yaml", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "cka" not in result.output and "similarity.png" not in result.output
+    assert sorted(file.name for file in out.iterdir()) == ["adapter", "report.json", "tradeoff.png"]
+    report = json.loads((out / "report.json").read_text())
+    assert report["similarity"] is None
+    stitched = {row["route"]: row for row in report["routes"] if "r2" in row}
+    assert stitched.keys() == {routes[0], "resnet_fashion[:6] + vit_fashion[5:]"}
+    config = StitchedModelForImageClassification.from_pretrained(out / "adapter").config
+    assert [stitch["kind"] for stitch in config.stitches.values()] == ["mlp", "mlp"]
+    recipe["routes"] = ["resnet_fashion[:2] + vit_fashion[9:]"]
+    with pytest.raises(ValueError, match=r"vit_fashion.*9"):
+        run_recipe(Recipe(**recipe), tmp_path / "other")
+
+
+def test_a_killed_run_goes_on(new_task):
+    """SIGTERM in the middle of training: exit status 143 and a checkpoint; resumed, the same adapter as without it."""
+    recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
+    recipe |= {"routes": ["resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"], "stitch_kind": "lora"}
+    recipe |= {"heads": TOY_STITCHES | {"distillation": 0.0}, "augment": "crop"}
+    recipe |= {"stitches": {"num_train_epochs": 40, "batch_size": 8, "save_steps": 1, "sampler": "importance"}}
+    (new_task / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    command = ["train", str(new_task / "toy.yaml"), "--out"]
+    checkpoints = new_task / "killed" / "training" / "stitches"
+    process = subprocess.Popen([sys.executable, "-m", "restnet_hf.cli", *command, str(new_task / "killed")])
+    while not any(checkpoints.glob("checkpoint-*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert any(checkpoints.glob("checkpoint-*")) and not (new_task / "killed" / "adapter").exists()
+    for name, options in (("killed", ["--resume"]), ("whole", [])):
+        result = invoke(*command, new_task / name, *options)
+        assert result.exit_code == 0, result.output
+    killed, whole = (load_file(new_task / name / "adapter" / "model.safetensors") for name in ("killed", "whole"))
+    assert killed.keys() == whole.keys()
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+    assert not checkpoints.exists()
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    """The same accuracies; weights agree to float32 rounding, and only one of the processes speaks."""
+    recipe = {**TOY, "max_routes": 1, "augment": "crop", "stitches": TOY_STITCHES}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "restnet_hf.cli"]
+    done = subprocess.run(
+        [sys.executable, *run, "train", str(tmp_path / "toy.yaml"), "--out", str(tmp_path / "two")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"}, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.count("routes, cheapest first") == 1
+    one = run_recipe(Recipe(**recipe), tmp_path / "one")
+    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    for key in ("route", "accuracy_least_squares", "accuracy"):
+        assert [row.get(key) for row in one["routes"]] == [row.get(key) for row in two["routes"]]
+    weights = [load_file(tmp_path / name / "adapter" / "model.safetensors") for name in ("one", "two")]
+    assert all(torch.allclose(value, weights[1][name], atol=1e-5) for name, value in weights[0].items())
+    config = json.loads((tmp_path / "two" / "adapter" / "config.json").read_text())
+    assert config["training"][-1]["processes"] == 2
+
+
+def test_as_transformers_trainer(pair, monkeypatch):
+    """In the same order of images both take the same steps: weights within 1e-6, after moving by over a thousandth."""
+    spec = importlib.util.spec_from_file_location("with_trainer", FOLDER / "with_trainer.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "BATCH_SIZE", 8)
+    pixels = torch.randn(20, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    rows = Dataset.from_dict({"pixel_values": pixels.numpy(), "labels": [i % 5 for i in range(20)]})
+    rows = rows.with_format("torch")
+    models = [copy.deepcopy(pair) for _ in range(2)]
+    accuracies = [way(m, rows, rows, 2) for way, m in zip((script.by_trainer, script.by_train), models, strict=True)]
+    assert accuracies[0] == accuracies[1]
+    assert script.largest_difference(*models) <= 1e-6 < 1e-3 < script.largest_difference(pair, models[0])

@@ -1,0 +1,105 @@
+"""Compare two classifiers without a recipe: where they are best joined, as tables and pictures."""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+
+from restnet_hf.anchors import Anchor
+from restnet_hf.data import load_images, subset, with_pixel_values
+from restnet_hf.files import written_whole
+from restnet_hf.labels import label_order
+from restnet_hf.loading import load_anchor
+from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.parents import class_order
+from restnet_hf.plots import plot_similarity
+from restnet_hf.profiles import Budget
+from restnet_hf.ranking import RankedRoute, choose_routes, rank_routes
+from restnet_hf.similarity_cache import write_similarity
+
+
+def class_names_of(rows: Dataset) -> list[str]:
+    """Names of the classes in the column ``label`` of a data set.
+
+    Raises:
+        ValueError: it has no such column, or one that names no classes.
+    """
+    feature = rows.features.get("label")
+    if not isinstance(feature, ClassLabel):
+        raise ValueError("the data set needs a 'label' column of type ClassLabel, which names the classes")
+    return list(feature.names)
+
+
+def compare_anchors(
+    front: str,
+    end: str,
+    dataset: str,
+    out: str | os.PathLike[str],
+    methods: Sequence[str],
+    *,
+    split: str = "train",
+    images: int = 512,
+    image_size: int | None = None,
+    max_routes: int = 8,
+    budget: Mapping[str, float] | None = None,
+    order: str = "given",
+) -> dict[str, list[RankedRoute]]:
+    """Compare two anchors by selectors and write, for each, ``NAME.npz``, ``NAME.csv`` and ``NAME.png`` to ``out``.
+
+    Args:
+        front, end: Hub ids or local folders.
+        dataset: images; labels are used where they are the anchors' classes.
+        out: folder.
+        methods: keys of `SELECTORS`.
+        split: of the data set.
+        images: how many, chosen at random.
+        image_size: in pixels, instead of the anchors' own.
+        max_routes, budget, order: as of ``select_stitches``.
+
+    Returns:
+        The routes that each selector chooses.
+
+    Raises:
+        ValueError, OSError: something cannot be loaded, or does not fit.
+    """
+    rows = subset(load_images(dataset, split), images)
+    anchors = [load_anchor(source, image_size=image_size, dtype=torch.float32) for source in (front, end)]
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **_own_classes(anchors))
+    if model.image_processor is None:
+        raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
+    names = class_names_of(rows) if "label" in rows.column_names else None
+    order_of = None if names is None else label_order(names, list(model.config.id2label.values()))
+    if order_of is None and "label" in rows.column_names:
+        rows = rows.remove_columns("label")
+    found = model.compare(with_pixel_values(rows, model.image_processor, order_of), methods, order)
+    costs, limits = model.route_costs(), None if budget is None else Budget(**budget)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = {}
+    for name, similarities in found.items():
+        chosen[name] = choose_routes(rank_routes(similarities, costs, limits), max_routes)
+        for similarity in similarities:
+            suffix = "" if similarity is similarities[0] else "_back"
+            write_similarity(similarity, folder / f"{name}{suffix}.npz")
+            routes = [row.route for row in chosen[name] if row.route.segments[0].anchor == similarity.front]
+            plot_similarity(similarity, routes, folder / f"{name}{suffix}.png")
+            with written_whole(folder / f"{name}{suffix}.csv") as temporary, temporary.open("w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
+                for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
+                    table.writerow([cut.name, *row.filled(np.nan)])
+    return chosen
+
+
+def _own_classes(anchors: list[Anchor]) -> dict[str, Any]:
+    """Options for anchors whose classes differ: heads do not matter where activations are compared."""
+    try:
+        class_order(*anchors)
+    except ValueError:
+        return {"num_labels": 2}
+    return {}
