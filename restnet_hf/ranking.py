@@ -85,22 +85,25 @@ def _marked(rows: Sequence[RankedRoute]) -> list[RankedRoute]:
     return marked
 
 
-def choose_routes(ranked: Sequence[RankedRoute], max_routes: int, cost: str = "macs") -> list[RankedRoute]:
+def choose_routes(
+    ranked: Sequence[RankedRoute], max_routes: int, cost: str = "macs", per_part: int = 1
+) -> list[RankedRoute]:
     """The best route of each part of the range of costs, the cheapest first (KLAS, arXiv 2605.29259, buckets).
 
     Args:
         ranked: from `rank_routes`, with that cost.
         max_routes: into how many parts of equal width the range is divided; parts without a route are left out.
         cost: a key of the costs.
+        per_part: how many routes of each part are taken; with more than one, training and a profile decide.
 
     Raises:
-        ValueError: ``max_routes`` is below 1.
+        ValueError: ``max_routes`` or ``per_part`` is below 1.
     """
-    if max_routes < 1:
-        raise ValueError(f"max_routes={max_routes} must be at least 1")
+    if max_routes < 1 or per_part < 1:
+        raise ValueError(f"max_routes={max_routes} and per_part={per_part} must be at least 1")
     least, most = (pick(row.costs[cost] for row in ranked) for pick in (min, max))
-    best: dict[int, RankedRoute] = {}
+    best: dict[int, list[RankedRoute]] = {}
     for row in ranked:
         part = int((row.costs[cost] - least) / max(most - least, 1e-9) * max_routes)
-        best.setdefault(min(part, max_routes - 1), row)
-    return [best[part] for part in sorted(best)]
+        best.setdefault(min(part, max_routes - 1), []).append(row)
+    return [row for part in sorted(best) for row in best[part][:per_part]]

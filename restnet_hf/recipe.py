@@ -233,7 +233,8 @@ def hold_out(train_set: Dataset, images: int, new_head: bool) -> tuple[Dataset, 
     heads get at least half of the images.
     """
     count = min(images, max(1, len(train_set) // 2) if new_head else len(train_set))
-    return train_set.select(range(count)), train_set.select(range(count, len(train_set)))
+    others = [*range(count, len(train_set))]  # a range may not be empty
+    return train_set.select(range(count)), train_set.select(others)
 
 
 def to_train_on(model: StitchedModelForImageClassification, rows: Dataset, recipe: Recipe) -> Dataset:

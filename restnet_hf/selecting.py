@@ -162,6 +162,7 @@ class SelectingModel(AdapterModel):
         order: str = "given",
         budget: Mapping[str, float] | None = None,
         kept_images: int = 512,
+        per_part: int = 1,
         **options: Any,
     ) -> list[Route]:
         """Choose where to join the first anchor to the last, from a few hundred images, and add those stitches.
@@ -173,13 +174,14 @@ class SelectingModel(AdapterModel):
         Args:
             calibration: images; see `restnet_hf.data.batches`.
             method: a key of `SELECTORS`.
-            max_routes: how many to add at most.
+            max_routes: into how many parts the range of MACs is divided.
             config: how the stitches are made.
             batch_size: for a tensor or a data set.
             order: ``given`` joins the first anchor to the last; ``auto`` also considers the last in front, and takes
                 whichever has the higher score in each part of the range.
             budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
             kept_images: see `compare`.
+            per_part: how many routes of each part to add; the best two nearly always hold the best one.
             **options: of the selector.
 
         Raises:
@@ -190,7 +192,9 @@ class SelectingModel(AdapterModel):
         ranking = rank_routes(found, costs, limits)
         self.similarity, self.ranking = found[0], ranking
         most = max(costs(Route((Segment(name),)))["macs"] for name in self.anchors)
-        chosen = choose_routes([row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes)
+        chosen = choose_routes(
+            [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part
+        )
         for row in chosen:
             self.add_stitch(row.route, config)
         self.set_route(max(chosen, key=lambda row: row.score).route)

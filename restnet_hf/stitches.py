@@ -13,6 +13,7 @@ from torch.nn.functional import pad, relu
 from restnet_hf.features import AnyLayout, JointLayout, Layout, resize, resize_matrix
 
 
+WIDEST = 16384
 CLASS_TOKENS = ("pool", "learn", "drop", "add")
 MOST = torch.finfo(torch.float32).max  # json.loads gives infinity, and whole numbers that no float can hold
 
@@ -48,8 +49,8 @@ class StitchConfig:
         if self.class_token not in CLASS_TOKENS:
             raise ValueError(f"class_token={self.class_token!r} is not one of {CLASS_TOKENS}")
         for name, value in (("r", self.r), ("hidden", 1 if self.hidden is None else self.hidden)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+            if type(value) is not int or not 1 <= value <= WIDEST:  # a config of a stranger must not fill the memory
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {WIDEST}")
         if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha <= MOST:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number above 0")
 

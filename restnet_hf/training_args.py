@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from restnet_hf.samplers import SAMPLERS
+from restnet_hf.tuning import HIGHEST
 
 
 NOT_SETTINGS = {  # of what is learned
@@ -84,8 +85,8 @@ class TrainArgs:
     train_head: bool | None = None
     tuning: Literal["stitch", "norm", "lora", "full"] = "stitch"
     anchor_learning_rate: float | None = Field(default=None, gt=0)
-    r: int = Field(default=8, gt=0)
-    lora_alpha: float = Field(default=8.0, gt=0)
+    r: int = Field(default=8, gt=0, le=HIGHEST)
+    lora_alpha: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     sampler: str = "all"
     cache_dir: str | None = None
     cache_dtype: Literal["float16", "bfloat16"] = "float16"

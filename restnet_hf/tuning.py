@@ -1,5 +1,6 @@
 """TUNINGS: what routes put in the place of an anchor's own weights while they run; the anchor itself never changes."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from restnet_hf.routes import Route, of_adapter
 from restnet_hf.segments import outside, own_modules
 
 
+HIGHEST = 4096  # rank: a config of a stranger must not fill the memory
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -43,8 +45,8 @@ class TunedConfig:
     def __post_init__(self) -> None:
         if self.kind not in TUNINGS:
             raise ValueError(f"kind={self.kind!r} is not one of {sorted(TUNINGS)}")
-        if self.r < 1 or self.lora_alpha <= 0:
-            raise ValueError(f"r={self.r} must be at least 1, and lora_alpha={self.lora_alpha} above 0")
+        if type(self.r) is not int or not 1 <= self.r <= HIGHEST or not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"r={self.r} must be from 1 to {HIGHEST}, and lora_alpha={self.lora_alpha} above 0")
 
 
 class Tuned(nn.Module):

@@ -58,6 +58,7 @@ LADDER = [
     "feeding",
     "learning",
     "training",
+    "comparing",
     "recipe",
     "cli",
     "__init__",

@@ -55,6 +55,15 @@ def test_buckets():
         choose_routes(ranked, 0)
 
 
+def test_several_of_a_bucket():
+    """The best two of each half, 12 to 22 and 23 to 33."""
+    ranked = rank_routes([FORTH], costs)
+    chosen = choose_routes(ranked, 2, per_part=2)
+    assert names(chosen) == ["a[:1] + b[1:]", "a[:2] + b[2:]", "a[:3] + b[1:]", "a[:2] + b[1:]"]
+    with pytest.raises(ValueError, match="per_part=0 must be at least 1"):
+        choose_routes(ranked, 2, per_part=0)
+
+
 def test_one_route():
     ranked = rank_routes([Similarity("a", "b", np.ma.masked_array([[0.5]]), {})], costs)
     assert names(choose_routes(ranked, 8)) == ["a[:1] + b[1:]"]

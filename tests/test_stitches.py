@@ -335,13 +335,13 @@ def test_config_refused(options):
         StitchConfig(**options)
 
 
-WHOLE = [{"r": value} for value in (0, -1, 2.0, True, "8", None)]
+WHOLE = [{"r": value} for value in (0, -1, 2.0, True, "8", None, 10**9)]
 WHOLE += [{"hidden": value} for value in (0, -1, 2.0, True, "8")]
 
 
 @pytest.mark.parametrize("options", WHOLE, ids=str)
 def test_not_a_whole_number(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be a whole number, 1 or more"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* must be a whole number from 1 to 16384"):
         StitchConfig("lora", **options)
 
 

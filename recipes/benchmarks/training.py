@@ -1,16 +1,16 @@
 """What a step of training a stitch costs beside its parts run by hand, beside the naive way and full fine-tuning.
 
-    python recipes/benchmarks/training.py [--quick] [--pair NAME] [--threads 1] [--out FILE.json]
+    python recipes/benchmarks/training.py [--quick] [--pair NAME] [--threads 1] [--cpu-time] [--out FILE.json]
 
 Networks of timm with random weights, batches of 32 at 224 px that are in memory, one route at a middle cut. A step is
 forward, cross-entropy, backward and AdamW; ours is that of `restnet_hf.train` itself, with clipping, read from the
 cache for "cached". The limits are what cannot be left out: the front's own blocks without gradients, then the end's
 forward and backward to its input, frozen, as plain modules without this package; with a cache the end alone. The naive
 way has gradients everywhere and trains the stitch; full fine-tuning trains all weights of front, stitch and end. All
-are timed in turn, repeat by repeat; a ratio is the median of the ratios of each repeat and, in brackets, that of the
-minima. Ten epochs are not run but derived: so many measured steps and, for the cache, the measured time of filling it
-once. Peak memory is the highest that a process holds in two steps beyond what it held before, each in a process of its
-own.
+are timed in turn, in another order each repeat; a ratio is the median of the ratios of each repeat, and that of the
+minima beside it. Ten epochs are not run but derived: so many measured steps and, for the cache, the measured time of
+filling it once. Peak memory is the highest that a process holds in two steps beyond what it held before, each in a
+process of its own. With --cpu-time seconds are the processor's, which other work on the machine moves less.
 """
 
 import sys
@@ -24,6 +24,7 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import random
 import shutil
 import statistics
 import tempfile
@@ -32,7 +33,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,15 +247,18 @@ def keep_freed_memory() -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: none goes back
 
 
-def seconds(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Times of several functions, interleaved, after one call of each."""
+def seconds(
+    runs: Mapping[str, Callable[[], None]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Times of several functions, interleaved in a random order, after one call of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
+    dice = random.Random(0)
     for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
+        for name in dice.sample([*runs], len(runs)):
+            began = clock()
+            runs[name]()
             if repeat:
-                taken[name].append(time.perf_counter() - began)
+                taken[name].append(clock() - began)
     return taken
 
 
@@ -323,49 +326,53 @@ def quiet(threads: int) -> None:
     logging.disable_progress_bar()
 
 
-def bench(
-    label: str, batch: int, size: int, repeats: int, threads: int
-) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """Ratios, peaks in megabytes and median seconds of one pair."""
-    pair = PAIRS[label]
-    with ExitStack() as stack:
-        case = Case(pair, batch, size, stack)
-        taken = seconds({name: make(case) for name, make in {**STEPS, FILL: Case.fill}.items()}, repeats)
-    ratios, context, peaks = time_ratios(label, taken, batch), multiprocessing.get_context("forkserver"), {}
+def peaks_of(label: str, batch: int, size: int, threads: int) -> dict[str, float]:
+    """Megabytes of each step of a pair."""
+    found, context = {}, multiprocessing.get_context("forkserver")  # whose children need not import all of it again
     for name in STEPS:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            peaks[name] = pool.submit(partial(peak, pair, batch, size, threads), name).result()
-    ratios |= {f"{label}, {a} over {b}: memory": peaks[a] / peaks[b] for a, b in COMPARED}
-    medians = {f"{label}, {name}": statistics.median(times) for name, times in taken.items()}
-    return ratios, {f"{label}, {name}": megabytes for name, megabytes in peaks.items()}, medians
+            found[name] = pool.submit(peak, PAIRS[label], batch, size, threads, name).result()
+    return found
 
 
 def show(ratios: Mapping[str, float], peaks: Mapping[str, float], medians: Mapping[str, float]) -> None:
     """Print all of it."""
-    table = Table("ratio", "median", "of minima", "hoped for", title="Steps of training; 10 epochs are derived from them")
+    table = Table("ratio", "median", "of minima", "hoped for", title="Steps of training")
     for name, ratio in ratios.items():
         if not name.endswith("(of minima)"):
             limit = next((limit for part, limit in LIMITS.items() if name.endswith(part)), "")
             minima = ratios.get(f"{name} (of minima)")
-            table.add_row(name, f"{ratio:.3f}", "" if minima is None else f"{minima:.3f}", limit)
-    held = Table("step", "median seconds", "peak MB", title=f"{FILLED} batches fill the cache")
+            told = f"{name} (derived)" if f"{EPOCHS} epochs" in name else name
+            table.add_row(told, f"{ratio:.3f}", "" if minima is None else f"{minima:.3f}", limit)
+    held = Table("step", "seconds", "peak MB", title="Medians")
     for name, median in medians.items():
         held.add_row(name, f"{median:.3f}", f"{peaks[name]:.0f}" if name in peaks else "")
     for each in (table, held):
         Console(width=120).print(each)
+    print(f"{EPOCHS} epochs are derived from measured steps; {FILLED} batches fill the cache.")
 
 
-def main(quick: bool = False, pair: str | None = None, threads: int = 1, out: Path | None = None) -> None:
+def main(
+    quick: bool = False, pair: str | None = None, threads: int = 1, cpu_time: bool = False, out: Path | None = None
+) -> None:
     """Print the ratios, and write them to OUT."""
     quiet(threads)
     keep_freed_memory()
-    found: list[dict[str, float]] = [{}, {}, {}]
+    batch, size, repeats = (8, 96, 2) if quick else (32, 224, 5)
+    ratios, peaks, medians = dict[str, float](), dict[str, float](), dict[str, float]()
     for label in PAIRS if pair is None else (pair,):
-        for every, more in zip(found, bench(label, *((8, 96, 2) if quick else (32, 224, 5)), threads), strict=True):
-            every |= more
-    show(*found)
+        with ExitStack() as stack:
+            case = Case(PAIRS[label], batch, size, stack)
+            runs = {name: make(case) for name, make in (STEPS | {FILL: Case.fill}).items()}
+            taken = seconds(runs, repeats, time.process_time if cpu_time else time.perf_counter)
+        held = peaks_of(label, batch, size, threads)
+        ratios |= time_ratios(label, taken, batch)
+        ratios |= {f"{label}, {a} over {b}: memory": held[a] / held[b] for a, b in COMPARED}
+        medians |= {f"{label}, {name}": statistics.median(times) for name, times in taken.items()}
+        peaks |= {f"{label}, {name}": megabytes for name, megabytes in held.items()}
+    show(ratios, peaks, medians)
     if out is not None:
-        out.write_text(json.dumps(dict(zip(("ratios", "peaks_mb", "seconds"), found, strict=True)), indent=2) + "\n")
+        out.write_text(json.dumps({"ratios": ratios, "peaks_mb": peaks, "seconds": medians}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
