@@ -17,7 +17,8 @@ from restnet_hf.training_args import TrainArgs
 from restnet_hf.tuning import SHARED, Tuned, TunedConfig, recalibrate, tunable, tuned_keys
 
 
-KINDS = {"stitch": (), "norm": ("norm",), "lora": ("lora", "bias"), "full": ("full",)}  # of `TUNINGS`, by tuning
+# Of `TUNINGS`, by the name of the tuning.
+KINDS: dict[str, tuple[str, ...]] = {"stitch": (), "norm": ("norm",), "lora": ("lora", "bias"), "full": ("full",)}
 
 
 class Learner:
@@ -49,8 +50,8 @@ class Learner:
         self.frozen = self._frozen_part()
         self.rest = {route: self._rest(steps) for route, steps in self.walks.items()}
         named = {f"{key}.{n}": p for key, m in self.modules.items() for n, p in m.named_parameters()}
-        tuned = sorted((name for name in named if named[name].requires_grad), key=lambda name: name[:6] == "tuned.")
-        self.parameters = {name: named[name] for name in tuned}
+        names = sorted((name for name in named if named[name].requires_grad), key=lambda name: name[:6] == "tuned.")
+        self.parameters = {name: named[name] for name in names}
         self.buffers = {f"{key}.{n}": b for key, m in self.modules.items() for n, b in m.named_buffers()}
         return fresh
 
@@ -80,7 +81,7 @@ class Learner:
     def _tune(self) -> list[Tuned]:
         """Make what is to be tuned besides stitches, where it is not there yet; returns what is new."""
         args, model, new = self.args, self.model, []
-        kinds = {"stitch": (), "norm": ("norm",), "lora": ("lora", "bias"), "full": ("full",)}[args.tuning]
+        kinds = KINDS[args.tuning]
         for route in self.routes:
             for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
                 for key in keys:

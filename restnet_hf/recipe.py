@@ -45,7 +45,7 @@ class Recipe:
         image_size: in pixels, instead of the anchors' own.
         new_head: give the anchors new heads; by default when the data set's classes are not theirs.
         method: key of `SELECTORS`.
-        max_routes: how many stitches to make.
+        max_routes, per_part: into how many parts the range of MACs is divided, and how many routes of each are made.
         routes: these, and none that ``method`` would choose.
         stitch_kind: key of `STITCHES`.
         class_token: see `StitchConfig`.
@@ -53,6 +53,8 @@ class Recipe:
             and evaluation see images as they are.
         label_free: take no labels of the training images, or have none. Heads cannot be trained then, so the anchors
             must know the classes; accuracy is measured by the labels of the evaluation images.
+        cache: while heads and stitches train, keep what frozen networks say of each image on disk, in
+            ``OUT/training``; not where images are augmented or the front trains.
         seed: of the first weights of new heads; the images and their order have fixed seeds of their own.
         heads: how new heads are trained on the frozen anchors.
         stitches: how stitches are trained.
@@ -70,11 +72,13 @@ class Recipe:
     new_head: bool | None = None
     method: str = "cka"
     max_routes: int = Field(default=8, gt=0)
+    per_part: int = Field(default=1, gt=0)
     routes: list[str] | None = Field(default=None, min_length=1)
     stitch_kind: str = "linear"
     class_token: str = "pool"
     augment: str | None = None
     label_free: bool = False
+    cache: bool = True
     seed: int = 0
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
@@ -251,7 +255,7 @@ def _add_stitches(model: StitchedModelForImageClassification, calibration: Datas
     """Those that the recipe names, or those that its selector chooses."""
     config = recipe.stitch_config()
     if recipe.routes is None:
-        model.select_stitches(calibration, recipe.method, recipe.max_routes, config)
+        model.select_stitches(calibration, recipe.method, recipe.max_routes, config, per_part=recipe.per_part)
     for route in recipe.routes or ():
         model.add_stitch(route, config)
 
@@ -268,8 +272,10 @@ def _options(recipe: Recipe, stage: str, folder: Path, resume: bool) -> TrainArg
     """How ``heads`` or ``stitches`` train, with checkpoints in a folder of their own."""
     args: TrainArgs = getattr(recipe, stage)
     train_head = True if stage == "heads" else bool(args.train_head)
-    output_dir = str(folder / "training" / stage)
-    return dataclasses.replace(args, output_dir=output_dir, resume_from_checkpoint=resume, train_head=train_head)
+    changes: dict[str, Any] = {"output_dir": str(folder / "training" / stage), "resume_from_checkpoint": resume}
+    if recipe.cache and recipe.augment is None and args.tuning in ("stitch", "norm"):
+        changes["cache_dir"] = args.cache_dir or str(folder / "training" / "cache")
+    return dataclasses.replace(args, train_head=train_head, **changes)
 
 
 @torch.no_grad()

@@ -20,7 +20,6 @@ sys.path.pop(0)  # this folder: a benchmark in it has the name of a module of Py
 
 import copy
 import ctypes
-import dataclasses
 import gc
 import json
 import multiprocessing
@@ -50,6 +49,7 @@ from transformers.utils import logging
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, TrainArgs
 from restnet_hf.data import Batch
 from restnet_hf.feeding import keep
+from restnet_hf.learning import Learner
 from restnet_hf.training import _Training
 
 
@@ -194,16 +194,17 @@ class Case:
         return step
 
     def fill(self) -> Callable[[], None]:
-        """Fill a cache with `FILLED` batches."""
+        """Fill a new cache with `FILLED` batches."""
         place = self.folder / "filled"
-        training = self._training(self.args())
-        args = dataclasses.replace(training.args, cache_dir=str(place))
+        args = self.args(cache_dir=str(place))
+        learner = Learner(self.model, [self.route], args)
+        learner.begin()
 
         def run() -> None:
-            keep(self.model, training.learner.frozen, self.data, args)
+            shutil.rmtree(place, ignore_errors=True)
+            keep(self.model, learner.frozen, self.data, args)
 
-        self.stack.callback(shutil.rmtree, place, ignore_errors=True)
-        return lambda: (shutil.rmtree(place, ignore_errors=True), run())[1]
+        return run
 
     def naive(self) -> Callable[[], None]:
         """Gradients of everything; the stitch is stepped."""
