@@ -141,7 +141,12 @@ class Learner:
             for tuned in last.tuned:
                 if any(tuned is each for each in fresh):
                     assert isinstance(last.module, Anchor)
-                    recalibrate(tuned, last.module, (partial(run_steps, x, front) for x in images()))
+                    own: list[Callable[[Tensor], Tensor]] = [
+                        *self.frozen.wanted[last.module.name].before,
+                        partial(last.module, stop=tuned.config.start),
+                    ]
+                    pairs = ((partial(run_steps, x, own), partial(run_steps, x, front)) for x in images())
+                    recalibrate(tuned, last.module, pairs)
 
     def _rest(self, steps: Sequence[Step]) -> tuple[Step, ...]:
         """What is left of a route after what is known of frozen networks, its end compiled if that was asked for."""

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -173,41 +172,85 @@ def tuned_keys(route: Route) -> list[list[str]]:
     return found
 
 
+class _Moments:
+    """Mean and variance of each channel over all that was seen, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self.sums, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def see(self, x: Tensor) -> None:
+        """Add a batch (N, C, ...)."""
+        rows = x.double().transpose(0, 1).flatten(1)
+        self.count += rows.shape[1]
+        self.sums, self.squares = self.sums + rows.sum(1), self.squares + rows.square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums / self.count
+
+    @property
+    def var(self) -> Tensor:
+        return (self.squares / self.count - self.mean.square()).clamp_min(0)
+
+
 @contextmanager
-def _counting(anchor: Anchor, start: int) -> Iterator[None]:
-    """BatchNorm of a segment normalises by the batch and averages what it sees, for as long as this is open."""
-    modules = own_modules(anchor.model, outside(anchor.cut(start), None, anchor.classifier))
-    norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
-    before = [(module, module.momentum, module.num_batches_tracked) for module in norms]
-    for module in norms:
-        module.training, module.momentum = True, None
-        module.num_batches_tracked = torch.tensor(0)
+def _watched(norms: Mapping[str, _BatchNorm], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``see`` with the name and the input of each norm, before it runs."""
+    handles = [
+        norm.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0]))
+        for name, norm in norms.items()
+    ]
     try:
         yield
     finally:
-        for module, momentum, batches in before:
-            module.training, module.momentum, module.num_batches_tracked = False, momentum, batches
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
-def recalibrate(tuned: Tuned, anchor: Anchor, activations: Iterable[Callable[[], Tensor]]) -> bool:
-    """Set the BatchNorm statistics of a tuned segment to those of the activations that a stitch gives it.
+def recalibrate(
+    tuned: Tuned, anchor: Anchor, activations: Iterable[tuple[Callable[[], Tensor], Callable[[], Tensor]]]
+) -> bool:
+    """Set the BatchNorm statistics of a tuned segment so that each norm gives a route what it gives the anchor itself.
+
+    What a norm puts out for the route's images gets the mean and the variance of what it puts out for the anchor's own
+    activations of the same images; taking the route's plain statistics would undo what the data's own differ from
+    those of training, to which the head is used. One norm after the other, as the images come.
 
     Args:
         tuned: of the end of a route.
         anchor: whose segment it is.
-        activations: for each batch, a function that gives the activation at the segment's start.
+        activations: for each batch, functions that give the activation at the segment's start: the anchor's own, and
+            what the stitch gives in its place.
 
     Returns:
         Whether there was any BatchNorm.
     """
     start = tuned.config.start
-    running = {name: buffer for name, buffer in tuned.named_buffers() if name.rpartition("/")[2].startswith("running")}
-    if not running:
+    tensors = tuned.tensors(anchor, start)
+    paths = [name.removesuffix(".running_mean") for name in tensors if name.endswith(".running_mean")]
+    found = {path: anchor.model.get_submodule(path) for path in paths}
+    norms = {path: norm for path, norm in found.items() if isinstance(norm, _BatchNorm)}
+    if not norms:
         return False
-    with _counting(anchor, start):
-        for activation in activations:
-            anchor(activation(), start, None, partial(tuned.tensors, anchor))
+    kept = {
+        path: (tensors[f"{path}.running_mean"].double(), tensors[f"{path}.running_var"].double() + norm.eps)
+        for path, norm in norms.items()
+    }
+    own, mine = ({path: _Moments() for path in norms} for _ in range(2))
+
+    def correct(path: str, x: Tensor) -> None:
+        mine[path].see(x)
+        (mean, var), a, b, eps = kept[path], own[path], mine[path], norms[path].eps
+        scale = (b.var + eps) / (a.var + eps)
+        tensors[f"{path}.running_var"].copy_((var * scale - eps).clamp_min(0))
+        tensors[f"{path}.running_mean"].copy_(b.mean - scale.sqrt() * (a.mean - mean))
+
+    for theirs, stitched in activations:
+        with _watched(norms, lambda path, x: own[path].see(x)):
+            anchor(theirs(), start)
+        with _watched(norms, correct):
+            anchor(stitched(), start, None, lambda *span: tensors)
     return True
 
 
