@@ -31,7 +31,7 @@ class SeededItems(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
+            torch.default_generator.manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
             return self.rows[index]
 
 
