@@ -13,6 +13,7 @@ LADDER = [
     "routes",
     "profiles",
     "ranking",
+    "families",
     "samplers",
     "cards",
     "hub",
@@ -63,7 +64,7 @@ LADDER = [
     "cli",
     "__init__",
 ]
-NO_TORCH = ["embedded", "files", "routes", "profiles", "ranking", "samplers", "cards", "hub"]
+NO_TORCH = ["embedded", "files", "routes", "profiles", "ranking", "families", "samplers", "cards", "hub"]
 
 
 def trees(package):
