@@ -46,9 +46,10 @@ class TrainArgs:
         temperature: of the distillation (Hinton et al., arXiv 1503.02531).
         train_head: train new heads too; None does if the model has any.
         tuning: what trains besides: ``stitch`` nothing; ``norm`` each route's own copy of the affine parameters of the
-            end's norms, with BatchNorm statistics that make up for the stitch; ``lora`` low-rank updates of both anchors that
-            all routes share, with biases of the end for each route (ESTA, arXiv 2311.17352); ``full`` copies of all
-            weights that all routes share (SN-Net, arXiv 2302.06586). The anchors alone stay what they were.
+            end's norms, with BatchNorm statistics that make up for the stitch; ``lora`` low-rank updates of both
+            anchors that all routes share, with biases of the end for each route (ESTA, arXiv 2311.17352); ``full``
+            copies of all weights that all routes share (SN-Net, arXiv 2302.06586). The anchors alone stay what they
+            were.
         anchor_learning_rate: of what trains inside anchors; by default ``learning_rate``, a tenth of it for ``full``.
         r, lora_alpha: rank and scale of the low-rank updates.
         sampler: key of `SAMPLERS`: which routes train at a step.
