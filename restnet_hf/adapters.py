@@ -16,7 +16,7 @@ from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import ANCHOR_NAME, Route, Segment
 from restnet_hf.stitches import make_stitch
 from restnet_hf.switching import RouteMixin
-from restnet_hf.tuning import Tuned, tuned_keys
+from restnet_hf.tuning import Tuned, TunedConfig, tuned_keys
 
 
 EVERYWHERE = ("macs", "params")  # costs that are the same on every device
@@ -70,21 +70,16 @@ def add_adapter(
         adapter, _, anchor = key.rpartition(":")
         heads[key] = here(Route((Segment(anchor),), adapter)).head
         modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[anchor]])
-    tuned: dict[str, Any] = {}
-    for route in config.parsed_routes():
-        for key, new in zip(*(chain.from_iterable(tuned_keys(r)) for r in (route, here(route))), strict=True):
-            if key not in (config.tuned or {}):
-                continue
-            about = config.tuned_config(key)
-            about = replace(about, anchor=anchors[about.anchor])
-            tuned[new] = asdict(about)
-            modules[f"tuned.{key}"] = new, Tuned(model.anchors[about.anchor], about)
+    tuned = _tuned(config, anchors, here)
+    for key, (new, about) in tuned.items():
+        modules[f"tuned.{key}"] = new, Tuned(model.anchors[about.anchor], about)
     _load({key: module for key, (_, module) in modules.items()}, weights, where)
     for key, (new, module) in modules.items():  # from here on nothing can fail
         place: Any = getattr(model, key.split(".")[0])  # stitches, heads or tuned
         place[new] = module.eval()
     mine = model.config
-    mine.stitches, mine.tuned = {**mine.stitches, **entries}, {**mine.tuned, **tuned}
+    mine.stitches = {**mine.stitches, **entries}
+    mine.tuned = {**mine.tuned, **{new: asdict(about) for new, about in tuned.values()}}
     mine.routes = [*mine.routes, *map(str, routes)]
     trained = {heads[key] for key in config.trained_heads or () if key in heads}
     mine.trained_heads = sorted(trained.union(mine.trained_heads))
@@ -92,6 +87,19 @@ def add_adapter(
     renamed = {key: f"{key.split('.')[0]}.{new}" for key, (new, _) in modules.items()}
     model.profiled = _beside(model.profiled, profile, here, renamed)
     return routes
+
+
+def _tuned(
+    config: RestNetConfig, anchors: Mapping[str, str], here: Callable[[Route], Route]
+) -> dict[str, tuple[str, TunedConfig]]:
+    """What an adapter tunes, by its own key: the key here, and of which anchor here."""
+    found = {}
+    for route in config.parsed_routes():
+        for key, new in zip(*(chain.from_iterable(tuned_keys(r)) for r in (route, here(route))), strict=True):
+            if key in (config.tuned or {}):
+                about = config.tuned_config(key)
+                found[key] = new, replace(about, anchor=anchors[about.anchor])
+    return found
 
 
 def _load(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], where: str) -> None:
