@@ -16,7 +16,7 @@ the first of the end, counted from 0; ``gmacs``; and ``params_m`` where they tel
 import csv
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def compared(rows: list[dict[str, str]], published: Published) -> Iterator[Compa
     }
     blocks = {name: blocks_of(anchor, published) for name, anchor in anchors.items()}
     theirs = {route_of(row, blocks): row for row in rows}
-    routes = set(family(blocks.values(), **published.options))
+    routes = {replace(route, via=()) for route in family(blocks.values(), **published.options)}
     same = "the same" if routes == theirs.keys() else "OTHER"
     print(f"{len(rows)} rows, {len(routes)} routes enumerated, {same} ones")
     costs = StitchedModelForImageClassification.from_anchors(*anchors.values(), order="given").route_costs()

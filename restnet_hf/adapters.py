@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from restnet_hf.adapter_files import check_weights
+from restnet_hf.branches import stitch_at
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.parents import identify
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import ANCHOR_NAME, Route, Segment
-from restnet_hf.stitches import make_stitch
 from restnet_hf.switching import RouteMixin
 from restnet_hf.tuning import Tuned, TunedConfig, tuned_keys
 
@@ -52,7 +52,7 @@ def add_adapter(
 
     def here(route: Route) -> Route:
         segments = tuple(replace(segment, anchor=anchors[segment.anchor]) for segment in route.segments)
-        return Route(segments, f"{name}-{route.adapter}" if route.adapter else name)
+        return replace(route, segments=segments, adapter=f"{name}-{route.adapter}" if route.adapter else name)
 
     routes = [model.route(here(route)) for route in config.parsed_routes()]
     entries: dict[str, Any] = {}
@@ -60,11 +60,10 @@ def add_adapter(
     for key, entry in (config.stitches or {}).items():
         point, source, target, options = config.stitch_parts(key)
         ends = Segment(point.source, 0, point.source_cut), Segment(point.target, point.target_cut)
-        (point,) = here(Route(ends, point.adapter)).stitch_points
+        (point,) = here(Route(ends, point.adapter, (point.via,))).stitch_points
         model.check_layout(point, source, target)
-        like = next(model.anchors[point.target].parameters())
         entries[point.name] = {**entry, "point": asdict(point)}
-        modules[f"stitches.{key}"] = point.name, make_stitch(source, target, options).to(like.device, like.dtype)
+        modules[f"stitches.{key}"] = point.name, stitch_at(point, model.anchors, options)
     heads = {}
     for key in config.head_keys():
         adapter, _, anchor = key.rpartition(":")

@@ -15,7 +15,7 @@ from restnet_hf.fingerprints import Piece, fingerprint, weights_sha256
 from restnet_hf.outputs import Cut
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import ANCHOR_NAME
-from restnet_hf.segments import BakedSegment, outside, own_parameters, own_tensors, run
+from restnet_hf.segments import BakedSegment, outside, own_parameters, own_tensors, replace_tensors, run
 
 
 Replaced = Callable[[int, int | None], Mapping[str, Tensor]]
@@ -241,10 +241,7 @@ class Anchor(nn.Module):
         size = self.preprocessing.image_size
         last = None if stop is None else self.cut(stop)
         baked = BakedSegment(self.model, self.cut(start), last, size, self.classifier).eval()
-        with torch.no_grad():
-            for name, tensor in (tensors or {}).items():
-                path, _, leaf = name.rpartition(".")
-                getattr(baked.model.get_submodule(path), leaf).copy_(tensor)
+        replace_tensors(baked.model, tensors or {})
         return baked
 
     def own_parameters(self, start: int = 0, stop: int | None = None) -> dict[str, nn.Parameter]:

@@ -46,12 +46,14 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Out,
     front: Front = None,
+    between: Annotated[list[str] | None, typer.Option(help="More anchors of a family, in order; one each time.")] = None,
     end: End = None,
     dataset: Data = None,
     resume: Resume = False,
 ) -> None:
     """Run a recipe: choose, fit, train and profile stitches, and save the adapter."""
-    _do(lambda: load_recipe(recipe, front=front, end=end, dataset=dataset), out, resume)
+    others = {"front": front, "between": between or None, "end": end, "dataset": dataset}
+    _do(lambda: load_recipe(recipe, **others), out, resume)
 
 
 @app.command()
@@ -146,14 +148,14 @@ def _show(report: dict[str, Any], out: Path) -> None:
     for column in ("route", "MACs, M", "params, K", *method, "R²", "fitted, %", "trained, %"):
         table.add_column(column, justify="left" if column == "route" else "right", no_wrap=True)
     for row in report["routes"]:
-        stitched = "r2" in row
+        stitched, r2 = "r2" in row, row.get("r2")  # branches are not fitted
         value = [f"{row['similarity']:.2f}" if stitched else ""] if compared else []
         table.add_row(
             row["route"],
             f"{row['macs'] / 1e6:.1f}",
             f"{row['params'] / 1e3:.0f}",
             *value,
-            f"{row['r2']:.2f}" if stitched else "",
+            "" if r2 is None else f"{r2:.2f}",
             f"{100 * row['accuracy_least_squares']:.1f}" if stitched else "",
             f"{100 * row['accuracy']:.1f}",
             style=None if stitched else "bold",

@@ -1,6 +1,7 @@
 """What is needed to rebuild a stitched model: its anchors, stitches and routes."""
 
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -86,11 +87,11 @@ class RestNetConfig(PreTrainedConfig):
         if not isinstance(self.anchors, list) or not all(isinstance(e, dict) for e in (self.stitches, self.tuned)):
             raise ValueError("config.json: anchors must be a list, stitches and tuned must be objects")
         names = {self._anchor_name(index, entry) for index, entry in enumerate(self.anchors)}
-        points = {self.stitch_parts(name)[0] for name in self.stitches or {}}
+        points = {self.stitch_parts(name)[0].name for name in self.stitches or {}}
         for key in self.tuned or {}:
             self.tuned_config(key)
-        if len(names) < 2:
-            raise ValueError(f"config.json: names of at least two anchors are needed, not {sorted(names)}")
+        if not names:
+            raise ValueError("config.json: there are no anchors")
         if not isinstance(self.routes, list) or not all(isinstance(route, str) for route in self.routes):
             raise ValueError(f"config.json: routes must be a list of strings, not {self.routes!r}")
         if not isinstance(self.trained_heads, list) or not all(isinstance(key, str) for key in self.trained_heads):
@@ -101,7 +102,7 @@ class RestNetConfig(PreTrainedConfig):
             raise ValueError(f"config.json: active_route must be a string, not {self.active_route!r}")
         for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
             strange = {segment.anchor for segment in route.segments} - names
-            if strange or set(route.stitch_points) - points:
+            if strange or {point.name for point in route.stitch_points} - points:
                 raise ValueError(f"config.json: route '{route}' names anchors or stitches that are not there")
         return self
 
@@ -137,7 +138,12 @@ class RestNetConfig(PreTrainedConfig):
 
     def parsed_routes(self) -> tuple[Route, ...]:
         """The routes; raises ValueError where one does not parse."""
-        return tuple(Route.parse(text) for text in self.routes or ())
+        return tuple(map(_parsed, self.routes or ()))
+
+
+@lru_cache(maxsize=65536)  # routes are asked for often, and there may be thousands
+def _parsed(text: str) -> Route:
+    return Route.parse(text)
 
 
 AutoConfig.register("restnet", RestNetConfig, exist_ok=True)

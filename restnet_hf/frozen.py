@@ -34,7 +34,8 @@ class FrozenPart:
         walks: routes with their steps.
         before: by anchor, the steps that bring images to it.
         teacher: the route to distil from, with its steps.
-        goals: for each end, the cuts at which its own activation is a goal; None stands for its features.
+        goals: for each route that is to match features, the cuts of anchors at which their own activation is a goal;
+            None stands for what the classifier takes.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class FrozenPart:
         walks: Mapping[Route, Sequence[Step]],
         before: Mapping[str, tuple[tuple[Step, ...], Anchor]],
         teacher: Sequence[Step] | None = None,
-        goals: Mapping[str, Iterable[int | None]] | None = None,
+        goals: Mapping[Route, Mapping[str, Iterable[int | None]]] | None = None,
     ) -> None:
-        self.walks, self.teacher = walks, teacher
+        self.walks, self.teacher, self.goals = walks, teacher, goals or {}
         self.wanted = {name: _Wanted(*parts) for name, parts in before.items()}
         for route, steps in walks.items():
             first = route.segments[0]
             if not first_segment(steps).tuned:
                 self.wanted[first.anchor].fronts.add(first.stop)
-        for name, cuts in (goals or {}).items():
+        for name, cuts in (item for each in self.goals.values() for item in each.items()):
             self.wanted[name].goals.update(cuts)
 
     def names(self, routes: Iterable[Route], matching: bool) -> set[str]:
@@ -58,8 +59,8 @@ class FrozenPart:
         fronts = {name for route in routes if (name := self.front(route))}
         if not matching:
             return fronts | ({TEACHER} if self.teacher else set())
-        ends = {route.segments[-1].anchor for route in routes}
-        return fronts | {goal_name(name, cut) for name in ends for cut in self.wanted[name].goals}
+        goals = (item for route in routes for item in self.goals.get(route, {}).items())
+        return fronts | {goal_name(name, cut) for name, cuts in goals for cut in cuts}
 
     def front(self, route: Route) -> str | None:
         """The name of what a route's first segment gives; None where that trains."""

@@ -113,18 +113,25 @@ class Learner:
         return modules
 
     def _frozen_part(self) -> FrozenPart:
-        model, goals = self.model, dict[str, set[int | None]]()
-        if self.args.matching_epochs:
-            for route in self.routes:
-                last = route.segments[-1]
-                later = range(last.start + 1, model.anchors[last.anchor].depth + 1)
-                goals.setdefault(last.anchor, {None}).update(later if self.args.match == "later" else ())
+        model = self.model
+        goals = {route: self._goals(route) for route in self.routes} if self.args.matching_epochs else {}
         alone = {name: model.steps(Route((Segment(name),))) for name in model.anchors}
         before = {
             name: (steps[: steps.index(first_segment(steps))], model.anchors[name]) for name, steps in alone.items()
         }
         teacher = None if self.teacher is None else model.steps(self.teacher)
         return FrozenPart(self.walks, before, teacher, goals)
+
+    def _goals(self, route: Route) -> dict[str, set[int | None]]:
+        """The cuts, by anchor, at which a route's features are to match the anchor's own."""
+        last = route.segments[-1]
+        if self.args.match == "stitch":
+            goals: dict[str, set[int | None]] = {}
+            for point in route.stitch_points:
+                goals.setdefault(point.target, set()).add(point.target_cut)
+            return goals
+        later = range(last.start + 1, self.model.anchors[last.anchor].depth + 1)
+        return {last.anchor: {None, *(later if self.args.match == "later" else ())}}
 
     def look(self, images: Callable[[], Iterator[Tensor]], fresh: Sequence[Tuned]) -> None:
         """Take the scales of features that are to be matched, and BatchNorm statistics anew.
@@ -198,12 +205,20 @@ class Learner:
             yield loss
 
     def _match(self, route: Route, start: Tensor, known: Mapping[str, Tensor]) -> Tensor:
-        """How far a route's features are from those of the end anchor itself."""
+        """How far a route's features are from those of the anchors themselves."""
         steps = self.walks[route]
         first, at = steps.index(first_segment(steps)), _last(steps)
-        x = run_steps(start, steps[:at] if steps[first].tuned else steps[first + 1 : at])
-        last, segment = steps[at], route.segments[-1]
-        stops = {cut for cut in self.frozen.wanted[segment.anchor].goals if cut is None or cut > segment.start}
+        before = steps[: at + 1] if steps[first].tuned else steps[first + 1 : at + 1]
+        if self.args.match == "stitch":
+            x, found, points = start, dict[str, Tensor](), list(route.stitch_points)
+            for step in before[:-1]:
+                x = step(x)
+                if points and step.name == points[0].name:
+                    point = points.pop(0)
+                    found[goal_name(point.target, point.target_cut)] = x
+            return matching_loss(found, known, self.scales)
+        x, last, segment = run_steps(start, before[:-1]), steps[at], route.segments[-1]
+        stops = self._goals(route)[segment.anchor]
         assert isinstance(last.module, Anchor)
         tensors = last.replaced(segment.start, None)
         got = last.module.capture(x, stops, segment.start, tensors=tensors, features=True)

@@ -1,6 +1,8 @@
 """The streaming least-squares fit of stitches: all of them in one pass over each anchor."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,7 +96,8 @@ def fit_stitches(
 ) -> dict[str, float]:
     """Set the weights of stitches to the least-squares solution, all of them in one pass over each anchor.
 
-    Each stitch is to give the activation that it replaces (SN-Net, arXiv 2302.06586, equation 3).
+    Each stitch is to give the activation that it replaces (SN-Net, arXiv 2302.06586, equation 3). One that serves
+    several places is fitted on what all of them hold.
 
     Args:
         stitches: to fit, by where they sit.
@@ -108,15 +111,24 @@ def fit_stitches(
     Raises:
         ValueError: no images, or features that are not finite (the message names the stitch).
     """
-    jobs = [(point, problem, LeastSquares()) for point, s in stitches.items() for problem in s.problems()]
+    places: dict[str, list[StitchPoint]] = {}
+    for point, stitch in stitches.items():
+        aim = point.target_cut if stitch.target_cut is None else stitch.target_cut
+        if stitch.problems():
+            places.setdefault(point.name, []).append(replace(point, target_cut=aim))
+    jobs = [
+        (name, problem, LeastSquares())
+        for name, stitch in {point.name: stitch for point, stitch in stitches.items()}.items()
+        for problem in stitch.problems()
+    ]
     wanted: dict[str, set[int | None]] = {}
-    for point in stitches:
+    for point in chain.from_iterable(places.values()):
         wanted.setdefault(point.source, set()).add(point.source_cut)
         wanted.setdefault(point.target, set()).add(point.target_cut)
     start = 0
     for batch in images:
         features = {name: anchors[name].capture(batch[name], cuts) for name, cuts in wanted.items()}
-        for point, problem, sums in jobs:
+        for point, problem, sums in ((point, *job[1:]) for job in jobs for point in places[job[0]]):
             source = features[point.source][point.source_cut]
             target = features[point.target][point.target_cut]
             chosen = problem.chosen(len(source), POSITIONS, start)
@@ -124,13 +136,13 @@ def fit_stitches(
         start += len(next(iter(batch.values())))
     r2: dict[str, float] = {}
     solutions = []
-    for point, problem, sums in jobs:  # nothing is assigned before everything is solved
+    for name, problem, sums in jobs:  # nothing is assigned before everything is solved
         try:
             weight, bias, explained = sums.solve(ridge)
         except ValueError as error:
-            raise ValueError(f"stitch '{point.name}' cannot be fitted: {error}") from error
+            raise ValueError(f"stitch '{name}' cannot be fitted: {error}") from error
         solutions.append((problem, weight, bias))
-        r2.setdefault(point.name, explained)
+        r2.setdefault(name, explained)
     for problem, weight, bias in solutions:
         problem.assign(weight, bias)
     return r2

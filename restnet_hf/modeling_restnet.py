@@ -74,7 +74,8 @@ class StitchedModelForImageClassification(SelectingModel):
                 self.orders[anchor.name] = Reorder(order)
         self.check_layouts()
         for name in config.stitches or {}:
-            self._make_stitch(*config.stitch_parts(name))
+            point, *_, options = config.stitch_parts(name)
+            self._make_stitch(point, options)
         for key in config.tuned or {}:
             self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
@@ -91,6 +92,7 @@ class StitchedModelForImageClassification(SelectingModel):
         cls,
         *sources: str | os.PathLike[str] | nn.Module | Anchor,
         order: str = "large-to-small",
+        routes: str | None = None,
         image_size: int | tuple[int, int] | None = None,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
@@ -98,12 +100,13 @@ class StitchedModelForImageClassification(SelectingModel):
         trust_remote_code: bool = False,
         **hub_kwargs: Any,
     ) -> Self:
-        """A model with no stitches yet, out of two or more classifiers.
+        """A model out of two or more classifiers, or of one whose blocks will be skipped, with no stitches yet.
 
         Args:
             *sources: Hub ids, local folders, modules, or what `load_anchor` returns (which takes options for each).
             order: ``large-to-small`` puts the anchor of the most parameters in front (ReStNet), ``small-to-large``
                 last; ``given`` keeps the order.
+            routes: kind of a family whose routes to add at once, such as ``skip``; see `add_family`.
             image_size: in pixels, for all anchors, instead of their own.
             num_labels: classes of a new task: every anchor gets a new head.
             id2label: class names of a new task.
@@ -113,12 +116,12 @@ class StitchedModelForImageClassification(SelectingModel):
 
         Raises:
             OSError: an anchor cannot be loaded.
-            ValueError: fewer than two anchors, too few cuts, or label sets that differ without a new head.
+            ValueError: no anchors, too few cuts, or label sets that differ without a new head.
         """
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not one of {ORDERS}")
-        if len(sources) < 2:
-            raise ValueError(f"from_anchors needs at least two classifiers, not {len(sources)}")
+        if not sources:
+            raise ValueError("from_anchors needs at least one classifier, and two to join them")
         load = {"image_size": image_size, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         anchors = [load_anchor(source, **load) for source in sources]
         if order != "given":
@@ -138,7 +141,10 @@ class StitchedModelForImageClassification(SelectingModel):
             label2id={name: index for index, name in names.items()},
             dtype=next(anchors[0].parameters()).dtype,
         )
-        return cls(config, anchors).eval()
+        model = cls(config, anchors).eval()
+        if routes is not None:
+            model.add_family(routes)
+        return model
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:

@@ -20,6 +20,7 @@ from restnet_hf.anchors import Anchor
 from restnet_hf.augment import augmentation
 from restnet_hf.comparing import class_names_of
 from restnet_hf.data import load_images, subset, this_process, with_pixel_values
+from restnet_hf.families import WITHIN
 from restnet_hf.files import written_whole
 from restnet_hf.labels import label_order
 from restnet_hf.loading import load_anchor
@@ -27,7 +28,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.plots import plot_similarity, plot_tradeoff
 from restnet_hf.profiles import Profile
 from restnet_hf.routes import Route, Segment
-from restnet_hf.stitches import StitchConfig
+from restnet_hf.stitches import BRANCH, StitchConfig
 from restnet_hf.training import TrainArgs, train
 
 
@@ -47,7 +48,8 @@ class Recipe:
         method: key of `SELECTORS`.
         max_routes, per_part: into how many parts the range of MACs is divided, and how many routes of each are made.
         routes: these, and none that ``method`` would choose.
-        stitch_kind: key of `STITCHES`.
+        family: the routes of a published method instead: its ``kind``, and options of ``add_family``.
+        stitch_kind: see `StitchConfig`; by default ``branch`` for routes within an anchor, else ``linear``.
         class_token: see `StitchConfig`.
         augment: key of `AUGMENTATIONS`, for the images that heads and stitches train on; similarity, least squares
             and evaluation see images as they are.
@@ -61,8 +63,9 @@ class Recipe:
     """
 
     front: str
-    end: str
     dataset: str
+    end: str | None = None
+    between: list[str] = Field(default_factory=list)
     train_split: str = "train"
     eval_split: str = "test"
     train_images: int | None = Field(default=None, gt=0)
@@ -74,7 +77,8 @@ class Recipe:
     max_routes: int = Field(default=8, gt=0)
     per_part: int = Field(default=1, gt=0)
     routes: list[str] | None = Field(default=None, min_length=1)
-    stitch_kind: str = "linear"
+    family: dict[str, Any] | None = None
+    stitch_kind: str | None = None
     class_token: str = "pool"
     augment: str | None = None
     label_free: bool = False
@@ -91,6 +95,10 @@ class Recipe:
             raise ValueError(
                 "augment makes other images each time, so cache_dir cannot keep them; leave one of them out"
             )
+        if self.end is None and (self.between or not self.within):
+            raise ValueError(f"one anchor needs a family of {sorted(WITHIN)}; give end, or family: {{kind: skip}}")
+        if self.family is not None and (self.routes or "kind" not in self.family):
+            raise ValueError("family needs a kind, and takes the place of routes; give one of the two")
         if self.label_free and self.new_head:
             raise ValueError("new heads are trained with labels; leave new_head or label_free out")
         if self.label_free and self.stitches.num_train_epochs and self.stitches.distillation < 1:
@@ -100,9 +108,20 @@ class Recipe:
             )
         return self
 
+    @property
+    def within(self) -> bool:
+        """Whether routes stay within an anchor."""
+        return (self.family or {}).get("kind") in WITHIN
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """All of them, the front first."""
+        return (self.front, *self.between, *([] if self.end is None else [self.end]))
+
     def stitch_config(self) -> StitchConfig:
         """How stitches are made."""
-        return StitchConfig(kind=self.stitch_kind, class_token=self.class_token)
+        kind = self.stitch_kind or (BRANCH if self.within else "linear")
+        return StitchConfig(kind, self.class_token)
 
 
 def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
@@ -201,14 +220,14 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
         ValueError, OSError: something cannot be loaded, or does not fit.
     """
     train_rows, eval_rows = (load_images(recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split))
-    anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in (recipe.front, recipe.end)]
+    anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in recipe.anchors]
     names = class_names_of(eval_rows if recipe.label_free else train_rows)
     if recipe.label_free and "label" in train_rows.column_names:
         train_rows = train_rows.remove_columns("label")
     new_head = recipe.new_head if recipe.new_head is not None else not _knows(anchors, names)
     if recipe.label_free and new_head:
         raise ValueError(
-            f"the data set's {len(names)} classes are not those that both anchors know, and new heads cannot be "
+            f"the data set's {len(names)} classes are not those that all anchors know, and new heads cannot be "
             "trained without labels; set label_free: false, or choose anchors of these classes"
         )
     model = StitchedModelForImageClassification.from_anchors(
@@ -223,6 +242,9 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
         )
     for route in recipe.routes or ():
         model.route(route)  # a mistake shows before heads are trained
+    if recipe.family is not None:
+        rule = {key: value for key, value in recipe.family.items() if key not in ("budget", "max_routes")}
+        next((route for route in model.family(**rule) if route.stitch_points), None)
 
     def ready(rows: Dataset, size: int | None) -> Dataset:
         return with_pixel_values(subset(rows, size), model.image_processor, order)
@@ -252,9 +274,11 @@ def to_train_on(model: StitchedModelForImageClassification, rows: Dataset, recip
 
 
 def _add_stitches(model: StitchedModelForImageClassification, calibration: Dataset, recipe: Recipe) -> None:
-    """Those that the recipe names, or those that its selector chooses."""
+    """Those that the recipe names, those of its family, or those that its selector chooses."""
     config = recipe.stitch_config()
-    if recipe.routes is None:
+    if recipe.family is not None:
+        model.add_family(config=config, **recipe.family)
+    elif recipe.routes is None:
         model.select_stitches(calibration, recipe.method, recipe.max_routes, config, per_part=recipe.per_part)
     for route in recipe.routes or ():
         model.add_stitch(route, config)
@@ -302,7 +326,7 @@ def _rows(
         for point in after.route.stitch_points:
             if model.similarity is not None:
                 row["similarity"] = model.similarity.value(after.route)
-            row["r2"] = r2[point.name]
+            row["r2"] = r2.get(point.name)
             row["accuracy_least_squares"] = before.scores["accuracy"]
         rows.append({**row, "accuracy": after.scores["accuracy"]})
     return sorted(rows, key=lambda row: row["macs"])

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat, zip_longest
 
 
 ANCHOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
 ADAPTER = re.compile(rf"\s*({ANCHOR_NAME.pattern}):(.*)", re.S)
-SEGMENT = re.compile(rf"({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
+SEGMENT = re.compile(rf"(?:({ANCHOR_NAME.pattern})\s+)?({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
 EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone"
 
 
@@ -28,7 +28,8 @@ class Segment:
 class StitchPoint:
     """Where a stitch sits: it reads the activation at cut ``source_cut`` and replaces the one at ``target_cut``.
 
-    Stitches of several adapters may sit at the same place; ``adapter`` names the set, and is empty for the first.
+    Stitches of several adapters may sit at the same place; ``adapter`` names the set, and is empty for the first. A
+    stitch that has a name of its own, ``via``, may serve several places, and there may be several at one place.
     """
 
     source: str
@@ -36,10 +37,13 @@ class StitchPoint:
     target: str
     target_cut: int
     adapter: str = ""
+    via: str = ""
 
     @property
     def name(self) -> str:
-        """A name without dots, fit for a module key, such as ``resnet50_7__mobilenetv2_11``."""
+        """A name without dots, fit for a module key: ``resnet50_7__mobilenetv2_11``, or ``small__large~shared``."""
+        if self.via:
+            return of_adapter(self.adapter, f"{self.source}__{self.target}~{self.via}")
         return of_adapter(self.adapter, f"{self.source}_{self.source_cut}__{self.target}_{self.target_cut}")
 
 
@@ -53,15 +57,26 @@ class Route:
     """A way from image to logits: segments with a stitch between neighbours; an anchor alone is one segment.
 
     ``adapter`` names whose stitches and head it uses where a model holds several sets on the same anchors. It stands
-    in front, ``night: resnet50[:7] + mobilenetv2[11:]``, and is empty for the first set.
+    in front, ``night: resnet50[:7] + mobilenetv2[11:]``, and is empty for the first set. A stitch belongs to the two
+    cuts that it joins, unless it has a name of its own, ``small[:3] +shared large[3:]``: routes that name the same
+    one share it, whatever cuts they join.
 
-    Raises ValueError when the segments do not lead from an image to logits.
+    Args:
+        segments: from the image on.
+        adapter: name of the set of stitches.
+        via: name of each stitch, empty for those without; an empty tuple where no stitch has one.
+
+    Raises:
+        ValueError: the segments do not lead from an image to logits, or there are not as many names as stitches.
     """
 
     segments: tuple[Segment, ...]
     adapter: str = ""
+    via: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not any(self.via):
+            object.__setattr__(self, "via", ())  # equal routes have equal names
         if not self.segments:
             raise ValueError(f"a route needs at least one segment: {EXAMPLE}")
         if self.segments[0].start != 0 or self.segments[-1].stop is not None:
@@ -71,11 +86,19 @@ class Route:
                 raise ValueError(
                     f"route '{self}': between '{left}' and '{right}' both must name a cut, 'a[:i] + b[j:]'"
                 )
-        for segment in self.segments:
-            if segment.start < 0 or (segment.stop is not None and segment.stop <= segment.start):
+        for index, segment in enumerate(self.segments):
+            least = segment.start if 0 < index < len(self.segments) - 1 else segment.start + 1
+            if segment.start < 0 or (segment.stop is not None and segment.stop < least):
                 raise ValueError(
-                    f"route '{self}': segment '{segment}' holds no block; its stop must be above its start"
+                    f"route '{self}': segment '{segment}' holds no block; its stop must be above its start. Only "
+                    "between two stitches that follow one another they are equal, 'a[:2] + a[4:4] + a[6:]'"
                 )
+        names = [via for via in self.via if via]
+        if self.via and (len(self.via) != len(self.segments) - 1 or not all(map(ANCHOR_NAME.fullmatch, names))):
+            raise ValueError(
+                f"route '{self}': the stitches' names {self.via} must be one for each of {len(self.segments) - 1}, of "
+                "letters, digits, '_' and '-'"
+            )
 
     @classmethod
     def parse(cls, text: str, cut_number: Callable[[str, str], int] | None = None) -> "Route":
@@ -99,19 +122,23 @@ class Route:
 
         named = ADAPTER.fullmatch(text)
         adapter, rest = (named[1], named[2]) if named else ("", text)
-        segments = []
+        segments: list[Segment] = []
+        via: list[str] = []
         for part in rest.split("+"):
             match = SEGMENT.fullmatch(part.strip())
-            if match is None:
+            if match is None or (match[1] and not segments):
                 raise ValueError(f"{text!r} is not a route; {EXAMPLE}")
-            anchor, start, stop = match[1], match[2].strip(), match[3].strip()
+            anchor, start, stop = match[2], match[3].strip(), match[4].strip()
+            via.append(match[1] or "")
             segments.append(
                 Segment(anchor, number(anchor, start) if start else 0, number(anchor, stop) if stop else None)
             )
-        return cls(tuple(segments), adapter)
+        return cls(tuple(segments), adapter, tuple(via[1:]))
 
     def __str__(self) -> str:
-        said = " + ".join(map(str, self.segments))
+        first, *others = self.segments
+        joints = zip_longest(self.via[: len(others)], others, fillvalue="")
+        said = "".join([str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
         return f"{self.adapter}: {said}" if self.adapter else said
 
     @property
@@ -123,8 +150,8 @@ class Route:
     def stitch_points(self) -> tuple[StitchPoint, ...]:
         """The stitches the route needs, from the image on."""
         return tuple(
-            StitchPoint(left.anchor, left.stop, right.anchor, right.start, self.adapter)
-            for left, right in pairwise(self.segments)
+            StitchPoint(left.anchor, left.stop, right.anchor, right.start, self.adapter, via)
+            for left, right, via in zip(self.segments, self.segments[1:], self.via or repeat(""), strict=False)
             if left.stop is not None
         )
 

@@ -98,15 +98,30 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in tensors.items():
-            path, _, leaf = name.rpartition(".")
-            module = model.get_submodule(path)
-            own: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-            before.append((own, leaf, own[leaf]))
-            own[leaf] = tensor
+            for own, leaf, value in _put(model, name, tensor):
+                before.append((own, leaf, own[leaf]))
+                own[leaf] = value
         yield
     finally:
-        for own, leaf, tensor in reversed(before):
-            own[leaf] = tensor
+        for own, leaf, value in reversed(before):
+            own[leaf] = value
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Where in a module's attributes a tensor goes, and what must change with its size."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    yield module._parameters if leaf in module._parameters else module._buffers, leaf, tensor
+    depthwise = isinstance(module, nn.Conv2d) and leaf == "weight" and 1 < module.groups == len(module.weight)
+    if depthwise and module.groups != len(tensor):
+        yield module.__dict__, "groups", len(tensor)  # a depthwise convolution of fewer channels
+
+
+def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give modules copies of other tensors for good."""
+    for name, tensor in tensors.items():
+        for own, leaf, value in _put(model, name, tensor.detach().clone()):
+            own[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(own[leaf], nn.Parameter) else value
 
 
 @contextmanager

@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from restnet_hf.branches import stitch_at
 from restnet_hf.costs import MacsTable, count_params
 from restnet_hf.data import batches, check_labels, data_fingerprint, this_process
+from restnet_hf.families import WITHIN, Blocks, family, spread, within_budget
 from restnet_hf.parents import identify
 from restnet_hf.profiles import Budget
+from restnet_hf.pruning import prunable
 from restnet_hf.ranking import RankedRoute, Similarity, choose_routes, rank_routes
 from restnet_hf.routes import Route, Segment
 from restnet_hf.samples import Pair, Seen
 from restnet_hf.saving import AdapterModel
 from restnet_hf.similarity import compare
 from restnet_hf.similarity_cache import kept_file, read_similarity, write_similarity
-from restnet_hf.stitches import StitchConfig, make_stitch
+from restnet_hf.stitches import BRANCH, StitchConfig
 
 
 class SelectingModel(AdapterModel):
@@ -77,6 +80,10 @@ class SelectingModel(AdapterModel):
         """
         if order not in ("given", "auto"):
             raise ValueError(f"order={order!r} is not one of ('given', 'auto')")
+        if len(self.anchors) < 2:
+            raise ValueError(
+                "there is one anchor, and similarity joins two; add_family('skip') makes routes within one"
+            )
         options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
         first, *_, last = self.anchors
         ends = [first, last]
@@ -141,15 +148,82 @@ class SelectingModel(AdapterModel):
 
         def costs(route: Route) -> dict[str, float]:
             for point in route.stitch_points:
-                if point.name not in ghosts:
-                    source = self.anchors[point.source].layout(point.source_cut)
-                    target = self.anchors[point.target].layout(point.target_cut)
-                    with torch.device("meta"):  # its shapes are all that is needed
-                        ghosts[point.name] = make_stitch(source, target, config or StitchConfig())
+                if point.name not in ghosts:  # its shapes are all that is needed
+                    ghosts[point.name] = stitch_at(point, self.anchors, config or StitchConfig(), ghost=True)
             steps = self.steps(route, ghosts)
             return {"macs": table.macs(steps), "params": count_params(steps)}
 
         return costs
+
+    def family(
+        self, kind: str = "nearest", pairs: str = "adjacent", directions: str = "up", **options: Any
+    ) -> Iterator[Route]:
+        """The routes by which a published method joins these anchors, one at a time; each anchor alone comes first.
+
+        Stages are runs of cuts of equal layout. Anchors are in order of their MACs, the cheapest first.
+
+        Args:
+            kind: a key of `FAMILIES`, or of `WITHIN` for routes that skip blocks of one anchor.
+            pairs, directions: see `restnet_hf.families.family`.
+            **options: of that kind.
+
+        Raises:
+            ValueError: an option is unknown, or the anchors' stages do not fit each other.
+        """
+        table = MacsTable()
+        alone = {name: table.macs(self.steps(Route((Segment(name),)))) for name in self.anchors}
+        blocks = [
+            Blocks.alike(name, [cut.layout for cut in self.anchors[name].cuts])
+            for name in sorted(self.anchors, key=alone.__getitem__)
+        ]
+        if kind in WITHIN and options.get("prune"):
+            return chain.from_iterable(
+                family([each], kind, **{"prunable": self._prunable(each.anchor), **options}) for each in blocks
+            )
+        return family(blocks, kind, pairs, directions, **options)
+
+    def _prunable(self, name: str) -> list[int]:
+        """The cuts before the blocks of an anchor that can be pruned."""
+        anchor = self.anchors[name]
+        return [cut - 1 for cut in range(2, anchor.depth + 1) if prunable(anchor, cut)]
+
+    def add_family(
+        self,
+        kind: str = "nearest",
+        config: StitchConfig | None = None,
+        *,
+        budget: Mapping[str, float] | None = None,
+        max_routes: int | None = None,
+        **options: Any,
+    ) -> list[Route]:
+        """Add the routes of a family, and the stitches that they need; routes that share a stitch share its memory.
+
+        Args:
+            kind, **options: see `family`.
+            config: of the stitches; by default ``branch`` for routes within an anchor, else ``linear``.
+            budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
+            max_routes: so many, spread evenly over the range of MACs; all by default.
+
+        Returns:
+            The routes with stitches.
+
+        Raises:
+            ValueError: see `family`; or no route is left.
+        """
+        config = config or StitchConfig(BRANCH if kind in WITHIN else "linear")
+        routes: Iterator[Route] = (route for route in self.family(kind, **options) if route.stitch_points)
+        if budget is not None or max_routes is not None:
+            costs = self.route_costs(config)
+            if budget is not None:
+                routes = within_budget(routes, costs, Budget(**budget))
+            if max_routes is not None:
+                routes = iter(spread({route: costs(route)["macs"] for route in routes}, max_routes))
+        added = self.add_stitches(routes, config)
+        if not added:
+            raise ValueError(
+                f"no route of family {kind!r} with {options} is within {budget}; allow more, or other options"
+            )
+        return added
 
     def select_stitches(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors import Anchor
 from restnet_hf.routes import Route, Segment
+from restnet_hf.stitches import Stitch
 from restnet_hf.tuning import Tuned, tuned_tensors
 
 
@@ -49,7 +50,7 @@ class Step:
             assert isinstance(self.module, Anchor)
             start, stop = self.segment.start, self.segment.stop
             return self.module.bake(start, stop, self.replaced(start, stop))
-        return copy.deepcopy(self.module)
+        return self.module.bake() if isinstance(self.module, Stitch) else copy.deepcopy(self.module)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that the step uses: those that `bake` keeps."""

@@ -1,5 +1,6 @@
 """Stitches: small adapters from one anchor's activation to another's, of several kinds."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
@@ -14,6 +15,7 @@ from restnet_hf.features import AnyLayout, JointLayout, Layout, resize, resize_m
 
 
 WIDEST = 16384
+BRANCH = "branch"  # the kind that is no map of channels but a block of an anchor; see `BranchStitch`
 CLASS_TOKENS = ("pool", "learn", "drop", "add")
 MOST = torch.finfo(torch.float32).max  # json.loads gives infinity, and whole numbers that no float can hold
 
@@ -23,7 +25,8 @@ class StitchConfig:
     """How stitches are made; the counterpart of a PEFT config.
 
     Args:
-        kind: a key of `STITCHES`.
+        kind: a key of `STITCHES`, or ``branch`` for a copy of an anchor's own block from one of its cuts to a later
+            one (AdaptiveNet, arXiv 2303.07129).
         class_token: what becomes of prefix tokens that one side has and the other lacks. Those that the target has
             more are computed from the mean of the source's grid (``pool``, the default), or a constant is fitted
             (``learn``), which tells nothing of the image to a late cut. Those that the source has more are left out
@@ -32,6 +35,7 @@ class StitchConfig:
         r: rank of the update of kind ``lora``, at least 1.
         lora_alpha: its update is scaled by ``lora_alpha / r``, as in PEFT.
         hidden: width of the hidden layer of kind ``mlp``; the target's channels by default.
+        prune: share of the hidden channels that the copy of kind ``branch`` goes without.
 
     Raises:
         ValueError: an option is not one of those, or a number is out of range.
@@ -42,10 +46,11 @@ class StitchConfig:
     r: int = 16
     lora_alpha: float = 16
     hidden: int | None = None
+    prune: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.kind not in STITCHES:
-            raise ValueError(f"stitch kind {self.kind!r} is not one of {sorted(STITCHES)}")
+        if self.kind not in (*STITCHES, BRANCH):
+            raise ValueError(f"stitch kind {self.kind!r} is not one of {sorted((*STITCHES, BRANCH))}")
         if self.class_token not in CLASS_TOKENS:
             raise ValueError(f"class_token={self.class_token!r} is not one of {CLASS_TOKENS}")
         for name, value in (("r", self.r), ("hidden", 1 if self.hidden is None else self.hidden)):
@@ -53,6 +58,8 @@ class StitchConfig:
                 raise ValueError(f"{name}={value!r} must be a whole number from 1 to {WIDEST}")
         if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha <= MOST:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number above 0")
+        if type(self.prune) not in (int, float) or not 0 <= self.prune < 1 or (self.prune and self.kind != BRANCH):
+            raise ValueError(f"prune={self.prune!r} must be at least 0, below 1, and 0 for other kinds than 'branch'")
 
 
 Chosen = Tensor | None  # positions (N, P) of each image, None for all
@@ -89,11 +96,20 @@ class Problem:
 
 
 class Stitch(nn.Module, ABC):
-    """A module from an activation in one layout to one in another, whose weights least squares can set."""
+    """A module from an activation in one layout to one in another, whose weights least squares can set.
+
+    ``target_cut`` is the cut whose activation its problems aim at, where that is not the one that it leads to.
+    """
+
+    target_cut: int | None = None
 
     @abstractmethod
     def problems(self) -> list[Problem]:
         """The least-squares problems whose solutions are this stitch's weights."""
+
+    def bake(self) -> nn.Module:
+        """A plain module of its own that does the same."""
+        return copy.deepcopy(self)
 
 
 class LinearStitch(Stitch):
@@ -332,7 +348,9 @@ class JointStitch(Stitch):
 
 
 def make_stitch(source: AnyLayout, target: AnyLayout, config: StitchConfig) -> Stitch:
-    """A new stitch of the kind that ``config`` names."""
+    """A new stitch of the kind that ``config`` names, a key of `STITCHES`."""
+    if config.kind not in STITCHES:
+        raise ValueError(f"a stitch of kind {config.kind!r} does not map layouts; choose one of {sorted(STITCHES)}")
     if isinstance(target, JointLayout):
         return JointStitch(source, target, config)
     return STITCHES[config.kind](source, target, config)

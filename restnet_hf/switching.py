@@ -1,20 +1,21 @@
 """The routes of a model: stitches added and removed, one route active, and the steps that each route runs."""
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from restnet_hf.anchors import Anchor
+from restnet_hf.branches import stitch_at
 from restnet_hf.features import AnyLayout
 from restnet_hf.fingerprints import weights_sha256
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route, Segment, StitchPoint, of_adapter
 from restnet_hf.steps import Step
-from restnet_hf.stitches import Stitch, StitchConfig, make_stitch
+from restnet_hf.stitches import Stitch, StitchConfig
 from restnet_hf.tuning import Tuned, TunedConfig, tuned_keys
 
 
@@ -79,26 +80,35 @@ class RouteMixin:
         """Add a route and, made as ``config`` says, the stitches it still lacks, not fitted yet; returns the route.
 
         A route with an adapter's name in front, ``night: a[:1] + b[2:]``, gets stitches of its own and, where the
-        model has new heads, a copy of the head.
-        """
-        route = self.route(route)
-        for point in route.stitch_points:
-            if point.name not in self.stitches:
-                source = self.anchors[point.source].layout(point.source_cut)
-                target = self.anchors[point.target].layout(point.target_cut)
-                self._make_stitch(point, source, target, config or StitchConfig())
-        if len(route.segments) > 1 and route not in self.routes:
-            self.config.routes = [*self.config.routes, str(route)]
-        for name in self.anchors if self.heads else ():
-            if of_adapter(route.adapter, name) not in self.heads:
-                self.heads[of_adapter(route.adapter, name)] = copy.deepcopy(self.heads[name])
-        return route
+        model has new heads, a copy of the head. Stitches with names of their own, ``a[:1] +both b[2:]``, are shared.
 
-    def _make_stitch(self, point: StitchPoint, source: Any, target: Any, config: StitchConfig) -> None:
-        like = next(self.anchors[point.target].parameters())
-        stitch = make_stitch(source, target, config).to(like.device, like.dtype)
-        self.stitches[point.name] = stitch
+        Raises:
+            ValueError: the route does not fit the anchors, or a stitch cannot be made or shared there.
+        """
+        return self.add_stitches([route], config)[0]
+
+    def add_stitches(self, routes: Iterable[Route | str], config: StitchConfig | None = None) -> list[Route]:
+        """Add many routes at once; see `add_stitch`. Anchors alone among them need nothing."""
+        added = dict.fromkeys(route for route in map(self.route, routes))
+        for point in dict.fromkeys(point for route in added for point in route.stitch_points):
+            if point.name in self.stitches:
+                self.check_layout(point, *self.config.stitch_parts(point.name)[1:3])
+            else:
+                self._make_stitch(point, config or StitchConfig())
+        listed = dict.fromkeys(self.routes)
+        listed |= dict.fromkeys(route for route in added if len(route.segments) > 1)
+        self.config.routes = list(map(str, listed))
+        for route in added if self.heads else ():
+            for name in self.anchors:
+                if of_adapter(route.adapter, name) not in self.heads:
+                    self.heads[of_adapter(route.adapter, name)] = copy.deepcopy(self.heads[name])
+        return list(added)
+
+    def _make_stitch(self, point: StitchPoint, config: StitchConfig) -> None:
+        self.stitches[point.name] = stitch_at(point, self.anchors, config)
         if point.name not in (self.config.stitches or {}):
+            source = self.anchors[point.source].layout(point.source_cut)
+            target = self.anchors[point.target].layout(point.target_cut)
             self.config.set_stitch(point, source, target, config)
 
     def add_tuned(self, key: str, config: TunedConfig) -> Tuned:
@@ -114,8 +124,11 @@ class RouteMixin:
 
     def check_layouts(self) -> None:
         """Raise ValueError where a stitch was made for other activations than its anchors have."""
-        for name in self.config.stitches or {}:
-            self.check_layout(*self.config.stitch_parts(name)[:3])
+        parts = {name: self.config.stitch_parts(name)[:3] for name in self.config.stitches or {}}
+        places = {(point.name, point): None for point, *_ in parts.values()}
+        places |= {(point.name, point): None for route in self.routes for point in route.stitch_points if point.via}
+        for name, point in places:
+            self.check_layout(point, *parts[name][1:])
 
     def check_layout(self, point: StitchPoint, source: AnyLayout, target: AnyLayout) -> None:
         """Raise ValueError where the activations at a stitch are not of those layouts."""
@@ -243,7 +256,8 @@ class RouteMixin:
                 shape = self.anchors[point.source].layout(point.source_cut).shape(1)
                 steps.append(Step(point.name, stitches[point.name], shape))
                 shape = anchor.layout(segment.start).shape(1)
-            steps.append(Step(name, anchor, shape, segment, tuple(self.tuned[key] for key in keys)))
+            if segment.start != segment.stop:  # between stitches that follow one another nothing runs
+                steps.append(Step(name, anchor, shape, segment, tuple(self.tuned[key] for key in keys)))
         if self.heads:
             if route.head not in self.heads:
                 raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")

@@ -31,7 +31,8 @@ class TrainArgs:
         matching_epochs: then let each route's features match the end anchor's own on the same image, for so many
             passes over the data; needs no labels (arXiv 2603.12433).
         match: ``final`` matches what the end's classifier takes, ``later`` all of its later cuts too (arXiv
-            2505.20142).
+            2505.20142), ``stitch`` what each stitch of a route replaces, on the route's own path (AdaptiveNet, arXiv
+            2303.07129).
         num_train_epochs: then passes over the data with labels, distillation or both; 0 for none.
         max_steps: stop after so many steps of both kinds together; needed for data that streams.
         batch_size: images in a step, over all processes.
@@ -71,7 +72,7 @@ class TrainArgs:
     output_dir: str | None = None
     least_squares_images: int | None = Field(default=None, gt=0)
     matching_epochs: int = Field(default=0, ge=0)
-    match: Literal["final", "later"] = "final"
+    match: Literal["final", "later", "stitch"] = "final"
     num_train_epochs: int = Field(default=3, ge=0)
     max_steps: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=64, gt=0)

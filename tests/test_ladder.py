@@ -35,6 +35,8 @@ LADDER = [
     "stitches",
     "least_squares",
     "tuning",
+    "pruning",
+    "branches",
     "hsic",
     "samples",
     "similarity",

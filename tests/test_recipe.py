@@ -35,8 +35,9 @@ TOY_STITCHES = {"num_train_epochs": 1, "batch_size": 32}
 
 @pytest.fixture
 def new_task(tmp_path):
-    """Three random anchors, and a data set of three classes that they do not know."""
-    for name, kind, seed in (("resnet", "resnet", 0), ("vit", "vit", 0), ("other_vit", "vit", 1)):
+    """A few random anchors, and a data set of three classes that they do not know."""
+    anchors = (("resnet", "resnet", 0), ("other_resnet", "resnet", 1), ("vit", "vit", 0), ("other_vit", "vit", 1))
+    for name, kind, seed in anchors:
         save_model(kind, tmp_path / name, seed)
     features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
     pixels = torch.zeros(24, SIZE, SIZE, 3, dtype=torch.uint8)
@@ -107,7 +108,8 @@ def test_a_recipe_gives_the_same_every_time(new_task):
 @pytest.mark.parametrize("path", [*RECIPES, RECIPE], ids=lambda path: path.stem)
 def test_recipes_are_valid(path):
     data = yaml.safe_load(path.read_text())
-    missing = {key: "x" for key in ("front", "end", "dataset") if key not in data}
+    wanted = ("front", "dataset", *(() if "family" in data else ("end",)))
+    missing = {key: "x" for key in wanted if key not in data}
     recipe = load_recipe(path, **missing)
     assert recipe.stitches.matching_epochs + recipe.stitches.num_train_epochs > 0
     assert path == RECIPE or not missing
@@ -127,13 +129,19 @@ def test_recipes_run_at_toy_size(path, new_task):
     recipe = load_recipe(path)
     front = new_task / FRONTS.get(path.stem, "resnet")
     toy = {"front": str(front), "end": str(new_task / "vit"), "dataset": str(new_task / "data"), "image_size": SIZE}
+    if recipe.family is not None:  # anchors whose stages fit one another
+        toy |= {"end": str(new_task / "other_resnet")} if recipe.end else {"end": None}
+        toy |= {
+            "between": [],
+            "family": {**recipe.family, **({"max_routes": 2} if "max_routes" in recipe.family else {})},
+        }
     if recipe.label_free:  # the anchors must know the classes
         toy = {**TOY, "eval_split": "test", "image_size": 56}
     report = run_recipe(load_recipe(path, **{**toy, "calibration_images": 16, "max_routes": 2}), new_task / "out")
     assert all(report["checks"].values())
     model = StitchedModelForImageClassification.from_pretrained(new_task / "out" / "adapter")
     assert bool(model.tuned) == (recipe.stitches.tuning != "stitch")
-    assert {entry["config"]["kind"] for entry in model.config.stitches.values()} == {recipe.stitch_kind}
+    assert {entry["config"]["kind"] for entry in model.config.stitches.values()} == {recipe.stitch_config().kind}
 
 
 @pytest.mark.parametrize(
