@@ -1,16 +1,18 @@
 """restnet_hf: one network out of two pre-trained image classifiers, cut to the size of any device."""
 
+from restnet_hf.controller import Controller
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route, Segment
 
 
-__all__ = ["Budget", "BudgetError", "Profile", "Route", "Segment"]
+__all__ = ["Budget", "BudgetError", "Controller", "Profile", "Route", "Segment"]
 
 try:
     import torch  # noqa: F401
 except ImportError:
     pass  # a device that only reads profiles and follows budgets
 else:
+    from restnet_hf.adapting import adapt
     from restnet_hf.anchors import Anchor
     from restnet_hf.configuration_restnet import RestNetConfig
     from restnet_hf.hub import FoundAdapter, find_adapters
@@ -28,6 +30,7 @@ else:
         "StitchConfig",
         "StitchedModelForImageClassification",
         "TrainArgs",
+        "adapt",
         "find_adapters",
         "load_anchor",
         "train",

@@ -69,6 +69,7 @@ class Anchor(nn.Module):
         self.revision = revision
         self.granularity = granularity
         self.headless = False
+        self.absent: set[str] = set()  # names of weights that are not in memory
         self._found: Cuts | None = None
         self._expected: dict[int, tuple[str, dict[str, Tensor]]] = {}
         self.eval()
@@ -204,6 +205,8 @@ class Anchor(nn.Module):
             raise ValueError(f"a segment of '{self.name}' that starts at cut {start} cannot stop at {sorted(wanted)}")
         if self._expected:
             self.verify(start, None if -1 in wanted else max(wanted))
+        if self.absent:
+            self.check_present(start, None if -1 in wanted else max(wanted))
         size = self.preprocessing.image_size
         result = run(self.model, x, self.cut(start), wanted, size, classifier, see, tensors or {})
         return {None if key == -1 else key: value for key, value in result.items()}
@@ -212,6 +215,8 @@ class Anchor(nn.Module):
         """The network's own logits (N, classes) for images, whether or not a new head has taken their place."""
         if self._expected:
             self.verify()
+        if self.absent:
+            self.check_present()
         return run(self.model, x, None, {0: None}, self.preprocessing.image_size)[0]
 
     @property
@@ -293,6 +298,16 @@ class Anchor(nn.Module):
                     f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}})"
                 )
             self._expected.pop(index, None)  # another thread may have been faster
+
+    def check_present(self, start: int = 0, stop: int | None = None) -> None:
+        """Raise ValueError where weights of a segment are not in memory."""
+        gone = sorted(self.absent & self.own_parameters(start, stop).keys()) if self.absent else []
+        if gone:
+            raise ValueError(
+                f"weights of anchor '{self.name}' are not in memory ({gone[0]} and {len(gone) - 1} more), since the "
+                "model was pruned to other routes, or pages its weights in for the active route alone: set_route "
+                "brings them back where page_to was called; else load the model again"
+            )
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}, cuts={'not searched' if self._found is None else self.depth}"

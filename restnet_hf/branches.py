@@ -58,6 +58,11 @@ class BranchStitch(Stitch):
                 self.register_buffer(key, copy)
         self._names = tuple(tensors)
 
+    @property
+    def anchor(self) -> Anchor:
+        """Whose block it is."""
+        return self._anchor[0]
+
     def tensors(self) -> dict[str, Tensor]:
         """What takes the place of the anchor's own, by name in the network."""
         keys = ((name, name.replace(".", "/")) for name in self._names)
@@ -67,10 +72,10 @@ class BranchStitch(Stitch):
         """The activation at ``start`` as one at ``stop``."""
         if self.enter is not None:
             x = self.enter(x)
-        return self._anchor[0](x, self.block - 1, self.block, lambda *span: self.tensors())
+        return self.anchor(x, self.block - 1, self.block, lambda *span: self.tensors())
 
     def bake(self) -> nn.Module:
-        baked = self._anchor[0].bake(self.block - 1, self.block, self.tensors())
+        baked = self.anchor.bake(self.block - 1, self.block, self.tensors())
         return baked if self.enter is None else nn.Sequential(self.enter.bake(), baked)
 
     def problems(self) -> list[Problem]:

@@ -4,14 +4,19 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from restnet_hf.adapting import Adapted, adapt_to, device_images, parse_budget
+from restnet_hf.adapting import measure as measure_routes
 from restnet_hf.comparing import compare_anchors
 from restnet_hf.data import this_process
 from restnet_hf.embedded import DATA, END, FRONT, RECIPE
 from restnet_hf.hub import find_adapters
+from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.profiles import Budget
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 
 
@@ -46,7 +51,9 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
     out: Out,
     front: Front = None,
-    between: Annotated[list[str] | None, typer.Option(help="More anchors of a family, in order; one each time.")] = None,
+    between: Annotated[
+        list[str] | None, typer.Option(help="More anchors of a family, in order; one each time.")
+    ] = None,
     end: End = None,
     dataset: Data = None,
     resume: Resume = False,
@@ -118,6 +125,83 @@ def similarity(
         console.width = max(console.width, 60 + max(len(str(row.route)) for row in rows))
         console.print(table)
     console.print(f"written to {out}: for each selector .npz, .csv and .png", markup=False, highlight=False)
+
+
+@app.command()
+def measure(
+    adapter: Annotated[str, typer.Argument(help="Hub id or local folder.")],
+    out: Annotated[Path, typer.Option(help="JSON file of latency tables, by device and runtime.")] = Path(
+        "latency.json"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Images in a run.")] = 1,
+    threads: Annotated[int | None, typer.Option(help="Of the processor; as torch has it by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="No round of measurements begins after them.")] = 40.0,
+) -> None:
+    """Measure on this device what every piece of an adapter's routes takes, and say what each route will take."""
+    try:
+        model = _on_this_device(adapter, threads)
+        table = measure_routes(model, model.all_routes, batch_size, seconds)
+        table.save(out)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+    shown = Table(title=f"{table.device}, {table.runtime}")
+    for column in ("route", "predicted, ms", "measured, ms"):
+        shown.add_column(column, justify="left" if column == "route" else "right", no_wrap=True)
+    for route in sorted(model.all_routes, key=lambda route: table.latency_ms(model.steps(route))):
+        check = table.checks.get(str(route))
+        measured = "" if check is None else f"{check.measured.ms:.2f} ± {check.measured.spread_ms / 2:.2f}"
+        shown.add_row(str(route), f"{table.latency_ms(model.steps(route)):.2f}", measured)
+    console.width = max(console.width, 45 + max(len(str(route)) for route in model.all_routes))
+    console.print(shown)
+    console.print(f"written to {out}", markup=False, highlight=False)
+
+
+@app.command("adapt")
+def adapt_command(
+    adapter: Annotated[str, typer.Argument(help="Hub id or local folder.")],
+    data: Annotated[str, typer.Option(help="Images of this device, labelled or not: a local folder.")],
+    budget: Annotated[list[str], typer.Option(help="A limit, such as latency_ms=20; may be given more than once.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapted adapter and what was measured.")] = Path("adapted"),
+    split: Annotated[str, typer.Option(help="Of the images.")] = "train",
+    images: Annotated[int, typer.Option(help="How many, chosen at random.")] = 500,
+    search: Annotated[str | None, typer.Option(help="exhaustive or evolution.")] = None,
+    exact: Annotated[bool, typer.Option(help="Evaluate all routes on all images.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Of the processor; as torch has it by default.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a search that was stopped.")] = False,
+) -> None:
+    """Find the best route of an adapter on this device, with its own images, which never leave it."""
+    try:
+        limits = parse_budget(budget)
+        model = _on_this_device(adapter, threads)
+        rows = device_images(model, data, split, images)
+        found = adapt_to(model, rows, limits, out, search=search, exact=exact, resume=resume)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
+    _show_adapted(found, limits)
+    console.print(f"written to {out}: the adapter with this device's profile, latency.json", highlight=False)
+
+
+def _on_this_device(adapter: str, threads: int | None) -> StitchedModelForImageClassification:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return StitchedModelForImageClassification.from_pretrained(adapter).to(this_process().device)
+
+
+def _show_adapted(found: Adapted, budget: Budget) -> None:
+    table = Table(
+        title=f"within {budget}: {found.best.route}, {found.score} {found.best.scores.get(found.score, 0):.1%}"
+    )
+    for column in ("rejected", "because"):
+        table.add_column(column, overflow="fold")
+    for each in found.rejected:
+        table.add_row(str(each.route), f"{each.why}: {each.detail}")
+    console.width = max(console.width, 140)
+    console.print(table)
+    costs = ", ".join(f"{cost} {value:.4g}" for cost, value in found.best.costs.items())
+    console.print(f"chosen: {found.best.route} ({costs})", style="bold", markup=False, highlight=False)
+    for route, check in found.checks.items():
+        said = f"{check.predicted_ms:.2f} ms foretold, {check.measured.ms:.2f} ms measured from end to end"
+        console.print(f"{route}: {said}", markup=False, highlight=False)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -195,7 +195,7 @@ def skip(
     Raises:
         ValueError: a number is out of range.
     """
-    percents = [round(100 * share) for share in prune]
+    percents = [round(100 * share) if 0 < share < 1 else 0 for share in prune]
     whole = all(0 < n < 100 and abs(100 * share - n) < 1e-6 for n, share in zip(percents, prune, strict=True))
     if not whole or not all(type(width) is int and width > 0 for width in merge):
         raise ValueError(
@@ -279,9 +279,10 @@ def family(
         if given not in table:
             raise ValueError(f"{name}={given!r} is not one of {sorted(table)}")
     rule = {**FAMILIES, **WITHIN}[kind]
-    strange = sorted(options.keys() - {*signature(rule).parameters} - {"front", "end", "anchor"})
+    taken = [name for name in signature(rule).parameters if name not in ("front", "end", "anchor")]
+    strange = sorted(options.keys() - {*taken})
     if strange:
-        raise ValueError(f"family {kind!r} has no options {strange}; it takes {[*signature(rule).parameters]}")
+        raise ValueError(f"family {kind!r} has no options {strange}; it takes {taken}")
     members = tuple(anchors)
     names = [blocks.anchor for blocks in members]
     if len({*names}) < len(names):

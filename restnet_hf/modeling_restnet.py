@@ -3,7 +3,7 @@
 import datetime
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Self, cast
 
@@ -20,8 +20,10 @@ from restnet_hf.costs import MacsTable, count_params
 from restnet_hf.data import check_labels
 from restnet_hf.evaluation import score_routes
 from restnet_hf.labels import class_names
+from restnet_hf.latency import LatencyTable
 from restnet_hf.least_squares import RIDGE
 from restnet_hf.loading import load_anchor
+from restnet_hf.memory import MemoryTable
 from restnet_hf.parents import class_order, describe, rebuild
 from restnet_hf.preprocessing import Reprocess
 from restnet_hf.profiles import Profile, ProfiledRoute
@@ -79,6 +81,7 @@ class StitchedModelForImageClassification(SelectingModel):
         for key in config.tuned or {}:
             self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
+        self.weight_files = None
         self.similarity: Similarity | None = None
         self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route((Segment(self.front),))
@@ -205,35 +208,55 @@ class StitchedModelForImageClassification(SelectingModel):
         self.profiled = None  # it was of other stitches
         return r2
 
+    def costs_here(self, latency: LatencyTable | None = None) -> Callable[[Route], dict[str, float]]:
+        """A function that gives MACs, parameters and memory of a route of this model, and its latency.
+
+        Args:
+            latency: what `measure_latency` found on this device; without it latency is left out.
+        """
+        macs, memory = MacsTable(), MemoryTable(1 if latency is None else latency.batch_size)
+
+        def costs(route: Route) -> dict[str, float]:
+            steps = self.steps(route)
+            found = {"macs": macs.macs(steps), "params": count_params(steps), "memory_mb": memory.memory_mb(steps)}
+            if latency is not None:
+                found["latency_ms"] = latency.latency_ms(steps) / latency.batch_size
+            return found
+
+        return costs
+
     def profile(
         self,
         data: Any = None,
         routes: Iterable[Route | str] | None = None,
         batch_size: int = 64,
+        latency: LatencyTable | None = None,
         **metadata: Any,
     ) -> Profile:
-        """MACs and parameters of every route and, with labelled data, its accuracy; kept for `set_budget`.
+        """What every route costs and, with labelled data, its accuracy; kept for `set_budget`.
 
         Args:
             data: labelled images; see `restnet_hf.data.batches`.
             routes: all and the anchors alone by default.
             batch_size: for a tensor or a data set.
+            latency: what `measure_latency` found on this device, for ``latency_ms``.
             **metadata: written into the profile, the data's name for one.
         """
         chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
         walks = [(route, self.steps(route)) for route in chosen]
-        table = MacsTable()
-        scores: dict[Route, float] = {}
+        costs, scores = self.costs_here(latency), dict[Route, float]()
         if data is not None:
             scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         rows = [
-            ProfiledRoute(
-                route,
-                {"macs": table.macs(steps), "params": count_params(steps)},
-                {"accuracy": scores[route]} if route in scores else {},
-            )
-            for route, steps in walks
+            ProfiledRoute(route, costs(route), {"accuracy": scores[route]} if route in scores else {})
+            for route, _ in walks
         ]
+        if latency is not None:
+            metadata["latency"] = {"device": latency.device, "runtime": latency.runtime, **latency.facts}
+        return self.keep_profile(rows, **metadata)
+
+    def keep_profile(self, rows: Iterable[ProfiledRoute], **metadata: Any) -> Profile:
+        """Make a profile of rows, with what it must say of device, weights and versions, and keep it."""
         where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
         versions = {package: version(package) for package in PACKAGES}
         of = {"weights": self.weights_sha256(), "versions": versions}

@@ -46,8 +46,10 @@ def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
         share: of the channels, from 0 to 1.
 
     Raises:
-        ValueError: the piece has no such channels.
+        ValueError: the piece has no such channels, or the share is none.
     """
+    if not 0 < share < 1:
+        raise ValueError(f"a share of channels to leave out must be above 0 and below 1, not {share}")
     x, modules = activation(anchor, block - 1), dict(anchor.model.named_modules())
     kept: dict[str, dict[int, Tensor]] = {}  # of each tensor, by dimension
     for hidden in _hidden(anchor, block, x):
@@ -109,15 +111,17 @@ def _same(
         keep = group[name][1]
         zeroed[name] = torch.zeros_like(weight).index_copy(1, keep, weight.index_select(1, keep))
     whole = _single(anchor, block) if torch.finfo(x.dtype).bits < 32 else {}
-    x = x.float() if whole else x
-    slim, zeroed = (
-        {**whole, **{n: t.to(x.dtype) for n, t in each.items()}} for each in (_slim(anchor, group), zeroed)
-    )
+    start = x.float() if whole else x
+
+    def run(changed: Mapping[str, Tensor]) -> Tensor:
+        tensors = {**whole, **{name: tensor.to(start.dtype) for name, tensor in changed.items()}}
+        return anchor(start, block - 1, block, lambda *span: tensors)
+
     try:
-        found = anchor(x, block - 1, block, lambda *span: slim)
+        found = run(_slim(anchor, group))
     except (RuntimeError, ValueError, IndexError):  # shapes do not fit: others use these channels, too
         return False
-    wanted = anchor(x, block - 1, block, lambda *span: zeroed)
+    wanted = run(zeroed)
     near = found.shape == wanted.shape and (found - wanted).abs().max() <= EXACT * (wanted.max() - wanted.min())
     return bool(near)
 

@@ -86,7 +86,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             **kwargs: of `push_to_hub`.
 
         Raises:
-            ValueError: a standalone anchor was made in code, so that no config could rebuild it.
+            ValueError: a standalone anchor was made in code, so that no config could rebuild it, or is not all there.
         """
         if not is_main_process:
             return
@@ -99,6 +99,8 @@ class AdapterModel(RouteMixin, PreTrainedModel):
                     f"anchors {made_in_code} were made in code, and no config says how; standalone=True needs anchors "
                     "loaded from the Hub or a folder"
                 )
+            for anchor in self.anchors.values():
+                anchor.check_present()
         self.config.active_route = str(self.active_route)
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)

@@ -169,7 +169,9 @@ class LinearStitch(Stitch):
     def _project(self, spatial: Tensor) -> Tensor:
         if isinstance(self.proj, nn.Conv2d):
             return self._map(spatial)
-        return self._map(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        mapped = self._map(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        # convolutions after it would all run on channels that lie together, which is slower for networks not made so
+        return mapped.contiguous() if self.target.kind == "NCHW" else mapped
 
     def _prefix(self, prefix: Tensor | None, pooled: Tensor | None, batch: int) -> Tensor | None:
         tokens = []

@@ -1,6 +1,7 @@
 """The routes of a model: stitches added and removed, one route active, and the steps that each route runs."""
 
 import copy
+import os
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -11,6 +12,8 @@ from restnet_hf.anchors import Anchor
 from restnet_hf.branches import stitch_at
 from restnet_hf.features import AnyLayout
 from restnet_hf.fingerprints import weights_sha256
+from restnet_hf.paging import WeightFiles, hold
+from restnet_hf.parents import identify
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route, Segment, StitchPoint, of_adapter
@@ -31,6 +34,7 @@ class RouteMixin:
     orders: MutableMapping[str, nn.Module]
     active_route: Route
     profiled: Profile | None
+    weight_files: WeightFiles | None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -205,10 +209,51 @@ class RouteMixin:
             ValueError: it does not parse, or a stitch of it is missing.
         """
         route = self.route(route)
-        self.steps(route)
+        steps = self.steps(route)
+        if self.weight_files is not None:
+            self.weight_files.bring(self.anchors, steps)
         self.active_route = route
         self.config.active_route = str(route)
         return route
+
+    def prune_to(self, routes: Iterable[Route | str]) -> None:
+        """Keep only some routes, and of the anchors only the weights that these use. The first becomes active.
+
+        Where weights lie in files, after `page_to`, only those of the active route are in memory anyway. The adapter that the model saves then has these routes alone, and loads as any other.
+
+        Raises:
+            ValueError: there are no routes, or one is not of this model.
+        """
+        kept = [self.route(route) for route in routes]
+        if not kept:
+            raise ValueError("prune_to needs at least one route to keep")
+        steps = [step for route in kept for step in self.steps(route)]
+        self.set_route(kept[0])
+        for route in self.routes:
+            if route not in kept:
+                self.delete_stitch(route)
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            identify(entry, anchor)  # while all of it is there
+        for anchor in self.anchors.values() if self.weight_files is None else ():
+            hold(anchor, steps)
+
+    def page_to(self, folder: str | os.PathLike[str]) -> None:
+        """Keep the anchors' weights in files, and in memory only those that the active route uses.
+
+        From now on `set_route` and `set_budget` read what the new route needs and the one before did not, mapped into
+        memory, and let go of the rest. Other routes cannot run meanwhile: `profile` first.
+
+        Args:
+            folder: for a file of each anchor.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: weights are not in memory, after `prune_to` say.
+        """
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            identify(entry, anchor)
+        self.weight_files = WeightFiles(folder, self.anchors)
+        self.weight_files.bring(self.anchors, self.steps(self.active_route))
 
     def set_budget(
         self,

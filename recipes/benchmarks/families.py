@@ -55,10 +55,8 @@ UP, BOTH = {"kind": "nearest"}, {"kind": "two_way", "directions": "both", "max_r
 MODES = {
     "least squares alone": Mode(UP),
     "stitch-only": Mode(UP, training={"sampler": "uniform"}),
-    "stitches and norms": Mode({**UP, "share": False}, training={"sampler": "uniform", "tuning": "norm"}),
     "SN-Net": Mode(UP, training={"sampler": "uniform", "tuning": "full"}),
     "SN-Netv2": Mode(BOTH, "lora", {"sampler": "buckets", "tuning": "full"}),
-    "stitch-only, two-way": Mode(BOTH, training={"sampler": "buckets"}),
 }
 
 
@@ -88,7 +86,11 @@ def trained(
 
     def learn(steps: int) -> float:
         began = clock()
-        train(model, sets["train"], TrainArgs(train_head=False, seed=seed, max_steps=steps, **(mode.training or {})))
+        train(
+            model,
+            sets["train"],
+            TrainArgs(train_head=False, seed=seed, num_train_epochs=steps, max_steps=steps, **(mode.training or {})),
+        )
         return clock() - began
 
     steps, used = TRIAL, 0.0

@@ -1,0 +1,203 @@
+"""The best route of a model on this device, found with its own images, which never leave it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from restnet_hf import Budget, BudgetError, StitchedModelForImageClassification, measuring
+from restnet_hf.adapting import adapt, adapt_to, measure, parse_budget
+from restnet_hf.cli import app
+from restnet_hf.embedded import DATA, END, FRONT
+from restnet_hf.latency import LatencyTable
+from restnet_hf.search import SEARCHES
+
+
+ROUTES = [f"resnet_fashion[:{i}] + vit_fashion[{j}:]" for i in (3, 5, 7) for j in (4, 6)]
+
+
+@pytest.fixture(autouse=True)
+def busy(monkeypatch):
+    """Other tests run beside these, and latencies scatter."""
+    monkeypatch.setattr(measuring, "HOPELESS", float("inf"))
+
+
+@pytest.fixture(scope="module")
+def adapter(clothes, tmp_path_factory):
+    """The demo's anchors with six fitted stitches, as a folder."""
+    demo_model = StitchedModelForImageClassification.from_anchors(FRONT, END, dtype=torch.float32)
+    for route in ROUTES:
+        demo_model.add_stitch(route)
+    demo_model.fit_stitches(clothes(demo_model, "train", 256))
+    folder = tmp_path_factory.mktemp("adapter")
+    demo_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(adapter):
+    return StitchedModelForImageClassification.from_pretrained(adapter)
+
+
+@pytest.mark.parametrize("kind", sorted({*SEARCHES} - {"ranked"}))
+def test_the_best_within_a_budget(model, clothes, kind):
+    """What is chosen is what profiling everything would choose."""
+    rows = clothes(model, "test", 200)
+    exact = model.profile(rows)
+    for macs in (8e6, 24e6, 60e6):
+        found = adapt(model, rows, Budget(macs=macs), search=kind, max_evaluations=8 if kind == "evolution" else None)
+        assert found.best.route == exact.best(Budget(macs=macs)).route == model.active_route
+        assert found.best.scores == {"accuracy": exact.best(Budget(macs=macs)).scores["accuracy"]}
+        assert found.score == "accuracy" and found.finished and not found.checks
+        assert {each.route for each in found.rejected} == {*model.all_routes} - {found.best.route}
+        over = {row.route for row in exact.routes if row.costs["macs"] > macs}
+        assert {each.route for each in found.rejected if each.why == "over budget"} == over
+        scores = {row.route: row.scores for row in exact.routes}
+        assert all(row.scores in ({}, scores[row.route]) for row in model.profiled.routes), "no score of a few images"
+
+
+def test_all_of_them_exactly(model, clothes):
+    rows = clothes(model, "test", 100)
+    exact = {row.route: row.scores for row in model.profile(rows).routes}
+    adapt(model, rows, Budget(params=1e9), exact=True)
+    assert {row.route: row.scores for row in model.profiled.routes} == exact
+
+
+@torch.no_grad()
+def test_without_labels(model, clothes):
+    """The score is how often a route says what the largest anchor says."""
+    rows = clothes(model, "test", 100)
+    images = torch.stack([rows[index]["pixel_values"] for index in range(len(rows))])
+    found = adapt(model, images, Budget(macs=24e6), exact=True)
+    assert found.score == "agreement"
+    said = {}
+    for route in (found.best.route, "resnet_fashion[:]"):
+        model.set_route(route)
+        said[str(route)] = model(images).logits.argmax(-1)
+    agrees = (said[str(found.best.route)] == said["resnet_fashion[:]"]).double().mean().item()
+    assert found.best.scores == {"agreement": pytest.approx(agrees)}
+
+
+def test_latency_is_measured_from_end_to_end(model, clothes, tmp_path):
+    rows = clothes(model, "test", 64)
+    found = adapt_to(model, rows, Budget(latency_ms=1e4), tmp_path)
+    assert found.best.route in found.checks
+    assert found.best.costs["latency_ms"] == found.checks[found.best.route].measured.ms
+    again = StitchedModelForImageClassification.from_pretrained(tmp_path)
+    assert again.active_route == found.best.route and all("latency_ms" in row.costs for row in again.profiled.routes)
+    table = LatencyTable.load(tmp_path / "latency.json")
+    assert again.profiled.metadata["latency"]["device"] == table.device
+    assert len(table.checks) >= 2 and not (tmp_path / "search.json").exists()
+    again.set_budget(latency_ms=1e4)
+    with pytest.raises(BudgetError, match="no route fits"):
+        adapt(model, rows, Budget(latency_ms=1e-3), latency=table)
+
+
+def test_a_busy_device(model, clothes):
+    """Where routes take a thousand times as long as foretold, the choice is by what they take."""
+    rows = clothes(model, "test", 64)
+    table = measure(model, model.all_routes)
+    short = {name: replace(timing, ms=timing.ms / 1000) for name, timing in table.entries.items()}
+    table = replace(table, entries=short, checks={})
+    assert max(table.latency_ms(model.steps(route)) for route in model.all_routes) < 0.2
+    with pytest.raises(BudgetError, match="no route fits"):
+        adapt(model, rows, Budget(latency_ms=0.2), latency=table)
+
+
+def test_goes_on_after_an_interrupt(model, clothes, tmp_path, monkeypatch):
+    rows, state = clothes(model, "test", 96), tmp_path / "search.json"
+    options = {"search": "evolution", "max_evaluations": 8}
+    whole = adapt(model, rows, Budget(macs=40e6), **options)
+    calls = []
+    original = SEARCHES["evolution"].step
+
+    def step(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(SEARCHES["evolution"], "step", step)
+    first = adapt(model, rows, Budget(macs=40e6), state=state, **options)
+    assert not first.finished and first.best.scores and state.exists()
+    known = json.loads(state.read_text())["search"]["found"]
+    assert 0 < len(known) < 8
+    second = adapt(model, rows, Budget(macs=40e6), state=state, **options)
+    assert second.finished and second.best == whole.best
+    state.write_text("[]")
+    with pytest.raises(ValueError, match="remove it to begin anew"):
+        adapt(model, rows, Budget(macs=40e6), state=state, **options)
+
+
+def test_by_command_and_without_any_request(adapter, tmp_path):
+    """In a process that may not open a connection and is not told to stay offline."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise AssertionError('a request was made')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse\n"
+        "import restnet_hf.measuring\n"
+        "from restnet_hf.cli import app\n"
+        "restnet_hf.measuring.HOPELESS = float('inf')\n"  # other tests run beside this one
+        "app(sys.argv[1:])\n"
+    )
+    options = ["--data", str(DATA), "--split", "test", "--images", "64", "--budget", "latency_ms=10000"]
+    command = [sys.executable, "-c", code, "adapt", str(adapter), *options, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "chosen: " in done.stdout and "measured from end to end" in done.stdout and "worse: " in done.stdout
+    assert {"profile.json", "latency.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
+
+
+def test_measure_by_command(adapter, tmp_path):
+    result = CliRunner().invoke(
+        app, ["measure", str(adapter), "--out", str(tmp_path / "latency.json"), "--seconds", "1"]
+    )
+    assert result.exit_code == 0, result.output
+    assert all(route in result.output for route in ROUTES) and "±" in result.output
+    assert LatencyTable.load(tmp_path / "latency.json").entries
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "speed=3"], "COST one of"),
+        (["--budget", "latency_ms=fast"], "of the form COST=NUMBER"),
+        (["--budget", "macs=1"], "no candidate|no route fits"),
+        (["--budget", "macs=1e9", "--search", "magic"], "search='magic' is not one of"),
+        (["--budget", "macs=1e9", "--split", "night"], "night"),
+    ],
+)
+def test_refused(adapter, tmp_path, options, message):
+    out = tmp_path / "out"
+    result = CliRunner().invoke(
+        app, ["adapt", str(adapter), "--data", str(DATA), "--images", "8", "--out", str(out), *options]
+    )
+    assert result.exit_code == 1 and "error: " in result.output
+    assert any(part in " ".join(result.output.split()) for part in message.split("|"))
+    assert not list(out.glob("*")) if out.exists() else True
+
+
+def test_images_of_other_classes(model, tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    from restnet_hf.adapting import device_images
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["red", "green"])})
+    pixels = torch.zeros(8, 8, 3, dtype=torch.uint8).numpy()
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"image": [pixels] * 2, "label": [0, 1]}, features=features).to_parquet(
+        tmp_path / "data/train.parquet"
+    )
+    with pytest.raises(ValueError, match="2 classes, which are not the model's 10"):
+        device_images(model, str(tmp_path / "data"), "train", 2)
+
+
+def test_budgets_from_text():
+    assert parse_budget(["latency_ms=20", "macs = 1e9"]) == Budget(latency_ms=20, macs=1e9)
+    for wrong in ([], ["latency_ms"], ["latency_ms=-1"]):
+        with pytest.raises(ValueError, match="of the form COST=NUMBER"):
+            parse_budget(wrong)
