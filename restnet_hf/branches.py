@@ -116,8 +116,8 @@ def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:
     """The parameters that the piece that ends in cut ``block`` uses, and its norms' statistics, by name, each once."""
     own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
     names = {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
-    copies = {name: parameter.detach().clone().requires_grad_() for parameter, name in names.items()}
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        copies = {name: parameter.detach().clone().requires_grad_() for parameter, name in names.items()}
         end = anchor(activation(anchor, block - 1), block - 1, block, lambda *span: copies)
         reached = torch.autograd.grad(end.float().sum(), list(copies.values()), allow_unused=True)
     used = {name for name, gradient in zip(copies, reached, strict=True) if gradient is not None}

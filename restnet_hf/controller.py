@@ -266,8 +266,8 @@ class Controller:
     def _switch(self, after: ProfiledRoute, at_once: bool) -> None:
         up = self._worth(after) > self._worth(self._row)
         if not up:
-            undone = self._stepped_up and self._measured <= REMEMBERED * self.window
-            self._wait = 2 * self._wait if undone else self.dwell_s
+            soon = self._measured <= REMEMBERED * self.window or self._now <= self._switched_at + self._wait
+            self._wait = 2 * self._wait if self._stepped_up and soon else self.dwell_s
         self._row, self._stepped_up, self._measured, self._switched_at = after, up and not at_once, 0, self._now
         self._checked = self._worst = self._estimates()
 

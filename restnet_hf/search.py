@@ -120,8 +120,8 @@ class Search(ABC):
         asked = dict.fromkeys(cost for each in limits for cost in each)
         most = np.array([[[each.get(cost, math.inf) for cost in asked]] for each in limits])
         self._costs = np.array([[found.get(cost, math.nan) for cost in asked] for found in self.costs.values()])
-        self.fits: np.ndarray = (self._costs <= most).all(axis=2)  # (budgets, candidates)
-        self.shares: np.ndarray = (self._costs / most).max(axis=2)  # (budgets, candidates), of the limit that is closest
+        self.fits = np.all(self._costs <= most, axis=2)  # (budgets, candidates)
+        self.shares = np.max(self._costs / most, axis=2)  # (budgets, candidates), of the limit that is closest
         for budget, fits in zip(self.budgets, self.fits, strict=True):
             if not fits.any():  # then this says what there is
                 Profile(tuple(ProfiledRoute(route, found) for route, found in self.costs.items())).best(budget)

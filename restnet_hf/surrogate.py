@@ -11,6 +11,7 @@ from restnet_hf.routes import Route
 LENGTH = 1.25  # l; the squared distance of two routes is typically 1
 NOISE = 0.1  # share of the variance of scores that is chance
 STITCH = 0.3  # how far apart routes are that differ by one stitch of a kind; one whole anchor more or less is 1.2
+SKIP = 0.5  # what takes the place of skipped blocks, in blocks
 LOGISTIC = 1.702  # 1 / (1 + exp(-1.702 z)) is within 0.01 of the normal distribution function
 
 
@@ -27,7 +28,7 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
     """
     depths: dict[str, int] = {}
     for segment in (segment for route in routes for segment in route.segments):
-        depths[segment.anchor] = max(depths.get(segment.anchor, 1), segment.start + 1, segment.stop or 0)
+        depths[segment.anchor] = max(depths.get(segment.anchor, 1), segment.start + 1, (segment.stop or 0) + 1)
     runs = {anchor: np.zeros((len(routes), depth)) for anchor, depth in depths.items()}
     kinds: dict[tuple[str, ...], np.ndarray] = {}
     for row, route in enumerate(routes):
@@ -36,6 +37,8 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
         for stitch in route.stitch_points:
             kind = (stitch.adapter, stitch.source, stitch.target, stitch.via)
             kinds.setdefault(kind, np.zeros(len(routes)))[row] += STITCH
+            if stitch.source == stitch.target:
+                runs[stitch.source][row, stitch.source_cut] += SKIP
     shares = [part.sum(1) / run.shape[1] for run in runs.values() for part in (run, *np.array_split(run, 3, 1))]
     alike = np.column_stack([*shares, *kinds.values(), np.log(np.maximum(costs, 1e-12))])
     blocks = np.column_stack([run / math.sqrt(run.shape[1]) for run in runs.values()])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import save_model
 
-from restnet_hf import StitchedModelForImageClassification, TrainArgs, load_anchor, train
+from restnet_hf import StitchConfig, StitchedModelForImageClassification, TrainArgs, load_anchor, train
 
 
 ROUTES = ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]")
@@ -136,6 +136,63 @@ def test_stitches_of_ones_own_under_a_name(folder, images):
     model.fit_stitches(images, routes=[route])
     assert not torch.equal(logits(model, images, route), logits(model, images, ROUTES[0]))
     assert torch.equal(logits(model, images, "mine: vit[:]"), logits(model, images, "vit[:]"))
+
+
+def elastic(folder, seed, routes=None, name="resnet"):
+    """An adapter of branches and a shared stitch, random in its own way, on one anchor or both."""
+    torch.manual_seed(seed)
+    anchors = [load_anchor(folder / "resnet", name=name), *([load_anchor(folder / "vit")] if routes else [])]
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given")
+    if routes:
+        model.add_stitches(routes)
+    model.add_stitches([f"{name}[:1] + {name}[3:]", f"{name}[:1] +prune50_1 {name}[2:4] + {name}[6:]"], BRANCH)
+    with torch.no_grad():
+        for parameter in model.stitches.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+BRANCH = StitchConfig("branch")
+SHARED = ["resnet[:2] +both vit[2:]", "resnet[:3] +both vit[2:]"]
+
+
+def test_branches_beside_branches(folder, images):
+    """A second elastic adapter of the same anchor, called otherwise by its author: each set has its own weights."""
+    first, second = elastic(folder, 0), elastic(folder, 1, name="big")
+    for model, name in ((first, "first"), (second, "second")):
+        profiled(model, images, dataset="noise").save_pretrained(folder / name)
+    model = StitchedModelForImageClassification.from_pretrained(folder / "first")
+    added = model.load_stitch(folder / "second", "night")
+    assert list(map(str, added)) == [f"night: {route}" for route in first.routes]
+    assert set(model.stitches) == {*first.stitches, *(f"night:{name}" for name in first.stitches)}
+    model.save_pretrained(folder / "both")
+    for again in (model, StitchedModelForImageClassification.from_pretrained(folder / "both")):
+        for mine, theirs in zip(first.routes, second.routes, strict=True):
+            assert torch.equal(logits(again, images, mine), logits(first, images, mine))
+            assert torch.equal(logits(again, images, f"night: {mine}"), logits(second, images, theirs))
+            assert not torch.equal(logits(again, images, f"night: {mine}"), logits(again, images, mine))
+        rows = {str(row.route): (row.costs, row.scores) for row in again.profiled.routes}
+        assert all(rows[f"night: {m}"] == (r.costs, r.scores) for m, r in
+                   zip(first.routes, second.profiled.routes[1:], strict=True))  # fmt: skip
+    model.set_route("resnet[:]")
+    model.delete_stitch("night")
+    assert set(model.stitches) == set(model.config.stitches) == set(first.stitches)
+
+
+def test_shared_stitches_beside_each_other(folder, images):
+    """A stitch that routes share stays one in each set, and goes with its last route."""
+    first, second = elastic(folder, 0, SHARED), elastic(folder, 1, SHARED)
+    second.save_pretrained(folder / "second")
+    first.load_stitch(folder / "second", "night")
+    for route in SHARED:
+        assert torch.equal(logits(first, images, f"night: {route}"), logits(second, images, route))
+    assert {"resnet__vit~both", "night:resnet__vit~both"} < set(first.stitches)
+    first.set_route("resnet[:]")
+    first.delete_stitch(f"night: {SHARED[0]}")
+    assert torch.equal(logits(first, images, f"night: {SHARED[1]}"), logits(second, images, SHARED[1]))
+    first.set_route("resnet[:]")
+    first.delete_stitch(f"night: {SHARED[1]}")
+    assert "night:resnet__vit~both" not in first.stitches and "resnet__vit~both" in first.stitches
 
 
 def edited(folder, change):

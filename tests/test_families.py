@@ -1,7 +1,8 @@
 """Families hold exactly the routes that their papers list, cost what the papers say, and are enumerated lazily."""
 
 import tracemalloc
-from itertools import islice, product
+from dataclasses import replace
+from itertools import islice, pairwise, product
 
 import pytest
 import timm
@@ -10,11 +11,15 @@ from restnet_hf import StitchedModelForImageClassification
 from restnet_hf.anchors import Anchor
 from restnet_hf.families import (
     FAMILIES,
+    WITHIN,
     Blocks,
     family,
     nearest,
     one_cut,
     paired,
+    pruned_share,
+    skip,
+    spread,
     two_way,
     unpaired,
     within_budget,
@@ -36,13 +41,36 @@ def names(routes):
     return [str(route) for route in routes]
 
 
+def bare(routes):
+    """Without the names of stitches that are shared."""
+    return names(replace(route, via=()) for route in routes)
+
+
+def stitches(routes):
+    return {point.name for route in routes for point in route.stitch_points}
+
+
 def test_paired_deit():
     """SN-Net lists every (j, k) of windows of two blocks, j >= k too: 34 of a pair, and 3 anchors."""
     cells = [(j, k) for j, k in product(range(12), range(12)) if abs(j - k) < 2]
     listed = [f"{a}[:{j + 3}] + {b}[{k + 2}:]" for a, b in (("ti", "s"), ("s", "b")) for j, k in cells]
-    found = names(family(DEIT, "paired"))
+    found = names(family(DEIT, "paired", share=False))
     assert found == ["ti[:]", "s[:]", "b[:]", *listed]
-    assert len(found) == len({*found}) == 71 and found == names(family(DEIT))
+    assert len(found) == len({*found}) == 71 and found == bare(family(DEIT))
+
+
+def test_stitches_shared_by_deit():
+    """SN-Net has 11 stitches for the windows of a pair; the two routes into the first block have one each."""
+    routes = list(family(DEIT))
+    for front, end in (("ti", "s"), ("s", "b")):
+        mine = [r for r in routes if [segment.anchor for segment in r.segments] == [front, end]]
+        windows = {f"{front}__{end}~w{start + 3}" for start in range(11)}
+        assert stitches(mine) == windows | {f"{front}_3__{end}_2", f"{front}_4__{end}_2"}
+        for route in mine:  # a pair of blocks belongs to the first window that holds it
+            j, k = route.segments[0].stop - 3, route.segments[1].start - 2
+            assert route.via == (() if k == 0 else (f"w{max(0, max(j, k) - 1) + 3}",))
+    assert len(routes) == len({*routes}) == 71 and len(stitches(routes)) == 2 * (11 + 2)
+    assert len(stitches(family(DEIT, share=False))) == 68
 
 
 def test_swin():
@@ -52,8 +80,33 @@ def test_swin():
     listed = {"ti[:]", "s[:]", "b[:]", "ti[:1] + s[1:]", "s[:1] + b[1:]", "ti[:3] + s[3:]", "s[:3] + b[3:]"}
     listed |= {f"ti[:{4 + j + 1}] + s[{4 + k}:]" for j, k in cells}
     listed |= {f"s[:{4 + j + 1}] + b[{4 + j + 1}:]" for j in range(17)}
-    found = names(family(SWIN, overlap=False))
+    found = names(family(SWIN, overlap=False, share=False))
     assert set(found) == listed and len(found) == 41
+    assert found == bare(family(SWIN, overlap=False))
+
+
+def test_stitches_shared_by_swin():
+    """By hand, and as many as SN-Net released: 1 + 1 + 6 blocks of Ti for 17 routes, 1 + 1 + 17 windows of S."""
+    routes = list(family(SWIN, overlap=False))
+    small = {f"ti__s~w{cut}" for cut in (1, 3, 5, 6, 7, 8, 9, 10)}
+    large = {f"s__b~w{cut}" for cut in (1, 3, *range(5, 22))}
+    assert stitches(routes) == small | large and (len(small), len(large)) == (8, 19)
+    assert [str(r) for r in routes if r.via == ("w6",) and r.segments[0].anchor == "ti"] == [
+        f"ti[:6] +w6 s[{start}:]" for start in (7, 8, 9)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["paired", "unpaired", "nearest"])
+def test_shared_stitches_join_equal_layouts(kind):
+    """Whatever one of them joins lies in one stage of each anchor."""
+    front, end = Blocks.of("a", 2, 3, 4, entry=1), Blocks.of("b", 2, 3, 4, entry=1)
+    stage_of = {cut: index for index, stage in enumerate(front.stages) for cut in stage} | {1: -1}
+    joined = {}
+    for route in FAMILIES[kind](front, end):
+        (point,) = route.stitch_points
+        joined.setdefault(point.name, set()).add((stage_of[point.source_cut], stage_of[point.target_cut]))
+    assert all(len(stages) == 1 for stages in joined.values())
+    assert {stages for each in joined.values() for stages in each} >= {(0, 0), (1, 1), (2, 2)}
 
 
 def test_two_way_deit3():
@@ -69,7 +122,7 @@ def test_two_way_deit3():
 def test_no_way_in_before_the_first_block():
     """Without a cut at the embedding the routes that enter before block 0 are left out: (0, 0) and (1, 0)."""
     assert len(list(family([Blocks.of(name, 12) for name in "abc"]))) == 71 - 2 * 2
-    assert names(paired(Blocks.of("a", 2), Blocks.of("b", 2))) == ["a[:1] + b[1:]", "a[:2] + b[1:]"]
+    assert names(paired(Blocks.of("a", 2), Blocks.of("b", 2))) == ["a[:1] +w1 b[1:]", "a[:2] +w1 b[1:]"]
 
 
 @pytest.mark.parametrize(
@@ -79,16 +132,23 @@ def test_windows(depth, kernel, stride):
     windows = [range(s, min(s + kernel, depth)) for s in range(0, depth, stride)]
     cells = {cell for window in windows for cell in product(window, window)}
     listed = [f"a[:{j + 2}] + b[{k + 1}:]" for j, k in cells]
-    found = names(paired(Blocks.of("a", depth, entry=1), Blocks.of("b", depth, entry=1), kernel, stride))
-    assert sorted(found) == sorted(listed)
-    fewer = paired(Blocks.of("a", depth, entry=1), Blocks.of("b", depth, entry=1), kernel, stride, overlap=False)
-    assert sorted(names(fewer)) == sorted(f"a[:{j + 2}] + b[{k + 1}:]" for j, k in cells if j < k)
+    anchors = Blocks.of("a", depth, entry=1), Blocks.of("b", depth, entry=1)
+    found = list(paired(*anchors, kernel, stride))
+    assert sorted(bare(found)) == sorted(listed)
+    assert sorted(names(paired(*anchors, kernel, stride, share=False))) == sorted(listed)
+    fewer = paired(*anchors, kernel, stride, overlap=False)
+    assert sorted(bare(fewer)) == sorted(f"a[:{j + 2}] + b[{k + 1}:]" for j, k in cells if j < k)
+    for route in found:  # of the first window that holds both
+        j, k = route.segments[0].stop - 2, route.segments[1].start - 1
+        first = next(window.start for window in windows if j in window and k in window)
+        assert route.via == ((f"w{first + 2}",) if k else ())
 
 
 def test_unpaired():
     """Blocks 0 and 1 of four belong to block 0 of two, 2 and 3 to block 1."""
-    assert names(unpaired(SHALLOW, DEEP)) == ["a[:1] + b[1:]", "a[:2] + b[2:]", "a[:2] + b[3:]"]
-    assert names(unpaired(DEEP, SHALLOW)) == ["b[:3] + a[1:]", "b[:4] + a[1:]"]
+    assert names(unpaired(SHALLOW, DEEP)) == ["a[:1] +w1 b[1:]", "a[:2] +w2 b[2:]", "a[:2] +w2 b[3:]"]
+    assert names(unpaired(SHALLOW, DEEP, share=False)) == ["a[:1] + b[1:]", "a[:2] + b[2:]", "a[:2] + b[3:]"]
+    assert bare(unpaired(DEEP, SHALLOW)) == ["b[:3] + a[1:]", "b[:4] + a[1:]"]
     assert names(unpaired(SHALLOW, Blocks.of("b", 4, entry=1)))[0] == "a[:1] + b[1:]", "before block 0"
 
 
@@ -115,7 +175,138 @@ def test_pairs_and_directions():
 def test_cuts_that_are_not_in_a_row():
     """As where a block's output is no cut, or a search inside blocks finds more."""
     a, b = Blocks("a", ((2, 3), (7,))), Blocks("b", ((1, 4), (5, 6, 9)))
-    assert names(nearest(a, b)) == ["a[:2] + b[1:]", "a[:3] + b[1:]", "a[:7] + b[5:]", "a[:7] + b[6:]"]
+    assert bare(nearest(a, b)) == ["a[:2] + b[1:]", "a[:3] + b[1:]", "a[:7] + b[5:]", "a[:7] + b[6:]"]
+    assert stitches(nearest(a, b)) == {"a__b~w2", "a__b~w7"}
+
+
+def ways(blocks, widths, free):
+    """How many ways there are through so many blocks, by the recurrence; ``free`` of width one."""
+    counts = [1]
+    for n in range(1, blocks + 1):
+        counts.append(free * counts[n - 1] + sum(counts[n - width] for width in widths if width <= n))
+    return counts[blocks]
+
+
+def compositions(blocks, widths):
+    """Every list of parts that add up, by brute force."""
+    if not blocks:
+        return [()]
+    return [(w, *rest) for w in widths if w <= blocks for rest in compositions(blocks - w, widths)]
+
+
+@pytest.mark.parametrize(
+    ("depth", "widths"), [(1, (2, 3)), (5, (2, 3)), (9, (2, 3)), (7, (2,)), (8, (4, 2)), (4, (9,))]
+)
+def test_skip_gives_the_compositions(depth, widths):
+    """A part of one is a block that runs, any other a stitch; all ones are the anchor alone."""
+    listed = set()
+    for parts in compositions(depth, (1, *widths)):
+        ends = [1 + sum(parts[:index]) for index in range(len(parts) + 1)]  # the entry is cut 1
+        jumps = [(start, stop) for start, stop in pairwise(ends) if stop - start > 1]
+        inner = [f"a[{'' if index == 0 else left[1]}:{right[0]}]" for index, (left, right) in
+                 enumerate(pairwise([(0, 0), *jumps]))]  # fmt: skip
+        listed.add(" + ".join([*inner, f"a[{jumps[-1][1]}:]"]) if jumps else "a[:]")
+    found = names(skip(Blocks.of("a", depth, entry=1), widths))
+    assert len(found) == len({*found}) and {*found, "a[:]"} == listed
+
+
+def test_as_many_as_adaptivenet():
+    """Its ResNet-50 of 16 blocks has 10,609 subnets: the compositions into 1, 2 and 3. Stages change nothing."""
+    routes = list(family([Blocks.of("r50", 3, 4, 6, 3, entry=1)], "skip"))
+    assert len(routes) == len({*routes}) == ways(16, (2, 3), 1) == 10_609
+    assert len(stitches(routes)) == 15 + 14, "a stitch for each pair and each three of neighbours"
+    assert str(routes[0]) == "r50[:]"
+    without_entry = sum(1 for _ in family([Blocks.of("r50", 10)], "skip"))
+    assert without_entry == ways(9, (2, 3), 1) == 149, "nothing takes the place of the first block"
+
+
+@pytest.mark.parametrize("prune", [(0.5,), (0.25, 0.5), (0.2, 0.4, 0.29)])
+def test_pruned_copies_of_blocks(prune):
+    """Each block has so many ways more; where some cannot be pruned, only those that can."""
+    anchor = Blocks.of("a", 4, entry=2)
+    routes = list(skip(anchor, prune=prune))
+    assert len(routes) == len({*routes}) == ways(4, (2, 3), 1 + len(prune)) - 1
+    assert stitches(routes) >= {f"a__a~prune{100 * share:.0f}_{cut}" for share in prune for cut in range(2, 6)}
+    for route in routes:
+        for point in route.stitch_points:
+            assert point.target_cut - point.source_cut == 1 if point.via else point.target_cut - point.source_cut > 1
+            assert pruned_share(point.via) in (prune if point.via else (0.0,))
+    some = list(skip(anchor, merge=(), prune=prune, prunable=(2, 5)))
+    assert len(some) == (1 + len(prune)) ** 2 - 1
+    assert {point.source_cut for route in some for point in route.stitch_points} == {2, 5}
+
+
+def test_shares_in_names():
+    named = {
+        "prune25_3": 0.25,
+        "prune9_12": 0.09,
+        "w3": 0.0,
+        "": 0.0,
+        "pruned": 0.0,
+        "prune_1": 0.0,
+        "prune100_1": 0.0,
+    }
+    assert {via: pruned_share(via) for via in named} == named
+
+
+def test_nothing_comes_twice():
+    """Widths and shares that are given twice count once."""
+    anchor = Blocks.of("a", 5, entry=1)
+    assert names(skip(anchor, (2, 2, 3), (0.5, 0.5))) == names(skip(anchor, (2, 3), (0.5,)))
+    assert {*skip(anchor, {2, 3})} == {*skip(anchor, (3, 2))}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"merge": (0,)}, {"merge": (2, -1)}, {"merge": (2.0,)}, {"merge": (True,)}]
+    + [{"prune": (share,)} for share in (0, 1, -0.5, 1.5, 0.001, 0.333, 0.999, float("nan"), float("inf"))],
+)
+def test_what_cannot_be_skipped(options):
+    with pytest.raises(ValueError, match=r"merge=.* must be whole numbers above 0, and prune=.* whole percents"):
+        next(skip(Blocks.of("a", 5), **options))
+
+
+def test_skips_of_every_anchor():
+    """Each anchor alone, then the routes of each; no route joins two."""
+    routes = list(family([Blocks.of("a", 3), Blocks.of("b", 4)], "skip"))
+    assert names(routes) == ["a[:]", "b[:]", "a[:1] + a[3:]", "b[:2] + b[4:]", "b[:1] + b[3:]", "b[:1] + b[4:]"]
+
+
+def test_spread_by_hand():
+    """Four parts of the range from 0 to 40; the stitches that others have not trained come first."""
+    macs = {
+        "a[:1] + a[3:]": 0.0,  # the cheapest is the first part's only one
+        "a[:2] + a[4:]": 12.0,  # new, one stitch
+        "a[:1] + a[3:3] + a[5:]": 13.0,  # half of it is known
+        "a[:4] + a[6:]": 31.0,
+        "a[:4] + a[6:6] + a[8:]": 33.0,  # all new too, but two stitches
+        "a[:2] + a[4:7]+ a[9:]": 40.0,
+    }
+    routes = {Route.parse(text): cost for text, cost in macs.items()}
+    assert names(spread(routes, 4))[:2] == ["a[:1] + a[3:]", "a[:2] + a[4:]"]
+    assert "a[:4] + a[6:]" in names(spread(routes, 4)) and len(spread(routes, 4)) == 4, "in turn, until there are four"
+    assert names(spread(routes, 1)) == ["a[:1] + a[3:]"]
+    assert {*spread(routes, 6)} == {*spread(routes, 99)} == {*routes}
+    assert spread({}, 3) == [] and len(spread(dict.fromkeys(routes, 7.0), 3)) == 3
+    costs = [routes[route] for route in spread(routes, 5)]
+    assert costs == sorted(costs)
+    with pytest.raises(ValueError, match="max_routes=0 must be at least 1"):
+        spread(routes, 0)
+
+
+def test_spread_uses_many_stitches():
+    """Of the 926 routes of twelve blocks sixteen hold all 21 stitches, and cover the range."""
+    costs = {route: sum(1.0 for _ in blocks_of(route)) for route in skip(Blocks.of("a", 12, entry=1))}
+    chosen = spread(costs, 16)
+    assert len({*chosen}) == 16 and stitches(chosen) == stitches(costs)
+    assert {costs[route] for route in chosen} >= {min(costs.values()), max(costs.values())}
+
+
+def blocks_of(route):
+    """The blocks that run, and one for each stitch."""
+    for segment in route.segments:
+        yield from range(segment.start, 13 if segment.stop is None else segment.stop)
+    yield from route.stitch_points
 
 
 def test_stages_from_layouts(anchors):
@@ -135,6 +326,20 @@ def test_contract(kind, depths):
     for route in routes:
         assert {segment.anchor for segment in route.segments} == {"a", "b"}
         route.check({"a": sum(depths) + 1, "b": sum(depths)})
+        assert Route.parse(str(route)) == route
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+@pytest.mark.parametrize("depths", [(5,), (1, 2, 3), (60, 60)])
+def test_contract_within(kind, depths):
+    """Every kind: the anchor itself, left and entered later, routes that fit, none twice, the first at once."""
+    routes = list(islice(WITHIN[kind](Blocks.of("a", *depths, entry=1)), 1000))
+    assert routes and len({*routes}) == len(routes)
+    for route in routes:
+        assert {segment.anchor for segment in route.segments} == {"a"} and route.stitch_points
+        assert all(point.target_cut > point.source_cut > 0 for point in route.stitch_points)
+        route.check({"a": sum(depths) + 1})
+        assert Route.parse(str(route)) == route
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -156,6 +361,11 @@ def test_lazy(kind):
         ({"pairs": "all"}, "pairs='all' is not one of"),
         ({"directions": "left"}, "directions='left' is not one of"),
         ({"anchors": [SHALLOW, SHALLOW]}, "names of their own"),
+        ({"kind": "skip", "kernel": 2}, r"family 'skip' has no options \['kernel'\]; it takes \['merge', 'prune'"),
+        (
+            {"kind": "paired", "front": 2},
+            r"no options \['front'\]; it takes \['kernel', 'stride', 'overlap', 'share'\]",
+        ),
     ],
 )
 def test_refused_at_once(given, message):

@@ -1,18 +1,20 @@
 """What trains by each kind of tuning, from what, and with which losses."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, make_anchor
 from test_training import FAST, ROUTES, build, data, trained
 from torch.utils.data import DataLoader
 
-from restnet_hf import TrainArgs, train
+from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.feeding import first_images
 from restnet_hf.frozen import FrozenPart, first_segment
 from restnet_hf.learning import KINDS, Learner
 from restnet_hf.objectives import goal_scales, matching_loss, task_loss
+from restnet_hf.samplers import SAMPLERS
 from restnet_hf.stitches import STITCHES, StitchConfig
 from restnet_hf.training import _Training
 
@@ -132,6 +134,126 @@ def test_matching_by_hand(match):
         assert found[name] == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-4)
 
 
+TWICE = ["resnet[:2] + vit[1:2] + resnet[4:]", "resnet[:1] + resnet[3:3] + resnet[5:]"]
+
+
+def elastic(name="resnet"):
+    """One anchor that skips blocks by branches, with weights that are not its own any more."""
+    model = StitchedModelForImageClassification.from_anchors(make_anchor(name), routes="skip")
+    dice = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.stitches.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=dice))
+    return model
+
+
+def matching(model, routes, batch):
+    """The matching losses of routes on a batch, scaled by itself."""
+    job = Learner(model, routes, TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0))
+    fresh = job.begin()
+    job.look(lambda: iter([batch]), fresh)
+    with torch.no_grad():
+        losses = job.losses({"pixel_values": batch}, job.routes, True, False, nullcontext)
+        return {str(route): loss.item() for route, loss in zip(job.routes, losses, strict=True)}
+
+
+@pytest.mark.parametrize("route", TWICE)
+def test_matching_what_each_stitch_replaces_by_hand(route):
+    """In float64: each stitch on the route's own path against the anchor's own activation, over its variance."""
+    model = build()
+    route = model.add_stitch(route)
+    x = data()[:8][0]
+    found = matching(model, [route], x)[str(route)]
+    model.double()
+    anchors, terms, y = model.anchors, [], x.double()
+    first, *others = route.segments
+    with torch.no_grad():
+        y = anchors[first.anchor](y, 0, first.stop)
+        for point, segment in zip(route.stitch_points, others, strict=True):
+            y = model.stitches[point.name](y)
+            own = anchors[segment.anchor](x.double(), 0, segment.start)
+            variance = own.flatten(1).var(0).mean()
+            terms.append(((y - own).square().mean() / variance).item())
+            if segment.stop not in (None, segment.start):
+                y = anchors[segment.anchor](y, segment.start, segment.stop)
+    assert len(terms) == 2 and found == pytest.approx(sum(terms) / 2, rel=1e-4)
+
+
+def test_a_perfect_stitch_matches():
+    """Branches that are the identity's own block: of a route that skips nothing the loss is that of rounding."""
+    model = StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), routes="skip")
+    route = model.add_stitch("resnet[:2] + resnet[3:3] + resnet[4:]", StitchConfig("branch"))
+    x = data()[:8][0]
+    assert matching(model, [route], x)[str(route)] < 1e-9
+    with torch.no_grad():
+        model.set_route(route)
+        assert torch.allclose(model(x).logits, model.anchors["resnet"](x), atol=1e-5)
+
+
+def test_later_stitches_see_what_earlier_ones_give():
+    """The student's own path: the second branch's loss depends on the first's weights, and trains both."""
+    model = elastic()
+    route = "resnet[:1] + resnet[3:4] + resnet[6:]"
+    x = data()[:8][0]
+    first, second = (model.stitches[point.name] for point in model.route(route).stitch_points)
+    job = Learner(model, [route], TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0))
+    job.look(lambda: iter([x]), job.begin())
+    (loss,) = job.losses({"pixel_values": x}, job.routes, True, False, nullcontext)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.any() for branch in (first, second) for p in branch.parameters())
+    alone = model.route("resnet[:4] + resnet[6:]")
+    before = matching(model, [alone], x)[str(alone)]
+    clean = 2 * loss.item() - matching(model, ["resnet[:1] + resnet[3:]"], x)["resnet[:1] + resnet[3:]"]
+    assert clean != pytest.approx(before, rel=1e-3), "errors of the first are carried on"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_two_stages_of_one_anchor(sampler, tmp_path):
+    """Each branch first matches what it replaces, then the task is learned: both losses fall, from disk as well."""
+    x = data()[:24][0]
+    routes = [
+        "resnet[:1] + resnet[3:]",
+        "resnet[:1] + resnet[3:4] + resnet[6:]",
+        "resnet[:3] + resnet[5:5] + resnet[6:]",
+    ]
+    options = {"match": "stitch", "sampler": sampler, "batch_size": 8, "learning_rate": 1e-2, "distillation": 0.5}
+    model = elastic()
+    model.add_stitch(routes[2], StitchConfig("branch"))
+    frozen = {key: value.clone() for key, value in model.anchors.state_dict().items()}
+    before = matching(model, routes, x)
+    train(model, data(), TrainArgs(matching_epochs=8, num_train_epochs=0, **options), routes=routes)
+    after = matching(model, routes, x)
+    assert all(after[route] < 0.7 * before[route] for route in routes)
+    first = train(model, data(), TrainArgs(num_train_epochs=1, **{**options, "learning_rate": 1e-9}), routes=routes)
+    twins = copy.deepcopy(model), copy.deepcopy(model)
+    both = {"matching_epochs": 1, "num_train_epochs": 6, **options}
+    results = [
+        train(twin, data(), TrainArgs(cache_dir=folder, **both), routes=routes)
+        for twin, folder in zip(twins, (None, str(tmp_path)), strict=True)
+    ]
+    for result in results:
+        seen = [route for route in routes if route in result.losses and route in first.losses]
+        assert seen and sum(result.losses[r] for r in seen) < 0.9 * sum(first.losses[r] for r in seen)
+    assert any(tmp_path.iterdir())
+    assert results[0].losses == pytest.approx(results[1].losses, rel=0.05), "but for rounding on disk"
+    assert all(torch.equal(value, frozen[key]) for key, value in model.anchors.state_dict().items())
+
+
+def test_only_goals_of_the_routes_that_are_drawn(images):
+    """What a step computes of the frozen anchor is what its routes need."""
+    model = elastic()
+    job = Learner(
+        model, ["resnet[:1] + resnet[3:]", "resnet[:4] + resnet[6:]"], TrainArgs(matching_epochs=1, match="stitch")
+    )
+    job.begin()
+    one, two = job.routes
+    assert job.frozen.names([one], matching=True) == {"front-resnet-1", "goal-resnet-3"}
+    assert job.frozen.names([two], matching=True) == {"front-resnet-4", "goal-resnet-6"}
+    with torch.no_grad():
+        found = job.frozen.compute(images, job.frozen.names([one, two], matching=True))
+        assert torch.equal(found["goal-resnet-6"], model.anchors["resnet"](images, 0, 6))
+
+
 def test_matching_needs_no_labels_and_helps():
     """On images alone the features come closer, and heads do not move."""
     model = build(num_labels=3)
@@ -152,7 +274,11 @@ def test_frozen_networks_run_once(images):
     walks = {model.route(name): model.steps(name) for name in (*ROUTES, BACK) if model.add_stitch(name)}
     alone = {name: model.steps(f"{name}[:]") for name in model.anchors}
     before = {name: (s[: s.index(first_segment(s))], model.anchors[name]) for name, s in alone.items()}
-    frozen = FrozenPart(walks, before, alone["resnet"], {"vit": {None, 3}, "resnet": {None, 5}})
+    forth, other, back = walks
+    goals = {forth: {"vit": {None, 3}}, back: {"resnet": {None, 5}}}
+    frozen = FrozenPart(walks, before, alone["resnet"], goals)
+    assert frozen.names([forth], matching=True) == {"front-resnet-2", "goal-vit-3", "goal-vit-final"}
+    assert frozen.names([other], matching=True) == {"front-resnet-4"}, "it has nothing to match"
     runs = {name: 0 for name in model.anchors}
 
     def count(name):

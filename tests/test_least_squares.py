@@ -6,6 +6,7 @@ import torch
 from conftest import make_anchor
 
 from restnet_hf import least_squares
+from restnet_hf.branches import BranchStitch
 from restnet_hf.features import resize
 from restnet_hf.least_squares import LeastSquares, fit_stitches
 from restnet_hf.routes import StitchPoint
@@ -109,6 +110,65 @@ def test_fit_of_every_pair_is_the_direct_solution(anchors, images, front, end):
                 y_rows = torch.cat([goal_prefix[:, :shared], y_rows], 1)
             _, _, expected = direct(x_rows.flatten(0, 1).double().numpy(), y_rows.flatten(0, 1).double().numpy())
         assert r2[point.name] == pytest.approx(expected, abs=1e-4)
+
+
+def shared(anchors, places, kind="linear"):
+    """One stitch for several places, and what the fit is given."""
+    points = [StitchPoint(*place, via="both") for place in places]
+    front, end = points[0].source, points[0].target
+    layouts = anchors[front].layout(points[0].source_cut), anchors[end].layout(points[0].target_cut)
+    stitch = make_stitch(*layouts, StitchConfig(kind))
+    return stitch, dict.fromkeys(points, stitch)
+
+
+@pytest.mark.parametrize("kind", ["linear", "lora", "mlp"])
+def test_shared_stitch_is_fitted_on_all_its_places(anchors, kind):
+    """The solution of numpy.linalg.lstsq on the rows of all places one below the other, whatever the batches."""
+    many = torch.randn(48, 3, 64, 64, generator=torch.Generator().manual_seed(4))
+    places = [("resnet", 2, "mobilenet", 9), ("resnet", 3, "mobilenet", 9), ("resnet", 3, "mobilenet", 10)]
+    stitch, stitches = shared(anchors, places, kind)
+    r2 = fit_stitches(stitches, anchors, ({"resnet": b, "mobilenet": b} for b in many.split(17)), ridge=1e-12)
+    with torch.no_grad():
+        rows = [
+            (
+                resize(anchors[front](many, 0, i), stitch.target.grid).flatten(2).transpose(1, 2).flatten(0, 1),
+                anchors[end](many, 0, j).flatten(2).transpose(1, 2).flatten(0, 1),
+            )
+            for front, i, end, j in places
+        ]
+    x, y = (torch.cat(side).double().numpy() for side in zip(*rows, strict=True))
+    weight, bias, expected = direct(x, y)
+    assert r2 == {"resnet__mobilenet~both": pytest.approx(expected, abs=1e-6)}
+    assert len(x) == 3 * 48 * 4
+    np.testing.assert_allclose(stitch.proj.weight.detach().flatten(1), weight, atol=1e-3 * abs(weight).max())
+    np.testing.assert_allclose(stitch.proj.bias.detach(), bias, atol=1e-3 * abs(bias).max())
+    with torch.no_grad():
+        found = stitch(anchors["resnet"](many, 0, 3)).flatten(2).transpose(1, 2).flatten(0, 1)
+    np.testing.assert_allclose(found, rows[1][0].numpy() @ weight.T + bias, atol=1e-3 * abs(y).max())
+    alone = direct(rows[0][0].double().numpy(), rows[0][1].double().numpy())[0]
+    assert abs(weight - alone).max() > 0.01 * abs(weight).max(), "or one place would do"
+
+
+def test_tokens_that_a_shared_stitch_lacks_are_fitted_on_all_places(anchors):
+    """From a map to a ViT: the class token's own map, too."""
+    many = torch.randn(48, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    places = [("resnet", 4, "vit", 1), ("resnet", 5, "vit", 2)]
+    stitch, stitches = shared(anchors, places)
+    fit_stitches(stitches, anchors, [{"resnet": many, "vit": many}], ridge=1e-12)
+    with torch.no_grad():
+        x = torch.cat([anchors["resnet"](many, 0, i).mean((2, 3)) for _, i, _, _ in places]).double().numpy()
+        y = torch.cat([anchors["vit"](many, 0, j)[:, 0] for *_, j in places]).double().numpy()
+    weight, bias, _ = direct(x, y)
+    np.testing.assert_allclose(stitch.pool.weight.detach(), weight, atol=1e-3 * abs(weight).max())
+    np.testing.assert_allclose(stitch.pool.bias.detach(), bias, atol=1e-3 * abs(bias).max())
+
+
+def test_nothing_to_fit(anchors):
+    """Stitches without problems take no part, and are not asked for."""
+    branch = BranchStitch(anchors["vit"], 1, 3)
+    before = {key: value.clone() for key, value in branch.state_dict().items()}
+    assert fit_stitches({StitchPoint("vit", 1, "vit", 3): branch}, anchors, [{"vit": torch.zeros(2, 3, 64, 64)}]) == {}
+    assert all(torch.equal(value, before[key]) for key, value in branch.state_dict().items())
 
 
 def test_bad_calibration(anchors):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import time
 
 import pytest
 import timm
@@ -9,10 +10,12 @@ import torch
 from conftest import CLASSES, SIZE, make_anchor, make_model, spread
 from timm.models import save_for_hf
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, load_anchor
 from restnet_hf.anchors import Anchor
 from restnet_hf.preprocessing import Preprocessing
+from restnet_hf.routes import Route
 
 
 LEARNS = ("proj.weight", "proj.bias", "pool.weight", "pool.bias")
@@ -30,8 +33,8 @@ def test_order():
     assert list(build(large, small, order="small-to-large").anchors) == ["resnet", "mobilenet"]
     with pytest.raises(ValueError, match="order='up' is not one of"):
         build(small, large, order="up")
-    with pytest.raises(ValueError, match="at least two"):
-        build(small)
+    with pytest.raises(ValueError, match="at least one classifier"):
+        build()
 
 
 def test_forward_is_front_stitch_end(pair, images):
@@ -304,6 +307,241 @@ def test_profile_is_not_kept_past_its_stitches(pair, images):
     assert pair.profiled is None
     with pytest.raises(ValueError, match="labels run from 0 to 99"):
         pair.profile([(images, torch.tensor([0, 1, 2, 3, 4, 99]))])
+
+
+def elastic(name, **options):
+    """A model out of one classifier, made elastic by AdaptiveNet's branches."""
+    return build(make_anchor(name), routes="skip", **options)
+
+
+def jiggle(model, seed=0):
+    """Other stitches than those that are made."""
+    dice = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.stitches.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=dice))
+    return model
+
+
+@pytest.mark.parametrize(("name", "routes"), [("resnet", 12), ("vit", 1), ("swin", 12), ("registers", 1)])
+@torch.no_grad()
+def test_one_anchor_is_enough(name, routes, images):
+    """Six cuts give 13 compositions of five into 1, 2 and 3, three give two: one is the anchor alone."""
+    model = jiggle(elastic(name))
+    anchor = model.anchors[name]
+    assert len(model.routes) == routes and len(model.all_routes) == routes + 1
+    assert torch.equal(model(images).logits, anchor(images))
+    for route in model.routes:
+        model.set_route(str(route))
+        x, first = images, route.segments[0]
+        x = anchor(x, 0, first.stop)
+        for point, segment in zip(route.stitch_points, route.segments[1:], strict=True):
+            x = model.stitches[point.name](x)
+            x = anchor(x, segment.start, segment.stop) if segment.start != segment.stop else x
+        assert torch.equal(model(images).logits, x)
+        assert torch.equal(model.bake()(images), x)
+        assert not torch.equal(x, anchor(images))
+
+
+def test_one_anchor_without_routes(images):
+    model = build(make_anchor("vit"))
+    assert not model.routes and torch.equal(model(images).logits, make_model("vit")(images).logits)
+    with pytest.raises(ValueError, match=r"there is one anchor, and similarity joins two; add_family\('skip'\)"):
+        model.select_stitches(torch.randn(8, 3, SIZE, SIZE))
+    assert str(model.add_family("skip")[0]) == "vit[:1] + vit[3:]"
+
+
+def by_hand(anchor, route, stitches):
+    """MACs and parameters from those of single blocks and of single stitches, each counted by torch itself."""
+    macs = params = 0
+    for segment in route.segments:
+        stops = [*range(segment.start + 1, anchor.depth + 1), None]
+        for start, stop in enumerate(stops, segment.start):
+            if segment.stop is not None and start >= segment.stop:
+                break
+            x = images_or_activation(anchor, start)
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                anchor(x, start, stop)
+            macs += counter.get_total_flops() // 2
+    for point in route.stitch_points:
+        stitch = stitches[point.name]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            stitch(images_or_activation(anchor, point.source_cut))
+        macs += counter.get_total_flops() // 2
+        params += sum(p.numel() for p in stitch.parameters())
+    inside = {p for segment in route.segments if segment.start != segment.stop
+              for p in anchor.own_parameters(segment.start, segment.stop).values()}  # fmt: skip
+    return macs, params + sum(p.numel() for p in inside)
+
+
+def images_or_activation(anchor, cut):
+    return torch.zeros(1, 3, SIZE, SIZE) if cut == 0 else torch.zeros(anchor.layout(cut).shape(1))
+
+
+def test_costs_of_routes_that_skip():
+    """Sums by hand; foretold by ghosts, profiled, and what the baked route holds."""
+    model = elastic("resnet")
+    foretold = build(make_anchor("resnet"), make_anchor("vit"), order="given").route_costs(StitchConfig("branch"))
+    profile = model.profile()
+    assert len(profile.routes) == 13
+    for row in profile.routes:
+        macs, params = by_hand(model.anchors["resnet"], row.route, model.stitches)
+        known = {name: row.costs[name] for name in ("macs", "params")}
+        assert known == {"macs": macs, "params": params} == foretold(row.route)
+        assert sum(p.numel() for p in model.bake(row.route).parameters()) == params
+    whole, *others = profile.routes
+    assert all(row.costs["macs"] < whole.costs["macs"] for row in others)
+    assert not any(key.startswith("vit") for key in model.stitches)
+
+
+def test_budget_of_one_anchor(images):
+    """Profiled with accuracies, the best route within a budget is the one that the table says."""
+    model = jiggle(elastic("resnet"))
+    profile = model.profile([(images, torch.arange(6) % CLASSES)])
+    macs = sorted(row.costs["macs"] for row in profile.routes)
+    limit = macs[len(macs) // 2]
+    chosen = model.set_budget(macs=limit)
+    fitting = [row for row in profile.routes if row.costs["macs"] <= limit]
+    assert max(row.scores["accuracy"] for row in fitting) == next(
+        row.scores["accuracy"] for row in fitting if row.route == chosen
+    )
+    with torch.no_grad():
+        for row in profile.routes:
+            model.set_route(row.route)
+            hits = (model(images).logits.argmax(1) == torch.arange(6) % CLASSES).double().mean().item()
+            assert row.scores["accuracy"] == pytest.approx(hits)
+    with pytest.raises(BudgetError, match="the cheapest is"):
+        model.set_budget(macs=macs[0] - 1)
+
+
+def test_thousands_of_routes_of_few_stitches():
+    """As many as AdaptiveNet's ResNet-50 has behind its first block: made, profiled and switched in seconds."""
+    network = spread(timm.create_model("resnet50", num_classes=CLASSES, channels=(4, 4, 8, 8)))
+    start = time.perf_counter()
+    model = build(Anchor(network, "r50", Preprocessing((SIZE, SIZE))), routes="skip")
+    assert len(model.routes) == len({*model.routes}) == 5_767 and len(model.stitches) == 14 + 13
+    assert time.perf_counter() - start < 30
+    branches = sum(p.numel() for p in model.stitches.parameters())
+    assert branches < 30 * sum(p.numel() for p in network.parameters()) / 16 * 3
+    start = time.perf_counter()
+    for route in model.routes[::100]:
+        model.set_route(route)
+    assert time.perf_counter() - start < 5
+    start = time.perf_counter()
+    model.set_route("r50[:]")
+    model.delete_stitch(model.routes[7])
+    assert len(model.routes) == 5_766 and len(model.stitches) == 27 and time.perf_counter() - start < 10
+
+
+def test_routes_of_a_family_within_limits():
+    """Budgets and a number of routes, the stitches of these alone."""
+    model = build(make_anchor("resnet"), routes="skip")
+    whole = model.profile(routes=["resnet[:]"]).routes[0].costs["macs"]
+    again = build(make_anchor("resnet"), make_anchor("vit", 1))
+    few = again.add_family("skip", max_routes=4)
+    assert len(few) == 4 and {point.name for route in few for point in route.stitch_points} == set(again.stitches)
+    third = build(make_anchor("resnet"), make_anchor("vit", 1))
+    cheap = third.add_family("skip", budget={"macs": 0.7 * whole}, merge=(2,))
+    assert cheap and all(third.route_costs()(route)["macs"] <= 0.7 * whole for route in cheap)
+    assert all(p.target_cut - p.source_cut == 2 for route in cheap for p in route.stitch_points)
+    with pytest.raises(ValueError, match="no route of family 'skip'"):
+        third.add_family("skip", budget={"macs": 1})
+    with pytest.raises(ValueError, match="max_routes=0 must be at least 1"):
+        third.add_family("skip", max_routes=0)
+    with pytest.raises(ValueError, match=r"has no options \['kernel'\]"):
+        third.add_family("skip", kernel=2)
+
+
+@torch.no_grad()
+def test_pruned_copies_in_a_model(images):
+    """Every block that has hidden channels may run slimmer; the routes say so, and cost less."""
+    model = build(make_anchor("mobilenet"), make_anchor("vit"), order="given")
+    routes = model.add_family("skip", merge=(), prune=(0.25, 0.5), prunable=(2, 4), max_routes=6)
+    name = {point.name for route in routes for point in route.stitch_points}
+    assert name == set(model.stitches) and any("~prune50_" in each for each in name)
+    alone = {
+        row.route.segments[0].anchor: row.costs for row in model.profile(routes=["mobilenet[:]", "vit[:]"]).routes
+    }
+    for row in model.profile(routes=routes).routes:
+        whole = alone[row.route.segments[0].anchor]
+        assert row.costs["macs"] < whole["macs"] and row.costs["params"] < whole["params"]
+        model.set_route(row.route)
+        assert torch.equal(model.bake()(images), model(images).logits)
+        assert Route.parse(str(row.route)) == row.route
+
+
+def test_shared_stitches_are_one_module(images):
+    """Three routes through one stitch: one set of weights in memory, trained and fitted together."""
+    model = build(make_anchor("resnet"), make_anchor("vit", 1))
+    texts = ["resnet[:2] +both vit[2:]", "resnet[:3] +both vit[2:]", "resnet[:3] +both vit[3:]"]
+    routes = model.add_stitches(texts)
+    assert set(model.stitches) == set(model.config.stitches) == {"resnet__vit~both"}
+    assert model.config.routes == texts and [str(route) for route in routes] == texts
+    steps = [next(step for step in model.steps(route) if step.name == "resnet__vit~both") for route in routes]
+    assert len({id(step.module) for step in steps}) == 1
+    r2 = model.fit_stitches(torch.randn(40, 3, SIZE, SIZE))
+    assert (
+        r2.keys() == {"resnet__vit~both"} and model.config.stitches["resnet__vit~both"]["r2"] == r2["resnet__vit~both"]
+    )
+    resnet, vit = model.anchors["resnet"], model.anchors["vit"]
+    stitch = model.stitches["resnet__vit~both"]
+    profile = model.profile([(images, torch.zeros(6, dtype=torch.long))])
+    with torch.no_grad():
+        for row, (stop, start) in zip(profile.routes[2:], ((2, 2), (3, 2), (3, 3)), strict=True):
+            model.set_route(row.route)
+            logits = vit(stitch(resnet(images, 0, stop)), start)
+            assert torch.equal(model(images).logits, logits) and torch.equal(model.bake()(images), logits)
+            assert row.scores["accuracy"] == pytest.approx((logits.argmax(1) == 0).double().mean().item())
+    alone = model.add_stitch("resnet[:3] + vit[2:]")
+    assert model.stitches[alone.stitch_points[0].name] is not stitch, "a stitch without a name is the place's own"
+
+
+def test_a_shared_stitch_goes_with_its_last_route(images):
+    model = build(make_anchor("resnet"), make_anchor("vit", 1))
+    routes = model.add_stitches(["resnet[:2] +both vit[2:]", "resnet[:3] +both vit[2:]", "resnet[:3] + vit[1:]"])
+    model.set_route(routes[1])
+    before = model(images).logits
+    model.delete_stitch(routes[0])
+    assert set(model.stitches) == {"resnet__vit~both", "resnet_3__vit_1"}
+    assert torch.equal(model(images).logits, before)
+    with pytest.raises(ValueError, match="is the active route"):
+        model.delete_stitch(routes[1])
+    model.set_route(routes[2])
+    model.delete_stitch(routes[1])
+    assert set(model.stitches) == set(model.config.stitches) == {"resnet_3__vit_1"}
+
+
+@pytest.mark.parametrize(
+    ("route", "kind"),
+    [("resnet[:4] +both vit[2:]", "linear"), ("resnet[:1] +both vit[2:]", "linear"), ("vit[:4] +both vit[2:]", "mlp")],
+)
+def test_layouts_that_cannot_be_shared(route, kind):
+    """8x8 and 16x16 or 4x4 positions need stitches of their own; nothing is added."""
+    model = build(make_anchor("resnet"), make_anchor("vit", 1))
+    model.add_stitch("resnet[:2] +both vit[2:]")
+    before = copy.deepcopy(model.config.to_dict())
+    with pytest.raises(ValueError, match=r"stitch 'resnet__vit~both' was made for|'vit' has cuts 1 to 3, not 4"):
+        model.add_stitch(route, StitchConfig(kind))
+    assert model.config.to_dict() == before and set(model.stitches) == {"resnet__vit~both"}
+
+
+def test_families_of_two_anchors():
+    """SN-Net's own rules in a model: shared stitches, fitted together; kept stages apart."""
+    model = build(make_anchor("swin"), make_anchor("swin_nhwc", 1))
+    with pytest.raises(ValueError, match="stages"):
+        list(model.family("paired"))
+    twins = build(make_anchor("resnet"), make_anchor("resnet", 1))
+    routes = twins.add_family("paired")
+    # stages of 1, 2, 2 and 1 blocks and no entry: windows (0, 1), (1, 1) in the two of two
+    assert [str(r) for r in routes] == [
+        f"{a}[:{cut + late}] +w{cut} {b}[{cut}:]"
+        for a, b in [[r.anchor for r in routes[0].segments]]
+        for cut in (2, 4)
+        for late in (0, 1)
+    ]
+    assert len(twins.stitches) == 2 and twins.fit_stitches(torch.randn(16, 3, SIZE, SIZE)).keys() == set(
+        twins.stitches
+    )
 
 
 def test_mobilenet_to_efficientnet_lite(tmp_path):

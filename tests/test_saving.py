@@ -8,12 +8,13 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import make_anchor, make_model, save_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from restnet_hf import BudgetError, RestNetConfig, StitchedModelForImageClassification
+from restnet_hf import BudgetError, RestNetConfig, StitchConfig, StitchedModelForImageClassification
 from restnet_hf.adapter_files import OWN_FILES, WEIGHTS
 from restnet_hf.data import load_images
 from restnet_hf.embedded import DATA
@@ -228,7 +229,7 @@ STITCH = ("stitches", "resnet_2__vit_1")
         (at(*STITCH, "source", "grid", value=[9, 9]), "was made for .* at cut 2 of 'resnet', which is"),
         (at(*STITCH, "point", "target_cut", value=2), "says of itself that it is"),
         (at("stitches", value={"../up": {}}), "the entry of stitch '../up' is not sound"),
-        (at("anchors", value=[]), "at least two anchors are needed"),
+        (at("anchors", value=[]), "there are no anchors"),
         (at("anchors", value=[3, 4]), "anchor 0 lacks"),
         (at("anchors", 0, "fingerprint", value=None), "anchor 0 lacks its fingerprint"),
         (at("anchors", 0, "fingerprint", value="float16:dead"), "is not the network this adapter was made for"),
@@ -321,6 +322,170 @@ def test_pipeline(demo_model, tmp_path):
     hits = [classify(row["image"].convert("RGB"))[0]["label"] for row in rows]
     names = rows.features["label"].names
     assert sum(hit == names[label] for hit, label in zip(hits, rows["label"], strict=True)) > 34
+
+
+def jiggled(model, seed=0):
+    """Other stitches than those that are made."""
+    dice = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.stitches.state_dict().values():
+            tensor.add_(0.05 * torch.rand(tensor.shape, generator=dice))
+    return model
+
+
+def one(folder, name, **options):
+    """An elastic model out of one folder."""
+    save_model(name, folder / name)
+    return jiggled(StitchedModelForImageClassification.from_anchors(folder / name, routes="skip", **options))
+
+
+@torch.no_grad()
+def equal_routes(model, again, images):
+    assert again.routes == model.routes and again.all_routes == model.all_routes
+    for route in model.all_routes:
+        assert torch.equal(run_steps(images, again.steps(route)), run_steps(images, model.steps(route))), route
+    return True
+
+
+@pytest.mark.parametrize("options", [{}, {"num_labels": 3}])
+@pytest.mark.parametrize("name", ["resnet", "vit", "mobilenet"])
+def test_one_anchor_round_trip(tmp_path, images, name, options):
+    """Every route gives its logits to the bit; the file holds the branches' own tensors alone."""
+    if name == "mobilenet":  # made in code, with pruned copies and statistics of BatchNorm
+        anchor = make_anchor(name)
+        model = StitchedModelForImageClassification.from_anchors(anchor, **options)
+        jiggled(model).add_stitches(
+            ["mobilenet[:2] + mobilenet[5:]", "mobilenet[:3] +prune50_3 mobilenet[4:4] +prune25_4 mobilenet[5:]"],
+            StitchConfig("branch"),
+        )
+        given = {"anchors": {name: make_model(name)}}
+    else:
+        model, given = one(tmp_path, name, **options), {}
+    model = jiggled(model)
+    model.set_route(model.routes[-1])
+    model.profile([(images, torch.zeros(len(images), dtype=torch.long))])
+    model.save_pretrained(tmp_path / "adapter")
+    for load in (AutoModelForImageClassification, StitchedModelForImageClassification)[bool(given) :]:
+        again = load.from_pretrained(tmp_path / "adapter", **given)
+        with torch.no_grad():
+            assert torch.equal(again(images).logits, model(images).logits)
+        assert again.active_route == model.active_route and again.profiled == model.profiled
+        assert equal_routes(model, again, images)
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    numbers = [*model.stitches.parameters(), *model.stitches.buffers(), *model.heads.parameters()]
+    assert sum(value.numel() for value in weights.values()) == sum(tensor.numel() for tensor in numbers)
+    again.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / WEIGHTS).read_bytes() == (tmp_path / "adapter" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_branches_in_another_type(tmp_path, images, dtype):
+    """Pruned copies too: what certifies them is not less exact in half a float."""
+    model = StitchedModelForImageClassification.from_anchors(make_anchor("mobilenet"))
+    model.add_stitch("mobilenet[:2] +prune50_2 mobilenet[3:4] + mobilenet[6:]", StitchConfig("branch"))
+    jiggled(model).save_pretrained(tmp_path)
+    again = StitchedModelForImageClassification.from_pretrained(
+        tmp_path, anchors={"mobilenet": make_model("mobilenet")}, dtype=dtype
+    )
+    assert {tensor.dtype for tensor in again.parameters()} == {dtype}
+    for key, value in model.stitches.state_dict().items():
+        assert torch.equal(again.stitches.state_dict()[key], value.to(dtype))
+
+
+def test_standalone_with_branches(tmp_path, images):
+    """Anchors and branches in one file, no parent needed; equal tensors are kept apart."""
+    model = one(tmp_path, "resnet")
+    model.save_pretrained(tmp_path / "whole", standalone=True)
+    shutil.rmtree(tmp_path / "resnet")
+    assert equal_routes(model, StitchedModelForImageClassification.from_pretrained(tmp_path / "whole"), images)
+
+
+def test_shared_stitches_are_saved_once(tmp_path, images):
+    for name in ("resnet", "vit"):
+        save_model(name, tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
+    model.add_stitches([f"resnet[:{i}] +both vit[{j}:]" for i in (2, 3) for j in (1, 2, 3)])
+    model.fit_stitches(images)
+    model.save_pretrained(tmp_path / "adapter")
+    again = StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+    assert {key.rsplit(".", 2)[0] for key in load_file(tmp_path / "adapter" / WEIGHTS)} == {
+        "stitches.resnet__vit~both"
+    }
+    assert equal_routes(model, again, images)
+    again.delete_stitch(again.routes[0])
+    assert len(again.stitches) == 1, "five routes go on with it"
+    file = tmp_path / "adapter" / "config.json"
+    config = json.loads(file.read_text())
+    for route, message in (
+        ("resnet[:1] +both vit[1:]", "'resnet__vit~both' was made for .* at cut 1 of 'resnet', which is"),
+        ("resnet[:2] +both vit[9:]", "'vit' has cuts 1 to 3, not 9"),
+        ("resnet[:2] +other vit[1:]", "names anchors or stitches that are not there"),
+        ("vit[:2] +both resnet[3:]", "names anchors or stitches that are not there"),
+    ):
+        file.write_text(json.dumps({**config, "routes": [route]}))
+        with pytest.raises(ValueError, match=message):
+            StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (at("point", "target_cut", value=1), "says of itself that it is"),
+        (at("config", "prune", value=1.5), "is not sound"),
+        (at("config", "prune", value="0.5"), "is not sound"),
+        (at("config", "kind", value="linear"), "missing|not expected"),
+        (at("config", "prune", value=0.5), "of another shape"),
+    ],
+)
+def test_unsound_branches(tmp_path, change, message):
+    one(tmp_path, "vit").save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "config.json"
+    config = json.loads(file.read_text())
+    change(config["stitches"]["vit_1__vit_3"])
+    file.write_text(json.dumps(config))
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("start", "stop"), [(3, 1), (2, 2)])
+def test_branches_that_lead_nowhere(tmp_path, start, stop):
+    """Of a stranger's config."""
+    one(tmp_path, "vit").save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "config.json"
+    config = json.loads(file.read_text())
+    entry = config["stitches"].pop("vit_1__vit_3")
+    entry["point"].update(source_cut=start, target_cut=stop)
+    config["stitches"][f"vit_{start}__vit_{stop}"] = entry
+    config["routes"] = [f"vit[:{start}] + vit[{stop}:]"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must lead from a cut to a later one, 1 to 3, not from"):
+        StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+
+
+PUSH_ONE = """
+model = Model.from_anchors("me/big-resnet", routes="skip")
+model.set_route(model.routes[3])
+model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
+model.push_to_hub("me/elastic")
+from transformers import AutoModelForImageClassification
+again = AutoModelForImageClassification.from_pretrained("me/elastic")
+assert torch.equal(model(images).logits, again(images).logits)
+print(json.dumps([str(again.active_route), len(again.routes), list(again.anchors)]))
+"""
+
+
+def test_one_anchor_on_the_hub(world):
+    """Pushed with a card that names one base model and every route, and fetched again."""
+    try:
+        route, routes, anchors = world.run(PUSH_ONE, "author")
+        files = world.hub.repos["me/elastic"].commits[-1][1]
+    finally:
+        world.hub.repos.pop("me/elastic", None)
+    assert (routes, anchors) == (12, ["big-resnet"]) and route != "big-resnet[:]"
+    card = files["README.md"].decode()
+    data = yaml.safe_load(card.split("---")[1])
+    assert data["base_model"] == ["me/big-resnet"] and data["license"] == "mit"
+    assert f"| `{route}` |" in card and "tradeoff.png" in files and "| big-resnet | me/big-resnet |" in card
 
 
 def test_a_failed_save_leaves_the_old_adapter(saved):
