@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from restnet_hf.adapter_files import check_weights
 from restnet_hf.branches import stitch_at
 from restnet_hf.configuration_restnet import RestNetConfig
+from restnet_hf.features import layout_from_dict
 from restnet_hf.parents import identify
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Profile, ProfiledRoute
@@ -64,6 +65,9 @@ def add_adapter(
         model.check_layout(point, source, target)
         entries[point.name] = {**entry, "point": asdict(point)}
         modules[f"stitches.{key}"] = point.name, stitch_at(point, model.anchors, options)
+    for point in {point for route in routes for point in route.stitch_points if point.via}:
+        source, target = (layout_from_dict(entries[point.name][side]) for side in ("source", "target"))
+        model.check_layout(point, source, target)
     heads = {}
     for key in config.head_keys():
         adapter, _, anchor = key.rpartition(":")

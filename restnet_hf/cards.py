@@ -10,6 +10,7 @@ from restnet_hf.profiles import Profile, ProfiledRoute
 
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
+MOST = 100  # routes on a card
 MARK = "<!-- Written by restnet_hf. Delete this line to keep a text of your own when the adapter is pushed again. -->"
 LIBRARY, TAG, TASK = "restnet-hf", "restnet", "image-classification"
 BUCKETS = {  # upper limits by which the Hub can filter
@@ -68,7 +69,7 @@ def card_data(
     """
     licences = {anchor["license"] for anchor in anchors}
     same = next(iter(licences)) if len(licences) == 1 and None not in licences else None
-    dataset, scored = _scored(profile)
+    dataset, scored = _scored(None if profile is None else _shown(profile))
     results = [
         EvalResult(TASK, dataset, dataset, "accuracy", row.scores["accuracy"], metric_name=str(row.route))
         for row in scored
@@ -86,8 +87,20 @@ def card_data(
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
         tags=list(dict.fromkeys([*adapter_tags(profile), *tags])),
-        restnet=None if profile is None else profile.to_dict(),
+        restnet=None if profile is None else _shown(profile).to_dict(),
     )
+
+
+def _shown(profile: Profile) -> Profile:
+    """The routes that a card shows: all, or where they are too many the anchors alone and those that none beats."""
+    if len(profile.routes) <= MOST:
+        return profile
+    ahead = [row for row in profile.routes if len(row.route.segments) == 1]
+    if all("accuracy" in row.scores for row in profile.routes):
+        ahead += [row for row in profile.pareto() if row not in ahead]
+    else:
+        ahead += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[:: -(-len(profile.routes) // MOST)]
+    return Profile(tuple(ahead), profile.metadata)
 
 
 def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
@@ -152,10 +165,15 @@ def make_card(
 def _routes(profile: Profile | None, plot: str | None) -> str:
     if profile is None:
         return "They were not measured: `model.profile(data)` does that."
-    names = [name for name in COLUMNS if any(_value(row, name) is not None for row in profile.routes)]
-    rows = sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))
+    shown = _shown(profile)
+    names = [name for name in COLUMNS if any(_value(row, name) is not None for row in shown.routes)]
+    rows = sorted(shown.routes, key=lambda row: row.costs.get("macs", 0))
     printed = [(f"`{row.route}`", *(_printed(row, name) for name in names)) for row in rows]
     parts = [_table(("route", *(COLUMNS[name][0] for name in names)), printed), _measured(profile)]
+    if len(rows) < len(profile.routes):
+        parts.append(f"These are {len(rows)} of {len(profile.routes)} routes; profile.json has all.")
+    if any(row.route.via for row in rows):
+        parts.append("A stitch with a name, as in `a[:7] +name b[11:]`, is one that several routes may share.")
     return "\n\n".join(parts + ([f"![accuracy against MACs of every route]({plot})"] if plot else []))
 
 

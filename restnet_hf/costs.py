@@ -1,6 +1,6 @@
 """What a route costs: multiply-accumulates from one count per block, and parameters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from restnet_hf.anchors import Anchor
+from restnet_hf.routes import Segment
 from restnet_hf.steps import Step
 
 
@@ -59,6 +60,26 @@ def _zeros(shape: tuple[int, ...], module: torch.nn.Module) -> Tensor:
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
+class ParamsTable:
+    """Parameters of every segment that it has met, looked up once."""
+
+    def __init__(self) -> None:
+        self._segments: dict[tuple[Anchor, Segment], frozenset[torch.nn.Parameter]] = {}
+
+    def params(self, steps: Sequence[Step]) -> int:
+        """Parameters that a route uses, each once."""
+        return sum(parameter.numel() for parameter in {p for step in steps for p in self._step(step)})
+
+    def _step(self, step: Step) -> Iterable[torch.nn.Parameter]:
+        if step.segment is None:
+            return step.parameters()
+        assert isinstance(step.module, Anchor)
+        key = step.module, step.segment
+        if key not in self._segments:
+            self._segments[key] = frozenset(step.parameters())
+        return self._segments[key]
+
+
 def count_params(steps: Sequence[Step]) -> int:
     """Parameters that a route uses, each once."""
-    return sum(parameter.numel() for parameter in {p for step in steps for p in step.parameters()})
+    return ParamsTable().params(steps)

@@ -1,76 +1,17 @@
 """FAMILIES: the routes that published methods join anchors by, enumerated one at a time; no torch."""
 
+import random
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from inspect import signature
-from itertools import chain, combinations, groupby, pairwise
+from itertools import chain, combinations, pairwise
 from statistics import fmean
 from typing import Any
 
+from restnet_hf.blocks import Blocks
 from restnet_hf.profiles import Budget
 from restnet_hf.routes import Route, Segment
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Where the blocks of an anchor end, stage by stage.
-
-    Args:
-        anchor: its name.
-        stages: the numbers of the cuts at which the blocks end, in order; a network without stages is one stage.
-            Stages that are not joined at all may be left out at the end.
-        entry: the cut that the first block takes, such as a transformer's embedding; 0 where there is none, since a
-            stitch cannot make an image, and routes that would enter there are left out.
-
-    Raises:
-        ValueError: a stage is empty, or cuts do not go up from ``entry``.
-    """
-
-    anchor: str
-    stages: tuple[Sequence[int], ...]
-    entry: int = 0
-
-    def __post_init__(self) -> None:
-        before = self.entry
-        for stage in self.stages:
-            # a range goes up by itself, and may be too long to look at
-            rises = stage.step > 0 if isinstance(stage, range) else all(a < b for a, b in pairwise(stage))
-            if not stage or not rises or stage[0] <= before:
-                raise ValueError(
-                    f"'{self.anchor}': the stages {self.stages} must hold numbers of cuts that go up from {before}"
-                )
-            before = stage[-1]
-        if not self.stages or self.entry < 0:
-            raise ValueError(f"'{self.anchor}' needs at least one stage, and an entry of at least 0, not {self.entry}")
-
-    @classmethod
-    def of(cls, anchor: str, *depths: int, entry: int = 0) -> "Blocks":
-        """Of stages with so many blocks, which end in the cuts after ``entry``: ``Blocks.of("swin", 2, 2, 6, 2)``."""
-        ends = [entry + sum(depths[:index]) for index in range(len(depths) + 1)]
-        return cls(anchor, tuple(range(start + 1, stop + 1) for start, stop in pairwise(ends)), entry)
-
-    @classmethod
-    def alike(cls, anchor: str, layouts: Iterable[Hashable]) -> "Blocks":
-        """Of a network all of whose cuts end blocks; neighbours with equal layouts are a stage.
-
-        Args:
-            anchor: its name.
-            layouts: of its cuts, cut 1 first: ``[cut.layout for cut in anchor.cuts]``.
-        """
-        stages = groupby(enumerate(layouts, 1), key=lambda cut: cut[1])
-        return cls(anchor, tuple(tuple(number for number, _ in stage) for _, stage in stages))
-
-    def alone(self) -> Route:
-        """The anchor by itself."""
-        return Route((Segment(self.anchor),))
-
-    def before(self, stage: int, block: int) -> int:
-        """The cut that a block takes, both counted from 0; 0 where there is none."""
-        if block:
-            return self.stages[stage][block - 1]
-        return 0 if stage else self.entry  # between stages the activation changes its shape
 
 
 def one_cut(front: Blocks, end: Blocks) -> Iterator[Route]:
@@ -176,7 +117,8 @@ def skip(
     anchor: Blocks,
     merge: Collection[int] = (2, 3),
     prune: Collection[float] = (),
-    prunable: Collection[int] | None = None,
+    prunable: Mapping[str, Collection[int]] | None = None,
+    seed: int | None = None,
 ) -> Iterator[Route]:
     """Routes that leave an anchor and enter it again later (AdaptiveNet, arXiv 2303.07129).
 
@@ -190,7 +132,8 @@ def skip(
         merge: how many neighbours a stitch may stand for, in the order in which routes come.
         prune: shares of the hidden channels that copies go without, in whole percents; their stitches are called
             ``prune25_3`` and so on, with the cut before the block.
-        prunable: the cuts before the blocks that can be pruned; all by default.
+        prunable: the cuts before the blocks that can be pruned, by anchor; all by default.
+        seed: draw routes at random, each once, in place of all in order, of which there may be too many.
 
     Raises:
         ValueError: a number is out of range.
@@ -204,10 +147,12 @@ def skip(
     cuts = [*([anchor.entry] if anchor.entry else []), *chain.from_iterable(anchor.stages)]
     ways: dict[int, list[tuple[int, str]]] = {}  # of each place, where a stitch may lead and its name
     for index, cut in enumerate(cuts):
-        pruned = percents if index + 1 < len(cuts) and (prunable is None or cut in prunable) else ()
+        pruned = (
+            percents if index + 1 < len(cuts) and (prunable is None or cut in prunable.get(anchor.anchor, ())) else ()
+        )
         ways[cut] = [(cuts[index + width], "") for width in dict.fromkeys(merge) if index + width < len(cuts)]
         ways[cut] += [(cuts[index + 1], f"{PRUNED}{percent}_{cut}") for percent in dict.fromkeys(pruned)]
-    for taken in _jumps(cuts, ways, 0):
+    for taken in _jumps(cuts, ways, 0) if seed is None else _drawn(cuts, ways, seed):
         if taken:
             starts = [0, *(target for _, target, _ in taken)]
             stops = [*(source for source, _, _ in taken), None]
@@ -230,6 +175,21 @@ def _jumps(cuts: Sequence[int], ways: Mapping[int, list[tuple[int, str]]], index
     for target, via in ways[cuts[index]]:
         for rest in _jumps(cuts, ways, cuts.index(target)):
             yield [(cuts[index], target, via), *rest]
+
+
+def _drawn(cuts: Sequence[int], ways: Mapping[int, list[tuple[int, str]]], seed: int) -> Iterator[list[Any]]:
+    """Some of these at random, each once, until a thousand draws in a row bring nothing new."""
+    dice, known, old = random.Random(seed), set[tuple[Any, ...]](), 0
+    while old < 1000:
+        index, taken = 0, []
+        while index < len(cuts):
+            target, via = dice.choice([(0, ""), *ways[cuts[index]]])
+            taken += [(cuts[index], target, via)] if target else []
+            index = cuts.index(target) if target else index + 1
+        old = old + 1 if tuple(taken) in known else 0
+        if not old:
+            known.add(tuple(taken))
+            yield taken
 
 
 PRUNED = "prune"

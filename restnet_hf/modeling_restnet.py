@@ -15,8 +15,9 @@ from transformers.utils.generic import can_return_tuple
 
 from restnet_hf import least_squares as fitting
 from restnet_hf.anchors import Anchor, unique_names
+from restnet_hf.branches import stitch_at
 from restnet_hf.configuration_restnet import RestNetConfig
-from restnet_hf.costs import MacsTable, count_params
+from restnet_hf.costs import MacsTable, ParamsTable
 from restnet_hf.data import check_labels
 from restnet_hf.evaluation import score_routes
 from restnet_hf.labels import class_names
@@ -77,7 +78,7 @@ class StitchedModelForImageClassification(SelectingModel):
         self.check_layouts()
         for name in config.stitches or {}:
             point, *_, options = config.stitch_parts(name)
-            self._make_stitch(point, options)
+            self.stitches[name] = stitch_at(point, self.anchors, options)
         for key in config.tuned or {}:
             self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
@@ -214,11 +215,12 @@ class StitchedModelForImageClassification(SelectingModel):
         Args:
             latency: what `measure_latency` found on this device; without it latency is left out.
         """
-        macs, memory = MacsTable(), MemoryTable(1 if latency is None else latency.batch_size)
+        macs, params = MacsTable(), ParamsTable()
+        memory = MemoryTable(1 if latency is None else latency.batch_size)
 
         def costs(route: Route) -> dict[str, float]:
             steps = self.steps(route)
-            found = {"macs": macs.macs(steps), "params": count_params(steps), "memory_mb": memory.memory_mb(steps)}
+            found = {"macs": macs.macs(steps), "params": params.params(steps), "memory_mb": memory.memory_mb(steps)}
             if latency is not None:
                 found["latency_ms"] = latency.latency_ms(steps) / latency.batch_size
             return found

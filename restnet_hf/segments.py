@@ -111,8 +111,8 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str
     """Where in a module's attributes a tensor goes, and what must change with its size."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    yield module._parameters if leaf in module._parameters else module._buffers, leaf, tensor
     depthwise = isinstance(module, nn.Conv2d) and leaf == "weight" and 1 < module.groups == len(module.weight)
+    yield module._parameters if leaf in module._parameters else module._buffers, leaf, tensor
     if depthwise and module.groups != len(tensor):
         yield module.__dict__, "groups", len(tensor)  # a depthwise convolution of fewer channels
 

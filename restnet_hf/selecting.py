@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from restnet_hf.branches import stitch_at
-from restnet_hf.costs import MacsTable, count_params
+from restnet_hf.costs import MacsTable, ParamsTable
 from restnet_hf.data import batches, check_labels, data_fingerprint, this_process
 from restnet_hf.families import WITHIN, Blocks, family, spread, within_budget
 from restnet_hf.parents import identify
@@ -22,6 +22,9 @@ from restnet_hf.saving import AdapterModel
 from restnet_hf.similarity import compare
 from restnet_hf.similarity_cache import kept_file, read_similarity, write_similarity
 from restnet_hf.stitches import BRANCH, StitchConfig
+
+
+MOST, DRAWN = 50_000, 20  # routes whose costs are compared: all, or drawn for each one that is wanted
 
 
 class SelectingModel(AdapterModel):
@@ -144,14 +147,14 @@ class SelectingModel(AdapterModel):
 
     def route_costs(self, config: StitchConfig | None = None) -> Callable[[Route], dict[str, float]]:
         """A function that gives the MACs and parameters of any route, also one whose stitches do not exist yet."""
-        table, ghosts = MacsTable(), dict(self.stitches.items())
+        table, params, ghosts = MacsTable(), ParamsTable(), dict(self.stitches.items())
 
         def costs(route: Route) -> dict[str, float]:
             for point in route.stitch_points:
                 if point.name not in ghosts:  # its shapes are all that is needed
                     ghosts[point.name] = stitch_at(point, self.anchors, config or StitchConfig(), ghost=True)
             steps = self.steps(route, ghosts)
-            return {"macs": table.macs(steps), "params": count_params(steps)}
+            return {"macs": table.macs(steps), "params": params.params(steps)}
 
         return costs
 
@@ -177,9 +180,7 @@ class SelectingModel(AdapterModel):
             for name in sorted(self.anchors, key=alone.__getitem__)
         ]
         if kind in WITHIN and options.get("prune"):
-            return chain.from_iterable(
-                family([each], kind, **{"prunable": self._prunable(each.anchor), **options}) for each in blocks
-            )
+            options = {"prunable": {name: self._prunable(name) for name in self.anchors}, **options}
         return family(blocks, kind, pairs, directions, **options)
 
     def _prunable(self, name: str) -> list[int]:
@@ -211,13 +212,18 @@ class SelectingModel(AdapterModel):
             ValueError: see `family`; or no route is left.
         """
         config = config or StitchConfig(BRANCH if kind in WITHIN else "linear")
+        if options.get("prune") and config.kind != BRANCH:
+            raise ValueError(f"prune makes copies of blocks, stitches of kind {BRANCH!r}, not {config.kind!r}")
         routes: Iterator[Route] = (route for route in self.family(kind, **options) if route.stitch_points)
         if budget is not None or max_routes is not None:
             costs = self.route_costs(config)
             if budget is not None:
                 routes = within_budget(routes, costs, Budget(**budget))
             if max_routes is not None:
-                routes = iter(spread({route: costs(route)["macs"] for route in routes}, max_routes))
+                some = dict.fromkeys(islice(routes, MOST + 1 if options.get("seed") is None else DRAWN * max_routes))
+                if len(some) > MOST:
+                    raise ValueError(f"the family has more than {MOST} routes; with seed= skip draws some at random")
+                routes = iter(spread({route: costs(route)["macs"] for route in some}, max_routes))
         added = self.add_stitches(routes, config)
         if not added:
             raise ValueError(

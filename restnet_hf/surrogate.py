@@ -11,7 +11,6 @@ from restnet_hf.routes import Route
 LENGTH = 1.25  # l; the squared distance of two routes is typically 1
 NOISE = 0.1  # share of the variance of scores that is chance
 STITCH = 0.3  # how far apart routes are that differ by one stitch of a kind; one whole anchor more or less is 1.2
-SKIP = 0.5  # what takes the place of skipped blocks, in blocks
 LOGISTIC = 1.702  # 1 / (1 + exp(-1.702 z)) is within 0.01 of the normal distribution function
 
 
@@ -20,7 +19,7 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
 
     One half of the squared distance is of what is alike in far routes too: of each anchor the share of all its blocks,
     and of those of its first, middle and last third, that run; how many stitches of each kind there are (whose,
-    between which anchors, of which name); and the logarithm of each cost. The other half is of each block.
+    between which anchors, of which name; a skip is of its own kind); and the logarithm of each cost. The other half is of each block.
 
     Args:
         routes: at least one.
@@ -28,17 +27,16 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
     """
     depths: dict[str, int] = {}
     for segment in (segment for route in routes for segment in route.segments):
-        depths[segment.anchor] = max(depths.get(segment.anchor, 1), segment.start + 1, (segment.stop or 0) + 1)
+        depths[segment.anchor] = max(depths.get(segment.anchor, 1), segment.start + 1, segment.stop or 0)
     runs = {anchor: np.zeros((len(routes), depth)) for anchor, depth in depths.items()}
-    kinds: dict[tuple[str, ...], np.ndarray] = {}
+    kinds: dict[tuple[str | int, ...], np.ndarray] = {}
     for row, route in enumerate(routes):
         for segment in route.segments:
             runs[segment.anchor][row, segment.start : segment.stop] += 1
         for stitch in route.stitch_points:
-            kind = (stitch.adapter, stitch.source, stitch.target, stitch.via)
+            skip = (stitch.source_cut, stitch.target_cut) if stitch.source == stitch.target else ()
+            kind = (stitch.adapter, stitch.source, stitch.target, stitch.via, *skip)
             kinds.setdefault(kind, np.zeros(len(routes)))[row] += STITCH
-            if stitch.source == stitch.target:
-                runs[stitch.source][row, stitch.source_cut] += SKIP
     shares = [part.sum(1) / run.shape[1] for run in runs.values() for part in (run, *np.array_split(run, 3, 1))]
     alike = np.column_stack([*shares, *kinds.values(), np.log(np.maximum(costs, 1e-12))])
     blocks = np.column_stack([run / math.sqrt(run.shape[1]) for run in runs.values()])

@@ -93,12 +93,22 @@ class RouteMixin:
 
     def add_stitches(self, routes: Iterable[Route | str], config: StitchConfig | None = None) -> list[Route]:
         """Add many routes at once; see `add_stitch`. Anchors alone among them need nothing."""
-        added = dict.fromkeys(route for route in map(self.route, routes))
+        added = dict.fromkeys(map(self.route, routes))
+        made: dict[str, tuple[StitchPoint, Stitch]] = {}
         for point in dict.fromkeys(point for route in added for point in route.stitch_points):
             if point.name in self.stitches:
                 self.check_layout(point, *self.config.stitch_parts(point.name)[1:3])
+            elif point.name in made:
+                first = made[point.name][0]
+                source, target = self.anchors[first.source], self.anchors[first.target]
+                self.check_layout(point, source.layout(first.source_cut), target.layout(first.target_cut))
             else:
-                self._make_stitch(point, config or StitchConfig())
+                made[point.name] = point, stitch_at(point, self.anchors, config or StitchConfig())
+        for name, (point, stitch) in made.items():  # from here on nothing can fail
+            self.stitches[name] = stitch
+            source, target = self.anchors[point.source], self.anchors[point.target]
+            layouts = source.layout(point.source_cut), target.layout(point.target_cut)
+            self.config.set_stitch(point, *layouts, config or StitchConfig())
         listed = dict.fromkeys(self.routes)
         listed |= dict.fromkeys(route for route in added if len(route.segments) > 1)
         self.config.routes = list(map(str, listed))
@@ -107,13 +117,6 @@ class RouteMixin:
                 if of_adapter(route.adapter, name) not in self.heads:
                     self.heads[of_adapter(route.adapter, name)] = copy.deepcopy(self.heads[name])
         return list(added)
-
-    def _make_stitch(self, point: StitchPoint, config: StitchConfig) -> None:
-        self.stitches[point.name] = stitch_at(point, self.anchors, config)
-        if point.name not in (self.config.stitches or {}):
-            source = self.anchors[point.source].layout(point.source_cut)
-            target = self.anchors[point.target].layout(point.target_cut)
-            self.config.set_stitch(point, source, target, config)
 
     def add_tuned(self, key: str, config: TunedConfig) -> Tuned:
         """Put tensors in the place of an anchor's own, equal to them at first, for the routes that use that key.
@@ -155,12 +158,17 @@ class RouteMixin:
         Raises:
             ValueError: there is no such route, or it is active.
         """
-        gone = [r for r in self.routes if r.adapter == route] if route else []
-        gone = gone or [self.route(route)]
+        routes = self.routes
+        gone = [r for r in routes if r.adapter == route] if route else []
+        self._delete(gone or [self.route(route)])
+
+    def _delete(self, routes: Iterable[Route]) -> None:
+        """Remove routes at once; see `delete_stitch`."""
+        gone, known = dict.fromkeys(routes), dict.fromkeys(self.routes)
         for each in gone:
-            if each not in self.routes:
-                raise ValueError(f"there is no route '{each}'; the routes are {list(map(str, self.routes))}")
-        left = [other for other in self.routes if other not in gone]
+            if each not in known:
+                raise ValueError(f"there is no route '{each}'; the routes are {list(map(str, known))}")
+        left = [other for other in known if other not in gone]
         needed = {point.name for other in left for point in other.stitch_points}
         adapters = {"", *(other.adapter for other in left)}
         active = self.active_route
@@ -219,7 +227,8 @@ class RouteMixin:
     def prune_to(self, routes: Iterable[Route | str]) -> None:
         """Keep only some routes, and of the anchors only the weights that these use. The first becomes active.
 
-        Where weights lie in files, after `page_to`, only those of the active route are in memory anyway. The adapter that the model saves then has these routes alone, and loads as any other.
+        Where weights lie in files, after `page_to`, only those of the active route are in memory anyway. The adapter
+        that the model saves then has these routes alone, and loads as any other.
 
         Raises:
             ValueError: there are no routes, or one is not of this model.
@@ -229,9 +238,7 @@ class RouteMixin:
             raise ValueError("prune_to needs at least one route to keep")
         steps = [step for route in kept for step in self.steps(route)]
         self.set_route(kept[0])
-        for route in self.routes:
-            if route not in kept:
-                self.delete_stitch(route)
+        self._delete(route for route in self.routes if route not in set(kept))
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)  # while all of it is there
         for anchor in self.anchors.values() if self.weight_files is None else ():

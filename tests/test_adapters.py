@@ -245,3 +245,13 @@ def test_weights_that_do_not_fit(folder):
         make(folder, 0).load_stitch(folder / "second", "night")
     with pytest.raises(TypeError, match="load_stitch takes no"):
         make(folder, 0).load_stitch(folder / "second", "night", devicemap="cpu")
+
+
+def test_a_stitch_shared_where_layouts_differ_is_refused(folder, images):
+    elastic(folder, 1, SHARED).save_pretrained(folder / "second")
+    model = elastic(folder, 0, SHARED)
+    edited(folder / "second", lambda c: c["routes"].append("resnet[:1] +both vit[2:]"))
+    before, routes, stitches = set(model.state_dict()), model.routes, dict(model.config.stitches)
+    with pytest.raises(ValueError, match="was made for"):
+        model.load_stitch(folder / "second", "night")
+    assert set(model.state_dict()) == before and (model.routes, model.config.stitches) == (routes, stitches)

@@ -336,3 +336,11 @@ def test_least_squares_lead_into_a_branch():
         model.set_route(route)
         assert torch.equal(model(noise).logits, anchor(anchor(enter(x), 6, 7), 7))
     model.set_route(other)
+
+
+def test_what_cannot_be_made_leaves_nothing_behind():
+    """The second stitch of a route fails: the first is not left without a route."""
+    model = StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), make_anchor("vit", 1))
+    with pytest.raises(ValueError, match="a branch stands for blocks of one anchor"):
+        model.add_stitch("resnet[:1] + resnet[3:4] + vit[2:]", StitchConfig("branch"))
+    assert not model.routes and not model.config.stitches and not len(model.stitches)

@@ -231,7 +231,7 @@ def test_pruned_copies_of_blocks(prune):
         for point in route.stitch_points:
             assert point.target_cut - point.source_cut == 1 if point.via else point.target_cut - point.source_cut > 1
             assert pruned_share(point.via) in (prune if point.via else (0.0,))
-    some = list(skip(anchor, merge=(), prune=prune, prunable=(2, 5)))
+    some = list(skip(anchor, merge=(), prune=prune, prunable={anchor.anchor: (2, 5)}))
     assert len(some) == (1 + len(prune)) ** 2 - 1
     assert {point.source_cut for route in some for point in route.stitch_points} == {2, 5}
 
@@ -483,3 +483,14 @@ def test_costs_are_those_of_the_formula():
         others = {segment.anchor for segment in route.segments} - {route.segments[0].anchor}
         unused = sum(18 * networks[name][0] for name in others)
         assert found["macs"] == macs and found["params"] in (params, params + unused)
+
+
+def test_some_of_too_many():
+    """Drawn at random: each once, all of them sooner or later, the same for a seed; nothing is listed before."""
+    anchor, options = Blocks.of("a", 4, entry=1), {"merge": (2, 3), "prune": (0.5,)}
+    every = set(skip(anchor, **options))
+    drawn = list(skip(anchor, **options, seed=3))
+    assert len(drawn) == len({*drawn}) and {*drawn} == every
+    assert drawn == list(skip(anchor, **options, seed=3)) != list(skip(anchor, **options, seed=4))
+    many = skip(Blocks.of("a", 60, entry=1), prune=(0.25, 0.5), seed=0)
+    assert len({*islice(many, 500)}) == 500

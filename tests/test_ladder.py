@@ -13,6 +13,7 @@ LADDER = [
     "routes",
     "profiles",
     "ranking",
+    "blocks",
     "families",
     "samplers",
     "genomes",

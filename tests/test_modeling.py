@@ -456,7 +456,7 @@ def test_routes_of_a_family_within_limits():
 def test_pruned_copies_in_a_model(images):
     """Every block that has hidden channels may run slimmer; the routes say so, and cost less."""
     model = build(make_anchor("mobilenet"), make_anchor("vit"), order="given")
-    routes = model.add_family("skip", merge=(), prune=(0.25, 0.5), prunable=(2, 4), max_routes=6)
+    routes = model.add_family("skip", merge=(), prune=(0.25, 0.5), prunable={"mobilenet": (2, 4)}, max_routes=6)
     name = {point.name for route in routes for point in route.stitch_points}
     assert name == set(model.stitches) and any("~prune50_" in each for each in name)
     alone = {

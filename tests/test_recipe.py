@@ -151,7 +151,7 @@ def test_recipes_run_at_toy_size(path, new_task):
         ("- a", "is not a mapping"),
         ("front: a\nend: b\ndataset: c\nepochs: 3", "epochs: Unexpected keyword argument"),
         ("front: a\nend: b\ndataset: c\nstitches: {learning_rate: fast}", "stitches.learning_rate: Input should be"),
-        ("front: a", "end: Field required"),
+        ("front: a", "dataset: Field required"),
         ("front: a\nend: b\ndataset: c\nroutes: []", "routes: List should have at least 1 item"),
         (
             "front: a\nend: b\ndataset: c\nstitch_kind: cubic",
@@ -280,7 +280,7 @@ def test_label_free_looks_at_no_label(tmp_path):
 
 def test_label_free_needs_anchors_that_know_the_classes(new_task):
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
-    with pytest.raises(ValueError, match="3 classes are not those that both anchors know, and new heads cannot be"):
+    with pytest.raises(ValueError, match="3 classes are not those that all anchors know, and new heads cannot be"):
         run_recipe(Recipe(**recipe, label_free=True, stitches={"distillation": 1.0}), new_task / "out")
     assert not (new_task / "out").exists()
 
