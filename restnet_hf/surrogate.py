@@ -19,7 +19,8 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
 
     One half of the squared distance is of what is alike in far routes too: of each anchor the share of all its blocks,
     and of those of its first, middle and last third, that run; how many stitches of each kind there are (whose,
-    between which anchors, of which name; a skip is of its own kind); and the logarithm of each cost. The other half is of each block.
+    between which anchors, of which name; each skip is a kind); and the logarithm of each cost. The other half is of
+    each block.
 
     Args:
         routes: at least one.

@@ -84,7 +84,7 @@ for index, name in enumerate(json.loads(sys.argv[2])):
         said.append("loaded")
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         said.append(f"{type(error).__name__}: {error}")
-print(json.dumps([seen, said, inside]))
+print("\\n" + json.dumps([seen, said, inside]))  # transformers may have asked about remote code on the line before
 """
 ODD = [
     None,

@@ -5,6 +5,7 @@ import math
 import signal
 from itertools import pairwise
 from statistics import NormalDist
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_a_tenth_for_all_budgets_at_once(cuts, both_ways):
     lands = [pair(seed, *cuts, both_ways) for seed in range(5)]
     gaps = [land.gaps(PERCENT, 0.1, seed) for seed, land in enumerate(lands)]
     assert within(gaps) >= 0.93 and np.mean(gaps) <= 0.1
-    chance = {"name": "ranked", "predictor": lambda route: hash(route.segments) % 997}
+    chance = {"name": "ranked", "predictor": lambda route: crc32(str(route).encode())}
     assert within([land.gaps(PERCENT, 0.1, seed, **chance) for seed, land in enumerate(lands)]) < 0.6, "not so easy"
 
 
@@ -212,7 +213,7 @@ def problems(draw):
 
 
 @every_search
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(problem=problems(), seed=st.integers(0, 3))
 def test_budgets_and_limits_always_hold(name, problem, seed):
     costs, values, budgets, limit = problem
