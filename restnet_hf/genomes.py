@@ -54,7 +54,6 @@ class Neighbours:
                 yield adapter, first if before else after[0].target, (*before, *after[1:])
             for stitch in self._from[adapter, anchor]:
                 if stitch.source_cut >= cut:
-                    yield adapter, first, (*before, stitch)
                     yield adapter, first, (*before, stitch, *after)
                     if after and self._near(stitch, after[0]):
                         yield adapter, first, (*before, stitch, *after[1:])
