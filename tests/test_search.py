@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from itertools import pairwise
 from statistics import NormalDist
 from zlib import crc32
@@ -158,11 +157,11 @@ def test_a_tenth_for_all_budgets_at_once(cuts, both_ways):
     assert within([land.gaps(PERCENT, 0.1, seed, **chance) for seed, land in enumerate(lands)]) < 0.6, "not so easy"
 
 
-@pytest.mark.parametrize(("depth", "routes", "share", "seeds"), [(14, 3136, 0.1, 2), (16, 10609, 0.03, 1)])
-def test_few_evaluations_of_routes_with_skips(depth, routes, share, seeds):
+@pytest.mark.parametrize(("depth", "routes", "seeds"), [(14, 3136, 2), (16, 10609, 1)])
+def test_a_tenth_of_routes_with_skips(depth, routes, seeds):
     lands = [skips(seed, depth) for seed in range(seeds)]
     assert {len(land.routes) for land in lands} == {routes}
-    gaps = [land.gaps(PERCENT, share, seed) for seed, land in enumerate(lands)]
+    gaps = [land.gaps(PERCENT, 0.1, seed) for seed, land in enumerate(lands)]
     assert within(gaps) >= 0.93 and np.mean(gaps) <= 0.15
 
 
@@ -274,7 +273,7 @@ def test_an_interrupt_gives_the_best_so_far_and_can_be_gone_on_with(name, where)
         def call(*args):
             found = what(*args)
             if kind == where and calls.append(kind) is None and len(calls) == 3:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             return found
 
         return call
