@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import find_executable_batch_size
 from datasets import Dataset
 
 from restnet_hf.comparing import class_names_of
 from restnet_hf.costs import MacsTable
 from restnet_hf.data import Batch, batches, load_images, subset, with_pixel_values
-from restnet_hf.evaluation import race_routes
+from restnet_hf.evaluation import Raced, race_routes
 from restnet_hf.families import spread
 from restnet_hf.files import written_whole
 from restnet_hf.labels import label_order
@@ -81,7 +82,7 @@ def adapt(
         search: a key of `SEARCHES`; by default all are evaluated if they are few, else ``evolution`` does a tenth.
         max_evaluations: how many routes are evaluated at most.
         exact: evaluate routes on all images even where they cannot win any more.
-        batch_size: for a tensor or a data set.
+        batch_size: for a tensor or a data set; smaller where memory runs out.
         seed: of the search.
         state: a file from which an interrupted search goes on, and into which it is written.
 
@@ -217,7 +218,7 @@ class _Judge:
         self.stopped: dict[Route, tuple[float, int]] = {}
         first = next(iter(self._batches()))
         self.score = LABELS["labels" in first]
-        self.teacher = None if "labels" in first else [labels for labels in self._taught()]
+        self.teacher = None if "labels" in first else torch.cat(list(self._taught()))
 
     def _batches(self) -> Iterator[Batch]:
         for batch in batches(self.data, self.batch_size, "private images"):
@@ -234,12 +235,20 @@ class _Judge:
             yield run_steps(batch["pixel_values"].to(self.model.device), steps).argmax(-1).cpu()
 
     def _labelled(self) -> Iterator[Batch]:
-        for index, batch in enumerate(self._batches()):
-            yield batch if self.teacher is None else {**batch, "labels": self.teacher[index]}
+        start = 0
+        for batch in self._batches():
+            stop = start + len(batch["pixel_values"])
+            yield batch if self.teacher is None else {**batch, "labels": self.teacher[start:stop]}
+            start = stop
 
     def __call__(self, routes: Sequence[Route]) -> dict[Route, float]:
         walks = [(route, self.model.steps(route)) for route in routes]
-        found = race_routes(walks, self._labelled(), self.model.device, [set(routes) & {*self.fits}], self.error)
+
+        def race(batch_size: int) -> Raced:
+            self.batch_size = batch_size
+            return race_routes(walks, self._labelled(), self.model.device, [set(routes) & {*self.fits}], self.error)
+
+        found = find_executable_batch_size(race, starting_batch_size=self.batch_size)()
         self.images = found.images
         self.stopped |= found.stopped
         return {**found.scores, **{route: score for route, (score, _) in found.stopped.items()}}

@@ -78,11 +78,12 @@ class Profile:
         Raises:
             BudgetError: nothing fits (the message names the cheapest route), or a cost was not measured.
         """
-        for cost in budget.limits:
+        limits = budget.limits
+        for cost in limits:
             if not all(cost in row.costs for row in self.routes):
                 known = sorted(set.intersection(*(set(row.costs) for row in self.routes)) if self.routes else ())
                 raise BudgetError(f"the profile holds no {cost} for its routes, only {known}; profile the model again")
-        fitting = [r for r in self.routes if all(r.costs[c] <= limit for c, limit in budget.limits.items())]
+        fitting = [r for r in self.routes if all(r.costs[c] <= limit for c, limit in limits.items())]
         if not fitting:
             raise BudgetError(f"no route fits {budget}; {self._cheapest(budget)}")
         scored = [row for row in fitting if score in row.scores]
@@ -93,8 +94,9 @@ class Profile:
     def _cheapest(self, budget: Budget) -> str:
         if not self.routes:
             return "the profile is empty"
-        row = min(self.routes, key=lambda row: max(row.costs[c] / limit for c, limit in budget.limits.items()))
-        return f"the cheapest is '{row.route}' with " + ", ".join(f"{c}={row.costs[c]:g}" for c in budget.limits)
+        limits = budget.limits
+        row = min(self.routes, key=lambda row: max(row.costs[c] / limit for c, limit in limits.items()))
+        return f"the cheapest is '{row.route}' with " + ", ".join(f"{c}={row.costs[c]:g}" for c in limits)
 
     def pareto(self, cost: str = "macs", score: str = "accuracy") -> tuple[ProfiledRoute, ...]:
         """The routes that no other beats on both ``cost`` and ``score``, cheapest first."""

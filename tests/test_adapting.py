@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from restnet_hf import Budget, BudgetError, StitchedModelForImageClassification, measuring
+from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification, adapting, measuring
 from restnet_hf.adapting import adapt, adapt_to, measure, parse_budget
 from restnet_hf.cli import app
 from restnet_hf.embedded import DATA, END, FRONT
@@ -80,6 +80,35 @@ def test_without_labels(model, clothes):
         said[str(route)] = model(images).logits.argmax(-1)
     agrees = (said[str(found.best.route)] == said["resnet_fashion[:]"]).double().mean().item()
     assert found.best.scores == {"agreement": pytest.approx(agrees)}
+
+
+def test_a_batch_that_fits(model, clothes, monkeypatch):
+    """Memory runs out above eight images; what is found is the same."""
+    rows = clothes(model, "test", 40)
+    images = torch.stack([rows[index]["pixel_values"] for index in range(len(rows))])
+    expected = adapt(model, images, Budget(macs=24e6), exact=True)
+    sizes, original = [], Anchor.capture
+
+    def small(self, x, *args, **kwargs):
+        sizes.append(len(x))
+        if len(x) > 8 and judging:
+            raise RuntimeError("CUDA out of memory.")
+        return original(self, x, *args, **kwargs)
+
+    judging: list[int] = []
+    race = adapting.race_routes
+
+    def watched(*args):
+        judging.append(1)
+        try:
+            return race(*args)
+        finally:
+            judging.clear()
+
+    monkeypatch.setattr(adapting, "race_routes", watched)
+    monkeypatch.setattr(Anchor, "capture", small)
+    found = adapt(model, images, Budget(macs=24e6), exact=True)
+    assert found.best == expected.best and {32, 8} <= set(sizes)
 
 
 def test_latency_is_measured_from_end_to_end(model, clothes, tmp_path):
