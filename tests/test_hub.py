@@ -352,3 +352,29 @@ def test_a_parent_must_be_pinned():
 
 def test_logits_were_kept(world):
     assert load_file(world.folder / "logits.safetensors").keys() == {str(i) for i in range(len(world.routes))}
+
+
+PUSH_ONE = """
+model = Model.from_anchors("me/big-resnet", routes="skip")
+model.set_route(model.routes[3])
+model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
+model.push_to_hub("me/elastic")
+from transformers import AutoModelForImageClassification
+again = AutoModelForImageClassification.from_pretrained("me/elastic")
+assert torch.equal(model(images).logits, again(images).logits)
+print(json.dumps([str(again.active_route), len(again.routes), list(again.anchors)]))
+"""
+
+
+def test_one_anchor_on_the_hub(world):
+    """Pushed with a card that names one base model and every route, and fetched again."""
+    try:
+        route, routes, anchors = world.run(PUSH_ONE, "author")
+        files = world.hub.repos["me/elastic"].commits[-1][1]
+    finally:
+        world.hub.repos.pop("me/elastic", None)
+    assert (routes, anchors) == (12, ["big-resnet"]) and route != "big-resnet[:]"
+    card = files["README.md"].decode()
+    data = yaml.safe_load(card.split("---")[1])
+    assert data["base_model"] == ["me/big-resnet"] and data["license"] == "mit"
+    assert f"| `{route}` |" in card and "tradeoff.png" in files and "| big-resnet | me/big-resnet |" in card

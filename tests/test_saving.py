@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 from conftest import make_anchor, make_model, save_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
@@ -460,32 +459,6 @@ def test_branches_that_lead_nowhere(tmp_path, start, stop):
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="must lead from a cut to a later one, 1 to 3, not from"):
         StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
-
-
-PUSH_ONE = """
-model = Model.from_anchors("me/big-resnet", routes="skip")
-model.set_route(model.routes[3])
-model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
-model.push_to_hub("me/elastic")
-from transformers import AutoModelForImageClassification
-again = AutoModelForImageClassification.from_pretrained("me/elastic")
-assert torch.equal(model(images).logits, again(images).logits)
-print(json.dumps([str(again.active_route), len(again.routes), list(again.anchors)]))
-"""
-
-
-def test_one_anchor_on_the_hub(world):
-    """Pushed with a card that names one base model and every route, and fetched again."""
-    try:
-        route, routes, anchors = world.run(PUSH_ONE, "author")
-        files = world.hub.repos["me/elastic"].commits[-1][1]
-    finally:
-        world.hub.repos.pop("me/elastic", None)
-    assert (routes, anchors) == (12, ["big-resnet"]) and route != "big-resnet[:]"
-    card = files["README.md"].decode()
-    data = yaml.safe_load(card.split("---")[1])
-    assert data["base_model"] == ["me/big-resnet"] and data["license"] == "mit"
-    assert f"| `{route}` |" in card and "tradeoff.png" in files and "| big-resnet | me/big-resnet |" in card
 
 
 def test_a_failed_save_leaves_the_old_adapter(saved):
