@@ -56,18 +56,7 @@ def add_adapter(
         return replace(route, segments=segments, adapter=f"{name}-{route.adapter}" if route.adapter else name)
 
     routes = [model.route(here(route)) for route in config.parsed_routes()]
-    entries: dict[str, Any] = {}
-    modules: dict[str, tuple[str, nn.Module]] = {}
-    for key, entry in (config.stitches or {}).items():
-        point, source, target, options = config.stitch_parts(key)
-        ends = Segment(point.source, 0, point.source_cut), Segment(point.target, point.target_cut)
-        (point,) = here(Route(ends, point.adapter, (point.via,))).stitch_points
-        model.check_layout(point, source, target)
-        entries[point.name] = {**entry, "point": asdict(point)}
-        modules[f"stitches.{key}"] = point.name, stitch_at(point, model.anchors, options)
-    for point in {point for route in routes for point in route.stitch_points if point.via}:
-        source, target = (layout_from_dict(entries[point.name][side]) for side in ("source", "target"))
-        model.check_layout(point, source, target)
+    entries, modules = _stitches(model, config, here, routes)
     heads = {}
     for key in config.head_keys():
         adapter, _, anchor = key.rpartition(":")
@@ -90,6 +79,25 @@ def add_adapter(
     renamed = {key: f"{key.split('.')[0]}.{new}" for key, (new, _) in modules.items()}
     model.profiled = _beside(model.profiled, profile, here, renamed)
     return routes
+
+
+def _stitches(
+    model: RouteMixin, config: RestNetConfig, here: Callable[[Route], Route], routes: Iterable[Route]
+) -> tuple[dict[str, Any], dict[str, tuple[str, nn.Module]]]:
+    """New stitches like an adapter's: entries by name here; by the adapter's key, the name here and the module."""
+    entries: dict[str, Any] = {}
+    modules: dict[str, tuple[str, nn.Module]] = {}
+    for key, entry in (config.stitches or {}).items():
+        point, source, target, options = config.stitch_parts(key)
+        ends = Segment(point.source, 0, point.source_cut), Segment(point.target, point.target_cut)
+        (point,) = here(Route(ends, point.adapter, (point.via,))).stitch_points
+        model.check_layout(point, source, target)
+        entries[point.name] = {**entry, "point": asdict(point)}
+        modules[f"stitches.{key}"] = point.name, stitch_at(point, model.anchors, options)
+    for point in {point for route in routes for point in route.stitch_points if point.via}:
+        source, target = (layout_from_dict(entries[point.name][side]) for side in ("source", "target"))
+        model.check_layout(point, source, target)
+    return entries, modules
 
 
 def _tuned(
