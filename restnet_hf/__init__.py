@@ -8,6 +8,16 @@ from restnet_hf.routes import Route, Segment
 __all__ = ["Budget", "BudgetError", "Controller", "Profile", "Route", "Segment"]
 
 try:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+except ImportError:
+    pass  # a device that only follows budgets
+else:
+    from restnet_hf.exported import ExportedModel
+
+    __all__ += ["ExportedModel"]
+
+try:
     import torch  # noqa: F401
 except ImportError:
     pass  # a device that only reads profiles and follows budgets
@@ -15,6 +25,7 @@ else:
     from restnet_hf.adapting import adapt
     from restnet_hf.anchors import Anchor
     from restnet_hf.configuration_restnet import RestNetConfig
+    from restnet_hf.exporting import export_routes
     from restnet_hf.hub import FoundAdapter, find_adapters
     from restnet_hf.loading import load_anchor
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -31,6 +42,7 @@ else:
         "StitchedModelForImageClassification",
         "TrainArgs",
         "adapt",
+        "export_routes",
         "find_adapters",
         "load_anchor",
         "train",

@@ -14,7 +14,10 @@ from restnet_hf.adapting import measure as measure_routes
 from restnet_hf.comparing import compare_anchors
 from restnet_hf.data import this_process
 from restnet_hf.embedded import DATA, END, FRONT, RECIPE
-from restnet_hf.hub import find_adapters
+from restnet_hf.export import EXPORTERS
+from restnet_hf.exported import ExportedModel
+from restnet_hf.exporting import export_routes, pareto_routes
+from restnet_hf.hub import PROFILE, find_adapters
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiles import Budget
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
@@ -179,6 +182,64 @@ def adapt_command(
         _fail(error)
     _show_adapted(found, limits)
     console.print(f"written to {out}: the adapter with this device's profile, latency.json", highlight=False)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="Hub id or local folder.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model file and what belongs to it.")],
+    route: Annotated[
+        list[str] | None, typer.Option(help="To export; several share their weights in one folder.")
+    ] = None,
+    budget: Annotated[list[str] | None, typer.Option(help="Instead: the best route within it, as macs=1e9.")] = None,
+    pareto: Annotated[bool, typer.Option(help="Instead: all routes that no other beats.")] = False,
+    runtime: Annotated[str, typer.Option(help=f"One of {', '.join(EXPORTERS)}.")] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16, int8 or int8_dynamic, as the runtime has them.")
+    ] = "fp32",
+    data: Annotated[str | None, typer.Option(help="Images to calibrate and verify with: Hub id or folder.")] = None,
+    split: Annotated[str, typer.Option(help="Of the images.")] = "train",
+    images: Annotated[int, typer.Option(help="How many, chosen at random.")] = 628,
+    calibration_images: Annotated[int, typer.Option(help="Of these, how many calibrate; the others verify.")] = 128,
+    min_agreement: Annotated[float, typer.Option(help="With the route as it is, from 0 to 1.")] = 0.98,
+    batch_size: Annotated[int | None, typer.Option(help="Fix the number of images in a run.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of the processor, for latencies.")] = None,
+) -> None:
+    """Write routes for an edge runtime, verified against the routes as they are, with a script that runs them."""
+    try:
+        if bool(route) + bool(budget) + pareto > 1:
+            raise ValueError("give --route, --budget or --pareto, not several of them")
+        model = _on_this_device(adapter, threads)
+        if budget:
+            limits: dict[str, Any] = parse_budget(budget).limits
+            model.set_budget(**limits)
+        routes = pareto_routes(model) if pareto else route
+        rows = None if data is None else device_images(model, data, split, images)
+        exported = export_routes(
+            model, out, routes, runtime=runtime, precision=precision, data=rows, min_agreement=min_agreement,
+            calibration_images=calibration_images, batch_size=batch_size, threads=threads,
+        )  # fmt: skip
+        if Path(adapter).is_dir() and model.profiled is not None:
+            model.profiled.save(Path(adapter) / PROFILE)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        _fail(error)
+    _show_exported(exported)
+    size = f"{exported.profiled.metadata['size_mb']:.1f} MB"
+    console.print(f"written to {out}: {size}; try: python {out}/run.py PICTURE", markup=False, highlight=False)
+
+
+def _show_exported(exported: ExportedModel) -> None:
+    about = exported.profiled.metadata
+    table = Table(title=f"{exported.runtime}, {exported.precision}: {about['device']}, {about['threads']} threads")
+    for column in ("route", "latency, ms", "agreement, %", "accuracy, %", "in full precision"):
+        table.add_column(column, justify="left" if column == "route" else "right", overflow="fold")
+    for row in exported.profiled.routes:
+        scores = [row.scores.get(score) for score in ("agreement", "accuracy")]
+        kept = len(about["kept_in_full_precision"].get(str(row.route), ()))
+        printed = ["" if score is None else f"{100 * score:.1f}" for score in scores]
+        table.add_row(str(row.route), f"{row.costs['latency_ms']:.2f}", *printed, f"{kept} layers" if kept else "")
+    console.width = max(console.width, 75 + max(len(str(route)) for route in exported.routes))
+    console.print(table)
 
 
 def _on_this_device(adapter: str, threads: int | None) -> StitchedModelForImageClassification:

@@ -23,8 +23,12 @@ def device_name(device: torch.device) -> str:
         module = torch.get_device_module(device)
         return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
     threads = torch.get_num_threads()
-    named = _cpuinfo("model name") or _cpuinfo("Model") or [platform.processor() or platform.machine()]
-    return f"{named[0]}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor_name() -> str:
+    """Name of the processor, as the system tells it."""
+    return [*_cpuinfo("model name"), *_cpuinfo("Model"), platform.processor() or platform.machine()][0]
 
 
 def device_facts() -> dict[str, Any]:

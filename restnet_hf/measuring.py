@@ -221,6 +221,24 @@ def _rounds(
     return {name: Timing.of(each[WARM_UP:]) for name, each in samples.items()}, number - WARM_UP
 
 
+def time_runs(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int = 20,
+    seconds: float = 40.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Times of runs on the processor, in turn, round by round.
+
+    Args:
+        runs: by name.
+        repeats: rounds, at least 5.
+        seconds: no round begins after them, except for the first 5.
+        clock: seconds.
+    """
+    watch = _Watch(torch.device("cpu"), clock)
+    return _rounds([partial(watch.time, name, run) for name, run in runs.items()], repeats, seconds)[0]
+
+
 @torch.no_grad()
 def measure_latency(
     walks: Sequence[Walk],

@@ -262,7 +262,14 @@ class StitchedModelForImageClassification(SelectingModel):
         where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
         versions = {package: version(package) for package in PACKAGES}
         of = {"weights": self.weights_sha256(), "versions": versions}
-        self.profiled = Profile(tuple(rows), {**metadata, **where, **of})
+        known = {} if self.profiled is None else self.profiled.metadata
+        kept = {key: known[key] for key in ("runtimes",) if key in known}
+        self.profiled = Profile(tuple(rows), {**metadata, **where, **of, **kept})
+        return self.profiled
+
+    def keep_runtime(self, exported: Profile) -> Profile:
+        """Add what an exported folder's profile says to the model's own; see `Profile.with_runtime`."""
+        self.profiled = (self.profile() if self.profiled is None else self.profiled).with_runtime(exported)
         return self.profiled
 
     def print_trainable_parameters(self) -> None:

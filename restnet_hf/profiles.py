@@ -13,6 +13,9 @@ from restnet_hf.files import written_whole
 from restnet_hf.routes import Route
 
 
+RUNTIME_KEYS = ("device", "runtime", "precision", "threads")  # what a latency depends on
+
+
 class BudgetError(ValueError):
     """No route fits a budget, or the profile does not hold what the budget asks for."""
 
@@ -105,6 +108,22 @@ class Profile:
             if not front or row.scores[score] > front[-1].scores[score]:
                 front.append(row)
         return tuple(front)
+
+    def with_runtime(self, exported: "Profile") -> "Profile":
+        """With what the profile of an exported folder says, in ``metadata["runtimes"]``.
+
+        Each entry there is of one device, runtime, precision and number of threads, with ``latency_ms`` and scores by
+        route. What is known of other routes in the same stays.
+        """
+        entry = {key: exported.metadata.get(key) for key in (*RUNTIME_KEYS, "date", "versions", "images", "size_mb")}
+        routes = {str(row.route): {"latency_ms": row.costs["latency_ms"], **row.scores} for row in exported.routes}
+        others = []
+        for other in self.metadata.get("runtimes", ()):
+            if all(other.get(key) == entry[key] for key in RUNTIME_KEYS):
+                routes = {**other.get("routes", {}), **routes}
+            else:
+                others.append(other)
+        return Profile(self.routes, {**self.metadata, "runtimes": [*others, {**entry, "routes": routes}]})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""

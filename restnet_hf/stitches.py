@@ -271,7 +271,7 @@ class LowRankStitch(LinearStitch):
     def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
         super().__init__(source, target, config)
         self.proj.weight.requires_grad_(False)
-        self.scaling = config.lora_alpha / config.r
+        self.scaling, self.config = config.lora_alpha / config.r, config
         self.A = self._layer(source.channels, config.r, bias=False)  # not lora_A: PEFT takes such tensors for its own
         self.B = self._layer(config.r, target.channels, bias=False)
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
@@ -279,6 +279,15 @@ class LowRankStitch(LinearStitch):
 
     def _map(self, x: Tensor) -> Tensor:
         return self.proj(x) + self.scaling * self.B(self.A(x))
+
+    @torch.no_grad()
+    def merged(self) -> LinearStitch:
+        """A linear stitch that does the same, up to rounding; PEFT's ``merge_and_unload``."""
+        merged = LinearStitch(self.source, self.target, self.config)
+        merged.load_state_dict({key: value for key, value in self.state_dict().items() if key[:2] not in ("A.", "B.")})
+        update = self.B.weight.flatten(1) @ self.A.weight.flatten(1)
+        merged.proj.weight += self.scaling * update.view_as(merged.proj.weight)
+        return merged.to(self.proj.weight.dtype)
 
     def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
         super()._set_projection(weight, bias)

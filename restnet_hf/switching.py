@@ -208,7 +208,10 @@ class RouteMixin:
             return {f"heads.{route.head}", *(f"stitches.{point.name}" for point in route.stitch_points)} | tuned
 
         rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
-        return Profile(tuple(rows), {**self.profiled.metadata, "weights": now})
+        about = {**self.profiled.metadata, "weights": now}
+        if changed and "runtimes" in about:  # what was exported was of other weights
+            del about["runtimes"]
+        return Profile(tuple(rows), about)
 
     def set_route(self, route: Route | str) -> Route:
         """Make ``forward`` run that route.

@@ -1,0 +1,162 @@
+"""ONNX files for ONNX Runtime; several routes share one file of weights."""
+
+from __future__ import annotations  # onnx is imported when it is needed
+
+import ast
+import logging
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from restnet_hf.export.exporter import Exporter, SharedWeights, UnsupportedExport, file_names
+from restnet_hf.export.programs import Program
+from restnet_hf.routes import Route
+
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+LAYER_TYPES = ("Conv", "MatMul", "Gemm")
+SMALL = 1024  # bytes that stay in the graph
+WEIGHTS = "weights.bin"
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A graph, and by name of each node the path of the module that it is of."""
+
+    proto: ModelProto
+    layers: Mapping[str, str]
+
+    def nodes(self, layers: Collection[str]) -> list[str]:
+        """Names of the nodes of some layers."""
+        return [name for name, layer in self.layers.items() if layer in layers]
+
+
+def to_onnx(program: Program) -> OnnxModel:
+    """A program as ONNX, without the notes on where in the source it comes from.
+
+    Raises:
+        UnsupportedExport: an operation has no counterpart.
+    """
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                program.exported, dynamo=True, verbose=False, input_names=["pixel_values"], output_names=["logits"]
+            )
+        except Exception as error:  # of several libraries, of no common kind
+            raise UnsupportedExport(f"route '{program.route}' cannot be written as ONNX: {error}") from error
+    assert made is not None
+    proto = made.model_proto
+    layers = {node.name: _layer(node) for node in proto.graph.node if node.op_type in LAYER_TYPES}
+    for each in (proto, proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.value_info):
+        del each.metadata_props[:]  # they hold paths of this machine
+    for each in (*proto.graph.input, *proto.graph.output, *proto.functions):
+        del each.metadata_props[:]
+    return OnnxModel(proto, layers)
+
+
+def _layer(node: NodeProto) -> str:
+    """The module that a node is of. A convolution that took in a norm goes by its weight."""
+    weight = node.input[1] if len(node.input) > 1 else ""
+    if weight.endswith(".weight"):
+        return weight.removesuffix(".weight")
+    scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+    return ["", "", *ast.literal_eval(scopes)][-2]  # the last is the operation
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes on opsets and optimisers are of no use to people."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+class OnnxExporter(Exporter):
+    """ONNX Runtime: ``int8`` is static, every activation on a scale that calibration found; ``int8_dynamic`` scales
+    the inputs of matrix products as they come, and leaves convolutions as they are."""
+
+    runtime = "onnx"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    precisions = ("fp32", "int8", "int8_dynamic")
+
+    def convert(self, program: Program, precision: str) -> OnnxModel:
+        return to_onnx(program)
+
+    def quantize(
+        self, model: OnnxModel, precision: str, images: Iterable[np.ndarray], keep: Collection[str]
+    ) -> OnnxModel:
+        import onnx
+        from onnxruntime import quantization as q
+
+        # weights of seven bits: products of pairs of eight-bit ones overflow where a processor has no VNNI
+        options: dict[str, Any] = {"weight_type": q.QuantType.QInt8, "per_channel": True, "reduce_range": True}
+        options["nodes_to_exclude"] = model.nodes(keep)
+        attention = any(node.op_type == "Softmax" for node in model.proto.graph.node)
+        if precision == "int8_dynamic" or attention:
+            # what lies between the matrix products of a transformer has outliers, and is cheap
+            options["op_types_to_quantize"] = ["MatMul", "Gemm"] if precision == "int8_dynamic" else list(LAYER_TYPES)
+            options["extra_options"] = {"MatMulConstBOnly": True}
+        with tempfile.TemporaryDirectory() as name, _quiet():
+            given, made = Path(name) / "given.onnx", Path(name) / "made.onnx"
+            onnx.save(model.proto, given)
+            if precision == "int8_dynamic":
+                q.quantize_dynamic(given, made, **options)
+            else:
+                q.quantize_static(given, made, _Reader(images), activation_type=q.QuantType.QUInt8, **options)
+            return OnnxModel(onnx.load(made), model.layers)
+
+    def save(self, models: Mapping[Route, OnnxModel], folder: Path) -> dict[Route, dict[str, str]]:
+        import onnx
+
+        names = file_names(models)
+        if len(models) == 1:
+            ((route, model),) = models.items()
+            onnx.save(model.proto, folder / "model.onnx")
+            return {route: {"file": "model.onnx"}}
+        with open(folder / WEIGHTS, "wb") as file:
+            weights = SharedWeights(file)
+            for route, model in models.items():
+                onnx.save(_outside(model.proto, weights), folder / f"{names[route]}.onnx")
+        return {route: {"file": f"{name}.onnx"} for route, name in names.items()}
+
+
+def _outside(proto: ModelProto, weights: SharedWeights) -> ModelProto:
+    """The graph with its tensors in a file beside it."""
+    from onnx import numpy_helper
+    from onnx.external_data_helper import set_external_data
+
+    graph = type(proto)()
+    graph.CopyFrom(proto)
+    for tensor in graph.graph.initializer:
+        if not tensor.HasField("raw_data"):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+        data = tensor.raw_data
+        if len(data) >= SMALL:
+            set_external_data(tensor, WEIGHTS, weights.add(data), len(data))
+            tensor.ClearField("raw_data")
+    return graph
+
+
+class _Reader:
+    """Images as the quantiser wants them, one after the other."""
+
+    def __init__(self, images: Iterable[np.ndarray]) -> None:
+        self._images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        image = next(self._images, None)
+        return None if image is None else {"pixel_values": image}

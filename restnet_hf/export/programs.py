@@ -1,0 +1,107 @@
+"""A route as a program: one graph of tensor operations, which the exporters write for their runtimes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from restnet_hf.export.folding import fold_stitches, merge_stitches, module_of
+from restnet_hf.routes import Route
+from restnet_hf.steps import Step
+from restnet_hf.stitches import Stitch
+
+
+LAYERS = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
+MOST = 1024  # images in a batch, where it may be of any size
+
+
+class ExportedRoute(nn.Module):
+    """A baked route whose input has the name that transformers gives it."""
+
+    def __init__(self, steps: nn.Sequential) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.steps(pixel_values)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A route as one graph.
+
+    Args:
+        route: of a model.
+        module: the baked route, its stitches folded where that is exact and cheaper.
+        exported: the same as a graph.
+        example: images (N, 3, H, W) that it was traced with.
+        stitches: paths in the module of its stitches; ``head`` of its classifier.
+        folded: how many stitches are no more.
+    """
+
+    route: Route
+    module: ExportedRoute
+    exported: ExportedProgram
+    example: Tensor
+    stitches: tuple[str, ...]
+    folded: int
+
+    @cached_property
+    def layers(self) -> dict[str, fx.Node]:
+        """The convolutions and linear layers by the path of their module, the first one first."""
+        found: dict[str, fx.Node] = {}
+        for node in self.exported.graph.nodes:
+            if node.target in LAYERS:
+                found.setdefault(module_of(node), node)
+        return found
+
+    @property
+    def first_kept(self) -> tuple[tuple[str, ...], ...]:
+        """What is tried in full precision first where low precision costs too much: the stitches, and the head."""
+        names = list(self.layers)
+        stitched = tuple(name for name in names if any(name.startswith(f"{path}.") for path in self.stitches))
+        return tuple(dict.fromkeys(kept for kept in (stitched, (*stitched, names[-1])) if kept))
+
+
+def trace_route(
+    route: Route, steps: Sequence[Step], batch_size: int | None = None, dtype: torch.dtype | None = None
+) -> Program:
+    """Bake a route and trace it.
+
+    Args:
+        route: of the model.
+        steps: of the route.
+        batch_size: images in a run; None for any number.
+        dtype: of the weights, and of the images; as they are by default.
+
+    Raises:
+        ValueError: it cannot be traced.
+    """
+    image = steps[0].shape[1:]
+    module = ExportedRoute(nn.Sequential(*(step.bake() for step in steps))).eval().requires_grad_(False).cpu()
+    example = torch.randn(batch_size or 2, *image, generator=torch.Generator().manual_seed(0))
+    merge_stitches(module.steps)
+    folded = fold_stitches(module.steps, example, lambda: _traced(module, route, example, None))
+    if dtype is not None:
+        module, example = module.to(dtype), example.to(dtype)
+    sizes = None if batch_size else {"pixel_values": {0: Dim("batch", min=1, max=MOST)}}
+    stitches = tuple(f"steps.{index}" for index, step in enumerate(steps) if isinstance(step.module, Stitch))
+    return Program(route, module, _traced(module, route, example, sizes), example, stitches, folded)
+
+
+def _traced(module: nn.Module, route: Route, example: Tensor, sizes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=sizes, strict=False)
+    except Exception as error:  # torch may fail in any way on what a network does
+        how = "; a batch of any size may be the cause: give batch_size=1" if sizes else ""
+        raise ValueError(f"route '{route}' cannot be exported{how}: {type(error).__name__}: {error}") from error
+
+
+def numpy_batches(images: Tensor) -> Iterator[Any]:
+    """Images (N, 3, H, W) one by one, as arrays (1, 3, H, W), to calibrate with."""
+    for image in images:
+        yield image[None].float().numpy()
