@@ -155,6 +155,7 @@ def make_card(
         standalone=standalone,
         number=len(anchors),
         routes=_routes(profile, plot),
+        runtimes=_runtimes(profile),
         anchors=_table(("name", "model", "commit", "licence"), said),
         training=_training(training),
         choice=_choice(profile),
@@ -175,6 +176,22 @@ def _routes(profile: Profile | None, plot: str | None) -> str:
     if any(row.route.via for row in rows):
         parts.append("A stitch with a name, as in `a[:7] +name b[11:]`, is one that several routes may share.")
     return "\n\n".join(parts + ([f"![accuracy against MACs of every route]({plot})"] if plot else []))
+
+
+def _runtimes(profile: Profile | None) -> str:
+    """What exported routes take, one line for each."""
+    rows = []
+    for entry in () if profile is None else profile.metadata.get("runtimes", ()):
+        threads = entry["threads"]
+        where = f"{entry['device']}, {threads} thread{'s' if threads > 1 else ''}"
+        for route, found in entry["routes"].items():
+            shares = [f"{100 * found[score]:.1f}" if score in found else "" for score in ("agreement", "accuracy")]
+            numbers = (f"{found['latency_ms']:.2f}", *shares)
+            rows.append((f"`{route}`", entry["runtime"], entry["precision"], where, *numbers))
+    if not rows:
+        return ""
+    head = ("route", "runtime", "precision", "device", "latency, ms", "agreement, %", "accuracy, %")
+    return _table(head, rows)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -138,7 +138,13 @@ class Profile:
                 ProfiledRoute(Route.parse(row["route"]), _numbers(row["costs"]), _numbers(row["scores"]))
                 for row in data["routes"]
             )
-            return cls(rows, dict(data["metadata"]))
+            metadata = dict(data["metadata"])
+            for entry in metadata.get("runtimes", ()):
+                for numbers in ({"threads": entry["threads"]}, *entry["routes"].values()):
+                    _numbers(numbers)
+                if not all(isinstance(entry[key], str) for key in RUNTIME_KEYS[:3]):
+                    raise ValueError(f"{RUNTIME_KEYS[:3]} of a runtime must be text")
+            return cls(rows, metadata)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a profile: {error!r}") from error
 

@@ -1,7 +1,6 @@
 """Stitches that need not run: an affine map before affine maps is one with them."""
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -37,7 +36,7 @@ def merge_stitches(steps: nn.Sequential) -> None:
 
 
 @torch.no_grad()
-def fold_stitches(steps: nn.Sequential, example: Tensor, trace: Callable[[], ExportedProgram]) -> int:
+def fold_stitches(steps: nn.Sequential, example: Tensor, exported: ExportedProgram) -> int:
     """Fold linear stitches into the layers that follow, where that is exact and saves work; returns how many.
 
     A stitch goes where every way from it leads, through nothing but moves, to convolutions without padding or to
@@ -47,13 +46,13 @@ def fold_stitches(steps: nn.Sequential, example: Tensor, trace: Callable[[], Exp
     Args:
         steps: a baked route; changed in place.
         example: images.
-        trace: gives the graph of the steps as they are now; its modules' paths begin with ``steps.``.
+        exported: their graph; its modules' paths begin with ``steps.``.
     """
     folded = 0
     for index, stitch in enumerate(steps):
         if not isinstance(stitch, LinearStitch) or type(stitch)._map is not LinearStitch._map:
             continue
-        layers = [steps.get_submodule(path) for path in _following(trace(), f"steps.{index}.proj")]
+        layers = [steps.get_submodule(path) for path in _following(exported, f"steps.{index}.proj")]
         if not layers:
             continue
         before, cost = steps(example), count_macs(steps, example)

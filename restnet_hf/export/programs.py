@@ -84,13 +84,16 @@ def trace_route(
     image = steps[0].shape[1:]
     module = ExportedRoute(nn.Sequential(*(step.bake() for step in steps))).eval().requires_grad_(False).cpu()
     example = torch.randn(batch_size or 2, *image, generator=torch.Generator().manual_seed(0))
+    sizes = None if batch_size else {"pixel_values": {0: Dim("batch", min=1, max=MOST)}}
     merge_stitches(module.steps)
-    folded = fold_stitches(module.steps, example, lambda: _traced(module, route, example, None))
+    exported = _traced(module, route, example, sizes)
+    folded = fold_stitches(module.steps, example, exported)
     if dtype is not None:
         module, example = module.to(dtype), example.to(dtype)
-    sizes = None if batch_size else {"pixel_values": {0: Dim("batch", min=1, max=MOST)}}
+    if folded or dtype is not None:
+        exported = _traced(module, route, example, sizes)
     stitches = tuple(f"steps.{index}" for index, step in enumerate(steps) if isinstance(step.module, Stitch))
-    return Program(route, module, _traced(module, route, example, sizes), example, stitches, folded)
+    return Program(route, module, exported, example, stitches, folded)
 
 
 def _traced(module: nn.Module, route: Route, example: Tensor, sizes: Any) -> ExportedProgram:
