@@ -72,6 +72,7 @@ LADDER = [
     "learning",
     "training",
     "comparing",
+    "judging",
     "adapting",
     "recipe",
     "cli",
