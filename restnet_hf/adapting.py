@@ -3,35 +3,31 @@
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import find_executable_batch_size
 from datasets import Dataset
 
 from restnet_hf.comparing import class_names_of
 from restnet_hf.costs import MacsTable
-from restnet_hf.data import Batch, batches, load_images, subset, with_pixel_values
-from restnet_hf.evaluation import Raced, race_routes
+from restnet_hf.data import load_images, subset, with_pixel_values
 from restnet_hf.families import spread
 from restnet_hf.files import written_whole
+from restnet_hf.judging import FEW, PREDICTORS, Judge
 from restnet_hf.labels import label_order
 from restnet_hf.latency import LatencyCheck, LatencyTable
 from restnet_hf.measuring import check_latency, measure_latency
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.profiles import Budget, Profile, ProfiledRoute
+from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
 from restnet_hf.routes import Route, Segment
 from restnet_hf.search import SEARCHES, Rejected, Search
-from restnet_hf.steps import run_steps
 
 
 ALL = 256  # so many candidates are all evaluated; of more, a tenth
 FINALISTS = 3
 CHECKED = 6  # routes that run from end to end while pieces are timed
-LABELS = {True: "accuracy", False: "agreement"}  # the score, by whether the images have labels
 
 
 @dataclass(frozen=True)
@@ -39,10 +35,11 @@ class Adapted:
     """What `adapt` found.
 
     Args:
-        best: the route that was chosen, with its costs; ``latency_ms`` is measured from end to end.
+        best: the route that was chosen, with its costs; ``latency_ms`` and, where the system counts it, ``energy_j``
+            are measured from end to end.
         score: what it was chosen by: ``accuracy``, or ``agreement`` with the largest anchor.
         rejected: the other candidates, with the reason.
-        checks: predicted and measured latency of those that ran from end to end.
+        checks: predicted and measured latency, and joules, of those that ran from end to end.
         finished: False where the search was interrupted.
     """
 
@@ -61,6 +58,7 @@ def adapt(
     candidates: Iterable[Route | str] | None = None,
     latency: LatencyTable | None = None,
     search: str | None = None,
+    predictor: str | None = FEW,
     max_evaluations: int | None = None,
     exact: bool = False,
     batch_size: int = 32,
@@ -78,30 +76,47 @@ def adapt(
             scored by how often they agree with the largest anchor.
         budget: limits.
         candidates: routes to choose from; all and the anchors alone by default.
-        latency: what `measure_latency` found here before; measured now if the budget limits latency and it is None.
+        latency: what `measure_latency` found here before; measured now if it is None and the budget limits latency or
+            energy.
         search: a key of `SEARCHES`; by default all are evaluated if they are few, else ``evolution`` does a tenth.
-        max_evaluations: how many routes are evaluated at most.
+        predictor: what tells the evolution of all routes before it begins: ``few_images``, for which a quarter of the
+            evaluations is spent, a key of `SELECTORS`, or None.
+        max_evaluations: how many routes are evaluated at most, or as much work for the predictor.
         exact: evaluate routes on all images even where they cannot win any more.
         batch_size: for a tensor or a data set; smaller where memory runs out.
         seed: of the search.
         state: a file from which an interrupted search goes on, and into which it is written.
 
     Raises:
-        BudgetError: no route fits, or none that was run from end to end (the message names the cheapest).
+        BudgetError: no route fits, or none that was run from end to end (the message names the cheapest), or energy is
+            limited and not counted.
         ValueError: there are no images, or an option is out of range.
     """
     routes = [model.route(route) for route in (model.all_routes if candidates is None else candidates)]
-    if latency is None and budget.latency_ms is not None:
+    if latency is None and _is_measured(budget):
         latency = measure(model, routes)
-    costs = _corrected_costs(model, latency)
-    judge = _Judge(model, data, batch_size, exact)
+    if budget.energy_j is not None and latency is not None and latency.watts is None:
+        raise BudgetError(
+            "energy_j is not known: no energy counter of the processor could be read (on many systems only root may "
+            "read /sys/class/powercap); limit latency_ms instead"
+        )
+    known = dict(zip(routes, map(_corrected_costs(model, latency), routes), strict=True))
+    judge = Judge(model, data, batch_size, exact)
+    judge.fits = [route for route, costs in known.items() if budget.allows(costs)]
     kind = search or ("exhaustive" if len(routes) <= ALL else "evolution")
     if kind not in SEARCHES or kind == "ranked":
         raise ValueError(f"search={kind!r} is not one of {sorted({*SEARCHES} - {'ranked'})}")
-    most = max_evaluations if max_evaluations or kind == "exhaustive" else max(1, len(routes) // 10)
+    if predictor not in (None, *PREDICTORS):
+        raise ValueError(f"predictor={predictor!r} is not one of {PREDICTORS}, or None")
+    share = 1 if kind == "exhaustive" else 10
+    most = max(1, len(routes) // share) if max_evaluations is None else max_evaluations
     options: dict[str, Any] = {"batch_size": len(routes)} if kind == "exhaustive" else {}
-    job = SEARCHES[kind](routes, costs, judge, budget, max_evaluations=most, seed=seed, score=judge.score, **options)
-    judge.fits = [route for route in routes if all(job.costs[route][c] <= most for c, most in budget.limits.items())]
+    if kind == "evolution" and predictor and 1 < most < len(judge.fits):
+        options["predictor"], taken = judge.predictor(predictor, most)
+        most = max(1, most - taken)
+    job = SEARCHES[kind](
+        routes, known.__getitem__, judge, budget, max_evaluations=most, seed=seed, score=judge.score, **options
+    )
     _go_on(job, judge, state)
     found = job.run(lambda rows: _keep(job, judge, state))
     exactly = [judge.as_measured(row) for row in found.rows]
@@ -136,7 +151,7 @@ def adapt_to(
     if not resume:
         state.unlink(missing_ok=True)
     latency = None
-    if budget.latency_ms is not None:
+    if _is_measured(budget):
         latency = measure(model, model.all_routes)
         latency.save(file)
     found = adapt(model, data, budget, latency=latency, state=state, **options)
@@ -189,17 +204,26 @@ def measure(
     return measure_latency(walks, batch_size, seconds=seconds, check=[walk for walk in walks if walk[0] in few])
 
 
+def _is_measured(budget: Budget) -> bool:
+    """Whether it limits what a device must be measured for."""
+    return budget.latency_ms is not None or budget.energy_j is not None
+
+
 def _corrected_costs(
     model: StitchedModelForImageClassification, latency: LatencyTable | None
 ) -> Callable[[Route], dict[str, float]]:
-    """The costs of routes; latencies by as much longer as the table's own checks were."""
+    """The costs of routes; latencies, and energies, by as much more as the table's own checks were."""
     costs, off = model.costs_here(latency), 1.0 if latency is None else _off(latency.checks.values())
 
     def corrected(route: Route) -> dict[str, float]:
-        found = costs(route)
-        return found | ({"latency_ms": off * found["latency_ms"]} if "latency_ms" in found else {})
+        return _times(off, costs(route))
 
     return corrected
+
+
+def _times(change: float, costs: Mapping[str, float]) -> dict[str, float]:
+    """Costs with what was measured changed."""
+    return {cost: change * value if cost in ("latency_ms", "energy_j") else value for cost, value in costs.items()}
 
 
 def _off(checks: Iterable[LatencyCheck]) -> float:
@@ -207,69 +231,7 @@ def _off(checks: Iterable[LatencyCheck]) -> float:
     return statistics.median([check.measured.ms / check.predicted_ms for check in checks] or [1.0])
 
 
-class _Judge:
-    """Scores routes on the device's images, and remembers which it did not see through to the end."""
-
-    def __init__(self, model: StitchedModelForImageClassification, data: Any, batch_size: int, exact: bool) -> None:
-        self.model, self.data, self.batch_size = model, data, batch_size
-        self.error = 0.0 if exact else 0.01
-        self.fits: list[Route] = []
-        self.images = 0
-        self.stopped: dict[Route, tuple[float, int]] = {}
-        first = next(iter(self._batches()))
-        self.score = LABELS["labels" in first]
-        self.teacher = None if "labels" in first else torch.cat(list(self._taught()))
-
-    def _batches(self) -> Iterator[Batch]:
-        for batch in batches(self.data, self.batch_size, "private images"):
-            self.model.preprocessing.check(batch["pixel_values"])
-            yield {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
-
-    @torch.no_grad()
-    def _taught(self) -> Iterator[torch.Tensor]:
-        """What the largest anchor says, batch by batch."""
-        anchors = self.model.anchors
-        largest = max(anchors, key=lambda name: anchors[name].num_parameters())
-        steps = self.model.steps(Route((Segment(largest),)))
-        for batch in self._batches():
-            yield run_steps(batch["pixel_values"].to(self.model.device), steps).argmax(-1).cpu()
-
-    def _labelled(self) -> Iterator[Batch]:
-        start = 0
-        for batch in self._batches():
-            stop = start + len(batch["pixel_values"])
-            yield batch if self.teacher is None else {**batch, "labels": self.teacher[start:stop]}
-            start = stop
-
-    def __call__(self, routes: Sequence[Route]) -> dict[Route, float]:
-        walks = [(route, self.model.steps(route)) for route in routes]
-
-        def race(batch_size: int) -> Raced:
-            self.batch_size = batch_size
-            return race_routes(walks, self._labelled(), self.model.device, [set(routes) & {*self.fits}], self.error)
-
-        found = find_executable_batch_size(race, starting_batch_size=self.batch_size)()
-        self.images = found.images
-        self.stopped |= found.stopped
-        return {**found.scores, **{route: score for route, (score, _) in found.stopped.items()}}
-
-    def as_measured(self, row: ProfiledRoute) -> ProfiledRoute:
-        """A row without a score that is of some images only."""
-        return replace(row, scores={}) if row.route in self.stopped else row
-
-    def reasons(self, rejected: Iterable[Rejected]) -> list[Rejected]:
-        """The reasons, with those that were stopped early named."""
-        found = []
-        for each in rejected:
-            if each.why == "not evaluated" and each.route in self.stopped:
-                score, images = self.stopped[each.route]
-                detail = f"stopped after {images} of {self.images} images with {self.score}={score:g}: it cannot win"
-                each = Rejected(each.route, "worse", detail)
-            found.append(each)
-        return found
-
-
-def _keep(job: Search, judge: _Judge, state: str | os.PathLike[str] | None) -> None:
+def _keep(job: Search, judge: Judge, state: str | os.PathLike[str] | None) -> None:
     """Write the state of a search."""
     if state is not None:
         stopped = {str(route): found for route, found in judge.stopped.items()}
@@ -277,7 +239,7 @@ def _keep(job: Search, judge: _Judge, state: str | os.PathLike[str] | None) -> N
             temporary.write_text(json.dumps({"search": job.state_dict(), "stopped": stopped, "images": judge.images}))
 
 
-def _go_on(job: Search, judge: _Judge, state: str | os.PathLike[str] | None) -> None:
+def _go_on(job: Search, judge: Judge, state: str | os.PathLike[str] | None) -> None:
     """Take up the state of an earlier search, if there is one."""
     if state is None or not Path(state).exists():
         return
@@ -309,7 +271,7 @@ def _confirmed(
         best = Profile(tuple(scored)).best(budget, score)
         if latency is None or best.route in checks:
             return best, corrected, checks
-        fitting = [row for row in scored if all(row.costs[c] <= most for c, most in budget.limits.items())]
+        fitting = [row for row in scored if budget.allows(row.costs)]
         ahead = sorted(fitting, key=lambda row: -row.scores[score])[:FINALISTS]
         routes = dict.fromkeys([best.route, *(row.route for row in ahead)])
         checks |= check_latency(latency, [(route, model.steps(route)) for route in routes])
@@ -322,6 +284,6 @@ def _corrected(
         return row
     known = checks.get(row.route)
     if known is not None:
-        return replace(row, costs={**row.costs, "latency_ms": known.measured.ms / latency.batch_size})
-    change = _off(checks.values()) / _off(latency.checks.values())
-    return replace(row, costs={**row.costs, "latency_ms": change * row.costs["latency_ms"]})
+        joules = {} if known.joules is None else {"energy_j": known.joules / latency.batch_size}
+        return replace(row, costs={**row.costs, "latency_ms": known.measured.ms / latency.batch_size, **joules})
+    return replace(row, costs=_times(_off(checks.values()) / _off(latency.checks.values()), row.costs))

@@ -24,6 +24,7 @@ COLUMNS = {  # of the table: heading, factor, digits
     "params": ("params, M", 1e-6, 2),
     "memory_mb": ("memory, MB", 1.0, 1),
     "latency_ms": ("latency, ms", 1.0, 2),
+    "energy_j": ("energy, mJ", 1e3, 2),
     "accuracy": ("accuracy, %", 100.0, 2),
 }
 

@@ -168,6 +168,9 @@ def adapt_command(
     split: Annotated[str, typer.Option(help="Of the images.")] = "train",
     images: Annotated[int, typer.Option(help="How many, chosen at random.")] = 500,
     search: Annotated[str | None, typer.Option(help="exhaustive or evolution.")] = None,
+    predictor: Annotated[
+        str, typer.Option(help="What tells evolution of all routes: few_images, a selector such as lstsq, or none.")
+    ] = "few_images",
     exact: Annotated[bool, typer.Option(help="Evaluate all routes on all images.")] = False,
     threads: Annotated[int | None, typer.Option(help="Of the processor; as torch has it by default.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with a search that was stopped.")] = False,
@@ -177,7 +180,8 @@ def adapt_command(
         limits = parse_budget(budget)
         model = _on_this_device(adapter, threads)
         rows = device_images(model, data, split, images)
-        found = adapt_to(model, rows, limits, out, search=search, exact=exact, resume=resume)
+        chosen = None if predictor == "none" else predictor
+        found = adapt_to(model, rows, limits, out, search=search, predictor=chosen, exact=exact, resume=resume)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     _show_adapted(found, limits)

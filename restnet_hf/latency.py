@@ -36,6 +36,7 @@ class LatencyCheck:
 
     predicted_ms: float
     measured: Timing
+    joules: float | None = None  # a batch, where the system counts them
 
     @property
     def error(self) -> float:
@@ -80,7 +81,7 @@ class LatencyTable:
         orders: of stitches whose activations lie in memory in another order of axes than the anchor's own, that order;
             a network may take longer or shorter for it, up to its end.
         checks: of routes that were run from end to end in the same rounds.
-        facts: clock rate, date, versions and more, as JSON holds it.
+        facts: clock rate, date, versions, ``watts`` (see there) and more, as JSON holds it.
     """
 
     device: str
@@ -127,6 +128,12 @@ class LatencyTable:
         inner = range(start + 1, depth + 1 if stop is None else stop)
         end = [] if stop is None else [leaving(anchor, stop)]
         return [*tuned, entering(anchor, start, order), *(passing(anchor, k, depth, order) for k in inner), *end]
+
+    @property
+    def watts(self) -> float | None:
+        """What the processor uses while routes run, in the median of the checks; None where it is not counted."""
+        found = self.facts.get("watts")
+        return None if found is None else _number(found)
 
     @property
     def spread(self) -> float:
@@ -202,5 +209,5 @@ def _read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{value!r} is not a time")
+        raise ValueError(f"{value!r} is not a number of at least 0")
     return value

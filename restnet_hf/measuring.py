@@ -1,6 +1,7 @@
 """Time the pieces of routes on this device, for the table of latencies, and whole routes to check it."""
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -277,12 +278,19 @@ def measure_latency(
     whole = {str(route): timings.pop(f"route {route}") for route, _ in checked}
     kind = str(weight.dtype).removeprefix("torch.")
     runtime = f"torch {torch.__version__} eager, {kind}, batch {batch_size}"
-    facts = device_facts() | {"rounds": rounds}
+    facts = device_facts() | {"rounds": rounds, "watts": _watts(checked, batch_size, whole)}
     table = LatencyTable(device_name(weight.device), runtime, batch_size, pieces.depths, timings, pieces.orders)
     checks = {str(route): LatencyCheck(table.latency_ms(steps), whole[str(route)]) for route, steps in checked}
     table = replace(table, checks=checks, facts=facts)
     _judge(table)
     return table
+
+
+def _watts(checked: Iterable[Walk], batch_size: int, whole: Mapping[str, Timing]) -> float | None:
+    """Median over routes of what the processor uses while they run; None where it is not counted."""
+    spent = {str(route): joules_per_image(steps, batch_size) for route, steps in checked}
+    found = [used * batch_size / whole[name].ms * 1e3 for name, used in spent.items() if used is not None]
+    return statistics.median(found) if found else None
 
 
 def _judge(table: LatencyTable) -> None:
@@ -319,7 +327,11 @@ def check_latency(
     predicted = {route: table.latency_ms(steps) for route, steps in walks}
     watch = _Watch(_weight(_first_anchor(walks[0][1])).device, clock)
     timings, _ = _rounds(_whole_routes(walks, table.batch_size, watch), repeats, float("inf"))
-    return {route: LatencyCheck(predicted[route], timings[f"route {route}"]) for route, _ in walks}
+    spent = {route: joules_per_image(steps, table.batch_size) for route, steps in walks}
+    return {
+        route: LatencyCheck(predicted[route], timings[f"route {route}"], used and used * table.batch_size)
+        for route, used in spent.items()
+    }
 
 
 @torch.no_grad()

@@ -210,10 +210,12 @@ class StitchedModelForImageClassification(SelectingModel):
         return r2
 
     def costs_here(self, latency: LatencyTable | None = None) -> Callable[[Route], dict[str, float]]:
-        """A function that gives MACs, parameters and memory of a route of this model, and its latency.
+        """A function that gives MACs, parameters and memory of a route of this model, its latency and its energy.
+
+        Energy is latency times what the processor used while routes ran, where the system counts it.
 
         Args:
-            latency: what `measure_latency` found on this device; without it latency is left out.
+            latency: what `measure_latency` found on this device; without it latency and energy are left out.
         """
         macs, params = MacsTable(), ParamsTable()
         memory = MemoryTable(1 if latency is None else latency.batch_size)
@@ -223,6 +225,8 @@ class StitchedModelForImageClassification(SelectingModel):
             found = {"macs": macs.macs(steps), "params": params.params(steps), "memory_mb": memory.memory_mb(steps)}
             if latency is not None:
                 found["latency_ms"] = latency.latency_ms(steps) / latency.batch_size
+                if latency.watts is not None:
+                    found["energy_j"] = latency.watts * found["latency_ms"] / 1e3
             return found
 
         return costs
@@ -241,7 +245,7 @@ class StitchedModelForImageClassification(SelectingModel):
             data: labelled images; see `restnet_hf.data.batches`.
             routes: all and the anchors alone by default.
             batch_size: for a tensor or a data set.
-            latency: what `measure_latency` found on this device, for ``latency_ms``.
+            latency: what `measure_latency` found on this device, for ``latency_ms`` and ``energy_j``.
             **metadata: written into the profile, the data's name for one.
         """
         chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]

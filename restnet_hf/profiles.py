@@ -29,12 +29,14 @@ class Budget:
         params: parameters of the route's own segments, stitches and head.
         memory_mb: megabytes (2**20 bytes).
         latency_ms: milliseconds for one image, on the device the profile names.
+        energy_j: joules for one image, of all that the processor uses meanwhile.
     """
 
     macs: float | None = None
     params: float | None = None
     memory_mb: float | None = None
     latency_ms: float | None = None
+    energy_j: float | None = None
 
     def __post_init__(self) -> None:
         for cost, limit in self.limits.items():
@@ -47,6 +49,10 @@ class Budget:
     def limits(self) -> dict[str, float]:
         """The limits that are set, by cost."""
         return {cost: limit for cost, limit in asdict(self).items() if limit is not None}
+
+    def allows(self, costs: Mapping[str, float]) -> bool:
+        """Whether costs are within all limits; one that is limited and not known is not."""
+        return all(costs.get(cost, math.inf) <= limit for cost, limit in self.limits.items())
 
     def __str__(self) -> str:
         return ", ".join(f"{cost}<={limit:g}" for cost, limit in self.limits.items())
@@ -86,7 +92,7 @@ class Profile:
             if not all(cost in row.costs for row in self.routes):
                 known = sorted(set.intersection(*(set(row.costs) for row in self.routes)) if self.routes else ())
                 raise BudgetError(f"the profile holds no {cost} for its routes, only {known}; profile the model again")
-        fitting = [r for r in self.routes if all(r.costs[c] <= limit for c, limit in limits.items())]
+        fitting = [row for row in self.routes if budget.allows(row.costs)]
         if not fitting:
             raise BudgetError(f"no route fits {budget}; {self._cheapest(budget)}")
         scored = [row for row in fitting if score in row.scores]

@@ -12,12 +12,13 @@ import numpy as np
 from restnet_hf.genomes import Neighbours
 from restnet_hf.profiles import Budget, Profile, ProfiledRoute
 from restnet_hf.routes import Route
-from restnet_hf.surrogate import improvement, predicted, route_features, squared_distances
+from restnet_hf.surrogate import improvement, predicted, route_features, squared_distances, standard_scores
 
 
 NEAR = 0.8  # of a budget
 Costs = Callable[[Route], Mapping[str, float]]
 Scores = Callable[[Sequence[Route]], Mapping[Route, float]]
+Predictor = Callable[[Route], float | None]
 
 
 @dataclass(frozen=True)
@@ -252,14 +253,14 @@ class Ranked(Search):
 
     Args:
         candidates, costs, scores, budgets, **options: see `Search`.
-        predictor: of a route, the higher the better: ``Similarity.value`` of a selector, say, or the agreement with
-            the largest anchor on images without labels. None or NaN comes last.
+        predictor: of a route, the higher the better: ``Similarity.value`` of a selector, say, or the score on a few
+            images. None or NaN comes last.
     """
 
-    def __init__(self, *args: Any, predictor: Callable[[Route], float | None], **options: Any) -> None:
+    def __init__(self, *args: Any, predictor: Predictor, **options: Any) -> None:
         super().__init__(*args, **options)
-        said = [predictor(route) for route in self.routes]
-        self.predicted = np.array([-math.inf if value is None or math.isnan(value) else value for value in said])
+        said = _said(predictor, self.routes)
+        self.predicted = np.where(np.isnan(said), -math.inf, said)
 
     def _propose(self, unseen: np.ndarray, most: int) -> list[int]:
         chosen: list[int] = []
@@ -269,6 +270,11 @@ class Ranked(Search):
             chosen.append(int(left[self.predicted[left].argmax()]))
             unseen[chosen[-1]] = False
         return chosen
+
+
+def _said(predictor: Predictor, routes: Sequence[Route]) -> np.ndarray:
+    """What a predictor says of routes, NaN where it says nothing, (routes,)."""
+    return np.array([math.nan if (value := predictor(route)) is None else value for route in routes], dtype=float)
 
 
 class Evolution(Search):
@@ -285,10 +291,13 @@ class Evolution(Search):
     Args:
         candidates, costs, scores, budgets, **options: see `Search`. By default ``batch_size`` is a third of the root
             of all evaluations, 1 to 32: the smaller, the better informed.
+        predictor: as of `Ranked`; how far to follow it is learned. None and NaN say nothing of a route.
         children: how many are drawn for each batch; where no more candidates are left, those are taken.
     """
 
-    def __init__(self, *args: Any, children: int = 1024, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, predictor: Predictor = lambda route: None, children: int = 1024, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         if children < 1:
             raise ValueError(f"children={children} must be at least 1")
@@ -296,7 +305,9 @@ class Evolution(Search):
         self.batch_size = options.get("batch_size", min(max(1, math.isqrt(total) // 3), 32))
         self.children, self.population = children, min(max(4, total // 5), 100)
         self._neighbours = Neighbours(self.routes)
-        self._features = route_features(self.routes, self._costs)
+        features, said = route_features(self.routes, self._costs), _said(predictor, self.routes)
+        said[~self.fits.any(axis=0)] = math.nan  # only routes that fit a budget are compared
+        self._features = np.column_stack([features, standard_scores(said)])
 
     def _propose(self, unseen: np.ndarray, most: int) -> list[int]:
         if len(self._found) < self.population:

@@ -59,11 +59,13 @@ def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def predicted(seen: np.ndarray, values: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What a Gaussian process expects at each point, and by how much that may be off (one standard deviation).
 
-    Its kernel is exp(-d^2 / 2l^2), its mean that of the values, and its variance the one that makes the values
-    likeliest (Rasmussen & Williams, Gaussian Processes for Machine Learning, algorithm 2.1 and section 5.4).
+    Values follow a straight line over the last feature, whose slope is not known, and beside it are alike where the
+    other features are: the kernel is exp(-d^2 / 2l^2) + tt'. Its mean is that of the values, and its variance the one
+    that makes the values likeliest (Rasmussen & Williams, Gaussian Processes for Machine Learning, algorithm 2.1 and
+    sections 2.7 and 5.4).
 
     Args:
-        seen: features of what was evaluated, (n, features).
+        seen: features of what was evaluated, (n, features); the last is of `standard_scores`, what a predictor says.
         values: of that, (n,).
         points: features of what is asked about, (points, features).
     """
@@ -71,11 +73,21 @@ def predicted(seen: np.ndarray, values: np.ndarray, points: np.ndarray) -> tuple
     white = np.linalg.solve(root, values - values.mean())
     rows = np.linalg.solve(root, _kernel(seen, points))  # (n, points)
     variance = max(float(white @ white) / len(seen), 1e-12)  # all values may be the same
-    return values.mean() + white @ rows, np.sqrt(variance * np.maximum(1 - (rows**2).sum(0), 1e-9))
+    left = 1 + points[:, -1] ** 2 - (rows**2).sum(0)
+    return values.mean() + white @ rows, np.sqrt(variance * np.maximum(left, 1e-9))
 
 
 def _kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return np.exp(-squared_distances(left, right) / (2 * LENGTH**2))
+    apart = squared_distances(left[:, :-1], right[:, :-1])
+    return np.exp(-apart / (2 * LENGTH**2)) + np.outer(left[:, -1], right[:, -1])
+
+
+def standard_scores(values: np.ndarray) -> np.ndarray:
+    """Of mean 0 and variance 1; 0 for values that are not finite, which say nothing, and for all that are the same."""
+    known = np.isfinite(values)
+    off = np.where(known, values - values[known].mean() if known.any() else 0.0, 0.0)
+    spread = math.sqrt((off**2).sum() / max(known.sum(), 1))
+    return off / spread if spread > 1e-12 else np.zeros(len(values))
 
 
 def improvement(means: np.ndarray, deviations: np.ndarray, best: float) -> np.ndarray:

@@ -272,6 +272,7 @@ class RouteMixin:
         params: float | None = None,
         memory_mb: float | None = None,
         latency_ms: float | None = None,
+        energy_j: float | None = None,
         score: str = "accuracy",
     ) -> Route:
         """Make ``forward`` run the best route of the profile within limits, and return it.
@@ -279,7 +280,7 @@ class RouteMixin:
         Raises:
             BudgetError: nothing fits (the message names the cheapest route), or the model was not profiled.
         """
-        budget = Budget(macs=macs, params=params, memory_mb=memory_mb, latency_ms=latency_ms)
+        budget = Budget(macs=macs, params=params, memory_mb=memory_mb, latency_ms=latency_ms, energy_j=energy_j)
         if self.profiled is None:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
         return self.set_route(self.profiled.best(budget, score).route)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification, adapting, measuring
+from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification, device, judging, measuring
 from restnet_hf.adapting import adapt, adapt_to, measure, parse_budget
 from restnet_hf.cli import app
 from restnet_hf.embedded import DATA, END, FRONT
+from restnet_hf.judging import Judge
 from restnet_hf.latency import LatencyTable
 from restnet_hf.search import SEARCHES
 
@@ -91,24 +92,109 @@ def test_a_batch_that_fits(model, clothes, monkeypatch):
 
     def small(self, x, *args, **kwargs):
         sizes.append(len(x))
-        if len(x) > 8 and judging:
+        if len(x) > 8 and racing:
             raise RuntimeError("CUDA out of memory.")
         return original(self, x, *args, **kwargs)
 
-    judging: list[int] = []
-    race = adapting.race_routes
+    racing: list[int] = []
+    race = judging.race_routes
 
     def watched(*args):
-        judging.append(1)
+        racing.append(1)
         try:
             return race(*args)
         finally:
-            judging.clear()
+            racing.clear()
 
-    monkeypatch.setattr(adapting, "race_routes", watched)
+    monkeypatch.setattr(judging, "race_routes", watched)
     monkeypatch.setattr(Anchor, "capture", small)
     found = adapt(model, images, Budget(macs=24e6), exact=True)
     assert found.best == expected.best and {32, 8} <= set(sizes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_a_few_images_foretell(model, clothes, labels):
+    """Every eighth of a hundred: the mean probability of the label, or of what the largest anchor says."""
+    rows = clothes(model, "test", 100)
+    images = torch.stack([rows[index]["pixel_values"] for index in range(100)])
+    judge = Judge(model, rows if labels else images, 7, exact=True)
+    judge.fits = model.all_routes
+    said, taken = judge.predictor("few_images", 4)
+    assert len(judge.fits) == 8 and taken == 1, "12 of 100 images for 8 routes"
+    model.set_route("resnet_fashion[:]")
+    right = model(images).logits.argmax(-1)
+    if labels:
+        right = torch.tensor([rows[index]["labels"] for index in range(100)])
+    for route in model.all_routes:
+        model.set_route(route)
+        held = model(images[7::8]).logits.softmax(-1)[torch.arange(12), right[7::8]]
+        assert said(route) == pytest.approx(held.mean().item(), rel=1e-4)
+    said, taken = judge.predictor("few_images", 1)
+    assert taken == 1 and said(route) is not None
+    judge = Judge(model, images[:7], 7, exact=True)
+    judge.fits = model.all_routes
+    said, taken = judge.predictor("few_images", 4)
+    assert taken == 0 and said(route) is None, "too few images to spare one"
+
+
+def test_what_similarity_foretells(model, clothes):
+    rows = clothes(model, "test", 100)
+    judge = Judge(model, rows, 32, exact=True)
+    judge.fits = model.all_routes
+    said, taken = judge.predictor("lstsq", 4)
+    [front, _] = model.compare(rows, ["lstsq"], order="auto", batch_size=32)["lstsq"]
+    expected = [front.values[route.stitch_points[0].source_cut - 1, route.stitch_points[0].target_cut - 1]
+                for route in model.routes]  # fmt: skip
+    assert taken == 0 and [*map(said, model.routes)] == pytest.approx(expected) and len(set(expected)) == 6
+    assert said(model.route("vit_fashion[:]")) is None
+
+
+@pytest.mark.parametrize("predictor", [None, "few_images", "position"])
+def test_evolution_with_each_predictor(model, clothes, predictor):
+    """It keeps to the evaluations that there are, with those that the predictor took, and takes the best of them."""
+    rows = clothes(model, "test", 50)
+    found = adapt(
+        model, rows, Budget(macs=60e6), search="evolution", predictor=predictor, max_evaluations=4, exact=True
+    )
+    evaluated = {row.route: row.scores["accuracy"] for row in model.profiled.routes if row.scores}
+    assert len(evaluated) == (3 if predictor == "few_images" else 4)
+    assert found.best.scores["accuracy"] == max(evaluated.values())
+
+
+def test_energy(model, clothes, tmp_path, monkeypatch):
+    """The large anchor takes 3 mJ a run and the small one 1 mJ; a route that runs some of both takes both."""
+    rows = clothes(model, "test", 64)
+    with pytest.raises(BudgetError, match="energy_j is not known: no energy counter .* limit latency_ms instead"):
+        adapt(model, rows, Budget(energy_j=1), latency=measure(model, model.all_routes, seconds=0.0))
+    domain = tmp_path / "intel-rapl:0"
+    domain.mkdir()
+    for file, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "1000000000000")):
+        (domain / file).write_text(text)
+    monkeypatch.setattr(device, "POWERCAP", tmp_path)
+    monkeypatch.setattr(measuring, "joules", lambda run, seconds: device.joules(run, 0.0))
+
+    def spend(microjoules):
+        (domain / "energy_uj").write_text(str(int((domain / "energy_uj").read_text()) + microjoules))
+
+    costs = {"resnet_fashion": 3000, "vit_fashion": 1000}
+    for name, cost in costs.items():
+        model.anchors[name].register_forward_hook(lambda *_, cost=cost: spend(cost))
+    table = measure(model, model.all_routes, seconds=0.0)
+    powers = sorted(
+        sum(costs[part.anchor] for part in model.route(name).segments) / check.measured.ms / 1e3
+        for name, check in table.checks.items()
+    )
+    assert table.watts == pytest.approx((powers[(len(powers) - 1) // 2] + powers[len(powers) // 2]) / 2)
+    found = adapt(model, rows, Budget(energy_j=1e3), latency=table, exact=True)
+    for row in model.profiled.routes:
+        energy, ms = row.costs["energy_j"], row.costs["latency_ms"]
+        whole = sum(costs[part.anchor] for part in row.route.segments) / 1e6
+        assert energy == pytest.approx(whole if row.route in found.checks else table.watts * ms / 1e3)
+    assert found.best.route in found.checks
+    assert model.set_budget(energy_j=1e3) == found.best.route
+    with pytest.raises(BudgetError, match="no route fits energy_j<=1e-12"):
+        adapt(model, rows, Budget(energy_j=1e-12), latency=table)
 
 
 def test_latency_is_measured_from_end_to_end(model, clothes, tmp_path):
@@ -197,6 +283,7 @@ def test_measure_by_command(adapter, tmp_path):
         (["--budget", "latency_ms=fast"], "of the form COST=NUMBER"),
         (["--budget", "macs=1"], "no candidate|no route fits"),
         (["--budget", "macs=1e9", "--search", "magic"], "search='magic' is not one of"),
+        (["--budget", "macs=1e9", "--predictor", "magic"], "predictor='magic' is not one of"),
         (["--budget", "macs=1e9", "--split", "night"], "night"),
     ],
 )

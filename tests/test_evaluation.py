@@ -6,7 +6,14 @@ import torch
 from conftest import CLASSES, SIZE
 
 from restnet_hf.costs import MacsTable, count_macs
-from restnet_hf.evaluation import Accuracy, _sign_test, predict_routes, race_routes, score_routes
+from restnet_hf.evaluation import (
+    Accuracy,
+    _sign_test,
+    mean_probabilities,
+    predict_routes,
+    race_routes,
+    score_routes,
+)
 from restnet_hf.routes import Route
 from restnet_hf.steps import Step, run_steps, split_at_shared_cuts, walk_tree
 
@@ -48,6 +55,18 @@ def test_predictions_and_accuracy(walks, images):
         expected = run_steps(images, steps).argmax(-1)
         assert torch.equal(predictions[route], expected)
         assert scores[route] == pytest.approx((expected == labels).double().mean().item())
+
+
+def test_mean_probabilities(walks, images):
+    labels = torch.arange(len(images)) % CLASSES
+    data = [{"pixel_values": x, "labels": y} for x, y in zip(images.split(3), labels.split(3), strict=True)]
+    found = mean_probabilities(walks, data, torch.device("cpu"))
+    with torch.no_grad():
+        for route, steps in walks:
+            logits = run_steps(images, steps).double().numpy()
+            held = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+            assert found[route] == pytest.approx(held[np.arange(len(images)), labels].mean(), rel=1e-5)
+    assert len({*found.values()}) == len(walks) and mean_probabilities(walks, [], torch.device("cpu")) == {}
 
 
 def test_labels_are_needed(walks):

@@ -74,6 +74,7 @@ LADDER = [
     "learning",
     "training",
     "comparing",
+    "judging",
     "adapting",
     "export.folding",
     "export.programs",

@@ -1,8 +1,10 @@
 """Searches keep to budgets, ask for no route twice, come near the best from few evaluations, and go on later."""
 
+import csv
 import json
 import math
 from itertools import pairwise
+from pathlib import Path
 from statistics import NormalDist
 from zlib import crc32
 
@@ -17,7 +19,7 @@ from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
 from restnet_hf.ranking import Similarity
 from restnet_hf.routes import Route, Segment, one_cut_routes
 from restnet_hf.search import SEARCHES
-from restnet_hf.surrogate import improvement, predicted, route_features
+from restnet_hf.surrogate import improvement, predicted, route_features, standard_scores
 
 
 PERCENT = range(90, 45, -5)
@@ -168,6 +170,36 @@ def test_a_tenth_of_routes_with_skips(depth, routes, seeds):
 def test_a_tenth_of_published_routes():
     gaps = [LAND.gaps([percent], 0.1, seed) for seed in range(4) for percent in PERCENT]
     assert len(LAND.routes) == 134 and within(gaps) >= 0.95
+
+
+def real():
+    """602 routes of one and two stitches between the embedded anchors, with their MACs, their accuracies on 500 images
+    and what 12 of these foretell, others for each of five seeds; written by recipes/benchmarks/search.py --routes."""
+    with open(Path(__file__).with_name("real_routes.csv"), newline="") as file:
+        rows = {Route.parse(row.pop("route")): row for row in csv.DictReader(file)}
+
+    def column(name, times=1):
+        return {route: times * float(row[name]) for route, row in rows.items()}
+
+    return Landscape(column("macs"), column("accuracy", 100)), [column(f"foretold {seed}") for seed in range(5)]
+
+
+def test_a_tenth_of_the_work_on_real_routes():
+    """Twelve images of 500 for each route that fits, and full evaluations for the rest of a tenth of that work."""
+    land, foretold = real()
+    budgets, tenth = land.budgets(), len(land.routes) // 10
+    spent = math.ceil(12 / 500 * sum(ms <= budgets[0].latency_ms for ms in land.ms.values()))
+    left = (tenth - spent) / len(land.routes) + 1e-9
+    gaps = [land.gaps(PERCENT, left, seed, predictor=said.get) for seed, said in enumerate(foretold)]
+    assert (tenth, spent) == (60, 14) and within(gaps) == 1
+    alone = [land.gaps(PERCENT, 0.1, seed) for seed in range(5)]
+    assert within(alone) < 0.9, "not so easy"
+
+
+def test_a_predictor_that_knows_nothing_does_little_harm():
+    lands = [pair(seed, 24, 24) for seed in range(5)]
+    chance = {"predictor": lambda route: crc32(str(route).encode())}
+    assert within([land.gaps(PERCENT, 0.1, seed, **chance) for seed, land in enumerate(lands)]) >= 0.9
 
 
 # What holds for every search
@@ -375,10 +407,14 @@ def test_what_makes_a_route_dearer_is_compensated():
 def test_the_surrogate_is_a_gaussian_process():
     """Against the textbook's formulas with an inverse, and expected improvement against an integral."""
     rng = np.random.default_rng(0)
-    seen, points, values = rng.standard_normal((20, 3)), rng.standard_normal((50, 3)), rng.uniform(70, 80, 20)
-    kernel = lambda x, y: np.exp(-((x[:, None] - y) ** 2).sum(-1) / (2 * 1.25**2))  # noqa: E731
+    seen, points, values = rng.standard_normal((20, 4)), rng.standard_normal((50, 4)), rng.uniform(70, 80, 20)
+
+    def kernel(x, y):
+        return np.exp(-((x[:, None, :3] - y[:, :3]) ** 2).sum(-1) / (2 * 1.25**2)) + x[:, None, 3] * y[:, 3]
+
     inverse, off = np.linalg.inv(kernel(seen, seen) + 0.1 * np.eye(20)), values - values.mean()
-    variance = off @ inverse @ off / 20 * (1 - ((kernel(points, seen) @ inverse) * kernel(points, seen)).sum(1))
+    left = kernel(points, points) - kernel(points, seen) @ inverse @ kernel(seen, points)
+    variance = off @ inverse @ off / 20 * np.diag(left)
     means, deviations = predicted(seen, values, points)
     np.testing.assert_allclose(means, values.mean() + kernel(points, seen) @ inverse @ off, rtol=1e-9)
     np.testing.assert_allclose(deviations, np.sqrt(variance), rtol=1e-6)
@@ -386,6 +422,14 @@ def test_the_surrogate_is_a_gaussian_process():
     normal = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     exact = [np.maximum(m + d * z - 78, 0) @ normal for m, d in zip(means, deviations, strict=True)]
     assert np.abs(improvement(means, deviations, 78) - exact).max() <= 0.02 * deviations.max()
+
+
+def test_what_a_predictor_says_is_standardized():
+    """Values that are none say nothing, nor do those that are all the same."""
+    found = standard_scores(np.array([3.0, math.nan, 5.0, math.inf, 10.0]))
+    np.testing.assert_allclose(found, [-3 / math.sqrt(26 / 3), 0, -1 / math.sqrt(26 / 3), 0, 4 / math.sqrt(26 / 3)])
+    for same in ([0.1] * 7, [math.nan] * 3, []):
+        assert not standard_scores(np.array(same)).any()
 
 
 def test_features_tell_all_routes_apart():
