@@ -2,11 +2,10 @@
 
 import datetime
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from restnet_hf.costs import MacsTable, ParamsTable
 from restnet_hf.data import batches
 from restnet_hf.device import processor_name
 from restnet_hf.export import EXPORTERS
-from restnet_hf.export.exporter import QUANTIZED, Exporter, UnsupportedExport
+from restnet_hf.export.exporter import QUANTIZED, Exporter, Quantization, UnsupportedExport
 from restnet_hf.export.programs import Program, numpy_batches, trace_route
 from restnet_hf.export.sensitivity import most_sensitive
 from restnet_hf.exported import LABELS, PREPROCESSING, PROFILE, ExportedModel, in_batches
@@ -33,7 +33,7 @@ from restnet_hf.runners import RUNNERS, Run
 from restnet_hf.steps import split_at_shared_cuts, walk_tree
 
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 BATCH = 16  # images in a run while results are compared
 NOISE = 64  # images of noise, where there are no others
 EXACT = 0.02  # standard deviations of the logits by which those in fp32 may be off
@@ -86,8 +86,8 @@ def export_routes(
     The folder holds the model, with every weight once where the runtime allows it, ``labels.json``,
     ``preprocessing.json``, ``profile.json`` and ``run.py``, a script that needs numpy, Pillow and the runtime alone.
     It appears when all is verified. In low precision, where a route's agreement with itself in float32 falls short,
-    the stitch is kept in full precision, then the head too, then the layers that eight bits change the most, one, two,
-    four and so on.
+    the runtime's more careful way is tried if it has one; then the stitch is kept in full precision, then the head
+    too, then one, two, four and more of the layers that eight bits change the most, or of the last ones.
 
     The measured latencies also join the model's own profile, for its card.
 
@@ -217,12 +217,12 @@ class _Job:
         if self.calibration is None:
             return converted, []
         best = 0.0
-        for keep in self._attempts(program, self.calibration):
-            made = self.exporter.quantize(converted, self.precision, numpy_batches(self.calibration), keep)
+        for how in logging.tqdm(self._attempts(program, self.calibration), desc=f"{self.precision} {route}"):
+            made = self.exporter.quantize(converted, numpy_batches(self.calibration), how)
             agreement = self._agreement(route, made)
-            logger.info("%s in %s with %s kept: agreement %.4f", route, self.precision, list(keep), agreement)
+            logger.info("%s, %s: agreement %.4f", route, how, agreement)
             if agreement >= min_agreement:
-                return made, list(keep)
+                return made, list(how.keep)
             best = max(best, agreement)
         raise Disagreement(
             f"'{route}' in {self.precision} agrees with itself in float32 on {best:.1%} of the images at best, and "
@@ -230,16 +230,24 @@ class _Job:
             "min_agreement"
         )
 
-    @staticmethod
-    def _attempts(program: Program, images: torch.Tensor) -> Iterator[tuple[str, ...]]:
-        """Which layers stay in full precision: none, then ever more, up to half of them."""
-        yield ()
-        yield from program.first_kept
-        first = program.first_kept[-1]
+    def _attempts(self, program: Program, images: torch.Tensor) -> Iterator[Quantization]:
+        """Ever more in full precision: nothing, the stitches, the head, then up to half of the layers.
+
+        Where a few layers lose the most these are found by themselves. Where all lose a little, those next to the
+        logits do: they are small, and what they lose nothing mends.
+        """
+        how = Quantization(self.precision)
+        yield how
+        if self.exporter.careful:
+            yield (how := replace(how, careful=True))
+        for keep in program.first_kept:
+            yield replace(how, keep=keep)
+        first, layers = program.first_kept[-1], list(program.layers)
         worst = [layer for layer in most_sensitive(program, images[:BATCH]) if layer not in first]
         count = 1
-        while count <= len(program.layers) // 2:
-            yield (*first, *worst[:count])
+        while count <= len(layers) // 2:
+            yield replace(how, keep=(*first, *worst[:count]))
+            yield replace(how, keep=tuple(dict.fromkeys((*first, *layers[-count - 1 :]))))
             count *= 2
 
     def _agreement(self, route: Route, made: Any) -> float:

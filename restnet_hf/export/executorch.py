@@ -1,6 +1,6 @@
 """ExecuTorch programs (.pte) on XNNPACK; several routes are methods of one program, which has each weight once."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from restnet_hf.export.exporter import Exporter, UnsupportedExport, file_names
+from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExport, file_names
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
 
@@ -24,7 +24,7 @@ class ExecuTorchExporter(Exporter):
     def convert(self, program: Program, precision: str) -> Program:
         return program
 
-    def quantize(self, model: Program, precision: str, images: Iterable[np.ndarray], keep: Collection[str]) -> Program:
+    def quantize(self, model: Program, images: Iterable[np.ndarray], how: Quantization) -> Program:
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             XNNPACKQuantizer,
             get_symmetric_quantization_config,
@@ -32,7 +32,7 @@ class ExecuTorchExporter(Exporter):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-        for layer in keep:
+        for layer in how.keep:
             quantizer.set_module_name(layer, None)
         watched = prepare_pt2e(model.exported.module(), quantizer)
         batch = len(model.example)

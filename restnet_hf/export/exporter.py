@@ -3,7 +3,8 @@
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, ClassVar
@@ -24,6 +25,21 @@ class UnsupportedExport(ValueError):
     """A runtime cannot do what a route needs."""
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How a model is brought to low precision.
+
+    Args:
+        precision: one of those that begin with ``int8``.
+        careful: in the runtime's slower and more exact way, where it has one.
+        keep: layers, as `Program.layers` names them, that stay in full precision.
+    """
+
+    precision: str
+    careful: bool = False
+    keep: tuple[str, ...] = ()
+
+
 class Exporter(ABC):
     """Writes routes for one runtime.
 
@@ -34,6 +50,7 @@ class Exporter(ABC):
     packages: ClassVar[tuple[str, ...]]
     precisions: ClassVar[tuple[str, ...]]
     any_batch: ClassVar[bool] = True  # one file takes any number of images
+    careful: ClassVar[bool] = False  # it can quantise more exactly, at a price
     dtypes: ClassVar[Mapping[str, torch.dtype]] = MappingProxyType(
         {}
     )  # of weights, by precision, where they are not float32
@@ -56,14 +73,13 @@ class Exporter(ABC):
     def convert(self, program: Program, precision: str) -> Any:
         """A program in the runtime's own form."""
 
-    def quantize(self, model: Any, precision: str, images: Iterable[np.ndarray], keep: Collection[str]) -> Any:
+    def quantize(self, model: Any, images: Iterable[np.ndarray], how: Quantization) -> Any:
         """A converted model in low precision, by the runtime's own quantiser; ``model`` stays as it is.
 
         Args:
             model: from `convert`.
-            precision: one of those that begin with ``int8``.
             images: to calibrate with, each (1, 3, H, W).
-            keep: layers, as `Program.layers` names them, that stay in full precision.
+            how: see there.
         """
         raise UnsupportedExport(f"runtime '{self.runtime}' does not quantise")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from restnet_hf.export.exporter import Exporter, SharedWeights, UnsupportedExport, file_names
+from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, UnsupportedExport, file_names
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
 
@@ -29,13 +29,13 @@ WEIGHTS = "weights.bin"
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A graph, and by name of each node the path of the module that it is of."""
+    """A graph, and by name of each node the layer that it is, or follows, as the path of that module."""
 
     proto: ModelProto
     layers: Mapping[str, str]
 
     def nodes(self, layers: Collection[str]) -> list[str]:
-        """Names of the nodes of some layers."""
+        """Names of the nodes of some layers, with what is done to their outputs before the next layer."""
         return [name for name, layer in self.layers.items() if layer in layers]
 
 
@@ -54,7 +54,10 @@ def to_onnx(program: Program) -> OnnxModel:
             raise UnsupportedExport(f"route '{program.route}' cannot be written as ONNX: {error}") from error
     assert made is not None
     proto = made.model_proto
-    layers = {node.name: _layer(node) for node in proto.graph.node if node.op_type in LAYER_TYPES}
+    layers, last = dict[str, str](), ""
+    for node in proto.graph.node:
+        last = _layer(node) if node.op_type in LAYER_TYPES else last
+        layers[node.name] = last
     for each in (proto, proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.value_info):
         del each.metadata_props[:]  # they hold paths of this machine
     for each in (*proto.graph.input, *proto.graph.output, *proto.functions):
@@ -92,28 +95,29 @@ class OnnxExporter(Exporter):
     runtime = "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
     precisions = ("fp32", "int8", "int8_dynamic")
+    careful = True
 
     def convert(self, program: Program, precision: str) -> OnnxModel:
         return to_onnx(program)
 
-    def quantize(
-        self, model: OnnxModel, precision: str, images: Iterable[np.ndarray], keep: Collection[str]
-    ) -> OnnxModel:
+    def quantize(self, model: OnnxModel, images: Iterable[np.ndarray], how: Quantization) -> OnnxModel:
         import onnx
         from onnxruntime import quantization as q
 
-        # weights of seven bits: products of pairs of eight-bit ones overflow where a processor has no VNNI
-        options: dict[str, Any] = {"weight_type": q.QuantType.QInt8, "per_channel": True, "reduce_range": True}
-        options["nodes_to_exclude"] = model.nodes(keep)
-        attention = any(node.op_type == "Softmax" for node in model.proto.graph.node)
-        if precision == "int8_dynamic" or attention:
+        dynamic = how.precision == "int8_dynamic"
+        # Where a processor has no VNNI, sums of two products of signed weights overflow, unless these have seven bits;
+        # unsigned ones of eight bits are summed in another way, which takes longer.
+        options: dict[str, Any] = {"per_channel": True, "nodes_to_exclude": model.nodes(how.keep)}
+        options |= {"weight_type": q.QuantType.QUInt8 if how.careful else q.QuantType.QInt8}
+        options |= {"reduce_range": not how.careful}
+        if dynamic or any(node.op_type == "Softmax" for node in model.proto.graph.node):
             # what lies between the matrix products of a transformer has outliers, and is cheap
-            options["op_types_to_quantize"] = ["MatMul", "Gemm"] if precision == "int8_dynamic" else list(LAYER_TYPES)
+            options["op_types_to_quantize"] = ["MatMul", "Gemm"] if dynamic else list(LAYER_TYPES)
             options["extra_options"] = {"MatMulConstBOnly": True}
         with tempfile.TemporaryDirectory() as name, _quiet():
             given, made = Path(name) / "given.onnx", Path(name) / "made.onnx"
             onnx.save(model.proto, given)
-            if precision == "int8_dynamic":
+            if dynamic:
                 q.quantize_dynamic(given, made, **options)
             else:
                 q.quantize_static(given, made, _Reader(images), activation_type=q.QuantType.QUInt8, **options)

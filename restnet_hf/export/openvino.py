@@ -1,13 +1,13 @@
 """OpenVINO files (.xml and .bin), by way of ONNX; several routes share one file of weights."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from restnet_hf.export.exporter import Exporter, SharedWeights, file_names
+from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, file_names
 from restnet_hf.export.onnx import OnnxModel, to_onnx
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
@@ -22,6 +22,7 @@ class OpenVinoExporter(Exporter):
     runtime = "openvino"
     packages = ("onnx", "onnxscript", "openvino", "nncf")
     precisions = ("fp32", "bf16", "int8")
+    careful = True
 
     def convert(self, program: Program, precision: str) -> tuple[OnnxModel, Any, str]:
         import openvino
@@ -34,7 +35,7 @@ class OpenVinoExporter(Exporter):
         )
 
     def quantize(
-        self, model: tuple[OnnxModel, Any, str], precision: str, images: Iterable[np.ndarray], keep: Collection[str]
+        self, model: tuple[OnnxModel, Any, str], images: Iterable[np.ndarray], how: Quantization
     ) -> tuple[OnnxModel, Any, str]:
         import nncf
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
@@ -42,7 +43,7 @@ class OpenVinoExporter(Exporter):
         graph, whole, compute = model
         attention = any(node.op_type == "Softmax" for node in graph.proto.graph.node)
         samples = list(images)
-        kept = [f"{name}(/.*)?" for name in graph.nodes(keep)]
+        kept = [f"{name}(/.*)?" for name in graph.nodes(how.keep)]
         made = nncf.quantize(
             whole.clone(),
             nncf.Dataset(samples),
@@ -50,6 +51,7 @@ class OpenVinoExporter(Exporter):
             model_type=nncf.ModelType.TRANSFORMER if attention else None,
             subset_size=len(samples),
             ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False) if kept else None,
+            fast_bias_correction=not how.careful,
             # products of pairs of eight-bit weights overflow where a processor has no VNNI
             advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
         )
