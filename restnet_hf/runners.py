@@ -25,9 +25,10 @@ def need(package: str, runtime: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
+        name = package.partition(".")[0]
         raise MissingRuntime(
-            f"runtime '{runtime}' needs {package.partition('.')[0]}, which cannot be imported ({error}); "
-            f"pip install 'restnet-hf[{runtime}]'"
+            f"runtime '{runtime}' needs {name}, which cannot be imported ({error}); pip install {name}, or all that "
+            f"exporting takes: pip install 'restnet-hf[{runtime}]'"
         ) from error
 
 

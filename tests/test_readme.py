@@ -25,11 +25,11 @@ def test_example_runs(tmp_path):
 
 @pytest.mark.parametrize("module", LADDER)
 def test_module_map_is_whole(module):
-    assert re.search(rf"^{module}\.py ", TEXT, re.M)
+    assert re.search(rf"^{re.escape(module)}\.py ", TEXT, re.M)
 
 
 def test_module_map_is_in_the_order_of_imports():
-    listed = re.findall(r"^(\w+)\.py ", TEXT, re.M)
+    listed = re.findall(r"^([\w.]+)\.py ", TEXT, re.M)
     assert listed == LADDER
 
 
