@@ -1,6 +1,7 @@
 """What edge runtimes make of a route: time beside eager PyTorch, its anchors and its parts, and what a bundle takes.
 
-    python recipes/benchmarks/runtimes.py [--adapter DIR --dataset DIR] [--quick] [--out FILE.json]
+    python recipes/benchmarks/runtimes.py [--adapter DIR --dataset DIR] [--runtime onnx ...] [--batch 1 ...]
+        [--quick] [--out FILE.json]
 
 Time: pairs of timm at 224 px with random weights, one thread, batch 1 and 8. Every runtime and precision of a route,
 the same route compiled by torch, each anchor exported alone, the route's parts exported one by one, and as limit its
@@ -50,6 +51,7 @@ PAIRS = [  # front, its cut, end, its cut
 ]
 QUICK = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32")]
 CASES = [(name, precision) for name, exporter in EXPORTERS.items() for precision in exporter.precisions]
+Cases = list[tuple[str, str]]  # runtimes and precisions
 CALIBRATION = 16
 SWITCH = """
 import sys, time
@@ -113,7 +115,7 @@ def parts(model: StitchedModelForImageClassification, route: Route, batch: int, 
 
 
 @torch.no_grad()
-def bench_pair(front: str, i: int, end: str, j: int, batch: int, quick: bool, folder: Path) -> dict[str, float]:
+def bench_pair(front: str, i: int, end: str, j: int, batch: int, cases: Cases, folder: Path) -> dict[str, float]:
     """Ratios of one pair, over the route in eager PyTorch."""
     torch.manual_seed(0)
     anchors = [Anchor(timm.create_model(name).eval(), name, Preprocessing((224, 224))) for name in (front, end)]
@@ -121,9 +123,9 @@ def bench_pair(front: str, i: int, end: str, j: int, batch: int, quick: bool, fo
     route = model.set_route(model.add_stitch(f"{front}[:{i}] + {end}[{j}:]"))
     x, baked = torch.randn(batch, 3, 224, 224), model.bake()
     runs: dict[str, Callable[[], object]] = {"eager": partial(baked, x)}
-    if not quick:
+    if cases is not QUICK:
         runs["compiled"] = partial(torch.compile(model.bake()), x)
-    for case in QUICK if quick else CASES:
+    for case in cases:
         if run := exported(model, route, case, batch, folder / "-".join(case)):
             runs[" ".join(case)] = run
     for name in (front, end):
@@ -133,7 +135,7 @@ def bench_pair(front: str, i: int, end: str, j: int, batch: int, quick: bool, fo
     runs |= {f"part {index}": run for index, run in enumerate(pieces)}
     square = torch.randn(1024, 1024)
     runs["product"] = partial(torch.mm, square, square)
-    taken = seconds(runs, 5 if quick else 15)
+    taken = seconds(runs, 5 if cases is QUICK else 15)
     taken["onnx fp32, sum of parts"] = [
         sum(each) for each in zip(*(taken.pop(f"part {n}") for n in range(len(pieces))), strict=True)
     ]
@@ -177,16 +179,16 @@ def bench_bundle(model: StitchedModelForImageClassification, quick: bool, folder
     }
 
 
-def bench_quality(model: StitchedModelForImageClassification, dataset: str, quick: bool, folder: Path) -> dict:
+def bench_quality(model: StitchedModelForImageClassification, dataset: str, cases: Cases, folder: Path) -> dict:
     """Size, agreement and accuracy of one route in every runtime and precision, on real images."""
     assert model.profiled is not None
     dearest = max(row.costs["macs"] for row in model.profiled.routes)
     stitched = [row for row in model.profiled.routes if len(row.route.segments) > 1]
     within = [row for row in stitched if row.costs["macs"] <= 0.85 * dearest]
     route = max(within, key=lambda row: row.scores["accuracy"]).route
-    rows = device_images(model, dataset, "test", 228 if quick else 628)
+    rows = device_images(model, dataset, "test", 628)
     found: dict[str, float] = {}
-    for runtime, precision in QUICK if quick else CASES:
+    for runtime, precision in cases:
         place, options = folder / f"{runtime}-{precision}", {"data": rows, "min_agreement": 0, "threads": 1}
         try:
             profile = export_routes(model, place, [route], runtime=runtime, precision=precision, **options).profiled
@@ -200,19 +202,27 @@ def bench_quality(model: StitchedModelForImageClassification, dataset: str, quic
     return found
 
 
-def main(adapter: str | None = None, dataset: str | None = None, quick: bool = False, out: Path | None = None) -> None:
+def main(
+    adapter: str | None = None,
+    dataset: str | None = None,
+    runtime: list[str] | None = None,
+    batch: list[int] | None = None,
+    quick: bool = False,
+    out: Path | None = None,
+) -> None:
     """Print the ratios, and write them to OUT."""
     torch.set_num_threads(1)
     ratios: dict[str, float] = {}
+    cases = QUICK if quick else [case for case in CASES if not runtime or case[0] in runtime]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         real = None if adapter is None else StitchedModelForImageClassification.from_pretrained(adapter)
         ratios |= bench_bundle(real or embedded_pair(), quick, folder / "bundle")
         if real is not None and dataset is not None:
-            ratios |= bench_quality(real, dataset, quick, folder / "quality")
+            ratios |= bench_quality(real, dataset, cases, folder / "quality")
         for pair in PAIRS[:1] if quick else PAIRS:
-            for batch in (1,) if quick else (1, 8):
-                ratios |= bench_pair(*pair, batch, quick, folder / f"{pair[0]}-{pair[2]}-{batch}")
+            for size in batch or ((1,) if quick else (1, 8)):
+                ratios |= bench_pair(*pair, size, cases, folder / f"{pair[0]}-{pair[2]}-{size}")
     for name, ratio in ratios.items():
         if not name.endswith("(median)"):
             median = ratios.get(f"{name} (median)")
