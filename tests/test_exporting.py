@@ -185,8 +185,9 @@ def test_keeps_as_many_routes_loaded_as_asked(bundle):
     assert list(model._loaded) == [routes[1]]
 
 
-def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path):
+def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path, monkeypatch):
     """A classifier whose inputs differ by 1e4 in size cannot be in eight bits; kept out of them, all is well."""
+    monkeypatch.setattr(type(EXPORTERS["onnx"]), "careful", False)  # which here does as well
     head, norm = model.anchors["vit"].model.classifier, model.anchors["vit"].model.vit.layernorm
     with torch.no_grad():
         norm.weight[0] *= 1e4
@@ -201,13 +202,12 @@ def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path):
     assert most_sensitive(program, images[:8])[0] == "steps.2.model.classifier"
 
 
-def test_too_little_agreement_is_refused(demo_model, tmp_path):
-    """On real images some class changes however many layers are kept."""
-    demo_model.set_route(demo_model.add_stitch("resnet_fashion[:5] + vit_fashion[6:]"))  # neither fitted nor trained
-    rows = with_pixel_values(subset(load_images(DATA, "test"), 200), demo_model.image_processor)
-    options = {"precision": "int8", "data": rows, "calibration_images": 4, "min_agreement": 1.0}
+def test_too_little_agreement_is_refused(model, tmp_path):
+    """Scales that were calibrated on nothing but grey fit no other image, whatever else is kept."""
+    data = [torch.zeros(4, 3, SIZE, SIZE), noise(40)]
+    options = {"precision": "int8", "data": data, "calibration_images": 4, "min_agreement": 1.0}
     with pytest.raises(Disagreement, match=r"agrees with itself in float32 on \d.*100.0% are asked for"):
-        export_routes(demo_model, tmp_path / "none", **options)
+        export_routes(model, tmp_path / "none", [ROUTES[0]], **options)
     assert not (tmp_path / "none").exists()
 
 
