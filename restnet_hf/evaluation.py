@@ -3,10 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from accelerate.utils import gather_object
@@ -15,26 +12,6 @@ from torch import Tensor
 from restnet_hf.data import Batch, this_process
 from restnet_hf.routes import Route
 from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
-
-
-class Accuracy(evaluate.Metric):
-    """Share of predictions that equal their reference, as an ``evaluate`` metric that needs no network.
-
-    ``Accuracy().compute(predictions=[0, 1], references=[0, 0])`` gives ``{"accuracy": 0.5}``.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Share of predictions that equal their reference.",
-            citation="",
-            inputs_description="predictions and references: class indices",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-        )
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 @torch.no_grad()
@@ -72,6 +49,8 @@ def score_routes(
     walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
 ) -> tuple[dict[Route, float], int]:
     """Accuracy of each route, and on how many images; see `predict_routes`."""
+    from restnet_hf.accuracy import Accuracy
+
     predictions, labels = predict_routes(walks, batches, device)
     metric = Accuracy(keep_in_memory=True)
     scores = {

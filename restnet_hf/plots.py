@@ -1,11 +1,12 @@
 """Figures: arrays in, files out."""
 
+from __future__ import annotations  # matplotlib takes long to import, and is imported when something is drawn
+
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from restnet_hf.files import written_whole
 from restnet_hf.profiles import Profile, ProfiledRoute
@@ -13,8 +14,14 @@ from restnet_hf.ranking import Similarity
 from restnet_hf.routes import Route
 
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
 def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str | os.PathLike[str]) -> None:
     """Heat map of the similarity of two anchors, with the cuts that the routes join."""
+    from matplotlib.figure import Figure
+
     rows, columns = similarity.values.shape
     figure = Figure(figsize=(2.5 + 0.35 * columns, 1.8 + 0.35 * rows), layout="constrained")
     axes = figure.add_subplot()
@@ -51,6 +58,8 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         path: of the picture.
         before: the same routes before training, drawn pale.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import CLASSES, SIZE
 
+from restnet_hf.accuracy import Accuracy
 from restnet_hf.costs import MacsTable, count_macs
 from restnet_hf.evaluation import (
-    Accuracy,
     _sign_test,
     mean_probabilities,
     predict_routes,

@@ -56,6 +56,7 @@ LADDER = [
     "device",
     "latency",
     "measuring",
+    "accuracy",
     "evaluation",
     "configuration_restnet",
     "switching",
