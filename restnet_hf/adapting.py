@@ -92,31 +92,15 @@ def adapt(
             limited and not counted.
         ValueError: there are no images, or an option is out of range.
     """
+    _check_names(search, predictor)
     routes = [model.route(route) for route in (model.all_routes if candidates is None else candidates)]
     if latency is None and _is_measured(budget):
         latency = measure(model, routes)
-    if budget.energy_j is not None and latency is not None and latency.watts is None:
-        raise BudgetError(
-            "energy_j is not known: no energy counter of the processor could be read (on many systems only root may "
-            "read /sys/class/powercap); limit latency_ms instead"
-        )
+    _check_energy(budget, latency)
     known = dict(zip(routes, map(_corrected_costs(model, latency), routes), strict=True))
     judge = Judge(model, data, batch_size, exact)
     judge.fits = [route for route, costs in known.items() if budget.allows(costs)]
-    kind = search or ("exhaustive" if len(routes) <= ALL else "evolution")
-    if kind not in SEARCHES or kind == "ranked":
-        raise ValueError(f"search={kind!r} is not one of {sorted({*SEARCHES} - {'ranked'})}")
-    if predictor not in (None, *PREDICTORS):
-        raise ValueError(f"predictor={predictor!r} is not one of {PREDICTORS}, or None")
-    share = 1 if kind == "exhaustive" else 10
-    most = max(1, len(routes) // share) if max_evaluations is None else max_evaluations
-    options: dict[str, Any] = {"batch_size": len(routes)} if kind == "exhaustive" else {}
-    if kind == "evolution" and predictor and 1 < most < len(judge.fits):
-        options["predictor"], taken = judge.predictor(predictor, most)
-        most = max(1, most - taken)
-    job = SEARCHES[kind](
-        routes, known.__getitem__, judge, budget, max_evaluations=most, seed=seed, score=judge.score, **options
-    )
+    job = _search(judge, known, budget, search, predictor, max_evaluations, seed)
     _go_on(job, judge, state)
     found = job.run(lambda rows: _keep(job, judge, state))
     exactly = [judge.as_measured(row) for row in found.rows]
@@ -128,6 +112,45 @@ def adapt(
     model.set_route(best.route)
     result = replace(found, best={budget: best}, rows=tuple(rows))
     return Adapted(best, judge.score, judge.reasons(result.rejected(budget)), checks, found.finished)
+
+
+def _check_names(search: str | None, predictor: str | None) -> None:
+    """Raise before anything is measured."""
+    searches = sorted({*SEARCHES} - {"ranked"})
+    if search not in (None, *searches):
+        raise ValueError(f"search={search!r} is not one of {searches}")
+    if predictor not in (None, *PREDICTORS):
+        raise ValueError(f"predictor={predictor!r} is not one of {PREDICTORS}, or None")
+
+
+def _check_energy(budget: Budget, latency: LatencyTable | None) -> None:
+    if budget.energy_j is not None and latency is not None and latency.watts is None:
+        raise BudgetError(
+            "energy_j is not known: no energy counter of the processor could be read (on many systems only root may "
+            "read /sys/class/powercap); limit latency_ms instead"
+        )
+
+
+def _search(
+    judge: Judge,
+    known: Mapping[Route, Mapping[str, float]],
+    budget: Budget,
+    kind: str | None,
+    predictor: str | None,
+    max_evaluations: int | None,
+    seed: int,
+) -> Search:
+    """A search of routes whose costs are known; see `adapt`."""
+    routes = list(known)
+    kind = kind or ("exhaustive" if len(routes) <= ALL else "evolution")
+    share = 1 if kind == "exhaustive" else 10
+    most = max(1, len(routes) // share) if max_evaluations is None else max_evaluations
+    options: dict[str, Any] = {"batch_size": len(routes)} if kind == "exhaustive" else {}
+    if kind == "evolution" and predictor and 1 < most < len(judge.fits):
+        options["predictor"], taken = judge.predictor(predictor, most)
+        most = max(1, most - taken)
+    options |= {"max_evaluations": most, "seed": seed, "score": judge.score}
+    return SEARCHES[kind](routes, known.__getitem__, judge, budget, **options)
 
 
 def adapt_to(
@@ -145,6 +168,7 @@ def adapt_to(
         out: folder; ``latency.json`` of an earlier call on this device is used again.
         resume: go on with a search that was stopped.
     """
+    _check_names(options.get("search"), options.get("predictor"))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     state, file = folder / "search.json", folder / "latency.json"
