@@ -3,13 +3,14 @@
 import datetime
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -113,33 +114,28 @@ def export_routes(
         UnsupportedExport: the runtime has no such precision, or an operation has no counterpart in it.
         ValueError: there is no such runtime or route, or images are needed that are not there.
     """
-    if runtime not in EXPORTERS:
-        raise ValueError(f"runtime={runtime!r} is not one of {sorted(EXPORTERS)}")
+    exporter = _exporter(runtime, precision, data)
     if not 0 <= min_agreement <= 1 or calibration_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{min_agreement=} must be from 0 to 1, {calibration_images=} and {batch_size=} at least 1")
-    exporter = EXPORTERS[runtime]
-    exporter.check(precision)
-    if data is None and precision != "fp32":
-        raise ValueError(f"precision='{precision}' needs images to calibrate and verify with: give data (--data DIR)")
     chosen = list(dict.fromkeys(model.route(r) for r in ([model.active_route] if routes is None else routes)))
     if not chosen:
         raise ValueError("there are no routes to export")
-    how = plain_preprocessing(model.image_processor, model.preprocessing)
     job = _Job(model, exporter, precision, batch_size if exporter.any_batch else batch_size or 1, threads)
     job.look_at(data, chosen, calibration_images if precision.startswith(QUANTIZED) else 0)
-    models, kept = {}, {}
-    for route in chosen:
-        models[route], kept[str(route)] = job.made(route, min_agreement)
     with folder_written_whole(out, PROFILE) as folder:
-        entries = exporter.save(models, folder)
-        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-        for name, content in ((LABELS, labels), (PREPROCESSING, how)):
-            (folder / name).write_text(json.dumps(content) + "\n")
-        (folder / EXAMPLE).write_text(run_script(runtime, entries[chosen[0]], how, job.batch_size))
-        profile = job.profile(folder, entries, kept, min_agreement)
-        profile.save(folder / PROFILE)
+        profile = job.write(folder, chosen, min_agreement)
     model.keep_runtime(profile)
     return ExportedModel(out, threads)
+
+
+def _exporter(runtime: str, precision: str, data: Any) -> Exporter:
+    """The row of a runtime, which has the precision and what it takes."""
+    if runtime not in EXPORTERS:
+        raise ValueError(f"runtime={runtime!r} is not one of {sorted(EXPORTERS)}")
+    EXPORTERS[runtime].check(precision)
+    if data is None and precision != "fp32":
+        raise ValueError(f"precision='{precision}' needs images to calibrate and verify with: give data (--data DIR)")
+    return EXPORTERS[runtime]
 
 
 def pareto_routes(model: StitchedModelForImageClassification) -> list[Route]:
@@ -167,6 +163,7 @@ class _Job:
     ) -> None:
         self.model, self.exporter, self.precision = model, exporter, precision
         self.batch_size, self.threads = batch_size, threads
+        self.prepared = plain_preprocessing(model.image_processor, model.preprocessing)
         self.calibration: torch.Tensor | None = None
         self.measured = False  # on real images
         self.folded = 0
@@ -208,26 +205,60 @@ class _Job:
             np.concatenate(labels) if labels else None,
         )
 
-    def made(self, route: Route, min_agreement: float) -> tuple[Any, list[str]]:
-        """A route for the runtime, and the layers that had to stay in full precision."""
-        dtype = self.exporter.dtypes.get(self.precision)
-        program = trace_route(route, self.model.steps(route), self.batch_size, dtype)
-        self.folded += program.folded
-        converted = self.exporter.convert(program, self.precision)
-        if self.calibration is None:
-            return converted, []
-        best = 0.0
-        for how in logging.tqdm(self._attempts(program, self.calibration), desc=f"{self.precision} {route}"):
-            made = self.exporter.quantize(converted, numpy_batches(self.calibration), how)
-            agreement = self._agreement(route, made)
+    def write(self, folder: Path, routes: list[Route], least: float) -> Profile:
+        """Fill a folder; returns what is said in it of the routes.
+
+        Raises:
+            Disagreement: one does not do what it should.
+        """
+        entries, kept = self._models(folder, routes, least)
+        names = self.model.config.id2label
+        labels = [names[index] for index in range(len(names))]
+        for name, content in ((LABELS, labels), (PREPROCESSING, self.prepared)):
+            (folder / name).write_text(json.dumps(content) + "\n")
+        script = run_script(self.exporter.runtime, entries[routes[0]], self.prepared, self.batch_size)
+        (folder / EXAMPLE).write_text(script)
+        profile = self._profile(folder, entries, kept, least)
+        profile.save(folder / PROFILE)
+        return profile
+
+    def _models(
+        self, folder: Path, routes: list[Route], least: float
+    ) -> tuple[Mapping[Route, Mapping[str, str]], dict[str, list[str]]]:
+        """Write the routes; returns where each is, and its layers that had to stay in full precision."""
+        dtype, models, kept = self.exporter.dtypes.get(self.precision), {}, {}
+        for route in routes:
+            program = trace_route(route, self.model.steps(route), self.batch_size, dtype)
+            self.folded += program.folded
+            models[route] = self.exporter.convert(program, self.precision)
+            if self.calibration is not None:
+                with tempfile.TemporaryDirectory() as name:
+                    models[route], place, entry, layers = self._quantized(models[route], program, Path(name), least)
+                    if layers:
+                        kept[str(route)] = layers
+                    if len(routes) == 1:  # written as it is to be
+                        for file in place.iterdir():
+                            shutil.move(file, folder)
+                        return {route: entry}, kept
+        return self.exporter.save(models, folder), kept
+
+    def _quantized(
+        self, converted: Any, program: Program, folder: Path, least: float
+    ) -> tuple[Any, Path, Mapping[str, str], list[str]]:
+        """A route in low precision, where and what was written of it, and its layers that had to stay as they were."""
+        best, images, route = 0.0, cast(torch.Tensor, self.calibration), program.route
+        for how in logging.tqdm(self._attempts(program, images), desc=f"{self.precision} {route}"):
+            model = self.exporter.quantize(converted, numpy_batches(images), how)
+            place = Path(tempfile.mkdtemp(dir=folder))  # an earlier one may still be mapped
+            entry = self.exporter.save({route: model}, place)[route]
+            agreement = self.truth.judge(route, self._runner(place, entry))[0]["agreement"]
             logger.info("%s, %s: agreement %.4f", route, how, agreement)
-            if agreement >= min_agreement:
-                return made, list(how.keep)
+            if agreement >= least:
+                return model, place, entry, list(how.keep)
             best = max(best, agreement)
         raise Disagreement(
             f"'{route}' in {self.precision} agrees with itself in float32 on {best:.1%} of the images at best, and "
-            f"{min_agreement:.1%} are asked for; more calibration_images may help, another precision, or a lower "
-            "min_agreement"
+            f"{least:.1%} are asked for; more calibration_images may help, another precision, or a lower min_agreement"
         )
 
     def _attempts(self, program: Program, images: torch.Tensor) -> Iterator[Quantization]:
@@ -250,11 +281,6 @@ class _Job:
             yield replace(how, keep=tuple(dict.fromkeys((*first, *layers[-count - 1 :]))))
             count *= 2
 
-    def _agreement(self, route: Route, made: Any) -> float:
-        with tempfile.TemporaryDirectory() as name:
-            entry = self.exporter.save({route: made}, Path(name))[route]
-            return self.truth.judge(route, self._runner(Path(name), entry))[0]["agreement"]
-
     def _runner(self, folder: Path, entry: Mapping[str, str]) -> Run:
         try:
             run = RUNNERS[self.exporter.runtime](folder, entry, self.threads)
@@ -262,14 +288,10 @@ class _Job:
             raise UnsupportedExport(f"{self.exporter.runtime} cannot load what was exported to it: {error}") from error
         return run if self.batch_size is None else partial(in_batches, run, batch_size=self.batch_size)
 
-    def profile(
+    def _profile(
         self, folder: Path, entries: Mapping[Route, Mapping[str, str]], kept: Mapping[str, list[str]], least: float
     ) -> Profile:
-        """What the routes of a folder cost and give here.
-
-        Raises:
-            Disagreement: one does not do what it should.
-        """
+        """What the routes of a folder cost and give here."""
         runs = {route: self._runner(folder, entry) for route, entry in entries.items()}
         judged = {route: self._judged(route, run, least) for route, run in runs.items()}
         image = next(self.truth.images())[:1].repeat(self.batch_size or 1, 0)
@@ -292,7 +314,7 @@ class _Job:
             "device": processor_name(),
             "batch_size": self.batch_size,
             "images": len(self.truth.logits[next(iter(entries))]) if self.measured else 0,
-            "kept_in_full_precision": {route: layers for route, layers in kept.items() if layers},
+            "kept_in_full_precision": dict(kept),
             "logit_error": {str(route): off for route, (_, off) in judged.items()},
             "folded_stitches": self.folded,
             "files": {str(route): dict(entry) for route, entry in entries.items()},
