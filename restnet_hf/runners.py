@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,24 @@ def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run
     return lambda images: session.run(None, {given.name: images})[0]
 
 
+@cache
+def openvino_core() -> Any:
+    """The only core of OpenVINO in this process.
+
+    A core gives the thread a stack for signals and, when it goes, brings back the one that it found. Of two cores that
+    go in the order in which they came the first one's stack is brought back after it was freed, and the next signal
+    ends the process. One that never goes also spares loading its plugins again.
+    """
+    return need("openvino", "openvino").Core()
+
+
 def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
     """A compiled model of OpenVINO on the processor, in the precision it was exported for."""
-    openvino = need("openvino", "openvino")
     # left to itself, a processor that has bfloat16 computes in it
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": entry["compute"], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    core = openvino.Core()
+    core = openvino_core()
     able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if entry["compute"] == "bf16" and "BF16" not in able:
         raise ValueError(f"this processor does not compute in bfloat16 (OpenVINO lists {able}); choose fp32 or int8")

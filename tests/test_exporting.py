@@ -1,7 +1,6 @@
 """Every runtime and precision of EXPORTERS, verified against the routes themselves; and what is refused."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -23,7 +22,8 @@ from restnet_hf.export.exporter import UnsupportedExport
 from restnet_hf.export.programs import trace_route
 from restnet_hf.export.sensitivity import most_sensitive, rounded
 from restnet_hf.exporting import Disagreement, pareto_routes
-from restnet_hf.runners import RUNNERS, MissingRuntime
+from restnet_hf.runners import RUNNERS, MissingRuntime, openvino_core
+from restnet_hf.tuning import TunedConfig, tuned_keys
 
 
 CASES = [(name, precision) for name, exporter in EXPORTERS.items() for precision in exporter.precisions]
@@ -57,9 +57,7 @@ def logits(model, route, images):
 def can_run(runtime, precision):
     if (runtime, precision) != ("openvino", "bf16"):
         return True
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.mark.parametrize(("runtime", "precision"), CASES)
@@ -68,12 +66,6 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
 
     In float32 two routes are in one folder, and share what they can.
     """
-    if runtime == "executorch" and "RESTNET_HF_ALONE" not in os.environ:
-        # once its native code crashed in a process that other runtimes had run in, and took the test worker along
-        test = f"{__file__}::test_every_runtime_and_precision[{runtime}-{precision}]"
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:xdist", "-q", test]
-        subprocess.run(command, check=True, env={**os.environ, "RESTNET_HF_ALONE": "1"})
-        return
     out, data = tmp_path / "out", [(noise(24), torch.arange(24) % CLASSES)]
     options = {"runtime": runtime, "precision": precision, "data": data, "min_agreement": 0.5, "calibration_images": 8}
     if not can_run(runtime, precision):
@@ -95,6 +87,7 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
         check_sharing(out, model)
     if len(routes) > 1 and (runtime, precision) in WITHOUT_TORCH:
         subprocess.run([sys.executable, "-c", SWITCHING.format(folder=str(out), size=SIZE)], check=True)
+        subprocess.run([sys.executable, "-c", SIGNALLED.format(folder=str(out))], check=True)
 
 
 def check_logits(exported, model, routes, precision):
@@ -106,8 +99,10 @@ def check_logits(exported, model, routes, precision):
         assert precision == "fp32" or off > 1e-4  # it is in low precision
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9
         one_by_one = np.concatenate([exported(image.numpy()) for image in images.split(1)])
+        # where a sum is between two levels the number of images may decide, by the order that it is added up in; and
         # scales that are found as images come depend on which come together
-        assert np.allclose(found, one_by_one, atol=(1.0 if precision == "int8_dynamic" else 1e-3) * expected.std())
+        apart = {"int8": 0.1, "int8_dynamic": 1.0}.get(precision, 1e-3)
+        assert np.allclose(found, one_by_one, atol=apart * expected.std())
 
 
 def run_in(folder, code, without_torch):
@@ -169,21 +164,51 @@ assert np.array_equal(model(images), seen[0])
 """
 )
 
+SIGNALLED = (
+    ABSENT
+    + """
+import signal, subprocess
+from restnet_hf import ExportedModel
+signal.signal(signal.SIGCHLD, lambda *_: None)
+first = ExportedModel({folder!r})
+second = ExportedModel({folder!r})
+del first  # before the other, as when routes are switched
+del second
+subprocess.run(["true"], check=True)  # whose end is a signal, and a runtime may have left no stack for it
+"""
+)
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """A folder of two routes."""
+    """A folder of two routes with one end, whose norms each of them has tuned for itself."""
     model = StitchedModelForImageClassification.from_anchors(
-        make_anchor("resnet"), make_anchor("vit", seed=1), order="given"
+        make_anchor("vit"), make_anchor("resnet", seed=1), order="given"
     )
-    routes = [model.add_stitch(route) for route in ROUTES]
+    routes = [model.add_stitch(f"vit[:{cut}] + resnet[{cut}:]") for cut in (1, 2)]
+    for seed, route in enumerate(routes):
+        key = next(key for key in tuned_keys(route)[-1] if key.startswith("norm-"))
+        tuned = model.add_tuned(key, TunedConfig("norm", "resnet", route.segments[-1].start))
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
     folder = tmp_path_factory.mktemp("bundle")
     export_routes(model, folder / "onnx", routes)
-    return routes, folder / "onnx"
+    return model, routes, folder / "onnx"
+
+
+def test_tuned_norms_leave_convolutions_shared(bundle):
+    """A folder takes little more than the anchors, though no two routes have the same norms."""
+    model, routes, folder = bundle
+    kernels = {p for route in routes for step in model.steps(route) for p in step.parameters() if p.dim() == 4}
+    apart = sum(p.numel() for route in routes for s in model.steps(route) for p in s.parameters() if p.dim() == 4)
+    assert apart > 1.4 * sum(p.numel() for p in kernels)  # so that it matters
+    every = {p for route in routes for step in model.steps(route) for p in step.parameters()}
+    assert (folder / "weights.bin").stat().st_size < 1.1 * 4 * sum(p.numel() for p in every)
 
 
 def test_keeps_as_many_routes_loaded_as_asked(bundle):
-    routes, folder = bundle
+    _, routes, folder = bundle
     model = ExportedModel(folder, keep=2)
     first = model._loaded[routes[0]]
     model.set_route(routes[1])
@@ -285,7 +310,7 @@ def test_a_wrong_file_is_not_called_good(model, tmp_path, monkeypatch):
 
 def test_hostile_folder(bundle, tmp_path):
     """Files outside the folder are never opened, and damaged ones are named."""
-    source = bundle[1]
+    source = bundle[2]
     good = json.loads((source / "profile.json").read_text())
     for file in source.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, UnsupportedExport, file_names
+from restnet_hf.export.exporter import QUANTIZED, Exporter, Quantization, SharedWeights, UnsupportedExport, file_names
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
 
@@ -39,20 +39,34 @@ class OnnxModel:
         return [name for name, layer in self.layers.items() if layer in layers]
 
 
-def to_onnx(program: Program) -> OnnxModel:
+def to_onnx(program: Program, precision: str) -> OnnxModel:
     """A program as ONNX, without the notes on where in the source it comes from.
+
+    Norms become one with the convolutions before them only for low precision, which must see both as one. Otherwise a
+    runtime does that as it loads, and routes whose norms were tuned still share their convolutions.
 
     Raises:
         UnsupportedExport: an operation has no counterpart.
     """
+    from onnxscript import optimizer
+
+    one = precision.startswith(QUANTIZED)
     with _quiet():
         try:
             made = torch.onnx.export(
-                program.exported, dynamo=True, verbose=False, input_names=["pixel_values"], output_names=["logits"]
+                program.exported,
+                dynamo=True,
+                verbose=False,
+                optimize=one,
+                input_names=["pixel_values"],
+                output_names=["logits"],
             )
+            assert made is not None
+            if not one:
+                for clean in (optimizer.inline, optimizer.fold_constants, optimizer.remove_unused_nodes):
+                    clean(made.model)
         except Exception as error:  # of several libraries, of no common kind
             raise UnsupportedExport(f"route '{program.route}' cannot be written as ONNX: {error}") from error
-    assert made is not None
     proto = made.model_proto
     layers, last = dict[str, str](), ""
     for node in proto.graph.node:
@@ -98,7 +112,7 @@ class OnnxExporter(Exporter):
     careful = True
 
     def convert(self, program: Program, precision: str) -> OnnxModel:
-        return to_onnx(program)
+        return to_onnx(program, precision)
 
     def quantize(self, model: OnnxModel, images: Iterable[np.ndarray], how: Quantization) -> OnnxModel:
         import onnx

@@ -11,6 +11,7 @@ from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, fi
 from restnet_hf.export.onnx import OnnxModel, to_onnx
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
+from restnet_hf.runners import openvino_core
 
 
 WEIGHTS = "weights.bin"
@@ -25,14 +26,9 @@ class OpenVinoExporter(Exporter):
     careful = True
 
     def convert(self, program: Program, precision: str) -> tuple[OnnxModel, Any, str]:
-        import openvino
-
-        model = to_onnx(program)
-        return (
-            model,
-            openvino.Core().read_model(model.proto.SerializeToString()),
-            "bf16" if precision == "bf16" else "f32",
-        )
+        model = to_onnx(program, precision)
+        read = openvino_core().read_model(model.proto.SerializeToString())
+        return model, read, "bf16" if precision == "bf16" else "f32"
 
     def quantize(
         self, model: tuple[OnnxModel, Any, str], images: Iterable[np.ndarray], how: Quantization
