@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from restnet_hf.checkpoints import Checkpoints
@@ -107,6 +106,8 @@ class _Training:
 
     def _prepare(self) -> None:
         """All that the loop needs, in the order in which one part needs another."""
+        from transformers import get_cosine_schedule_with_warmup  # brings PEFT, which takes a second and more
+
         args, learner = self.args, self.learner
         fresh = learner.begin()
         if not self.resumes:
