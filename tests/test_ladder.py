@@ -100,17 +100,18 @@ def module_name(package, path):
     return name.removesuffix(".__init__")
 
 
-def trees(package):
-    return {module_name(package, path): ast.parse(path.read_text()) for path in package.rglob("*.py")}
+def text_of(package, name):
+    path = package / name.replace(".", "/")
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
 def test_every_module_is_on_the_ladder(package):
-    assert sorted(trees(package)) == sorted(LADDER)
+    assert sorted(module_name(package, path) for path in package.rglob("*.py")) == sorted(LADDER)
 
 
 @pytest.mark.parametrize("name", LADDER)
 def test_imports_only_from_above(package, name):
-    tree = trees(package)[name]
+    tree = ast.parse(text_of(package, name))
     imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     ours = {module.removeprefix("restnet_hf.") for module in imported if module.startswith("restnet_hf.")}
@@ -126,8 +127,7 @@ def test_imports_only_from_above(package, name):
 
 @pytest.mark.parametrize("name", LADDER)
 def test_says_its_job_and_stays_small(package, name):
-    path = package / name.replace(".", "/")
-    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    text = text_of(package, name)
     assert ast.get_docstring(ast.parse(text))
     assert text.count("\n") <= 400
 
