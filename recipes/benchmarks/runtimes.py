@@ -214,6 +214,15 @@ def bench_quality(model: StitchedModelForImageClassification, dataset: str, case
     return found
 
 
+def shown(found: dict[str, float], ratios: dict[str, float]) -> None:
+    """Print what was found, and keep it."""
+    for name, ratio in found.items():
+        if not name.endswith("(median)"):
+            median = found.get(f"{name} (median)")
+            print(f"{name}: {ratio:.3f}" + (f" ({median:.3f})" if median else ""), flush=True)
+    ratios.update(found)
+
+
 def main(
     adapter: str | None = None,
     dataset: str | None = None,
@@ -230,16 +239,12 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         real = None if adapter is None else StitchedModelForImageClassification.from_pretrained(adapter)
-        ratios |= bench_bundle(real or embedded_pair(), quick, folder / "bundle")
+        shown(bench_bundle(real or embedded_pair(), quick, folder / "bundle"), ratios)
         if real is not None and dataset is not None:
-            ratios |= bench_quality(real, dataset, cases, folder / "quality")
+            shown(bench_quality(real, dataset, cases, folder / "quality"), ratios)
         for pair in PAIRS[:1] if quick else PAIRS:
             for size in batch or ((1,) if quick else (1, 8)):
-                ratios |= bench_pair(*pair, size, cases, folder / f"{pair[0]}-{pair[2]}-{size}")
-    for name, ratio in ratios.items():
-        if not name.endswith("(median)"):
-            median = ratios.get(f"{name} (median)")
-            print(f"{name}: {ratio:.3f}" + (f" ({median:.3f})" if median else ""))
+                shown(bench_pair(*pair, size, cases, folder / f"{pair[0]}-{pair[2]}-{size}"), ratios)
     if out is not None:
         out.write_text(json.dumps({"ratios": ratios}, indent=2) + "\n")
 
