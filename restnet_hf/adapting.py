@@ -105,10 +105,8 @@ def adapt(
     found = job.run(lambda rows: _keep(job, judge, state))
     exactly = [judge.as_measured(row) for row in found.rows]
     best, rows, checks = _confirmed(model, exactly, budget, latency, judge.score)
-    about = {"images": judge.images, "score": judge.score}
-    if latency is not None:
-        about["latency"] = {"device": latency.device, "runtime": latency.runtime, **latency.facts}
-    model.keep_profile(rows, **about)
+    table = latency and {"latency": {"device": latency.device, "runtime": latency.runtime, **latency.facts}}
+    model.keep_profile(rows, images=judge.images, score=judge.score, **(table or {}))
     model.set_route(best.route)
     result = replace(found, best={budget: best}, rows=tuple(rows))
     return Adapted(best, judge.score, judge.reasons(result.rejected(budget)), checks, found.finished)
