@@ -105,11 +105,17 @@ def adapt(
     found = job.run(lambda rows: _keep(job, judge, state))
     exactly = [judge.as_measured(row) for row in found.rows]
     best, rows, checks = _confirmed(model, exactly, budget, latency, judge.score)
-    table = latency and {"latency": {"device": latency.device, "runtime": latency.runtime, **latency.facts}}
-    model.keep_profile(rows, images=judge.images, score=judge.score, **(table or {}))
+    model.keep_profile(rows, images=judge.images, score=judge.score, **_where(latency))
     model.set_route(best.route)
     result = replace(found, best={budget: best}, rows=tuple(rows))
     return Adapted(best, judge.score, judge.reasons(result.rejected(budget)), checks, found.finished)
+
+
+def _where(latency: LatencyTable | None) -> dict[str, Any]:
+    """What a profile says of the device that latencies are of."""
+    if latency is None:
+        return {}
+    return {"latency": {"device": latency.device, "runtime": latency.runtime, **latency.facts}}
 
 
 def _check_names(search: str | None, predictor: str | None) -> None:

@@ -56,7 +56,7 @@ QUICK = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32")]
 CASES = [(name, precision) for name, exporter in EXPORTERS.items() for precision in exporter.precisions]
 Cases = list[tuple[str, str]]  # runtimes and precisions
 CALIBRATION = 16
-PAUSE = 0.05  # seconds
+PAUSE = 0.05  # seconds, longer than threads of a runtime wait for work
 SWITCH = """
 import statistics, sys, time
 class Absent:
