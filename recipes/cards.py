@@ -11,8 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from restnet_hf.files import folder_written_whole
-from restnet_hf.hub import CARD, PLOT, PROFILE, parents_on_card, write_card
+from restnet_hf.hub import PLOT, PROFILE, parents_on_card, write_card
 from restnet_hf.profiles import Profile
 
 
@@ -25,10 +24,11 @@ def write(run: Path, out: Path) -> None:
     profile = Profile.load(run / "adapter" / PROFILE)
     parents = parents_on_card(config["anchors"], HfApi())
     standalone = not all(parent["repo_id"] for parent in parents)
-    with folder_written_whole(out / run.name, CARD) as folder:
-        profile.save(folder / PROFILE)
-        shutil.copy(run / PLOT, folder / PLOT)
-        write_card(folder, f"{OWNER}/{run.name}", parents, profile, standalone, training=config["training"])
+    folder = out / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    profile.save(folder / PROFILE)
+    shutil.copy(run / PLOT, folder / PLOT)
+    write_card(folder, f"{OWNER}/{run.name}", parents, profile, standalone, training=config["training"])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import cached_file
 
-from restnet_hf.files import finish_folder
 from restnet_hf.hub import PROFILE
 from restnet_hf.profiles import Profile
 
@@ -23,12 +22,6 @@ AUTO_MAP = {  # without the package installed, transformers then says what to in
     "AutoModelForImageClassification": "modeling_restnet.StitchedModelForImageClassification",
 }
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
-
-
-def finish_saving(path_or_id: str | os.PathLike[str], subfolder: str) -> None:
-    """Where saving to a local folder was cut off half way, do the rest of it."""
-    if os.path.isdir(path_or_id):
-        finish_folder(os.path.join(path_or_id, subfolder), CONFIG)
 
 
 def read_weights(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

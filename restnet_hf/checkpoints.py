@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from restnet_hf.files import folder_written_whole
+from restnet_hf.files import folder_written_whole, whole_folder
 
 
 KEPT = 2
@@ -86,7 +86,7 @@ class Checkpoints:
             ValueError: it is of another training.
             OSError: it is damaged.
         """
-        folder = self.found()[-1]
+        folder = whole_folder(self.found()[-1], PLACE)
         try:
             place = json.loads((folder / PLACE).read_text())
             with safe_open(folder / WEIGHTS, "pt") as file:

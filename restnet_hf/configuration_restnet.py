@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from restnet_hf.features import AnyLayout, layout_from_dict
+from restnet_hf.files import SHA256
 from restnet_hf.fingerprints import Piece
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route, StitchPoint, of_adapter
@@ -54,6 +55,7 @@ class RestNetConfig(PreTrainedConfig):
         self.trained_heads = self.trained_heads or []
         self.training = self.training or []
         self.tuned = self.tuned or {}
+        kwargs.pop(SHA256, None)  # it is of the folder that was read, not of the model
         super().__post_init__(**kwargs)
 
     def stitch_parts(self, name: str) -> tuple[StitchPoint, AnyLayout, AnyLayout, StitchConfig]:

@@ -4,6 +4,7 @@ import copy
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from restnet_hf.files import written_whole
 Spec = tuple[tuple[int, ...], torch.dtype]  # the shape of a row, and the type in which it is kept
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.int64)}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+logger = logging.getLogger(__name__)
 MARGIN = 1.05  # times what the files take must be free
 
 
@@ -115,6 +117,35 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                     f"{self._bin(name)} is damaged: it is not what {self._json(name).name} beside it says; delete it, "
                     "and it will be written again"
                 )
+
+    @contextmanager
+    def turn(
+        self, specs: Mapping[str, Spec], main: bool = True, barrier: Callable[[], object] = lambda: None
+    ) -> Iterator[list[str]]:
+        """Wait until no other run is writing here; yield what is `missing` then, which this run may write alone.
+
+        Args:
+            specs: as of `write`.
+            main: whether this process waits for other runs; exactly one of a run does.
+            barrier: waits for all processes of this run. Each calls it twice, whatever happens.
+
+        Raises:
+            OSError: something is missing, and nothing can be written into the folder.
+        """
+        lock = self.folder / ".turn"
+        with ExitStack() as stack, _then(barrier):
+            with _then(barrier):
+                if main and self.missing(specs):  # a folder that is whole may be read-only
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    try:
+                        stack.enter_context(WeakFileLock(lock, timeout=0.5))
+                    except TimeoutError:
+                        logger.warning("another run is writing into %s; this one goes on when it is done", self.folder)
+                        stack.enter_context(WeakFileLock(lock))
+            missing = self.missing(specs)
+            if missing and not lock.exists():
+                raise RuntimeError(f"{self.folder} cannot be filled; the error of the main process says why")
+            yield missing
 
     @contextmanager
     def write(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from restnet_hf.data import Batch, as_batch, batches, data_fingerprint, this_process
@@ -89,20 +90,27 @@ def keep(
         specs["labels"] = ((), torch.int64)
     about = {**model.identity(), "images": images, "mixed_precision": args.mixed_precision, "dtype": args.cache_dtype}
     cache = FeatureCache(args.cache_dir or "", about, len(train_set))
-    missing = cache.missing(specs)
     state.wait_for_everyone()
-    if missing:
-        options = {"main": state.is_main_process, "barrier": state.wait_for_everyone}
-        with cache.write({name: specs[name] for name in missing}, **options) as rows:
-            start = 0
-            for index, batch in enumerate(batches(train_set, args.batch_size, "cache")):
-                if index % state.num_processes == state.process_index:
-                    model.preprocessing.check(batch["pixel_values"])
-                    x = batch["pixel_values"].to(model.device, model.dtype)
+    run: dict[str, Any] = {"main": state.is_main_process, "barrier": state.wait_for_everyone}
+    with cache.turn(specs, **run) as missing:
+        if missing:
+            with cache.write({name: specs[name] for name in missing}, **run) as rows:
+                for start, x, labels in _share(model, train_set, args.batch_size):
                     known = frozen.compute(x, {*missing} - {"labels"})
-                    rows.put(start, {**known, **({"labels": batch["labels"]} if "labels" in missing else {})})
-                start += len(batch["pixel_values"])
+                    rows.put(start, {**known, **({"labels": labels} if "labels" in missing else {})})
     return cache.select(specs)
+
+
+def _share(
+    model: StitchedModelForImageClassification, train_set: Any, batch_size: int
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """The batches of this process: the place of the first image, the images, and their labels where there are any."""
+    state, start = this_process(), 0
+    for index, batch in enumerate(batches(train_set, batch_size, "cache")):
+        if index % state.num_processes == state.process_index:
+            model.preprocessing.check(batch["pixel_values"])
+            yield start, batch["pixel_values"].to(model.device, model.dtype), batch.get("labels")
+        start += len(batch["pixel_values"])
 
 
 def first_images(train_set: Any, count: int, batch_size: int = 64) -> Iterator[Batch]:

@@ -1,15 +1,30 @@
-"""Write a file or a folder whole, or leave what was there before."""
+"""Write a file or a folder whole, or leave what was there before; read a folder as one save left it."""
 
+import glob
+import hashlib
+import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
 
 
-WHOLE = ".whole"  # the end of the name of a folder inside another whose files are complete and move over
-STALE = ".stale"  # a file in it: which names of the old folder go
+T = TypeVar("T")
+SHA256 = "sha256"  # the key under which a folder's first file holds the checksums of the others
+PENDING = ".pending"  # the end of the name of a folder inside another that holds a save on its way
+NEW = ".new"  # likewise, of a folder beside one that is not there yet
+LOCK_SECONDS = 600.0  # no save takes so long; a process that holds the lock for longer hangs
+WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # between attempts to read a folder that changes
+PLAIN = re.compile(r"[^./\\:\0][^/\\:\0]*")  # the name of a file that stays in its folder
 
 
 @contextmanager
@@ -17,7 +32,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; the file written there takes its place if the block succeeds."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp{target.suffix}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
         yield temporary
         os.replace(temporary, target)
@@ -29,52 +44,222 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 def folder_written_whole(path: str | os.PathLike[str], first: str, ours: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder; its files take their places in ``path`` when the block ends without error.
 
-    A folder that did not exist appears in one rename. In one that did, the files move over one by one, ``first``
-    before the others. A process that is killed before that leaves the old files; one that is killed after it leaves
-    the rest to `finish_folder`, so that readers who call it see all old files or all new ones.
+    A folder that did not exist appears in one rename. In one that did, all files lie in a pending folder inside it
+    before ``first`` takes its place, which decides; then the others do. `read_whole` reads the old files before that
+    moment and the new ones after it, also where the process is killed, and the next save finishes what was left.
+    Processes that write to the same folder wait for one another.
 
     Args:
-        path: the folder.
-        first: a file that is always written, and read before the others.
-        ours: files that would be stale if they are not written again; all others stay.
+        path: folder to write.
+        first: name of a JSON file that is always written; the checksums of the others are added to it.
+        ours: names of files that are removed where they are not written again; all others stay.
+
+    Raises:
+        OSError: a file cannot be written, or another process holds the folder.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; give the name of a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    finish_folder(target, first)
-    new = not target.exists()
-    place = target.parent if new else target  # on the same file system, also where a folder is a mount
-    temporary = Path(tempfile.mkdtemp(dir=place, prefix=f".{target.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.iterdir():
-            file.chmod(0o644)
-        if new:
-            os.rename(temporary, target)
-            return
-        (temporary / STALE).write_text("\n".join(name for name in ours if not (temporary / name).exists()))
-        os.rename(temporary, temporary := temporary.with_name(temporary.name + WHOLE))
-        os.replace(temporary / first, target / first)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finish_folder(target, first)
+    with _one_writer(target):
+        new = not target.exists()
+        if not new:
+            _finish(target, first, ours, only=ours)
+        prefix, suffix, place = (f".{target.name}.", NEW, target.parent) if new else (".", PENDING, target)
+        _remove_leftovers(place, prefix, suffix)
+        temporary = Path(tempfile.mkdtemp(dir=place, prefix=prefix, suffix=suffix))
+        try:
+            yield temporary
+            _seal(temporary, first)
+            if new:
+                os.rename(temporary, target)
+            else:
+                _put(temporary / first, target / first)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if not new:
+            _finish(target, first, ours)
 
 
-def finish_folder(path: str | os.PathLike[str], first: str) -> None:
-    """Move over what a process that was killed in `folder_written_whole` has left, if ``first`` had moved already."""
+def read_whole(path: str | os.PathLike[str], first: str, read: Callable[[Path], T]) -> T:
+    """Read a folder that `folder_written_whole` writes, so that all files are those of one save. Writes nothing.
+
+    Args:
+        path: folder to read.
+        first: name of the file that decides; see `folder_written_whole`.
+        read: function of the folder in which the files lie. It is called again where another process has written
+            meanwhile.
+
+    Raises:
+        OSError: the folder changed during every attempt.
+        Exception: whatever ``read`` raises for a folder that did not change.
+    """
     target = Path(path)
-    for folder in sorted(target.glob(f".*{WHOLE}")):
-        if (folder / first).exists():  # the old files are all there
-            continue
-        for file in sorted(folder.iterdir()):
-            with suppress(FileNotFoundError):  # another process is at it too
-                if file.name == STALE:
-                    for name in file.read_text().splitlines():
-                        (target / name).unlink(missing_ok=True)
-                    file.unlink()
-                else:
-                    os.replace(file, target / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
+    for wait_s in WAITS_S:
+        time.sleep(wait_s)
+        before = _stamp(target / first)
+        folder = whole_folder(target, first)
+        try:
+            result = read(folder)
+        except Exception:
+            if _stamp(target / first) == before and _is_there(folder, first, target):
+                raise
+        else:
+            if _stamp(target / first) == before and _is_there(folder, first, target):
+                return result
+    raise OSError(f"{target} was written to by other processes during all of {len(WAITS_S)} attempts to read it; wait")
+
+
+def whole_folder(path: str | os.PathLike[str], first: str) -> Path:
+    """The folder itself, or the one inside it that holds all files of a save that was cut off after it counted.
+
+    That one holds a copy of ``first``, and every file that ``first`` names, with its checksum.
+    """
+    target = Path(path)
+    with suppress(OSError):
+        decides = (target / first).read_bytes()
+        for folder in sorted(target.glob(f".*{PENDING}")):
+            if _is_folder(folder) and _holds(folder, first, decides):
+                return folder
+    return target
+
+
+def checksums(decides: bytes) -> Mapping[str, str]:
+    """What the content of a first file says of the others: SHA-256 by name; empty where it says nothing valid."""
+    try:
+        found = json.loads(decides)[SHA256]
+        valid = all(isinstance(v, str) and PLAIN.fullmatch(k) for k, v in found.items())
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return {}
+    return found if valid else {}
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextmanager
+def _one_writer(target: Path) -> Iterator[None]:
+    """Hold the lock of a folder. Its file lies beside the folder where that is possible, and goes with its owner."""
+    beside = target.with_name(f".{target.name}.lock")
+    path = beside if os.access(target.parent, os.W_OK) else target / ".lock"
+    lock = _lock(path)
+    while not _is_locked(path):  # its owner before has removed the file that this lock is on
+        lock.release()
+        lock = _lock(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not remove a file that is open
+            path.unlink()
+        lock.release()
+
+
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise BlockingIOError(
+            f"another process has held {path} for {LOCK_SECONDS:g} s; end it, or save to another folder"
+        ) from None
+    return lock
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _seal(folder: Path, first: str) -> None:
+    """Add the checksums of all files to the first one, and let others read them."""
+    folder.chmod(0o755)
+    files = sorted(folder.iterdir())
+    for file in files:
+        file.chmod(0o644)
+    data = json.loads((folder / first).read_text(encoding="utf-8"))
+    data[SHA256] = {file.name: sha256_of(file) for file in files if file.name != first}
+    (folder / first).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _finish(target: Path, first: str, ours: Collection[str], only: Collection[str] = ()) -> None:
+    """Put the files of a save that counts into their places; nothing where no such save was left.
+
+    With ``only``, as of a save that another process has left, no file of another name is replaced.
+    """
+    folder = whole_folder(target, first)
+    if folder == target or not _is_own(folder):
+        return
+    names = checksums((folder / first).read_bytes())
+    for name in names:
+        if not only or name in only or not os.path.lexists(target / name):
+            _put(folder / name, target / name)
+    for name in {*ours} - {*names, first}:
+        (target / name).unlink(missing_ok=True)
+    (folder / first).unlink()  # from here on readers take the folder itself
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put(source: Path, target: Path) -> None:
+    """Have a file at another place too, in one step."""
+    aside = source.with_name(f".{source.name}.put")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, aside)
+    os.replace(aside, target)
+    aside.unlink(missing_ok=True)  # it stays where both were the same file already
+
+
+def _remove_leftovers(place: Path, prefix: str, suffix: str) -> None:
+    """Remove temporary folders of saves that were killed. The caller holds the lock."""
+    for folder in place.glob(f"{glob.escape(prefix)}*{suffix}"):
+        if _is_own(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds(folder: Path, first: str, decides: bytes) -> bool:
+    """Whether a pending folder holds the same first file, and every file that it names, as regular files."""
+    names = checksums(decides)
+    if not names or not all(_is_file(folder / name) for name in (first, *names)):
+        return False
+    with suppress(OSError):
+        same = (folder / first).stat().st_size == len(decides) and (folder / first).read_bytes() == decides
+        return same and all(sha256_of(folder / name) == digest for name, digest in names.items())
+    return False
+
+
+def _is_there(folder: Path, first: str, target: Path) -> bool:
+    """Whether a folder that was read still counts: pending ones lose their first file before the others."""
+    return folder == target or (folder / first).exists()
+
+
+def _stamp(file: Path) -> Any:
+    """What changes whenever another file takes the place of this one; None where there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a regular file, and no link to one."""
+    return stat.S_ISREG(path.lstat().st_mode) if os.path.lexists(path) else False
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is a real folder, and no link to one."""
+    return stat.S_ISDIR(path.lstat().st_mode) if os.path.lexists(path) else False
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether there is a real folder that belongs to the user of this process."""
+    return _is_folder(folder) and (not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid())

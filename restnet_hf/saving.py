@@ -21,7 +21,6 @@ from restnet_hf.adapter_files import (
     SHIM_TEXT,
     WEIGHTS,
     check_weights,
-    finish_saving,
     read_profile,
     read_weights,
     weights_dtype,
@@ -31,7 +30,7 @@ from restnet_hf.adapters import add_adapter
 from restnet_hf.anchors import Anchor
 from restnet_hf.cards import BUCKETS, adapter_tags
 from restnet_hf.configuration_restnet import RestNetConfig
-from restnet_hf.files import folder_written_whole
+from restnet_hf.files import folder_written_whole, read_whole
 from restnet_hf.hub import PLOT, PROFILE, check_parents, hub_errors, is_hub_id, push_folder
 from restnet_hf.loading import at_commit
 from restnet_hf.parents import embedded, identify, reload
@@ -218,9 +217,8 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         """
         hub = _hub_options("load_stitch", hub_kwargs)
         where = os.fspath(repo_id)
-        finish_saving(where, subfolder)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        config, profile, weights = _read_config(where, at), read_profile(where, at), read_weights(where, at)
+        config, profile, weights = _read_adapter(where, at)
         mine = {key: value for key, value in weights.items() if not key.startswith("anchors.")}
         return add_adapter(self, config, profile, mine if config.standalone else weights, name, where)
 
@@ -266,12 +264,9 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         device = whole_device(device_map)
         hub = _hub_options("from_pretrained", kwargs)
         where = os.fspath(pretrained_model_name_or_path)
-        finish_saving(where, subfolder)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        config = _read_config(where, at) if config is None else copy.deepcopy(config).check()
-        profile = read_profile(where, at)
+        config, profile, weights = _read_adapter(where, at, config)
         used = _choose(config, profile, route, budget)
-        weights = read_weights(where, at)
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
         options = {"trust_remote_code": trust_remote_code, **hub}
         model = cls(config, _anchors(config, weights, dict(anchors or {}), wanted, options, used, where))
@@ -292,6 +287,21 @@ def _hub_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(f"{method} takes no {unknown}; see its documentation for what it takes")
     return {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
+
+
+def _read_adapter(
+    where: str, at: Mapping[str, Any], given: RestNetConfig | None = None
+) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
+    """Config (or a copy of the one given), profile and weights of an adapter, all of one save."""
+
+    def read(source: str, at: Mapping[str, Any]) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
+        config = _read_config(source, at) if given is None else copy.deepcopy(given).check()
+        return config, read_profile(source, at), read_weights(source, at)
+
+    if not os.path.isdir(where):
+        return read(where, at)
+    inside = {**at, "subfolder": ""}
+    return read_whole(Path(where, at["subfolder"]), CONFIG, lambda folder: read(os.fspath(folder), inside))
 
 
 def _read_config(where: str, at: Mapping[str, Any]) -> RestNetConfig:

@@ -9,6 +9,8 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -386,6 +388,48 @@ def test_two_runs_at_once(tmp_path):
         assert second.missing(SPECS) == list(SPECS)
     second.verify()
     assert torch.equal(second[10]["logits"], values()["logits"][10])
+
+
+def take_turn(folder, answers):
+    cache = FeatureCache(folder, IDENTITY, IMAGES)
+    with cache.turn(SPECS) as missing:
+        answers.put(len(missing))
+        if missing:
+            time.sleep(2)
+            fill(cache)
+    cache.verify()
+
+
+def test_runs_with_one_folder_take_turns(tmp_path):
+    """The first writes everything, the others wait, and find it."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    runs = [context.Process(target=take_turn, args=(tmp_path, answers)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0, 0]
+    assert sorted(answers.get(timeout=10) for _ in runs) == [0, 0, len(SPECS)]
+
+
+def test_a_turn_says_that_it_waits(tmp_path, caplog):
+    cache = FeatureCache(tmp_path, IDENTITY, IMAGES)
+    waiting = threading.Thread(target=lambda: cache.turn(SPECS).__enter__())
+    with cache.turn(SPECS) as missing:
+        assert missing == list(SPECS)
+        waiting.start()
+        waiting.join(2)
+        assert waiting.is_alive()
+        fill(cache)
+    waiting.join(60)
+    assert not waiting.is_alive() and "another run is writing into" in caplog.text
+
+
+def test_a_whole_folder_may_be_read_only(cache):
+    (cache.folder / ".turn").unlink(missing_ok=True)
+    with cache.turn(SPECS) as missing:
+        assert missing == [] and not (cache.folder / ".turn").exists()
 
 
 def rank(number, barrier, folder, answers, other):
