@@ -111,9 +111,9 @@ class ExportedModel:
         self._runner = (TRUSTING if trust_remote_code else {}).get(self.runtime, RUNNERS[self.runtime])
         self._entries: dict[Route, dict[str, str]] = {Route.parse(name): each for name, each in about["files"].items()}
         self._unverified = dict(about.get(CHECKSUMS, {}))
-        self._verify(LABELS, PREPROCESSING)
         self.labels = read_labels(self.folder)
         self.preprocessing = read_preprocessing(self.folder)
+        self._verify(LABELS, PREPROCESSING)
         self._loaded: OrderedDict[Route, Run] = OrderedDict()
         self.active_route = self.set_route(next(iter(self._entries)))
 

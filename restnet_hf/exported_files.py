@@ -50,7 +50,7 @@ def documented_errors(what: str) -> Iterator[None]:
     except (OSError, MissingRuntime):
         raise
     except Exception as error:  # runtimes and parsers have errors of no common kind
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{what}: {kind}{short(error)}") from (error if len(str(error)) <= MAX_MESSAGE else None)
 
 
@@ -116,7 +116,7 @@ def read_profile(folder: Path) -> Profile:
         _check_checksums(about.get(CHECKSUMS, {}))
         entries = about.get("files")
         if not isinstance(entries, dict) or not entries:
-            raise ValueError("it names no files of routes; export them again")
+            raise ValueError("it does not name a file for each of its routes; export them again")
         for name, entry in entries.items():
             _check_entry(folder, name, entry, runtime)
         if {row.route for row in profile.routes} != set(map(Route.parse, entries)):
