@@ -1,21 +1,30 @@
 """ExportedModel: the routes of an exported folder, prepared for, run and switched without torch."""
 
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from restnet_hf.profiles import Budget, Profile
+from restnet_hf.exported_files import (
+    CHECKSUMS,
+    LABELS,
+    MAX_SIDE,
+    PREPROCESSING,
+    documented_errors,
+    image_size,
+    read_labels,
+    read_preprocessing,
+    read_profile,
+    short,
+    verify,
+)
+from restnet_hf.profiles import Budget
 from restnet_hf.routes import Route
-from restnet_hf.runners import RUNNERS, Run
-
-
-PROFILE, LABELS, PREPROCESSING = "profile.json", "labels.json", "preprocessing.json"
+from restnet_hf.runners import RUNNERS, TRUSTING, Run
 
 
 def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
@@ -25,11 +34,16 @@ def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
         image: of any mode and size.
         how: ``resize`` (pixels of the shorter edge, or height and width), ``crop`` (height and width of the middle
             that is kept, or null), ``resample`` (a name of Pillow's), and ``mean`` and ``std`` of values from 0 to 1.
+
+    Raises:
+        ValueError: the picture has no pixels, or is so narrow that it would be larger than `MAX_SIDE` squared.
     """
     image, resize = image.convert("RGB"), how["resize"]
     if isinstance(resize, int):
-        short = min(image.size)
-        resize = [int(resize * edge / short) for edge in (image.height, image.width)]
+        edge = max(1, min(image.size))
+        resize = [int(resize * each / edge) for each in (image.height, image.width)]
+    if not all(image.size) or resize[0] * resize[1] > MAX_SIDE**2:
+        raise ValueError(f"a picture of {image.width}x{image.height} pixels would be resized to {resize[::-1]}")
     image = image.resize((resize[1], resize[0]), Image.Resampling[how["resample"].upper()])
     if how["crop"] is not None:
         height, width = how["crop"]
@@ -52,32 +66,54 @@ class ExportedModel:
     One route is active and in memory; others are loaded when they are switched to, and their files are mapped where
     the runtime does that. ``profiled`` is what was measured at the export, for `Controller` and `set_budget`.
 
+    The files are checked before they are used, as the folder may be a stranger's: nothing of it runs as code, and no
+    file outside of it is opened. What an ONNX file or another asks its runtime to compute is not bounded.
+
     Args:
         folder: that was written.
         threads: of the processor; as the runtime has it by default.
         keep: how many routes stay loaded, the last ones used.
+        runtimes: names of those that may run the folder; all by default.
+        trust_remote_code: whether to load what may run code of the folder's author, which only a program of the
+            ``torch`` runtime with custom operators or objects needs.
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file is not what it should be.
+        ValueError: a file is not what it should be, or of a runtime that may not run it.
         MissingRuntime: the runtime is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], threads: int | None = None, keep: int = 1) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        threads: int | None = None,
+        keep: int = 1,
+        *,
+        runtimes: Collection[str] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1: the active route is always loaded")
+        allowed = {runtimes} if isinstance(runtimes, str) else {*(RUNNERS if runtimes is None else runtimes)}
+        if not allowed or not allowed <= RUNNERS.keys():
+            raise ValueError(f"runtimes={runtimes!r} must be some of {sorted(RUNNERS)}")
         self.folder, self.threads, self.keep = Path(folder), threads, keep
-        self.profiled = Profile.load(self.folder / PROFILE)
-        self.labels: list[str] = self._read(LABELS, list)
-        self.preprocessing: dict[str, Any] = self._read(PREPROCESSING, dict)
+        self.profiled = read_profile(self.folder)
         about = self.profiled.metadata
-        self.runtime, self.precision = str(about.get("runtime")), str(about.get("precision"))
+        self.runtime: str = about["runtime"]
+        self.precision: str = about["precision"]
         self.batch_size: int | None = about.get("batch_size")
-        if self.runtime not in RUNNERS:
-            raise ValueError(f"{self.folder / PROFILE} names runtime '{self.runtime}', not one of {sorted(RUNNERS)}")
-        self._entries = {Route.parse(name): self._entry(entry) for name, entry in dict(about.get("files", {})).items()}
-        if {row.route for row in self.profiled.routes} != {*self._entries}:
-            raise ValueError(f"{self.folder / PROFILE} does not name a file for each of its routes; export them again")
+        if self.runtime not in allowed:
+            raise ValueError(
+                f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
+                "it to runtimes, or export the routes again"
+            )
+        self._runner = (TRUSTING if trust_remote_code else {}).get(self.runtime, RUNNERS[self.runtime])
+        self._entries: dict[Route, dict[str, str]] = {Route.parse(name): each for name, each in about["files"].items()}
+        self._unverified = dict(about.get(CHECKSUMS, {}))
+        self.labels = read_labels(self.folder)
+        self.preprocessing = read_preprocessing(self.folder)
+        self._verify(LABELS, PREPROCESSING)
         self._loaded: OrderedDict[Route, Run] = OrderedDict()
         self.active_route = self.set_route(next(iter(self._entries)))
 
@@ -90,34 +126,56 @@ class ExportedModel:
         budget: Mapping[str, Any] | None = None,
         threads: int | None = None,
         keep: int = 1,
+        runtimes: Collection[str] | None = None,
+        trust_remote_code: bool = False,
     ) -> "ExportedModel":
         """Load a folder, and make a route active: the first, a given one, or the best within a budget.
 
         Raises:
             BudgetError: no route fits; otherwise as the class.
         """
-        model = cls(folder, threads, keep)
+        model = cls(folder, threads, keep, runtimes=runtimes, trust_remote_code=trust_remote_code)
         if route is not None:
             model.set_route(route)
         if budget is not None:
             model.set_budget(**budget)
         return model
 
-    def _read(self, name: str, kind: type) -> Any:
-        try:
-            found = json.loads((self.folder / name).read_text())
-        except ValueError as error:
-            raise ValueError(f"{self.folder / name}: {error}") from error
-        if not isinstance(found, kind):
-            raise ValueError(f"{self.folder / name} must hold a {kind.__name__}, not a {type(found).__name__}")
-        return found
+    def _verify(self, *names: str) -> None:
+        """Compare files with their checksums, each once."""
+        verify(self.folder, names, self._unverified)
+        for name in names:
+            self._unverified.pop(name, None)
 
-    def _entry(self, entry: Mapping[str, str]) -> Mapping[str, str]:
-        for key in ("file", "weights"):
-            name = entry.get(key, "")
-            if Path(name).name != name:  # a file of a stranger must not lead elsewhere
-                raise ValueError(f"{self.folder / PROFILE} names the file {name!r}, which is not in the folder")
-        return entry
+    def _load(self, route: Route) -> Run:
+        """A route in its runtime, which takes the images that are prepared for it."""
+        entry = self._entries[route]
+        alone = {each["file"] for each in self._entries.values()} - {entry["file"]}
+        self._verify(*(name for name in self._unverified if name not in alone))
+        with documented_errors(f"route '{short(route)}' of {self.folder} cannot be loaded by {self.runtime}"):
+            run = self._runner(self.folder, entry, self.threads)
+            shape = getattr(run, "input_shape", None)
+            if shape is not None:
+                self._check_shape(shape)
+        return run
+
+    def _check_shape(self, shape: tuple[int | None, ...]) -> None:
+        """Raise ValueError where a model takes other images than profile.json and preprocessing.json say."""
+        size = image_size(self.preprocessing) or (None, None)
+        expected = (self.batch_size, 3, *size)
+        fits = len(shape) == 4 and all(a is None or b is None or a == b for a, b in zip(shape, expected, strict=True))
+        if not fits or (self.batch_size is None and shape[0] is not None):
+            raise ValueError(f"it takes images of shape {shape}, and the folder prepares {expected}, None being free")
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        """Logits of the active route for as many images as it takes."""
+        with documented_errors(f"route '{short(self.active_route)}' of {self.folder} cannot run {images.shape}"):
+            logits = np.asarray(self._loaded[self.active_route](images))
+            if logits.shape != (len(images), len(self.labels)) or logits.dtype.kind != "f":
+                raise ValueError(
+                    f"it gives {logits.dtype} of shape {logits.shape}, and {LABELS} has {len(self.labels)} labels"
+                )
+        return logits
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -132,13 +190,12 @@ class ExportedModel:
         """
         route = Route.parse(route) if isinstance(route, str) else route
         if route not in self._entries:
-            raise ValueError(
-                f"there is no route '{route}' in {self.folder}; the routes are {list(map(str, self.routes))}"
-            )
+            known = short(list(map(str, self.routes)))
+            raise ValueError(f"there is no route '{short(route)}' in {self.folder}; the routes are {known}")
         if route not in self._loaded:
             while len(self._loaded) >= self.keep:
                 self._loaded.popitem(last=False)  # before another takes memory
-            self._loaded[route] = RUNNERS[self.runtime](self.folder, self._entries[route], self.threads)
+            self._loaded[route] = self._load(route)
         self._loaded.move_to_end(route)
         self.active_route = route
         return route
@@ -163,9 +220,14 @@ class ExportedModel:
         return np.stack([prepare_image(picture, self.preprocessing) for picture in pictures])
 
     def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) of the active route, for images (N, 3, H, W) that `prepare` made."""
-        run, images = self._loaded[self.active_route], np.ascontiguousarray(pixel_values, np.float32)
-        return run(images) if self.batch_size is None else in_batches(run, images, self.batch_size)
+        """Logits (N, classes) of the active route, for images (N, 3, H, W) that `prepare` made.
+
+        Raises:
+            ValueError: the route does not take the images, or gives no logits for the labels.
+        """
+        images = np.ascontiguousarray(pixel_values, np.float32)
+        self.set_route(self.active_route)  # a switch that failed may have taken it from memory
+        return self._run(images) if self.batch_size is None else in_batches(self._run, images, self.batch_size)
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
         """The likeliest classes of one picture, as transformers' pipeline gives them: ``label`` and ``score``."""

@@ -23,14 +23,15 @@ from restnet_hf.export import EXPORTERS
 from restnet_hf.export.exporter import QUANTIZED, Exporter, Quantization, UnsupportedExport
 from restnet_hf.export.programs import Program, numpy_batches, trace_route
 from restnet_hf.export.sensitivity import most_sensitive
-from restnet_hf.exported import LABELS, PREPROCESSING, PROFILE, ExportedModel, in_batches
+from restnet_hf.exported import ExportedModel, in_batches
+from restnet_hf.exported_files import CHECKSUMS, EXAMPLE, LABELS, PREPROCESSING, PROFILE, checksums
 from restnet_hf.files import folder_written_whole
 from restnet_hf.measuring import time_runs
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.plain import plain_preprocessing, run_script
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import Route
-from restnet_hf.runners import RUNNERS, Run
+from restnet_hf.runners import RUNNERS, TRUSTING, Run
 from restnet_hf.steps import split_at_shared_cuts, walk_tree
 
 
@@ -38,7 +39,6 @@ logger = logging.get_logger(__name__)
 BATCH = 16  # images in a run while results are compared
 NOISE = 64  # images of noise, where there are no others
 EXACT = 0.02  # standard deviations of the logits by which those in fp32 may be off
-EXAMPLE = "run.py"
 
 
 class Disagreement(ValueError):
@@ -125,7 +125,7 @@ def export_routes(
     with folder_written_whole(out, PROFILE) as folder:
         profile = job.write(folder, chosen, min_agreement)
     model.keep_runtime(profile)
-    return ExportedModel(out, threads)
+    return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
 
 
 def _exporter(runtime: str, precision: str, data: Any) -> Exporter:
@@ -283,7 +283,7 @@ class _Job:
 
     def _runner(self, folder: Path, entry: Mapping[str, str]) -> Run:
         try:
-            run = RUNNERS[self.exporter.runtime](folder, entry, self.threads)
+            run = {**RUNNERS, **TRUSTING}[self.exporter.runtime](folder, entry, self.threads)
         except RuntimeError as error:  # also those of OpenVINO and ONNX Runtime, which are of no common kind
             raise UnsupportedExport(f"{self.exporter.runtime} cannot load what was exported to it: {error}") from error
         return run if self.batch_size is None else partial(in_batches, run, batch_size=self.batch_size)
@@ -318,6 +318,7 @@ class _Job:
             "logit_error": {str(route): off for route, (_, off) in judged.items()},
             "folded_stitches": self.folded,
             "files": {str(route): dict(entry) for route, entry in entries.items()},
+            CHECKSUMS: checksums(folder),
             "size_mb": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
             "date": datetime.date.today().isoformat(),
             "versions": {package: version(package) for package in dict.fromkeys(packages)},

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from restnet_hf.exported import LABELS, PREPROCESSING, prepare_image
+from restnet_hf.exported import prepare_image
+from restnet_hf.exported_files import LABELS, PREPROCESSING
 from restnet_hf.preprocessing import Preprocessing, prepare
 
 

@@ -1,16 +1,24 @@
 """RUNNERS: an exported route as a function from images to logits, run by its own runtime. No torch of our own."""
 
 import importlib
-from collections.abc import Callable, Mapping
-from functools import cache
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from restnet_hf.torch_archives import UntrustedProgram, safe_archive
+
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""Images (N, 3, H, W) in float32 to logits (N, classes)."""
+"""Images (N, 3, H, W) in float32 to logits (N, classes).
+
+It may have an attribute ``input_shape``: the four sizes that the model takes, None for those that are free.
+"""
+TELEMETRY = "openvino_telemetry"
 
 
 class MissingRuntime(ImportError):
@@ -24,13 +32,51 @@ def need(package: str, runtime: str) -> Any:
         MissingRuntime: it is not installed; the message says how to install it.
     """
     try:
-        return importlib.import_module(package)
+        with without_telemetry():
+            return importlib.import_module(package)
     except ImportError as error:
         name = package.partition(".")[0]
         raise MissingRuntime(
             f"runtime '{runtime}' needs {name}, which cannot be imported ({error}); pip install {name}, or all that "
             f"exporting takes: pip install 'restnet-hf[{runtime}]'"
         ) from error
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """OpenVINO and NNCF, imported or called in the block, report nothing and write nothing in the home folder.
+
+    Both of them report by a package that they do without where it is not installed, and which no setting of a process
+    switches off: when they are imported it writes an identity into the home folder, and each quantisation is reported.
+    """
+    package = sys.modules.get(TELEMETRY)
+    try:
+        reporter = None if package is None else package.Telemetry()  # the only one, if something was imported before
+    except RuntimeError:  # it was never configured
+        reporter = None
+    agreed = getattr(reporter, "consent", False)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        if reporter is not None:
+            reporter.consent = False
+        yield
+    finally:
+        if reporter is not None:
+            reporter.consent = agreed
+        sys.modules.pop(TELEMETRY, None)
+        if package is not None:
+            sys.modules[TELEMETRY] = package
+
+
+class _Shaped:
+    """A function from images to logits that knows which images it takes."""
+
+    def __init__(self, run: Run, shape: Sequence[Any]) -> None:
+        self._run = run
+        self.input_shape = tuple(size if isinstance(size, int) else None for size in shape)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._run(images)
 
 
 def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
@@ -41,7 +87,7 @@ def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run
         options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(folder / entry["file"], options, providers=["CPUExecutionProvider"])
     (given,) = session.get_inputs()
-    return lambda images: session.run(None, {given.name: images})[0]
+    return _Shaped(lambda images: session.run(None, {given.name: images})[0], given.shape)
 
 
 @cache
@@ -67,7 +113,8 @@ def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None) ->
         raise ValueError(f"this processor does not compute in bfloat16 (OpenVINO lists {able}); choose fp32 or int8")
     model = core.read_model(folder / entry["file"], folder / entry["weights"])
     compiled = core.compile_model(model, "CPU", config)
-    return lambda images: compiled(images)[0]
+    sizes = [size.get_length() if size.is_static else None for size in compiled.input().partial_shape]
+    return _Shaped(lambda images: compiled(images)[0], sizes)
 
 
 def run_executorch(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
@@ -77,22 +124,31 @@ def run_executorch(folder: Path, entry: Mapping[str, str], threads: int | None) 
     if threads is not None:
         need("executorch.extension.pybindings.portable_lib", "executorch")._unsafe_reset_threadpool(threads)
     method = runtime.Runtime.get().load_program(folder / entry["file"]).load_method(entry["method"])
-    return lambda images: method.execute([torch.from_numpy(images)])[0].numpy()
+    sizes = method.metadata.input_tensor_meta(0).sizes()
+    return _Shaped(lambda images: method.execute([torch.from_numpy(images)])[0].numpy(), sizes)
 
 
-def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
-    """A program of torch.export."""
+def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
+    """A program of torch.export, from which all that may run code was left out, unless it is trusted."""
     torch = need("torch", "torch")
     if threads is not None:
         torch.set_num_threads(threads)
-    module = torch.export.load(folder / entry["file"]).module()
-    dtype = getattr(torch, entry["compute"])
+    file = folder / entry["file"]
+    try:
+        program = torch.export.load(file if trust_remote_code else safe_archive(file))
+    except UntrustedProgram as error:
+        raise UntrustedProgram(
+            f"{error}, so that loading it could run code of whoever made it; if you trust them, give "
+            "trust_remote_code=True"
+        ) from error
+    module, dtype = program.module(), getattr(torch, entry["compute"])
+    (given,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return module(torch.from_numpy(images).to(dtype)).float().numpy()
 
-    return run
+    return _Shaped(run, given.meta["val"].shape)
 
 
 RUNNERS: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
@@ -101,3 +157,7 @@ RUNNERS: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
     "executorch": run_executorch,
     "torch": run_torch,
 }
+TRUSTING: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
+    "torch": partial(run_torch, trust_remote_code=True)
+}
+"""Those of RUNNERS that load more of a file whose author is trusted."""

@@ -11,7 +11,7 @@ from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, fi
 from restnet_hf.export.onnx import OnnxModel, to_onnx
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
-from restnet_hf.runners import openvino_core
+from restnet_hf.runners import openvino_core, without_telemetry
 
 
 WEIGHTS = "weights.bin"
@@ -40,17 +40,18 @@ class OpenVinoExporter(Exporter):
         attention = any(node.op_type == "Softmax" for node in graph.proto.graph.node)
         samples = list(images)
         kept = [f"{name}(/.*)?" for name in graph.nodes(how.keep)]
-        made = nncf.quantize(
-            whole.clone(),
-            nncf.Dataset(samples),
-            preset=nncf.QuantizationPreset.MIXED,
-            model_type=nncf.ModelType.TRANSFORMER if attention else None,
-            subset_size=len(samples),
-            ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False) if kept else None,
-            fast_bias_correction=not how.careful,
-            # products of pairs of eight-bit weights overflow where a processor has no VNNI
-            advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
-        )
+        with without_telemetry():
+            made = nncf.quantize(
+                whole.clone(),
+                nncf.Dataset(samples),
+                preset=nncf.QuantizationPreset.MIXED,
+                model_type=nncf.ModelType.TRANSFORMER if attention else None,
+                subset_size=len(samples),
+                ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False) if kept else None,
+                fast_bias_correction=not how.careful,
+                # products of pairs of eight-bit weights overflow where a processor has no VNNI
+                advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
+            )
         return graph, made, compute
 
     def save(self, models: Mapping[Route, tuple[OnnxModel, Any, str]], folder: Path) -> dict[Route, dict[str, str]]:

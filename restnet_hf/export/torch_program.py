@@ -5,10 +5,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from transformers.utils import logging
 
 from restnet_hf.export.exporter import Exporter, file_names
 from restnet_hf.export.programs import Program
 from restnet_hf.routes import Route
+from restnet_hf.torch_archives import UntrustedProgram, safe_archive
+
+
+logger = logging.get_logger(__name__)
 
 
 class TorchExporter(Exporter):
@@ -25,7 +30,12 @@ class TorchExporter(Exporter):
     def save(self, models: Mapping[Route, Program], folder: Path) -> dict[Route, dict[str, str]]:
         entries = {}
         for route, name in file_names(models).items():
-            torch.export.save(models[route].exported, folder / f"{name}.pt2")
+            file = folder / f"{name}.pt2"
+            torch.export.save(models[route].exported, file)
+            try:
+                safe_archive(file)
+            except UntrustedProgram as error:
+                logger.warning("'%s' can only be loaded with trust_remote_code=True: %s", route, error)
             compute = str(models[route].example.dtype).removeprefix("torch.")
-            entries[route] = {"file": f"{name}.pt2", "compute": compute}
+            entries[route] = {"file": file.name, "compute": compute}
         return entries
