@@ -1,16 +1,28 @@
 """The card of an adapter: its routes with costs and scores, its anchors and their licences, and how to use it."""
 
+import json
+import os
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from restnet_hf.profiles import Profile, ProfiledRoute
 
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 MOST = 100  # routes on a card
+LONGEST = 300  # characters of one value on a card
+# What Markdown, HTML, tables, formulas or links of bare addresses could be made of. Within a word "_" is only itself.
+MARKUP = re.compile(
+    r"[\\`*\[\]<>&|~#$]|(?<![^\W_])_|_(?![^\W_])|(?<=\S)@(?=\S)|:(?=//)|(?<=www)\.|^[-+=]|^\d(?=\d*[.)](?:\s|$))", re.I
+)
 MARK = "<!-- Written by restnet_hf. Delete this line to keep a text of your own when the adapter is pushed again. -->"
 LIBRARY, TAG, TASK = "restnet-hf", "restnet", "image-classification"
 BUCKETS = {  # upper limits by which the Hub can filter
@@ -52,6 +64,17 @@ def filter_tags(limits: Mapping[str, float]) -> list[str]:
     return tags
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be a repository of the Hub; folders and paths cannot."""
+    if not name or name.count("/") != 1 or os.path.isabs(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def card_data(
     repo_id: str,
     anchors: Sequence[Mapping[str, Any]],
@@ -62,13 +85,17 @@ def card_data(
     """The metadata of a card.
 
     Args:
-        repo_id: of the adapter.
+        repo_id: name of the adapter on the Hub.
         anchors: for each ``name``, ``repo_id`` (None where others cannot fetch it) and ``license`` (None if unknown).
-        profile: of the routes.
+        profile: routes with costs and scores, None where nothing was measured.
         standalone: whether the repository holds the anchors' weights.
-        tags: beside those of the budget.
+        tags: tags beside those of the budget.
+
+    Raises:
+        ValueError: the profile is not one that JSON can hold.
     """
-    licences = {anchor["license"] for anchor in anchors}
+    profile = _as_json(profile)
+    licences = {_licence_of(anchor) for anchor in anchors}
     same = next(iter(licences)) if len(licences) == 1 and None not in licences else None
     dataset, scored = _scored(None if profile is None else _shown(profile))
     results = [
@@ -79,7 +106,7 @@ def card_data(
     return ModelCardData(
         base_model=[anchor["repo_id"] for anchor in anchors if anchor["repo_id"]] or None,
         base_model_relation="merge" if standalone else "adapter",
-        datasets=[dataset] if dataset and on_hub(dataset) else None,
+        datasets=[dataset] if is_hub_id(dataset) else None,
         metrics=["accuracy"] if scored else None,
         library_name=LIBRARY,
         pipeline_tag=TASK,
@@ -87,9 +114,23 @@ def card_data(
         license_name=None if same else "licences-of-the-anchors",
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
-        tags=list(dict.fromkeys([*adapter_tags(profile), *tags])),
+        tags=list(dict.fromkeys([*adapter_tags(profile), *map(str, tags)])),
         restnet=None if profile is None else _shown(profile).to_dict(),
     )
+
+
+def _as_json(profile: Profile | None) -> Profile | None:
+    """The profile as it is after being saved and loaded, so that all that is checked then holds here."""
+    if profile is None:
+        return None
+    try:
+        return Profile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"a profile for a card must be one that JSON can hold: {error}") from error
+
+
+def _licence_of(anchor: Mapping[str, Any]) -> str | None:
+    return anchor["license"] if isinstance(anchor["license"], str) and anchor["license"] else None
 
 
 def _shown(profile: Profile) -> Profile:
@@ -97,7 +138,7 @@ def _shown(profile: Profile) -> Profile:
     if len(profile.routes) <= MOST:
         return profile
     ahead = [row for row in profile.routes if len(row.route.segments) == 1]
-    if all("accuracy" in row.scores for row in profile.routes):
+    if all("accuracy" in row.scores and "macs" in row.costs for row in profile.routes):
         ahead += [row for row in profile.pareto() if row not in ahead]
     else:
         ahead += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[:: -(-len(profile.routes) // MOST)]
@@ -112,17 +153,18 @@ def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
     return dataset if isinstance(dataset, str) else None, [row for row in profile.routes if "accuracy" in row.scores]
 
 
-def on_hub(dataset: str) -> bool:
-    """Whether a data set's name is an id of the Hub, and not the name of a folder."""
-    return "/" in dataset
-
-
 def eval_results(profile: Profile | None) -> list[EvalResultEntry]:
-    """The accuracies of all routes as the Hub's leaderboards read them; none where the data set is not on the Hub."""
+    """The accuracies of all routes as the Hub's leaderboards read them; none where the data set is not on the Hub.
+
+    Raises:
+        ValueError: the profile is not one that JSON can hold.
+    """
+    profile = _as_json(profile)
     dataset, scored = _scored(profile)
-    if profile is None or not dataset or not on_hub(dataset):
+    if profile is None or not dataset or not is_hub_id(dataset):
         return []
-    about = {"date": profile.metadata.get("date"), "dataset_revision": profile.metadata.get("dataset_revision")}
+    about = {key: profile.metadata.get(key) for key in ("date", "dataset_revision")}
+    about = {key: value for key, value in about.items() if isinstance(value, str)}
     return [EvalResultEntry(dataset, TASK, row.scores["accuracy"], notes=str(row.route), **about) for row in scored]
 
 
@@ -141,27 +183,53 @@ def make_card(
         repo_id, anchors, profile, standalone, tags: as of `card_data`.
         plot: the file name of a picture.
         training: what config.json says of how the stitches were fitted and trained.
+
+    Raises:
+        ValueError: the profile is not one that JSON can hold.
     """
+    profile = _as_json(profile)
     data = card_data(repo_id, anchors, profile, standalone, tags)
     said = [
-        (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", a["license"] or "not stated")
+        (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", _licence_of(a) or "not stated")
         for a in anchors
     ]
+    name = _one_line(repo_id).replace("`", "'")
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         mark=MARK,
-        title=repo_id.split("/")[-1],
-        repo_id=repo_id,
+        title=markdown(repo_id.split("/")[-1]),
+        python_name=json.dumps(name),
+        shell_name=shlex.quote(name),
         standalone=standalone,
         number=len(anchors),
         routes=_routes(profile, plot),
         runtimes=_runtimes(profile),
-        anchors=_table(("name", "model", "commit", "licence"), said),
+        anchors=_table(("name", "model", "commit", "licence"), [[*map(markdown, line)] for line in said]),
         training=_training(training),
         choice=_choice(profile),
         licence=_licence(data.license, anchors),
     )
+
+
+def markdown(value: Any) -> str:
+    """What came from a file as one line of Markdown that shows it as it is, at most ``LONGEST`` characters of it."""
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", _one_line(value))
+
+
+def _code(value: Any) -> str:
+    """Likewise, in a code span of a table."""
+    text = _one_line(value).replace("`", "'").replace("|", "\\|")
+    return f"`{text or ' '}`"
+
+
+def _one_line(value: Any) -> str:
+    try:
+        text = str(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        text = type(value).__name__
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _routes(profile: Profile | None, plot: str | None) -> str:
@@ -170,13 +238,15 @@ def _routes(profile: Profile | None, plot: str | None) -> str:
     shown = _shown(profile)
     names = [name for name in COLUMNS if any(_value(row, name) is not None for row in shown.routes)]
     rows = sorted(shown.routes, key=lambda row: row.costs.get("macs", 0))
-    printed = [(f"`{row.route}`", *(_printed(row, name) for name in names)) for row in rows]
+    printed = [(_code(row.route), *(_printed(row, name) for name in names)) for row in rows]
     parts = [_table(("route", *(COLUMNS[name][0] for name in names)), printed), _measured(profile)]
     if len(rows) < len(profile.routes):
         parts.append(f"These are {len(rows)} of {len(profile.routes)} routes; profile.json has all.")
     if any(row.route.via for row in rows):
         parts.append("A stitch with a name, as in `a[:7] +name b[11:]`, is one that several routes may share.")
-    return "\n\n".join(parts + ([f"![accuracy against MACs of every route]({plot})"] if plot else []))
+    if plot:
+        parts.append(f"![accuracy against MACs of every route]({quote(plot, errors='replace')})")
+    return "\n\n".join(parts)
 
 
 def _runtimes(profile: Profile | None) -> str:
@@ -187,8 +257,8 @@ def _runtimes(profile: Profile | None) -> str:
         where = f"{entry['device']}, {threads} thread{'s' if threads > 1 else ''}"
         for route, found in entry["routes"].items():
             shares = [f"{100 * found[score]:.1f}" if score in found else "" for score in ("agreement", "accuracy")]
-            numbers = (f"{found['latency_ms']:.2f}", *shares)
-            rows.append((f"`{route}`", entry["runtime"], entry["precision"], where, *numbers))
+            about = map(markdown, (entry["runtime"], entry["precision"], where))
+            rows.append((_code(route), *about, f"{found['latency_ms']:.2f}", *shares))
     if not rows:
         return ""
     head = ("route", "runtime", "precision", "device", "latency, ms", "agreement, %", "accuracy, %")
@@ -211,28 +281,30 @@ def _printed(row: Any, name: str) -> str:
 
 
 def _measured(profile: Profile) -> str:
-    about = profile.metadata
+    about = {key: markdown(value) for key, value in profile.metadata.items()}
     said = (
         [f"on {about['images']} images of {about.get('dataset', 'a data set that was not named')}"]
         if "images" in about
         else []
     )
-    said += [f"on {about[key]}" for key in ("device",) if key in about]
-    said += [f"on {about['date']}"] if "date" in about else []
-    versions = ", ".join(f"{name} {version}" for name, version in about.get("versions", {}).items())
-    return f"Measured {', '.join(said)}{f' with {versions}' if versions else ''}. Costs are for one image."
+    said += [f"on {about[key]}" for key in ("device", "date") if key in about]
+    versions = profile.metadata.get("versions", {})
+    known = versions.items() if isinstance(versions, Mapping) else [("versions", versions)]
+    listed = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in known)
+    return f"Measured {', '.join(said)}{f' with {listed}' if listed else ''}. Costs are for one image."
 
 
 def _training(stages: Iterable[Mapping[str, Any]]) -> str:
     said = []
     for stage in stages:
-        settings = ", ".join(f"{key} {value}" for key, value in stage.items() if key != "stage" and value is not None)
-        said.append(f"- {stage.get('stage', 'training')}: {settings}")
+        settings = [(key, value) for key, value in stage.items() if key != "stage" and value is not None]
+        listed = ", ".join(f"{markdown(key)} {markdown(value)}" for key, value in settings)
+        said.append(f"- {markdown(stage.get('stage', 'training'))}: {listed}")
     return "\n".join(said) or "The stitches are as they were made: neither fitted nor trained."
 
 
 def _choice(profile: Profile | None) -> str:
-    if profile is None or not profile.routes:
+    if profile is None or not profile.routes or not all("macs" in row.costs for row in profile.routes):
         return "model.set_route(model.routes[0])"
     middle = sorted(row.costs["macs"] for row in profile.routes)[len(profile.routes) // 2]
     return f"model.set_budget(macs={middle:.0f})  # or params=, or set_route(...)"
@@ -241,5 +313,5 @@ def _choice(profile: Profile | None) -> str:
 def _licence(chosen: Any, anchors: Sequence[Mapping[str, Any]]) -> str:
     if chosen != "other":
         return "All anchors have this licence, and so has the adapter."
-    stated = ", ".join(f"{anchor['name']}: {anchor['license'] or 'not stated'}" for anchor in anchors)
+    stated = ", ".join(f"{markdown(a['name'])}: {markdown(_licence_of(a) or 'not stated')}" for a in anchors)
     return f"The anchors' licences differ or are not stated ({stated}). Keep to all of them."

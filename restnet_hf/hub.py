@@ -1,6 +1,5 @@
 """The Hub: pushing an adapter whose anchors others can fetch, and finding adapters by what they cost and give."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard, eval_result_entries_to_yaml
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import httpx
 
-from restnet_hf.cards import MARK, TAG, eval_results, filter_tags, make_card
+from restnet_hf.cards import MARK, TAG, eval_results, filter_tags, is_hub_id, make_card
 from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
 
 
@@ -34,17 +33,6 @@ def hub_errors() -> Iterator[None]:
         raise OSError(
             f"the Hub could not be reached, or broke off: {error}. Try again, or set HF_HUB_OFFLINE=1 to use the cache"
         ) from error
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name can be a repository of the Hub; folders and paths cannot."""
-    if not name or name.count("/") != 1 or os.path.isabs(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def check_parents(entries: Iterable[Mapping[str, Any]]) -> None:

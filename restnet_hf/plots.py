@@ -57,6 +57,9 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         profile: with MACs and accuracies.
         path: of the picture.
         before: the same routes before training, drawn pale.
+
+    Raises:
+        ValueError: a route has no MACs or no accuracy.
     """
     from matplotlib.figure import Figure
 
@@ -65,7 +68,8 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
 
     def draw(rows: Iterable[ProfiledRoute], marker: str, **style: Any) -> None:
         points = [(row.costs["macs"] / 1e6, 100 * row.scores["accuracy"]) for row in rows]
-        axes.plot(*zip(*points, strict=True), marker, **style)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, **style)
 
     anchors = [row for row in profile.routes if len(row.route.segments) == 1]
     stitched = [row for row in profile.routes if len(row.route.segments) > 1]
@@ -93,7 +97,8 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("million MACs for one image")
     axes.set_ylabel("accuracy, %")
-    axes.legend(fontsize=8, loc="lower right")
+    if profile.routes:
+        axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
     _write(figure, path)
 

@@ -3,10 +3,10 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from restnet_hf.files import written_whole
@@ -14,6 +14,10 @@ from restnet_hf.routes import Route
 
 
 RUNTIME_KEYS = ("device", "runtime", "precision", "threads")  # what a latency depends on
+MOST_BYTES = 16 * 2**20  # of a file: about 60,000 routes; a larger one is a mistake, or an attempt on the memory
+MOST_NESTED = 32  # levels of metadata; ours has 4, and writing it again must not reach Python's recursion limit
+LONGEST_ERROR = 300  # characters of what is wrong with a file, which may hold megabytes of anything
+LARGEST = sys.float_info.max
 
 
 class BudgetError(ValueError):
@@ -42,6 +46,8 @@ class Budget:
         for cost, limit in self.limits.items():
             if isinstance(limit, bool) or not isinstance(limit, Real) or not limit > 0:
                 raise ValueError(f"budget {cost}={limit!r} must be a number above 0")
+            if limit > LARGEST and limit != math.inf:  # a whole number that no float can hold
+                raise ValueError(f"budget {cost} must be at most {LARGEST:.3g}; leave it out where there is no limit")
         if not self.limits:
             raise ValueError(f"a budget needs at least one of {[f.name for f in fields(self)]}")
 
@@ -108,7 +114,14 @@ class Profile:
         return f"the cheapest is '{row.route}' with " + ", ".join(f"{c}={row.costs[c]:g}" for c in limits)
 
     def pareto(self, cost: str = "macs", score: str = "accuracy") -> tuple[ProfiledRoute, ...]:
-        """The routes that no other beats on both ``cost`` and ``score``, cheapest first."""
+        """The routes that no other beats on both ``cost`` and ``score``, cheapest first.
+
+        Raises:
+            ValueError: a route has no such cost or score.
+        """
+        missing = [str(row.route) for row in self.routes if cost not in row.costs or score not in row.scores]
+        if missing:
+            raise ValueError(f"'{missing[0]}' has no {cost} or no {score}; profile the model again")
         front: list[ProfiledRoute] = []
         for row in sorted(self.routes, key=lambda row: (row.costs[cost], -row.scores[score])):
             if not front or row.scores[score] > front[-1].scores[score]:
@@ -120,9 +133,13 @@ class Profile:
 
         Each entry there is of one device, runtime, precision and number of threads, with ``latency_ms`` and scores by
         route. What is known of other routes in the same stays.
+
+        Raises:
+            ValueError: the exported profile does not hold the device, runtime, precision, threads or latencies.
         """
         entry = {key: exported.metadata.get(key) for key in (*RUNTIME_KEYS, "date", "versions", "images", "size_mb")}
-        routes = {str(row.route): {"latency_ms": row.costs["latency_ms"], **row.scores} for row in exported.routes}
+        routes = {str(r.route): {"latency_ms": r.costs.get("latency_ms"), **r.scores} for r in exported.routes}
+        _check_runtime({**entry, "routes": routes})
         others = []
         for other in self.metadata.get("runtimes", ()):
             if all(other.get(key) == entry[key] for key in RUNTIME_KEYS):
@@ -138,21 +155,19 @@ class Profile:
 
     @classmethod
     def from_dict(cls, data: Any) -> "Profile":
-        """The inverse of `to_dict`; raises ValueError where ``data`` is not a profile."""
+        """The inverse of `to_dict`; raises ValueError where ``data`` is not a profile, whatever else it is."""
         try:
             rows = tuple(
                 ProfiledRoute(Route.parse(row["route"]), _numbers(row["costs"]), _numbers(row["scores"]))
                 for row in data["routes"]
             )
             metadata = dict(data["metadata"])
+            _check_nesting(metadata)
             for entry in metadata.get("runtimes", ()):
-                for numbers in ({"threads": entry["threads"]}, *entry["routes"].values()):
-                    _numbers(numbers)
-                if not all(isinstance(entry[key], str) for key in RUNTIME_KEYS[:3]):
-                    raise ValueError(f"{RUNTIME_KEYS[:3]} of a runtime must be text")
+                _check_runtime(entry)
             return cls(rows, metadata)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"not a profile: {error!r}") from error
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not a profile: {_shortened(error)}") from None  # the cause may be as long as the file
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON."""
@@ -161,15 +176,59 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Profile":
-        """Read what `save` wrote; raises ValueError where the file is not a profile."""
+        """Read what `save` wrote.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: it is not a profile, or larger than ``MOST_BYTES``.
+        """
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{os.fspath(path)}: more than {MOST_BYTES:,} bytes, the most that a profile may have")
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            return cls.from_dict(json.loads(data.decode("utf-8")))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{key} is {value!r}, not a number")
+        if isinstance(value, bool) or not isinstance(key, str) or not isinstance(value, int | float):
+            raise ValueError(f"{key!r} is {value!r}, not a number")
+        if not abs(value) <= LARGEST:  # as is said of NaN, and of whole numbers that no float can hold
+            raise ValueError(f"{key!r} is not finite, or above {LARGEST:.3g}")
     return dict(values)
+
+
+def _check_runtime(entry: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError unless an entry of ``runtimes`` is valid."""
+    for numbers in ({"threads": entry["threads"]}, *entry["routes"].values()):
+        _numbers(numbers)
+    if not all("latency_ms" in numbers for numbers in entry["routes"].values()):
+        raise ValueError("a route of a runtime has no latency_ms")
+    if not all(isinstance(entry[key], str) for key in RUNTIME_KEYS[:3]):
+        raise ValueError(f"{RUNTIME_KEYS[:3]} of a runtime must be text")
+
+
+def _check_nesting(metadata: Any) -> None:
+    """Raise ValueError where there are more than ``MOST_NESTED`` levels."""
+    level = [metadata]
+    for _ in range(MOST_NESTED):
+        inside = (item for value in level for item in _items(value))
+        level = list({id(item): item for item in inside}.values())  # what YAML repeats by reference counts once
+        if not level:
+            return
+    raise ValueError(f"metadata is nested deeper than {MOST_NESTED} levels")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+
+
+def _shortened(error: Exception) -> str:
+    try:
+        text = repr(error)
+    except (ValueError, RecursionError):  # it holds a number of too many digits, or is nested too deep
+        text = type(error).__name__
+    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}..."

@@ -9,6 +9,7 @@ from itertools import pairwise, repeat, zip_longest
 ANCHOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
 ADAPTER = re.compile(rf"\s*({ANCHOR_NAME.pattern}):(.*)", re.S)
 SEGMENT = re.compile(rf"(?:({ANCHOR_NAME.pattern})\s+)?({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
+LONGEST = 10_000  # characters; thirty segments take about 1,000
 EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone"
 
 
@@ -110,8 +111,10 @@ class Route:
                 name.
 
         Raises:
-            ValueError: the text does not parse, or names a cut that is not there.
+            ValueError: the text does not parse, is longer than ``LONGEST``, or names a cut that is not there.
         """
+        if len(text) > LONGEST:
+            raise ValueError(f"{len(text):,} characters are no route, the longest has {LONGEST:,}; {EXAMPLE}")
 
         def number(anchor: str, cut: str) -> int:
             if cut.isdecimal():

@@ -1,10 +1,18 @@
 """Cards say what was measured, by tags that the Hub can filter, and never merge licences silently."""
 
+import ast
+import re
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard, eval_result_entries_to_yaml, parse_eval_result_entries
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from test_profiles import JSON
 
-from restnet_hf.cards import BUCKETS, MARK, budget_tags, eval_results, filter_tags, make_card
+from restnet_hf.cards import BUCKETS, MARK, budget_tags, card_data, eval_results, filter_tags, make_card
+from restnet_hf.hub import CARD, RESULTS, write_card
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import Route
 
@@ -124,3 +132,143 @@ def test_what_nobody_should_have_put_there():
     """A profile from elsewhere may say anything about itself; the card is still one."""
     for dataset in (3, ["x"], None, {"a": 1}):
         assert ModelCard(str(make_card("me/adapter", parents("mit", "mit"), profile(dataset=dataset)))).data.metrics
+
+
+HOSTILE = [
+    "# heading", "\n\n# heading\n", "x\n===\n", "\n---\nlicense: evil\n---\n", "<script>alert(1)</script>",
+    "\n\n<div>\n\n", "<!-- comment", "-->", "a | b", "|---|\n| x |", "\\| c |", "[text](http://evil.example)",
+    "![x](y.png)", "[x]: http://e.example", "<http://evil.example>", "http://evil.example", "www.evil.example",
+    "me@evil.example", "`code`", "```\ncode\n```\n", "~~~", "~~x~~", "**b**", "__b__", "_e_", "*", "- item",
+    "1. item", "12) x", "> quote", "    code", "\t", "$$x$$", "\\(x\\)", "&lt;b&gt;", "&#60;b>", "{{ 7 * 7 }}",
+    "{% raw %}", "{# x #}", "\r\n# x", "\x0b# x", "\u2028# x", "\x85# x", "\x00", "\x1b[2J", "\u202e", "\ud800",
+    "\\", "''", '"', '") or evil("', "$(evil)", "; evil", "../../x", "evil/../../x", "me/data", MARK, "",
+]  # fmt: skip
+TEXTS = st.lists(st.sampled_from(HOSTILE) | st.text(max_size=6), min_size=1, max_size=4).map("".join)
+FIELDS = ["repo_id", "name", "model", "commit", "licence", "dataset", "device", "date", "images", "package", "version"]
+FIELDS += ["stage", "setting", "value", "runtime", "precision", "where", "route", "tag", "plot"]
+HARMLESS = dict.fromkeys(FIELDS, "words") | {"repo_id": "me/words", "dataset": "me/words"}
+MANY = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.generate, Phase.shrink],
+)
+
+
+def arguments(field):
+    """Of a card whose every field came from a file."""
+    entry = {"device": field["where"], "runtime": field["runtime"], "precision": field["precision"], "threads": 1}
+    entry["routes"] = {field["route"]: {"latency_ms": 1.0}}
+    about = {key: field[key] for key in ("dataset", "device", "date", "images")}
+    about |= {"versions": {field["package"]: field["version"]}, "runtimes": [entry]}
+    anchor = {"name": field["name"], "repo_id": field["model"] or None, "revision": field["commit"]}
+    anchors = [{**anchor, "license": licence} for licence in (field["licence"], "mit")]
+    stages = [{"stage": field["stage"], field["setting"] or "x": field["value"]}]
+    return field["repo_id"], anchors, profile(**about), False, field["plot"] or "x.png", [field["tag"]], stages
+
+
+def skeleton(text):
+    """All that Markdown makes of a text, but for the words, and the words alone."""
+    kinds, words = [], []
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text):
+        for part in [token, *(token.children or [])]:
+            if part.type not in ("text", "softbreak", "inline"):
+                kinds.append((part.type, part.tag))
+                words.append(part.content if part.type == "code_inline" else "")
+            elif part.type == "text":
+                words.append(part.content)
+    return kinds, " ".join(words)
+
+
+def shown(text):
+    """On one line, without what cannot be printed."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+@MANY
+@given(data=st.data())
+def test_what_files_say_is_only_words_on_a_card(data):
+    """Any text in any field: the structure is that of a harmless card, and the text is shown as it is."""
+    fields = data.draw(st.sets(st.sampled_from(FIELDS), min_size=1, max_size=4))
+    field = HARMLESS | {name: data.draw(TEXTS, label=name) for name in sorted(fields)}
+    card = make_card(*arguments(field))
+    expected, _ = skeleton(make_card(*arguments(HARMLESS)).text)
+    kinds, words = skeleton(card.text)
+    assert kinds == expected
+    for name in fields - {"repo_id", "tag", "plot", "route"}:
+        assert shown(field[name]) in words, name
+    (code,) = re.findall(r"```python\n(.*?)\n```", card.text, re.S)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call) and node.args]
+    names = [getattr(call.args[0], "value", None) for call in calls]
+    assert shown(field["repo_id"]).replace("`", "'") in names
+
+
+@MANY
+@given(data=st.data())
+def test_metadata_is_what_was_given(data):
+    """No text ends the YAML block or adds a key to it."""
+    fields = data.draw(st.sets(st.sampled_from(FIELDS), min_size=1, max_size=4))
+    field = HARMLESS | {name: data.draw(TEXTS, label=name) for name in sorted(fields)}
+    text = str(make_card(*arguments(field)))
+    text.encode()
+    block, _, body = text.removeprefix("---\n").partition("\n---\n")
+    repo_id, anchors, measured, standalone, _, tags, _ = arguments(field)
+    read, given = yaml.safe_load(block), card_data(repo_id, anchors, measured, standalone, tags).to_dict()
+    assert read.keys() == given.keys() and (
+        read == given or "\x85" in "".join(field.values())
+    )  # PyYAML folds that one
+    assert body.startswith(f"\n{MARK}\n")
+
+
+@MANY
+@given(text=TEXTS)
+def test_results_stay_in_their_folder(tmp_path, text):
+    """Whatever the data set is named: one file of the repository's own name, or none."""
+    folder = tmp_path / "up" / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_card(folder, text, parents("mit", "mit"), profile(dataset=text))
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    inside = folder.relative_to(tmp_path)
+    assert {path.parent for path in files} <= {inside, inside / RESULTS} and inside / CARD in files
+    assert all(re.fullmatch(r"[\w.-]+--[\w.-]+\.yaml", path.name) for path in files if path.parent.name == RESULTS)
+    for path in (folder / RESULTS).glob("*"):
+        path.unlink()
+
+
+@MANY
+@given(data=st.data())
+def test_any_metadata(data):
+    """A profile from elsewhere says anything of anything: there is a card, or a ValueError."""
+    keys = ["dataset", "device", "date", "images", "versions", "runtimes", "dataset_revision", "x"]
+    odd = profile(**{key: data.draw(JSON, label=key) for key in data.draw(st.sets(st.sampled_from(keys)))})
+    stages = data.draw(st.lists(st.dictionaries(st.sampled_from(["stage", "images"]), JSON), max_size=2))
+    licence = data.draw(JSON)
+    try:
+        card = make_card("me/adapter", parents("mit", licence), odd, training=stages)
+        entries = eval_results(odd)
+    except ValueError as error:
+        assert "not a profile" in str(error) and len(str(error)) < 500
+        return
+    yaml.safe_dump(eval_result_entries_to_yaml(entries))
+    assert ModelCard(str(card)).data.pipeline_tag == "image-classification"
+
+
+def test_numbers_that_nobody_measured():
+    """Costs of 1e308 are printed short, and a profile without MACs names no budget."""
+    text = make_card("me/adapter", parents("mit", "mit"), profile(macs=(1e308, 5e-324), scores=(1e308, 1e-320))).text
+    assert max(map(len, text.splitlines())) < 500
+    bare = Profile((ProfiledRoute(Route.parse("a[:]"), {"params": 3.0}),))
+    assert "model.set_route(model.routes[0])" in make_card("me/adapter", parents("mit", "mit"), bare).text
+    many = Profile(
+        tuple(ProfiledRoute(Route.parse(f"a[:{i}] + b[1:]"), {"params": i}, {"accuracy": 0.5}) for i in range(1, 300))
+    )
+    assert "of 299 routes" in make_card("me/adapter", parents("mit", "mit"), many).text
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, 10**400], ids=["object", "set", "int"])
+def test_a_profile_that_json_cannot_hold(value):
+    odd = profile(runtimes=[{"device": value}]) if isinstance(value, int) else profile(device=value)
+    for make in (eval_results, lambda p: make_card("me/adapter", parents("mit", "mit"), p)):
+        with pytest.raises(ValueError, match="JSON can hold|not a profile"):
+            make(odd)

@@ -43,6 +43,15 @@ def test_similarity(tmp_path):
 
 
 def test_nothing_is_left_of_a_failed_plot(tmp_path):
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="no macs or no accuracy"):
         plot_tradeoff(Profile((ProfiledRoute(Route.parse("a[:]"), {"macs": 1.0}),)), tmp_path / "bad.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "rows", [(), ANCHORS, [("a[:1] + b[1:]", 1.0, 0.5)], [("a[:]", 1e280, 1e280), ("b[:]", -1e280, 0.1)]]
+)
+def test_any_profile_is_drawn(tmp_path, rows):
+    """No routes, no anchors, no stitches, or numbers that nobody measured."""
+    plot_tradeoff(profile(*rows), tmp_path / "any.png")
+    assert pixels(tmp_path / "any.png").size
