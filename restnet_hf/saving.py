@@ -20,20 +20,23 @@ from restnet_hf.adapter_files import (
     SHIM,
     SHIM_TEXT,
     WEIGHTS,
-    check_weights,
+    PartCheck,
+    Parts,
     finish_saving,
     read_profile,
     read_weights,
+    unchecked,
     weights_dtype,
     whole_device,
 )
 from restnet_hf.adapters import add_adapter
 from restnet_hf.anchors import Anchor
 from restnet_hf.cards import BUCKETS, adapter_tags
-from restnet_hf.configuration_restnet import RestNetConfig
+from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.files import folder_written_whole
 from restnet_hf.hub import PLOT, PROFILE, check_parents, hub_errors, is_hub_id, push_folder
-from restnet_hf.loading import at_commit
+from restnet_hf.limits import short_errors
+from restnet_hf.loading import at_commit, load_lora
 from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.plots import plot_tradeoff
 from restnet_hf.profiles import Budget, BudgetError, Profile
@@ -51,7 +54,9 @@ class AdapterModel(RouteMixin, PreTrainedModel):
     config_class = RestNetConfig
     model_tags: list[str] | None
 
-    def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
+    def __init__(
+        self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None, check: PartCheck = unchecked
+    ) -> None:
         super().__init__(config)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
@@ -185,6 +190,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
                 commit_description=commit_description,
             )
 
+    @short_errors()
     @hub_errors()
     def load_stitch(
         self,
@@ -220,11 +226,12 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         where = os.fspath(repo_id)
         finish_saving(where, subfolder)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        config, profile, weights = _read_config(where, at), read_profile(where, at), read_weights(where, at)
+        config, profile, weights = read_config(where, at), read_profile(where, at), read_weights(where, at)
         mine = {key: value for key, value in weights.items() if not key.startswith("anchors.")}
         return add_adapter(self, config, profile, mine if config.standalone else weights, name, where)
 
     @classmethod
+    @short_errors()
     @hub_errors()
     def from_pretrained(
         cls,
@@ -268,21 +275,22 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         where = os.fspath(pretrained_model_name_or_path)
         finish_saving(where, subfolder)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        config = _read_config(where, at) if config is None else copy.deepcopy(config).check()
+        config = read_config(where, at) if config is None else copy.deepcopy(config).check()
         profile = read_profile(where, at)
         used = _choose(config, profile, route, budget)
         weights = read_weights(where, at)
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
         options = {"trust_remote_code": trust_remote_code, **hub}
-        model = cls(config, _anchors(config, weights, dict(anchors or {}), wanted, options, used, where))
         adapter = {k: v for k, v in weights.items() if not (config.standalone and k.startswith("anchors."))}
-        check_weights(adapter, model.adapter_state_dict(), where)
+        parts = Parts(adapter, config.part_names(), where)  # before any network is made
+        made = _anchors(config, weights, dict(anchors or {}), wanted, options, used, where)
+        model = cls(config, made, parts.check)
         model.load_state_dict(adapter)
         model.profiled = profile
         model.config.name_or_path = model.name_or_path = where
         lora = dict(kwargs.get("adapter_kwargs") or {})
         if tuned := lora.pop("_adapter_model_path", None):  # Auto classes were given what PEFT wrote on top of this
-            model.load_adapter(tuned, adapter_kwargs=lora)
+            load_lora(model, tuned, lora)
         return model.to(device).eval()
 
 
@@ -292,13 +300,6 @@ def _hub_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise TypeError(f"{method} takes no {unknown}; see its documentation for what it takes")
     return {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
-
-
-def _read_config(where: str, at: Mapping[str, Any]) -> RestNetConfig:
-    try:
-        return RestNetConfig.from_pretrained(where, **at).check()
-    except (AttributeError, KeyError, RecursionError) as error:  # from transformers, which trusts its files
-        raise ValueError(f"config.json of {where} is not sound: {error!r}") from error
 
 
 def _choose(
