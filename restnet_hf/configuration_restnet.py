@@ -1,5 +1,6 @@
 """What is needed to rebuild a stitched model: its anchors, stitches and routes."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -82,9 +83,11 @@ class RestNetConfig(PreTrainedConfig):
         check_json(config_dict, "config.json")
         own = {*SETTABLE, *(field.name for field in fields(cls))}
         strange = [key for key in config_dict if key in REFUSED or (key not in own and hasattr(cls, key))]
+        if strange:
+            raise ValueError(f"config.json must not set {quote(strange)}; remove it")
         auto_map = config_dict.get("auto_map") or {}
-        if strange or not isinstance(auto_map, dict) or not all(isinstance(text, str) for text in auto_map.values()):
-            raise ValueError(f"config.json must not set {quote(strange)}, and auto_map is an object of strings")
+        if not isinstance(auto_map, dict) or not all(isinstance(text, str) for text in auto_map.values()):
+            raise ValueError(f"config.json: auto_map must be an object of strings, not {quote(auto_map)}")
         try:
             return super().from_dict(config_dict, **kwargs)
         except Exception as error:  # transformers trusts its files
@@ -227,7 +230,7 @@ class RestNetConfig(PreTrainedConfig):
 
 def _check_point(point: StitchPoint) -> None:
     """Raise ValueError unless a stitch's place is of anchors, numbers and names that a route can hold."""
-    names = (point.source, point.target, *filter(None, (point.adapter, point.via)))
+    names = [point.source, point.target, *(name for name in (point.adapter, point.via) if name != "")]
     if not all(isinstance(name, str) and ANCHOR_NAME.fullmatch(name) for name in names):
         raise ValueError("its names may hold only letters, digits, '_' and '-'")
     if not all(type(cut) is int and cut > 0 for cut in (point.source_cut, point.target_cut)):
@@ -247,7 +250,8 @@ def read_config(path_or_id: str, hub_kwargs: Mapping[str, Any]) -> RestNetConfig
         ValueError: it is not that of an adapter.
     """
     try:
-        data = read_json(cached_file(path_or_id, CONFIG_NAME, **hub_kwargs))
+        file = cached_file(path_or_id, CONFIG_NAME, **hub_kwargs)
+        data = read_json(file or os.path.join(path_or_id, CONFIG_NAME))
     except (JSONDecodeError, UnicodeDecodeError) as error:
         raise OSError(f"{CONFIG_NAME} of {path_or_id} is not valid JSON: {error}") from error
     kind = data.get("model_type") if isinstance(data, dict) else None

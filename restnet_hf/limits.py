@@ -54,18 +54,18 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         OSError: there is no such file.
         ValueError: it is not JSON, or is too large.
     """
-    file, too_large = Path(path), f"{os.fspath(path)} is too large: {MAX_BYTES} bytes and {MAX_VALUES} values at most"
+    file = Path(path)
     if not file.is_file():  # a device or a pipe may never end
-        raise OSError(f"{file} is not a file")
+        raise OSError(f"{file} is not there, or is no file")
     with file.open("rb") as opened:
         raw = opened.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise ValueError(too_large)
+        raise ValueError(f"{file} is too large: {MAX_BYTES} bytes and {MAX_VALUES} values at most")
     try:
         data = json.loads(raw)
     except RecursionError:
-        raise ValueError(f"{os.fspath(path)} is nested too deeply: {MAX_DEPTH} levels at most") from None
-    check_json(data, os.fspath(path))
+        raise ValueError(f"{file} is nested too deeply: {MAX_DEPTH} levels at most") from None
+    check_json(data, str(file))
     return data
 
 

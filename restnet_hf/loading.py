@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import ResolvedRevision
 from huggingface_hub.utils import httpx
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
@@ -20,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import resolve_revision
 
 from restnet_hf.anchors import Anchor
@@ -37,6 +38,9 @@ REGISTRATIONS = (
     register_module_buffer_registration_hook,
 )
 HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "proxies", "subfolder")
+FEW_PARTS, MOST_PARTS = 2**12, 2**17  # modules and tensors of a network, whatever its file holds
+HEAD = 2**24  # weights of a classifier, which may be missing in a file
+LOAD_KEYS = ("dtype", "force_download", "trust_remote_code", "use_safetensors")
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IMAGES = "preprocessor_config.json"
 QUIET = {"_raise_exceptions_for_missing_entries": False}
@@ -94,7 +98,7 @@ def load_anchor(
     try:
         found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
         preprocessing, processor = _preparation(named, found, preprocessing, size)
-    except (httpx.HTTPError, OSError, TypeError, ValueError):
+    except (httpx.HTTPError, OSError, ValueError):
         raise
     except Exception as error:  # image processors trust their files, and may fail in any way
         raise OSError(f"the image processor of {quote(named)} cannot be used: {quote(error)}") from error
@@ -155,15 +159,23 @@ def anchor_from_config(
 
 
 @contextmanager
-def at_most(parts: int) -> Iterator[None]:
-    """Stop this thread from making networks of more modules, parameters and buffers: raise ValueError."""
-    left, here = parts, threading.get_ident()
+def at_most(parts: int, weights: int) -> Iterator[None]:
+    """Raise ValueError where this thread makes networks of more modules and tensors, or of more weights.
+
+    Weights are counted on the meta device, where networks are made first and take no memory.
+    """
+    parts_left, weights_left, here = parts, weights, threading.get_ident()
 
     def count(module: nn.Module, name: str, part: Any) -> None:
-        nonlocal left
-        left -= threading.get_ident() == here
-        if left < 0:
-            raise ValueError(f"it has more than {parts} modules and tensors, which are not in the weights' file")
+        nonlocal parts_left, weights_left
+        if threading.get_ident() == here:
+            parts_left -= 1
+            weights_left -= part.numel() if isinstance(part, Tensor) and part.is_meta else 0
+        if parts_left < 0 or weights_left < 0:
+            raise ValueError(
+                f"its config asks for more than {parts} modules and tensors, or {weights} weights, and its file of "
+                "weights does not hold as many"
+            )
 
     hooks = [register(count) for register in REGISTRATIONS]
     try:
@@ -183,16 +195,19 @@ def _source_id(source: str | os.PathLike[str]) -> str:
 def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
     hub = {key: value for key, value in load.items() if key != "dtype"}
     try:
-        _check_files(repo_id, hub)
+        size = _check_files(repo_id, hub)
         config = AutoConfig.from_pretrained(repo_id, **hub)
         # timm writes the class count in two places, and transformers passes both on
         if config.model_type == "timm_wrapper" and config.model_args:
             config.model_args.pop("num_classes", None)
         load = {"use_safetensors": True, **load}  # other files are pickles
-        return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
-    except (httpx.HTTPError, TypeError):  # an option that is not known is a TypeError
+        with at_most(min(size // 16 + FEW_PARTS, MOST_PARTS), size + HEAD):  # each weight takes a byte at least
+            return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
+    except httpx.HTTPError:
         raise
     except Exception as error:  # transformers and timm trust their files, and may fail in any way
+        if isinstance(error, TypeError) and not load.keys() <= {*HUB_KEYS, *LOAD_KEYS}:
+            raise  # an option is not known
         raise OSError(
             f"anchor {quote(repo_id)} cannot be loaded: it must be a local folder with config.json and "
             "model.safetensors, or the Hub id of an image classifier of transformers or timm, such as "
@@ -200,14 +215,22 @@ def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
         ) from error
 
 
-def _check_files(repo_id: str, hub: Mapping[str, Any]) -> None:
-    """Raise OSError or ValueError where an anchor's files would bring code, pickles, or more than memory holds."""
+def _check_files(repo_id: str, hub: Mapping[str, Any]) -> int:
+    """The bytes of an anchor's weights, or as many as there can be where they lie in several files of the Hub.
+
+    Raises:
+        OSError, ValueError: the files would bring code or pickles, or ask for more than a reasonable network has.
+    """
     at = {key: hub[key] for key in HUB_KEYS if hub.get(key) is not None}
-    config = read_json(cached_file(repo_id, "config.json", **at))
-    check_network(config, "its config.json")
+    config = read_json(cached_file(repo_id, CONFIG_NAME, **at) or os.path.join(repo_id, CONFIG_NAME))
+    check_network(config, f"its {CONFIG_NAME}")
     if isinstance(config, dict) and config.get("model_type") == "restnet":
         raise ValueError("It is a stitched model itself, which cannot be an anchor of another")
     check_peft(repo_id, at)
+    if os.path.isdir(repo_id):
+        return sum(file.stat().st_size for file in Path(repo_id).glob("*.safetensors") if file.is_file())
+    file = cached_file(repo_id, SAFE_WEIGHTS_NAME, **QUIET, **at)
+    return sys.maxsize // 2 if file is None else os.path.getsize(file)
 
 
 def check_peft(repo_id: str, at: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from restnet_hf.adapter_files import check_weights
 from restnet_hf.anchors import Anchor
 from restnet_hf.fingerprints import Piece, fingerprint, stored_dtype
 from restnet_hf.labels import label_order
-from restnet_hf.loading import anchor_from_config, at_most, load_anchor
+from restnet_hf.loading import HEAD, anchor_from_config, at_most, load_anchor
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route
 
@@ -104,7 +104,7 @@ def embedded(
     """
     prefix = f"anchors.{entry['name']}.model."
     mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    with at_most(PARTS * (len(mine) + 32)):
+    with at_most(PARTS * (len(mine) + 32), 2 * sum(tensor.numel() for tensor in mine.values()) + HEAD):
         anchor = rebuild(entry, lambda model: check_weights(mine, model.state_dict(), where))
     anchor.model.load_state_dict(mine, assign=True)
     return _checked(anchor, entry, dtype, routes, where)
