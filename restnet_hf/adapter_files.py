@@ -1,17 +1,21 @@
 """The files of an adapter, read strictly, and where its weights go."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import cached_file
 
+from restnet_hf.fingerprints import FLOATS
 from restnet_hf.hub import PROFILE
+from restnet_hf.limits import MAX_QUOTE, quote, read_json, shorten
 from restnet_hf.profiles import Profile
 
 
@@ -21,42 +25,121 @@ AUTO_MAP = {  # without the package installed, transformers then says what to in
     "AutoConfig": "modeling_restnet.RestNetConfig",
     "AutoModelForImageClassification": "modeling_restnet.StitchedModelForImageClassification",
 }
+MAX_HEADER = 2**23  # bytes, of some eighty thousand tensors
+FIRST = 8  # so many names of tensors stand in an error
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
 
 
 def read_weights(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The stitches' (and new heads') tensors of an adapter in a local folder or on the Hub.
+    """The stitches' (and new heads') tensors of an adapter in a local folder or on the Hub, memory-mapped.
 
     Raises:
         OSError: there is no such file, or it is damaged.
     """
     file = cached_file(path_or_id, WEIGHTS, **hub_kwargs)
     try:
+        check_header(file)
         return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise OSError(f"{file} is damaged or cut short ({error}); download or save the adapter again") from error
 
 
+def check_header(file: str | os.PathLike[str]) -> None:
+    """Raise ValueError where the header of a safetensors file, which is read whole, is longer than that of any model.
+
+    It is the length in eight bytes, little-endian, before the header itself; only the number is looked at.
+    """
+    with Path(file).open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"its header has {length} bytes, and {MAX_HEADER} are enough for any model")
+
+
 def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> Profile | None:
-    """The adapter's profile, None where it has none."""
+    """The adapter's profile, None where it has none.
+
+    Raises:
+        ValueError: the file holds none.
+    """
     file = cached_file(path_or_id, PROFILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    return None if file is None else Profile.load(file)
+    try:
+        return None if file is None else Profile.from_dict(read_json(file))
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError unless there is exactly every tensor that is expected, in its shape."""
+    """Raise ValueError unless there is exactly every tensor that is expected, in its shape and of its kind."""
+    both = sorted(expected.keys() & found.keys())
+    kinds = tuple(FLOATS.values())  # one may be cast to another
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "not expected": sorted(found.keys() - expected.keys()),
         "of another shape": [
             f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-            for key in sorted(expected.keys() & found.keys())
+            for key in both
             if found[key].shape != expected[key].shape
         ],
+        "of another type": [
+            f"{key} {found[key].dtype} instead of {expected[key].dtype}"
+            for key in both
+            if found[key].dtype != expected[key].dtype and {found[key].dtype, expected[key].dtype} - {*kinds}
+        ],
     }
-    said = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
+    _refuse(problems, where)
+
+
+def _refuse(problems: Mapping[str, Collection[str]], where: str) -> None:
+    """Raise ValueError that names the first of each problem, where there is any."""
+    said = "; ".join(
+        f"{problem}: {', '.join(shorten(key, MAX_QUOTE) for key in islice(keys, FIRST))}"
+        + f" and {len(keys) - FIRST} more" * (len(keys) > FIRST)
+        for problem, keys in problems.items()
+        if keys
+    )
     if said:
         raise ValueError(f"the weights in {where} do not fit its config.json. {said}. Save the adapter again")
+
+
+PartCheck = Callable[[str, nn.Module], None]
+
+
+def unchecked(name: str, module: nn.Module) -> None:
+    """For modules of a config that is trusted."""
+
+
+class Parts:
+    """The tensors of an adapter by the module they are for, to be compared with it before it takes memory.
+
+    Args:
+        weights: of stitches, heads and what is tuned, by name.
+        names: of the modules that config.json asks for, such as ``stitches.resnet_2__vit_1``.
+        where: they come from, for errors.
+
+    Raises:
+        ValueError: there are tensors for other modules.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str], where: str) -> None:
+        self.where = where
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in weights.items():
+            name = ".".join(key.split(".")[:2])
+            self.tensors.setdefault(name, {})[key] = tensor
+        asked = set(names)
+        _refuse(
+            {
+                "missing": sorted(asked - self.tensors.keys()),
+                "not expected": sorted(key for key in weights if ".".join(key.split(".")[:2]) not in asked),
+            },
+            where,
+        )
+
+    def check(self, name: str, module: nn.Module) -> None:
+        """Raise ValueError unless the tensors are those of a module, which may be one on the meta device."""
+        check_weights(
+            self.tensors.get(name, {}), {f"{name}.{k}": v for k, v in module.state_dict().items()}, self.where
+        )
 
 
 def whole_device(device_map: Any) -> torch.device:
@@ -83,8 +166,14 @@ def whole_device(device_map: Any) -> torch.device:
 
 
 def weights_dtype(wanted: Any) -> torch.dtype:
-    """A type of weights from itself or its name; float32 for None. Raises ValueError where there is no such type."""
+    """A type of weights from itself or its name; float32 for None.
+
+    Raises:
+        ValueError: there is no such type, or no network runs in it.
+    """
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={wanted!r} is not the name of a type of weights, such as 'float32'")
+    if found not in FLOATS.values():
+        raise ValueError(
+            f"dtype={quote(wanted)} is not the name of a type of weights, such as 'float32', or no network runs in it"
+        )
     return found

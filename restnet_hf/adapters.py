@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
-from restnet_hf.adapter_files import check_weights
-from restnet_hf.branches import stitch_at
+from restnet_hf.adapter_files import PartCheck, Parts
+from restnet_hf.branches import stitch_that_fits
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.features import layout_from_dict
 from restnet_hf.parents import identify
@@ -17,7 +18,7 @@ from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import ANCHOR_NAME, Route, Segment
 from restnet_hf.switching import RouteMixin
-from restnet_hf.tuning import Tuned, TunedConfig, tuned_keys
+from restnet_hf.tuning import Tuned, TunedConfig, ghost_tuned, tuned_keys
 
 
 EVERYWHERE = ("macs", "params")  # costs that are the same on every device
@@ -56,16 +57,20 @@ def add_adapter(
         return replace(route, segments=segments, adapter=f"{name}-{route.adapter}" if route.adapter else name)
 
     routes = [model.route(here(route)) for route in config.parsed_routes()]
-    entries, modules = _stitches(model, config, here, routes)
+    check = Parts(weights, config.part_names(), where).check
+    entries, modules = _stitches(model, config, here, routes, check)
     heads = {}
     for key in config.head_keys():
         adapter, _, anchor = key.rpartition(":")
+        check(f"heads.{key}", model.heads[anchors[anchor]])
         heads[key] = here(Route((Segment(anchor),), adapter)).head
         modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[anchor]])
     tuned = _tuned(config, anchors, here)
     for key, (new, about) in tuned.items():
+        check(f"tuned.{key}", ghost_tuned(model.anchors, about))
         modules[f"tuned.{key}"] = new, Tuned(model.anchors[about.anchor], about)
-    _load({key: module for key, (_, module) in modules.items()}, weights, where)
+    for key, (_, module) in modules.items():
+        module.load_state_dict({k: weights[f"{key}.{k}"] for k in module.state_dict()})
     for key, (new, module) in modules.items():  # from here on nothing can fail
         place: Any = getattr(model, key.split(".")[0])  # stitches, heads or tuned
         place[new] = module.eval()
@@ -82,7 +87,11 @@ def add_adapter(
 
 
 def _stitches(
-    model: RouteMixin, config: RestNetConfig, here: Callable[[Route], Route], routes: Iterable[Route]
+    model: RouteMixin,
+    config: RestNetConfig,
+    here: Callable[[Route], Route],
+    routes: Iterable[Route],
+    check: PartCheck,
 ) -> tuple[dict[str, Any], dict[str, tuple[str, nn.Module]]]:
     """New stitches like an adapter's: entries by name here; by the adapter's key, the name here and the module."""
     entries: dict[str, Any] = {}
@@ -93,7 +102,8 @@ def _stitches(
         (point,) = here(Route(ends, point.adapter, (point.via,))).stitch_points
         model.check_layout(point, source, target)
         entries[point.name] = {**entry, "point": asdict(point)}
-        modules[f"stitches.{key}"] = point.name, stitch_at(point, model.anchors, options)
+        made = stitch_that_fits(point, model.anchors, options, partial(check, f"stitches.{key}"))
+        modules[f"stitches.{key}"] = point.name, made
     for point in {point for route in routes for point in route.stitch_points if point.via}:
         source, target = (layout_from_dict(entries[point.name][side]) for side in ("source", "target"))
         model.check_layout(point, source, target)
@@ -111,15 +121,6 @@ def _tuned(
                 about = config.tuned_config(key)
                 found[key] = new, replace(about, anchor=anchors[about.anchor])
     return found
-
-
-def _load(modules: Mapping[str, nn.Module], weights: Mapping[str, Tensor], where: str) -> None:
-    """Give modules their weights; ValueError where there are others than theirs."""
-    check_weights(
-        weights, {f"{name}.{k}": v for name in modules for k, v in modules[name].state_dict().items()}, where
-    )
-    for name, module in modules.items():
-        module.load_state_dict({k: weights[f"{name}.{k}"] for k in module.state_dict()})
 
 
 def _check_name(name: str, routes: Iterable[Route]) -> None:

@@ -1,6 +1,6 @@
 """Branches: a trainable copy of one of an anchor's own blocks stands for several, or a slimmer one for itself."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,18 @@ def stitch_at(point: StitchPoint, anchors: Mapping[str, Anchor], config: StitchC
         )
     prune = config.prune or pruned_share(point.via)
     return BranchStitch(source, point.source_cut, point.target_cut, prune, ghost).to(like.device, like.dtype)
+
+
+def stitch_that_fits(
+    point: StitchPoint, anchors: Mapping[str, Anchor], config: StitchConfig, check: Callable[[nn.Module], None]
+) -> Stitch:
+    """`stitch_at`, checked before it takes memory, or where it takes no more than a block of its anchor, after."""
+    if config.kind != BRANCH:
+        check(stitch_at(point, anchors, config, ghost=True))
+        return stitch_at(point, anchors, config)
+    made = stitch_at(point, anchors, config)
+    check(made)
+    return made
 
 
 def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:

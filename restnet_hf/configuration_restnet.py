@@ -1,22 +1,40 @@
 """What is needed to rebuild a stitched model: its anchors, stitches and routes."""
 
-from dataclasses import asdict
+import os
+import re
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, fields
 from functools import lru_cache
+from json import JSONDecodeError
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME, cached_file
 
 from restnet_hf.features import AnyLayout, layout_from_dict
 from restnet_hf.files import SHA256
-from restnet_hf.fingerprints import Piece
+from restnet_hf.fingerprints import Piece, stored_dtype
+from restnet_hf.labels import class_names
+from restnet_hf.limits import MAX_ANCHORS, MAX_LABELS, MAX_ROUTES, check_json, quote, read_json, shorten
 from restnet_hf.preprocessing import Preprocessing
-from restnet_hf.routes import Route, StitchPoint, of_adapter
+from restnet_hf.routes import ANCHOR_NAME, Route, StitchPoint, of_adapter
 from restnet_hf.stitches import StitchConfig
 from restnet_hf.tuning import TunedConfig
 
 
 ANCHOR_KEYS = {"name", "repo_id", "revision", "fingerprint", "config", "preprocessing", "label_names"}
 ANCHOR_KEYS |= {"granularity", "pieces"}
+SETTABLE = ("model_type", "num_labels", "name_or_path", "torch_dtype", "output_attentions")  # and are no fields
+REFUSED = ("attn_implementation", "experts_implementation", "__class__", "__dict__")  # by no file of ours
+WORDS = {
+    (list, object): "a list",
+    (dict, object): "an object",
+    (list, str): "a list of strings",
+    (list, dict): "a list of objects",
+}
+MAX_LEVEL = 1e6  # of pixels' mean and std
+TUNED_KEY = re.compile(r"[a-z]+-[A-Za-z0-9_+:~-]+")
 
 
 class RestNetConfig(PreTrainedConfig):
@@ -56,7 +74,26 @@ class RestNetConfig(PreTrainedConfig):
         self.training = self.training or []
         self.tuned = self.tuned or {}
         kwargs.pop(SHA256, None)  # it is of the folder that was read, not of the model
+        labels = kwargs.get("num_labels")
+        if labels is not None and (type(labels) is not int or not 0 < labels <= MAX_LABELS):
+            raise ValueError(f"num_labels={quote(labels)} must be a whole number from 1 to {MAX_LABELS}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; raises ValueError where the values are not of the right types, or far too many."""
+        check_json(config_dict, "config.json")
+        own = {*SETTABLE, *(field.name for field in fields(cls))}
+        strange = [key for key in config_dict if key in REFUSED or (key not in own and hasattr(cls, key))]
+        if strange:
+            raise ValueError(f"config.json must not set {quote(strange)}; remove it")
+        auto_map = config_dict.get("auto_map") or {}
+        if not isinstance(auto_map, dict) or not all(isinstance(text, str) for text in auto_map.values()):
+            raise ValueError(f"config.json: auto_map must be an object of strings, not {quote(auto_map)}")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except Exception as error:  # transformers trusts its files
+            raise ValueError(f"config.json is not sound: {type(error).__name__}: {shorten(str(error))}") from None
 
     def stitch_parts(self, name: str) -> tuple[StitchPoint, AnyLayout, AnyLayout, StitchConfig]:
         """What a stitch is made from; raises ValueError where its entry is not sound."""
@@ -68,10 +105,11 @@ class RestNetConfig(PreTrainedConfig):
                 layout_from_dict(entry["target"]),
                 StitchConfig(**entry["config"]),
             )
+            _check_point(point)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"config.json: the entry of stitch {name!r} is not sound: {error!r}") from error
+            raise ValueError(f"config.json: the entry of stitch {quote(name)} is not sound: {quote(error)}") from error
         if point.name != name:
-            raise ValueError(f"config.json: stitch {name!r} says of itself that it is {point.name!r}")
+            raise ValueError(f"config.json: stitch {quote(name)} says of itself that it is {quote(point.name)}")
         return point, *parts
 
     def tuned_config(self, key: str) -> TunedConfig:
@@ -80,33 +118,72 @@ class RestNetConfig(PreTrainedConfig):
             found = TunedConfig(**(self.tuned or {})[key])
             if found.anchor not in {entry["name"] for entry in self.anchors or []} or key.split("-")[0] != found.kind:
                 raise ValueError("it is of an anchor that is not there, or its key says another kind")
+            if not TUNED_KEY.fullmatch(key):
+                raise ValueError("its key is of no route")
             return found
         except (TypeError, ValueError) as error:
-            raise ValueError(f"config.json: the entry of what is tuned as {key!r} is not sound: {error}") from error
+            raise ValueError(
+                f"config.json: the entry of what is tuned as {quote(key)} is not sound: {quote(error)}"
+            ) from error
 
     def check(self) -> "RestNetConfig":
         """Return the config if a model can be built from it; raise ValueError that says which entry is not sound."""
-        if not isinstance(self.anchors, list) or not all(isinstance(e, dict) for e in (self.stitches, self.tuned)):
-            raise ValueError("config.json: anchors must be a list, stitches and tuned must be objects")
-        names = {self._anchor_name(index, entry) for index, entry in enumerate(self.anchors)}
-        points = {self.stitch_parts(name)[0].name for name in self.stitches or {}}
+        for key, kind, inner in (
+            ("anchors", list, object),
+            ("stitches", dict, object),
+            ("tuned", dict, object),
+            ("routes", list, str),
+            ("trained_heads", list, str),
+            ("training", list, dict),
+        ):
+            value = getattr(self, key)
+            entries = value.values() if isinstance(value, dict) else value
+            if not isinstance(value, kind) or not all(isinstance(entry, inner) for entry in entries):
+                raise ValueError(f"config.json: {key} must be {WORDS[kind, inner]}, not {quote(value)}")
+        if not isinstance(self.active_route, str | None):
+            raise ValueError(f"config.json: active_route must be a string, not {quote(self.active_route)}")
+        self._check_labels()
+        names = self._check_anchors()
+        points = {name: self.stitch_parts(name)[0] for name in self.stitches or {}}
         for key in self.tuned or {}:
             self.tuned_config(key)
-        if not names:
-            raise ValueError("config.json: there are no anchors")
-        if not isinstance(self.routes, list) or not all(isinstance(route, str) for route in self.routes):
-            raise ValueError(f"config.json: routes must be a list of strings, not {self.routes!r}")
-        if not isinstance(self.trained_heads, list) or not all(isinstance(key, str) for key in self.trained_heads):
-            raise ValueError(f"config.json: trained_heads must be a list of strings, not {self.trained_heads!r}")
-        if not isinstance(self.training, list) or not all(isinstance(entry, dict) for entry in self.training):
-            raise ValueError(f"config.json: training must be a list of objects, not {self.training!r}")
-        if not isinstance(self.active_route, str | None):
-            raise ValueError(f"config.json: active_route must be a string, not {self.active_route!r}")
+        for name, point in points.items():
+            if not {point.source, point.target} <= names:
+                raise ValueError(f"config.json: stitch {quote(name)} joins anchors that are not there")
+        self._check_routes(names, points.keys())
+        return self
+
+    def _check_labels(self) -> None:
+        try:
+            names = class_names(None, self.id2label)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"config.json: id2label is not sound: {quote(error)}") from error
+        if len(names) > MAX_LABELS or not all(isinstance(name, str) for name in (self.id2label or {}).values()):
+            raise ValueError(f"config.json: id2label must hold at most {MAX_LABELS} strings")
+        numbers = (self.label2id or {}).values() if isinstance(self.label2id, dict | None) else [self.label2id]
+        if not all(type(number) is int for number in numbers):
+            raise ValueError(f"config.json: label2id must hold whole numbers, not {quote(self.label2id)}")
+
+    def _check_routes(self, names: AbstractSet[str], points: AbstractSet[str]) -> None:
+        if len(self.routes or ()) > MAX_ROUTES or sum(map(len, self.routes or ())) > 64 * MAX_ROUTES:
+            raise ValueError(f"config.json: {len(self.routes or ())} routes are too many or too long: {MAX_ROUTES}")
         for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
             strange = {segment.anchor for segment in route.segments} - names
-            if strange or {point.name for point in route.stitch_points} - points:
-                raise ValueError(f"config.json: route '{route}' names anchors or stitches that are not there")
-        return self
+            if strange or not points >= {point.name for point in route.stitch_points}:
+                raise ValueError(
+                    f"config.json: route {quote(str(route))} names anchors or stitches that are not there"
+                )
+
+    def _check_anchors(self) -> set[str]:
+        """The anchors' names; raises ValueError where an entry is not sound."""
+        entries = self.anchors or []
+        if not 0 < len(entries) <= MAX_ANCHORS:
+            none = "there are no anchors" if not entries else f"there are {len(entries)} anchors"
+            raise ValueError(f"config.json: {none}, and a model has from 1 to {MAX_ANCHORS}")
+        names = [self._anchor_name(index, entry) for index, entry in enumerate(entries)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"config.json: two anchors have the same name: {quote(names)}")
+        return set(names)
 
     def _anchor_name(self, index: int, entry: Any) -> str:
         """The name of an anchor; raises ValueError where its entry is not sound."""
@@ -120,12 +197,17 @@ class RestNetConfig(PreTrainedConfig):
         texts = [entry["name"], entry["granularity"], *(labels or [] if isinstance(labels, list | None) else [labels])]
         texts += [entry[key] for key in ("repo_id", "revision") if entry[key] is not None]
         try:
-            Preprocessing.from_dict(entry["preprocessing"])
+            images = Preprocessing.from_dict(entry["preprocessing"])
             texts += [piece.sha256 for piece in map(Piece.from_dict, entry["pieces"])]
             if not all(isinstance(text, str) for text in texts) or not isinstance(entry["config"], dict | None):
                 raise ValueError("a name, an id, a label, a hash or the config is of another type")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"config.json: the entry of anchor {index} is not sound: {error!r}") from error
+            if not ANCHOR_NAME.fullmatch(entry["name"]):
+                raise ValueError("its name may hold only letters, digits, '_' and '-'")
+            if not all(abs(float(value)) < MAX_LEVEL for value in (*images.mean, *images.std)):
+                raise ValueError("mean and std must be finite numbers")
+            stored_dtype(entry["fingerprint"])
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"config.json: the entry of anchor {index} is not sound: {quote(error)}") from error
         return entry["name"]
 
     def set_stitch(self, point: StitchPoint, source: AnyLayout, target: AnyLayout, config: StitchConfig) -> None:
@@ -138,14 +220,46 @@ class RestNetConfig(PreTrainedConfig):
         adapters = sorted({"", *(route.adapter for route in self.parsed_routes())}) if self.new_head else []
         return [of_adapter(adapter, entry["name"]) for adapter in adapters for entry in self.anchors or []]
 
+    def part_names(self) -> Iterator[str]:
+        """The names of the stitches, heads and tuned parts, as the names of their tensors begin."""
+        parts = {"stitches": self.stitches or {}, "heads": self.head_keys(), "tuned": self.tuned or {}}
+        return (f"{kind}.{key}" for kind, keys in parts.items() for key in keys)
+
     def parsed_routes(self) -> tuple[Route, ...]:
         """The routes; raises ValueError where one does not parse."""
         return tuple(map(_parsed, self.routes or ()))
 
 
+def _check_point(point: StitchPoint) -> None:
+    """Raise ValueError unless a stitch's place is of anchors, numbers and names that a route can hold."""
+    names = [point.source, point.target, *(name for name in (point.adapter, point.via) if name != "")]
+    if not all(isinstance(name, str) and ANCHOR_NAME.fullmatch(name) for name in names):
+        raise ValueError("its names may hold only letters, digits, '_' and '-'")
+    if not all(type(cut) is int and cut > 0 for cut in (point.source_cut, point.target_cut)):
+        raise ValueError("its cuts must be whole numbers above 0")
+
+
 @lru_cache(maxsize=65536)  # routes are asked for often, and there may be thousands
 def _parsed(text: str) -> Route:
     return Route.parse(text)
+
+
+def read_config(path_or_id: str, hub_kwargs: Mapping[str, Any]) -> RestNetConfig:
+    """The config of an adapter in a local folder or on the Hub, checked.
+
+    Raises:
+        OSError: there is no config.json, or it is not JSON.
+        ValueError: it is not that of an adapter.
+    """
+    try:
+        file = cached_file(path_or_id, CONFIG_NAME, **hub_kwargs)
+        data = read_json(file or os.path.join(path_or_id, CONFIG_NAME))
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise OSError(f"{CONFIG_NAME} of {path_or_id} is not valid JSON: {error}") from error
+    kind = data.get("model_type") if isinstance(data, dict) else None
+    if kind != RestNetConfig.model_type or "configuration_files" in data:
+        raise ValueError(f"{CONFIG_NAME} of {path_or_id} is not that of an adapter: its model_type is {quote(kind)}")
+    return RestNetConfig.from_pretrained(path_or_id, **hub_kwargs).check()
 
 
 AutoConfig.register("restnet", RestNetConfig, exist_ok=True)

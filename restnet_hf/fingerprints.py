@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
+FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGE = 1 << 24  # bytes: hashing them takes longer than starting threads
 
 
@@ -55,3 +56,15 @@ def fingerprint(model: nn.Module, pieces: Iterable[Piece]) -> str:
     dtypes = {str(t.dtype).removeprefix("torch.") for t in model.state_dict().values() if t.is_floating_point()}
     text = json.dumps([type(model).__name__, [asdict(piece) for piece in pieces]])
     return f"{'+'.join(sorted(dtypes))}:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def stored_dtype(text: str) -> torch.dtype | None:
+    """The type of weights that a fingerprint names; None where they are of several types.
+
+    Raises:
+        ValueError: no network of such weights runs.
+    """
+    found = [FLOATS.get(name) for name in text.split(":")[0].split("+")]
+    if None in found:
+        raise ValueError(f"the fingerprint must begin with types of weights, of {list(FLOATS)}, as float32:5f70bf18")
+    return found[0] if len(found) == 1 else None

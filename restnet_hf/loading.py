@@ -2,28 +2,52 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ResolvedRevision
-from torch import nn
+from huggingface_hub.utils import httpx
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import resolve_revision
 
 from restnet_hf.anchors import Anchor
 from restnet_hf.hub import hub_errors
 from restnet_hf.labels import label_names
-from restnet_hf.preprocessing import Preprocessing, timm_processor, with_image_size
+from restnet_hf.limits import check_network, quote, read_json, short_errors, shorten, values
+from restnet_hf.preprocessing import MAX_SIDE, Preprocessing, timm_processor, with_image_size
 from restnet_hf.routes import ANCHOR_NAME
 
 
+REGISTRATIONS = (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+    register_module_buffer_registration_hook,
+)
+HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "proxies", "subfolder")
+FEW_PARTS, MOST_PARTS = 2**12, 2**17  # modules and tensors of a network, whatever its file holds
+HEAD = 2**24  # weights of a classifier, which may be missing in a file
+LOAD_KEYS = ("dtype", "force_download", "trust_remote_code", "use_safetensors")
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+IMAGES = "preprocessor_config.json"
+QUIET = {"_raise_exceptions_for_missing_entries": False}
 TIMM_PREFIXES = ("hf_hub:", "hf-hub:", "local-dir:")
 
 
+@short_errors()
 @hub_errors()
 def load_anchor(
     source: str | os.PathLike[str] | nn.Module | Anchor,
@@ -70,8 +94,14 @@ def load_anchor(
         revision = at_commit(repo_id, revision, hub_kwargs)  # all files from one commit, and it is known which
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _pretrained(repo_id, load)
-    found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
-    preprocessing, processor = _preparation(repo_id or type(model).__name__, found, preprocessing, size)
+    named = repo_id or type(model).__name__
+    try:
+        found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
+        preprocessing, processor = _preparation(named, found, preprocessing, size)
+    except (httpx.HTTPError, OSError, ValueError):
+        raise
+    except Exception as error:  # image processors trust their files, and may fail in any way
+        raise OSError(f"the image processor of {quote(named)} cannot be used: {quote(error)}") from error
     config = getattr(model, "config", None)
     return Anchor(
         model,
@@ -91,11 +121,68 @@ def at_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, Any])
     return resolve_revision(repo_id, revision, **{key: hub_kwargs[key] for key in keys if hub_kwargs.get(key)})
 
 
-def anchor_from_config(config: dict[str, Any], name: str, preprocessing: Preprocessing, **kwargs: Any) -> Anchor:
-    """An anchor of the architecture that a transformers config describes, with random weights."""
-    rebuilt = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    model = AutoModelForImageClassification.from_config(rebuilt, dtype=torch.get_default_dtype())
+def anchor_from_config(
+    config: dict[str, Any],
+    name: str,
+    preprocessing: Preprocessing,
+    check: Callable[[nn.Module], None] | None = None,
+    **kwargs: Any,
+) -> Anchor:
+    """An anchor of the architecture that a transformers config describes, with random weights.
+
+    Args:
+        config: as JSON; nothing is fetched for it and no code of it runs.
+        name: of the anchor.
+        preprocessing: of its images.
+        check: raises ValueError for a network that is not the one meant; it gets one on the meta device, which takes
+            no memory, before there is any other.
+        **kwargs: of `Anchor`.
+
+    Raises:
+        ValueError: no image classifier has such a config.
+    """
+    check_network(config, f"the config of anchor '{name}'")
+    kind = config.get("model_type")
+    try:
+        if kind == "restnet" or kind not in CONFIG_MAPPING:
+            raise ValueError(f"model_type={quote(kind)} is not that of an image classifier of transformers")
+        rebuilt = CONFIG_MAPPING[kind].from_dict({k: v for k, v in copy.deepcopy(config).items() if k != "auto_map"})
+        make = partial(AutoModelForImageClassification.from_config, rebuilt, dtype=torch.get_default_dtype())
+        if check is not None:
+            with torch.device("meta"):
+                ghost = make()
+            check(ghost)
+        model = make()
+    except Exception as error:  # transformers and timm trust their configs, and may fail in any way
+        raise ValueError(f"anchor '{name}' cannot be rebuilt from its config: {shorten(str(error))}") from error
     return Anchor(model, name, preprocessing, **kwargs)
+
+
+@contextmanager
+def at_most(parts: int, weights: int) -> Iterator[None]:
+    """Raise ValueError where this thread makes networks of more modules and tensors, or of more weights.
+
+    Weights are counted on the meta device, where networks are made first and take no memory.
+    """
+    parts_left, weights_left, here = parts, weights, threading.get_ident()
+
+    def count(module: nn.Module, name: str, part: Any) -> None:
+        nonlocal parts_left, weights_left
+        if threading.get_ident() == here:
+            parts_left -= 1
+            weights_left -= part.numel() if isinstance(part, Tensor) and part.is_meta else 0
+        if parts_left < 0 or weights_left < 0:
+            raise ValueError(
+                f"its config asks for more than {parts} modules and tensors, or {weights} weights, and its file of "
+                "weights does not hold as many"
+            )
+
+    hooks = [register(count) for register in REGISTRATIONS]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _source_id(source: str | os.PathLike[str]) -> str:
@@ -108,28 +195,100 @@ def _source_id(source: str | os.PathLike[str]) -> str:
 def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
     hub = {key: value for key, value in load.items() if key != "dtype"}
     try:
+        size = _check_files(repo_id, hub)
         config = AutoConfig.from_pretrained(repo_id, **hub)
         # timm writes the class count in two places, and transformers passes both on
         if config.model_type == "timm_wrapper" and config.model_args:
             config.model_args.pop("num_classes", None)
-        return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
-    except (OSError, ValueError) as error:
+        load = {"use_safetensors": True, **load}  # other files are pickles
+        with at_most(min(size // 16 + FEW_PARTS, MOST_PARTS), size + HEAD):  # each weight takes a byte at least
+            return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
+    except httpx.HTTPError:
+        raise
+    except Exception as error:  # transformers and timm trust their files, and may fail in any way
+        if isinstance(error, TypeError) and not load.keys() <= {*HUB_KEYS, *LOAD_KEYS}:
+            raise  # an option is not known
         raise OSError(
-            f"anchor {repo_id!r} cannot be loaded: it must be a local folder with config.json and model.safetensors, "
-            f"or the Hub id of an image classifier of transformers or timm, such as 'timm/resnet50.a1_in1k'. {error}"
+            f"anchor {quote(repo_id)} cannot be loaded: it must be a local folder with config.json and "
+            "model.safetensors, or the Hub id of an image classifier of transformers or timm, such as "
+            f"'timm/resnet50.a1_in1k'. {shorten(str(error))}"
         ) from error
+
+
+def _check_files(repo_id: str, hub: Mapping[str, Any]) -> int:
+    """The bytes of an anchor's weights, or as many as there can be where they lie in several files of the Hub.
+
+    Raises:
+        OSError, ValueError: the files would bring code or pickles, or ask for more than a reasonable network has.
+    """
+    at = {key: hub[key] for key in HUB_KEYS if hub.get(key) is not None}
+    config = read_json(cached_file(repo_id, CONFIG_NAME, **at) or os.path.join(repo_id, CONFIG_NAME))
+    check_network(config, f"its {CONFIG_NAME}")
+    if isinstance(config, dict) and config.get("model_type") == "restnet":
+        raise ValueError("It is a stitched model itself, which cannot be an anchor of another")
+    check_peft(repo_id, at)
+    if os.path.isdir(repo_id):
+        return sum(file.stat().st_size for file in Path(repo_id).glob("*.safetensors") if file.is_file())
+    file = cached_file(repo_id, SAFE_WEIGHTS_NAME, **QUIET, **at)
+    return sys.maxsize // 2 if file is None else os.path.getsize(file)
+
+
+def check_peft(repo_id: str, at: Mapping[str, Any]) -> None:
+    """Raise OSError where what PEFT wrote into a folder or repository is no safetensors file but a pickle.
+
+    Args:
+        repo_id: local folder or Hub id; it need not hold anything of PEFT.
+        at: revision and other options of `cached_file`.
+    """
+    config = cached_file(repo_id, PEFT_CONFIG, **QUIET, **at)
+    if config is None:
+        return
+    check_network(read_json(config), f"its {PEFT_CONFIG}")
+    if cached_file(repo_id, PEFT_WEIGHTS, **QUIET, **at) is None:
+        raise OSError(f"{repo_id} has {PEFT_CONFIG} but no {PEFT_WEIGHTS}; save the LoRA again as safetensors")
+
+
+def load_lora(model: PreTrainedModel, source: str, options: Mapping[str, Any]) -> None:
+    """Put on a model what PEFT wrote into a folder or repository.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    hub = {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
+    check_peft(source, hub)
+    try:
+        model.load_adapter(source, adapter_kwargs=dict(options), low_cpu_mem_usage=True)
+    except (httpx.HTTPError, OSError):
+        raise
+    except Exception as error:  # PEFT trusts its files, and may fail in any way
+        raise OSError(f"what PEFT wrote into {source} cannot be loaded: {quote(error)}") from error
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if left:
+        raise OSError(f"{PEFT_WEIGHTS} of {source} lacks what its {PEFT_CONFIG} asks for, such as {quote(left[0])}")
 
 
 def _processor(model: nn.Module, repo_id: str | None, revision: str | None, trust: bool, hub: dict[str, Any]) -> Any:
     cfg = getattr(getattr(model, "config", None), "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None)
-    if cfg:
-        return timm_processor(dict(cfg))
-    if repo_id is None:
-        return None
     at = {"revision": revision, **hub}
-    if cached_file(repo_id, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **at) is None:
+    if cfg:
+        found = timm_processor(dict(cfg))
+    elif repo_id is None or (file := cached_file(repo_id, IMAGES, **QUIET, **at)) is None:
         return None
-    return AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
+    else:
+        check_network(read_json(file), IMAGES)
+        found = AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
+    _check_sizes(found)
+    return found
+
+
+def _check_sizes(processor: Any) -> None:
+    """Raise ValueError where images would become too large to try."""
+    settings = processor.to_dict()
+    for key, value, _ in values(settings):
+        if key == "crop_pct" and value is not None and not 0.1 <= value <= 1:
+            raise ValueError(f"{key}={quote(value)} must be from 0.1 to 1")
+        if type(value) is int and abs(value) > MAX_SIDE:
+            raise ValueError(f"{quote(key)} is {quote(value)}, and images have at most {MAX_SIDE} pixels a side")
 
 
 def _preparation(

@@ -4,6 +4,7 @@ import datetime
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Self, cast
 
@@ -14,8 +15,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from restnet_hf import least_squares as fitting
+from restnet_hf.adapter_files import PartCheck, unchecked
 from restnet_hf.anchors import Anchor, unique_names
-from restnet_hf.branches import stitch_at
+from restnet_hf.branches import stitch_that_fits
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, ParamsTable
 from restnet_hf.data import check_labels
@@ -32,6 +34,7 @@ from restnet_hf.ranking import RankedRoute, Similarity
 from restnet_hf.routes import Route, Segment
 from restnet_hf.selecting import SelectingModel
 from restnet_hf.steps import Reorder, run_steps
+from restnet_hf.tuning import ghost_tuned
 
 
 ORDERS = ("large-to-small", "small-to-large", "given")
@@ -52,7 +55,9 @@ class StitchedModelForImageClassification(SelectingModel):
     supports_gradient_checkpointing = True  # every anchor is checkpointed from cut to cut
     accepts_loss_kwargs = False  # the loss is a mean over the batch
 
-    def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
+    def __init__(
+        self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None, check: PartCheck = unchecked
+    ) -> None:
         super().__init__(config)
         entries = config.anchors or []
         anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
@@ -68,6 +73,7 @@ class StitchedModelForImageClassification(SelectingModel):
                 features = anchor.drop_classifier()
                 for key in config.head_keys():
                     if key.rpartition(":")[2] == anchor.name:
+                        check(f"heads.{key}", nn.Linear(features, config.num_labels, device="meta"))
                         self.heads[key] = nn.Linear(features, config.num_labels, device=like.device, dtype=like.dtype)
                 continue
             order = class_order(anchors[0], anchor)
@@ -78,8 +84,9 @@ class StitchedModelForImageClassification(SelectingModel):
         self.check_layouts()
         for name in config.stitches or {}:
             point, *_, options = config.stitch_parts(name)
-            self.stitches[name] = stitch_at(point, self.anchors, options)
+            self.stitches[name] = stitch_that_fits(point, self.anchors, options, partial(check, f"stitches.{name}"))
         for key in config.tuned or {}:
+            check(f"tuned.{key}", ghost_tuned(self.anchors, config.tuned_config(key)))
             self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
         self.weight_files = None

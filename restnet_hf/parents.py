@@ -1,7 +1,7 @@
 """What config.json says of an anchor, and the anchor back from it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from restnet_hf.adapter_files import check_weights
 from restnet_hf.anchors import Anchor
-from restnet_hf.fingerprints import Piece, fingerprint
+from restnet_hf.fingerprints import Piece, fingerprint, stored_dtype
 from restnet_hf.labels import label_order
-from restnet_hf.loading import anchor_from_config, load_anchor
+from restnet_hf.loading import HEAD, anchor_from_config, at_most, load_anchor
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route
 
 
+PARTS = 8  # modules, parameters and buffers for each tensor that is saved; networks of transformers and timm have 3
 NO_SETTINGS = {"label_names", "num_classes", "pretrained_cfg"}  # of timm: what the model does with images is elsewhere
 
 
@@ -45,13 +46,13 @@ def identify(entry: dict[str, Any], anchor: Anchor) -> None:
         entry["fingerprint"] = fingerprint(anchor.model, pieces)
 
 
-def rebuild(entry: Mapping[str, Any]) -> Anchor:
-    """An anchor with random weights from what config.json says of it."""
+def rebuild(entry: Mapping[str, Any], check: Callable[[nn.Module], None] | None = None) -> Anchor:
+    """An anchor with random weights from what config.json says of it; see `anchor_from_config`."""
     if entry["config"] is None:
         raise ValueError(f"anchor '{entry['name']}' was made in code and cannot be rebuilt from a config")
     preprocessing = Preprocessing.from_dict(entry["preprocessing"])
     options = {"label_names": entry["label_names"], "granularity": entry["granularity"]}
-    return anchor_from_config(entry["config"], entry["name"], preprocessing, **options)
+    return anchor_from_config(entry["config"], entry["name"], preprocessing, check, **options)
 
 
 def reload(
@@ -76,7 +77,7 @@ def reload(
     if source is None:
         raise ValueError(f"anchor '{entry['name']}' was made in code; pass it: {hint}")
     # the weights are compared in the type that they had, and cast after
-    stored = getattr(torch, entry["fingerprint"].split(":")[0], None)
+    stored = stored_dtype(entry["fingerprint"])
     try:
         anchor = load_anchor(
             source,
@@ -85,7 +86,7 @@ def reload(
             preprocessing=Preprocessing.from_dict(entry["preprocessing"]),
             label_names=entry["label_names"],
             granularity=entry["granularity"],
-            dtype=stored if isinstance(stored, torch.dtype) else dtype,
+            dtype=stored or dtype,
             **options,
         )
     except OSError as error:
@@ -101,9 +102,10 @@ def embedded(
     Raises:
         ValueError: it cannot be rebuilt, or is another network.
     """
-    anchor, prefix = rebuild(entry), f"anchors.{entry['name']}.model."
+    prefix = f"anchors.{entry['name']}.model."
     mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    check_weights(mine, anchor.model.state_dict(), where)
+    with at_most(PARTS * (len(mine) + 32), 2 * sum(tensor.numel() for tensor in mine.values()) + HEAD):
+        anchor = rebuild(entry, lambda model: check_weights(mine, model.state_dict(), where))
     anchor.model.load_state_dict(mine, assign=True)
     return _checked(anchor, entry, dtype, routes, where)
 

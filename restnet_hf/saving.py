@@ -20,19 +20,22 @@ from restnet_hf.adapter_files import (
     SHIM,
     SHIM_TEXT,
     WEIGHTS,
-    check_weights,
+    PartCheck,
+    Parts,
     read_profile,
     read_weights,
+    unchecked,
     weights_dtype,
     whole_device,
 )
 from restnet_hf.adapters import add_adapter
 from restnet_hf.anchors import Anchor
 from restnet_hf.cards import BUCKETS, adapter_tags
-from restnet_hf.configuration_restnet import RestNetConfig
+from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.files import folder_written_whole, read_whole
 from restnet_hf.hub import PLOT, PROFILE, check_parents, hub_errors, is_hub_id, push_folder
-from restnet_hf.loading import at_commit
+from restnet_hf.limits import short_errors
+from restnet_hf.loading import at_commit, load_lora
 from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.plots import plot_tradeoff
 from restnet_hf.profiles import Budget, BudgetError, Profile
@@ -50,7 +53,9 @@ class AdapterModel(RouteMixin, PreTrainedModel):
     config_class = RestNetConfig
     model_tags: list[str] | None
 
-    def __init__(self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None) -> None:
+    def __init__(
+        self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None, check: PartCheck = unchecked
+    ) -> None:
         super().__init__(config)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
@@ -184,6 +189,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
                 commit_description=commit_description,
             )
 
+    @short_errors()
     @hub_errors()
     def load_stitch(
         self,
@@ -223,6 +229,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         return add_adapter(self, config, profile, mine if config.standalone else weights, name, where)
 
     @classmethod
+    @short_errors()
     @hub_errors()
     def from_pretrained(
         cls,
@@ -269,15 +276,16 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         used = _choose(config, profile, route, budget)
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
         options = {"trust_remote_code": trust_remote_code, **hub}
-        model = cls(config, _anchors(config, weights, dict(anchors or {}), wanted, options, used, where))
         adapter = {k: v for k, v in weights.items() if not (config.standalone and k.startswith("anchors."))}
-        check_weights(adapter, model.adapter_state_dict(), where)
+        parts = Parts(adapter, config.part_names(), where)  # before any network is made
+        made = _anchors(config, weights, dict(anchors or {}), wanted, options, used, where)
+        model = cls(config, made, parts.check)
         model.load_state_dict(adapter)
         model.profiled = profile
         model.config.name_or_path = model.name_or_path = where
         lora = dict(kwargs.get("adapter_kwargs") or {})
         if tuned := lora.pop("_adapter_model_path", None):  # Auto classes were given what PEFT wrote on top of this
-            model.load_adapter(tuned, adapter_kwargs=lora)
+            load_lora(model, tuned, lora)
         return model.to(device).eval()
 
 
@@ -295,20 +303,13 @@ def _read_adapter(
     """Config (or a copy of the one given), profile and weights of an adapter, all of one save."""
 
     def read(source: str, at: Mapping[str, Any]) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
-        config = _read_config(source, at) if given is None else copy.deepcopy(given).check()
+        config = read_config(source, at) if given is None else copy.deepcopy(given).check()
         return config, read_profile(source, at), read_weights(source, at)
 
     if not os.path.isdir(where):
         return read(where, at)
     inside = {**at, "subfolder": ""}
     return read_whole(Path(where, at["subfolder"]), CONFIG, lambda folder: read(os.fspath(folder), inside))
-
-
-def _read_config(where: str, at: Mapping[str, Any]) -> RestNetConfig:
-    try:
-        return RestNetConfig.from_pretrained(where, **at).check()
-    except (AttributeError, KeyError, RecursionError) as error:  # from transformers, which trusts its files
-        raise ValueError(f"config.json of {where} is not sound: {error!r}") from error
 
 
 def _choose(

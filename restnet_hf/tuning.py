@@ -1,6 +1,6 @@
 """TUNINGS: what routes put in the place of an anchor's own weights while they run; the anchor itself never changes."""
 
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,8 +44,11 @@ class TunedConfig:
     def __post_init__(self) -> None:
         if self.kind not in TUNINGS:
             raise ValueError(f"kind={self.kind!r} is not one of {sorted(TUNINGS)}")
-        if type(self.r) is not int or not 1 <= self.r <= HIGHEST or not 0 < self.lora_alpha < math.inf:
-            raise ValueError(f"r={self.r} must be from 1 to {HIGHEST}, and lora_alpha={self.lora_alpha} above 0")
+        alpha, stop = self.lora_alpha, 1 if self.stop is None else self.stop
+        if type(self.r) is not int or not 1 <= self.r <= HIGHEST or not 0 < alpha <= sys.float_info.max:
+            raise ValueError(f"r={self.r} must be from 1 to {HIGHEST}, and lora_alpha={alpha} finite and above 0")
+        if type(self.start) is not int or type(stop) is not int or min(self.start, stop) < 0:
+            raise ValueError(f"start={self.start} and stop={self.stop} must be numbers of cuts")
 
 
 class Tuned(nn.Module):
@@ -54,12 +57,13 @@ class Tuned(nn.Module):
     Args:
         anchor: whose weights are replaced; it is neither held nor changed.
         config: see `TunedConfig`.
+        ghost: one of which only shapes are needed, and which takes no memory.
 
     Raises:
         ValueError: the segment has nothing of that kind.
     """
 
-    def __init__(self, anchor: Anchor, config: TunedConfig) -> None:
+    def __init__(self, anchor: Anchor, config: TunedConfig, ghost: bool = False) -> None:
         super().__init__()
         self.config = config
         self.own = nn.ParameterDict()
@@ -71,6 +75,9 @@ class Tuned(nn.Module):
             )
         for name in names:
             tensor, key = _tensor(anchor.model, name), name.replace(".", "/")
+            if ghost:
+                like = torch.empty_like(tensor, device="meta")
+                tensor = nn.Parameter(like) if isinstance(tensor, nn.Parameter) else like
             if config.kind == "lora":
                 self.A[key] = nn.Parameter(tensor.new_empty(config.r, tensor[0].numel()))
                 self.B[key] = nn.Parameter(tensor.new_zeros(len(tensor), config.r))
@@ -103,6 +110,11 @@ class Tuned(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kind={self.config.kind!r}, anchor={self.config.anchor!r}"
+
+
+def ghost_tuned(anchors: Mapping[str, Anchor], config: TunedConfig) -> Tuned:
+    """What would be tuned of one of several anchors, with shapes alone."""
+    return Tuned(anchors[config.anchor], config, ghost=True)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -12,6 +12,7 @@ LADDER = [
     "files",
     "routes",
     "profiles",
+    "limits",
     "ranking",
     "blocks",
     "families",

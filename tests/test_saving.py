@@ -457,6 +457,9 @@ def test_branches_that_lead_nowhere(tmp_path, start, stop):
     config["stitches"][f"vit_{start}__vit_{stop}"] = entry
     config["routes"] = [f"vit[:{start}] + vit[{stop}:]"]
     file.write_text(json.dumps(config))
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    renamed = {key.replace("vit_1__vit_3", f"vit_{start}__vit_{stop}"): value for key, value in weights.items()}
+    save_file({key: value.clone() for key, value in renamed.items()}, tmp_path / "adapter" / WEIGHTS)
     with pytest.raises(ValueError, match="must lead from a cut to a later one, 1 to 3, not from"):
         StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
 
