@@ -314,11 +314,19 @@ class Anchor(nn.Module):
 
 
 def unique_names(anchors: Iterable[Anchor]) -> None:
-    """Give the second anchor of a name the suffix ``_2``, and so on."""
+    """Give the second anchor of a name the suffix ``_2``, and so on, and ``train`` and the like, see `free_name`, ``_``."""
     taken: set[str] = set()
     for anchor in anchors:
-        name, number = anchor.name, 2
+        anchor.name = name = free_name(anchor.name)
+        number = 2
         while anchor.name in taken:
             anchor.name = f"{name}_{number}"
             number += 1
         taken.add(anchor.name)
+
+
+def free_name(name: str) -> str:
+    """The name, with ``_`` after it where torch has no module called so, as it is an attribute of modules."""
+    while hasattr(nn.ModuleDict(), name):
+        name += "_"
+    return name

@@ -11,6 +11,7 @@ from restnet_hf.pruning import activation, pruned
 from restnet_hf.routes import StitchPoint
 from restnet_hf.segments import outside, own_modules
 from restnet_hf.stitches import BRANCH, Problem, Stitch, StitchConfig, make_stitch
+from restnet_hf.tracing import sketch
 from restnet_hf.tuning import is_norm
 
 
@@ -127,7 +128,7 @@ def stitch_that_fits(
 def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:
     """The parameters that the piece that ends in cut ``block`` uses, and its norms' statistics, by name, each once."""
     own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
-    names = {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
+    anchor, names = _on_one_device(anchor), {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: parameter.detach().clone().requires_grad_() for parameter, name in names.items()}
         end = anchor(activation(anchor, block - 1), block - 1, block, lambda *span: copies)
@@ -138,3 +139,12 @@ def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:
         if is_norm(module):
             found |= {f"{path}.{leaf}": b for leaf, b in module.named_buffers(recurse=False) if b.is_floating_point()}
     return found
+
+
+def _on_one_device(anchor: Anchor) -> Anchor:
+    """An anchor that can run: one whose weights are on the meta device and whose buffers are not is all put there."""
+    if len({tensor.is_meta for tensor in (*anchor.model.parameters(), *anchor.model.buffers())}) == 1:
+        return anchor
+    other = Anchor(sketch(anchor.model), anchor.name, anchor.preprocessing, granularity=anchor.granularity)
+    other._found = anchor.found
+    return other

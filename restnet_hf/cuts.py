@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from restnet_hf.features import AnyLayout, JointLayout, Layout, infer_layout
 from restnet_hf.outputs import Cut, Made, OutputSpec
 from restnet_hf.segments import run
-from restnet_hf.tracing import Call, Product, Trace, sketch, trace, undisturbed
+from restnet_hf.tracing import Call, Product, Trace, sketch, trace, undisturbed, with_values
 
 
 GRANULARITIES = ("block", "module")
@@ -56,9 +56,13 @@ def find_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str = 
         model: maps images (N, 3, H, W) to logits.
         image_size: height and width of the images it will be used with.
         granularity: ``block`` for elements of module lists and repeated siblings, ``module`` for every module.
+
+    Raises:
+        ValueError: no such granularity, no logits, or a network on the meta device that cannot be built anew.
     """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r} is not one of {GRANULARITIES}")
+    model = with_values(model)
     with undisturbed(model):
         found = _watched(model, image_size)
         scene = _Scene.of(found, granularity, image_size)
@@ -83,8 +87,8 @@ def _watched(model: nn.Module, image_size: tuple[int, int]) -> Trace:
 
 
 def _noise(model: nn.Module, batch: int, image_size: tuple[int, int], seed: int) -> Tensor:
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(batch, 3, *image_size, generator=torch.Generator().manual_seed(seed))
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+    noise = torch.randn(batch, 3, *image_size, generator=torch.Generator().manual_seed(seed), device="cpu")
     return noise.to(like.device, like.dtype)
 
 

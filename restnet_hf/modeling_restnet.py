@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from restnet_hf import least_squares as fitting
 from restnet_hf.adapter_files import PartCheck, unchecked
-from restnet_hf.anchors import Anchor, unique_names
+from restnet_hf.anchors import Anchor, free_name, unique_names
 from restnet_hf.branches import stitch_that_fits
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, ParamsTable
@@ -61,6 +61,9 @@ class StitchedModelForImageClassification(SelectingModel):
         super().__init__(config)
         entries = config.anchors or []
         anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
+        taken = [anchor.name for anchor in anchors if free_name(anchor.name) != anchor.name]
+        if taken:
+            raise ValueError(f"anchors cannot be called {taken}, as attributes of modules are; add a '_' to the name")
         self.anchors = cast("Mapping[str, Anchor]", nn.ModuleDict({anchor.name: anchor for anchor in anchors}))
         self.front = next(iter(self.anchors), "")
         self.converters, self.orders, self.heads = (cast("Any", nn.ModuleDict()) for _ in range(3))

@@ -46,11 +46,16 @@ def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
         share: of the channels, from 0 to 1.
 
     Raises:
-        ValueError: the piece has no such channels, or the share is none.
+        ValueError: the piece has no such channels or, on the meta device, no weights; or the share is none.
     """
     if not 0 < share < 1:
         raise ValueError(f"a share of channels to leave out must be above 0 and below 1, not {share}")
     x, modules = activation(anchor, block - 1), dict(anchor.model.named_modules())
+    if x.is_meta:
+        raise ValueError(
+            f"which channels of '{anchor.name}' a pruned copy keeps depends on its weights, and it has none on the "
+            "meta device; build the model on another device, and move it after"
+        )
     kept: dict[str, dict[int, Tensor]] = {}  # of each tensor, by dimension
     for hidden in _hidden(anchor, block, x):
         keep = _strongest(hidden, modules, share)
@@ -191,5 +196,5 @@ def _ends(module: nn.Module) -> tuple[int, int] | None:
 def activation(anchor: Anchor, cut: int) -> Tensor:
     """What there is at a cut for an image of noise."""
     like = next(anchor.parameters())
-    images = torch.randn(1, 3, *anchor.preprocessing.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, *anchor.preprocessing.image_size, generator=torch.Generator().manual_seed(0), device="cpu")
     return anchor(images.to(like.device, like.dtype), 0, cut)

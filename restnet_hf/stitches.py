@@ -167,7 +167,7 @@ class LinearStitch(Stitch):
         return self.target.join(spatial, self._prefix(prefix, pooled, x.shape[0]))
 
     def _project(self, spatial: Tensor) -> Tensor:
-        if isinstance(self.proj, nn.Conv2d):
+        if self.source.kind == "NCHW":  # not by the layer's class: PEFT puts its own in its place
             return self._map(spatial)
         mapped = self._map(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         # convolutions after it would all run on channels that lie together, which is slower for networks not made so

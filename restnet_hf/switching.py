@@ -182,6 +182,7 @@ class RouteMixin:
         for name in set(self.heads) - {of_adapter(adapter, anchor) for adapter in adapters for anchor in self.anchors}:
             del self.heads[name]
         self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
+        self.config.training = [e for e in self.config.training if "adapter" not in e or _is_left(e["adapter"], adapters)]
         if self.profiled is not None:
             rows = self.profiled.routes
             kept = tuple(row for row in rows if row.route not in gone and row.route.adapter in adapters)
@@ -333,3 +334,8 @@ class RouteMixin:
         """The active route (or another) as a plain module with only its own weights: images to logits."""
         steps = self.steps(self.active_route if route is None else route)
         return nn.Sequential(*(step.bake() for step in steps)).eval()
+
+
+def _is_left(name: Any, adapters: Iterable[str]) -> bool:
+    """Whether an adapter, or one that came with it under a longer name, is among those."""
+    return any(adapter == name or adapter.startswith(f"{name}-") for adapter in adapters)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from restnet_hf.outputs import logits_of
 
@@ -103,13 +104,17 @@ class Trace:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients with respect to the image alone, whatever mode the caller is in; everything as before afterwards."""
+    """Gradients with respect to the image alone, whatever mode or ``torch.device`` the caller is in.
+
+    Everything is as before afterwards.
+    """
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     training = {module: module.training for module in model.modules()}
-    device = next((p.device.type for p, _ in wanted), "cpu")
+    device = next((p.device for p, _ in wanted), torch.device("cpu"))
+    here = device if torch.get_default_device().type != "cpu" else nullcontext()  # what it makes meets its weights
     model.eval()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), here:
             for parameter, _ in wanted:
                 parameter.requires_grad_(False)
             yield
@@ -125,6 +130,33 @@ def sketch(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, memo)
+
+
+def with_values(model: nn.Module) -> nn.Module:
+    """The model, or if it has no values, being on the meta device, one on the CPU like it with random ones.
+
+    Raises:
+        ValueError: it is no model of transformers, of which another could be made.
+    """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    twin = model
+    if any(buffer.is_meta for buffer in model.buffers()) and isinstance(model, PreTrainedModel):
+        with torch.device("cpu"):  # buffers hold tables that only the constructor can compute
+            twin = type(model)(copy.deepcopy(model.config)).to(dtype).eval()
+    if any(buffer.is_meta for buffer in twin.buffers()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where it has no values to be searched with; build it on "
+            "another device, and move it after"
+        )
+    memo: dict[int, Any] = {id(p): _random(p) for p in twin.parameters() if p.is_meta}
+    return copy.deepcopy(twin, memo) if memo else twin
+
+
+def _random(parameter: nn.Parameter) -> nn.Parameter:
+    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()), device="cpu")
+    return nn.Parameter(noise.to(parameter.dtype) / max(1, parameter[:1].numel()) ** 0.5, requires_grad=False)
 
 
 def trace(model: nn.Module, images: Tensor) -> Trace:

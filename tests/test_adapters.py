@@ -9,6 +9,7 @@ import torch
 from conftest import save_model
 
 from restnet_hf import StitchConfig, StitchedModelForImageClassification, TrainArgs, load_anchor, train
+from restnet_hf.cards import make_card
 
 
 ROUTES = ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]")
@@ -112,6 +113,34 @@ def test_deleted_and_freed(folder, images):
     assert len(model.routes) == 3 and "night:vit" in model.heads
     model.delete_stitch(f"night: {ROUTES[1]}")
     assert model.adapter_state_dict().keys() == before
+
+
+def test_deleted_from_the_record_of_training(folder, images):
+    """What config.json and the card say of the training of an adapter goes with its last route."""
+    second = make(folder, 1)
+    second.fit_stitches(images)
+    second.save_pretrained(folder / "second")
+    model = make(folder, 0)
+    model.fit_stitches(images[:5])
+    alone = list(model.config.training)
+    model.load_stitch(folder / "second", "night")
+    model.load_stitch(folder / "second", "nightly")
+    both = model.config.training
+    assert [entry.get("adapter") for entry in both] == [None, "night", "nightly"]
+    model.delete_stitch(f"night: {ROUTES[0]}")
+    assert model.config.training == both, "another route of it is left"
+    model.save_pretrained(folder / "three")
+    model.load_stitch(folder / "three", "far")  # with all that it holds: far, far-night and far-nightly
+    for name in ("far", "far-night"):
+        model.delete_stitch(name)
+        assert model.config.training[-1]["adapter"] == "far", "far-nightly is left"
+    model.delete_stitch("far-nightly")
+    assert model.config.training == both
+    for name in ("night", "nightly"):
+        model.delete_stitch(name)
+    assert model.config.training == alone
+    card = str(make_card("me/it", [a | {"license": None} for a in model.config.anchors], None, training=alone))
+    assert "night" not in card and "least squares: images 5" in card
 
 
 def test_one_is_trained_and_the_other_is_not(folder, images):

@@ -1,18 +1,20 @@
 """A network is searched once: the second time its cuts come from disk and are the same."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import MODELS, SIZE, assert_parts_make_the_whole, make_model
+from accelerate import init_empty_weights
+from conftest import CLASSES, MODELS, SIZE, assert_parts_make_the_whole, make_anchor, make_model, save_model
 from huggingface_hub import cached_assets_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from restnet_hf import cut_cache
+from restnet_hf import StitchConfig, StitchedModelForImageClassification, cut_cache
 from restnet_hf.anchors import Anchor
 from restnet_hf.cuts import find_cuts
 from restnet_hf.preprocessing import Preprocessing
@@ -180,3 +182,60 @@ def test_without_a_place_to_write(folder):
     folder.write_text("in the way")
     assert ran(anchor("vit")) and anchor("vit").depth == 3
     assert folder.read_text() == "in the way"
+
+
+@pytest.mark.parametrize("context", [partial(torch.device, "meta"), init_empty_weights])
+@pytest.mark.parametrize("names", [("resnet", "vit"), ("swin", "resnet")])
+def test_models_without_values(tmp_path, folder, images, names, context):
+    """A config builds a model on the meta device also where its cuts were never searched for; weights come after."""
+    model = two(tmp_path, names)
+    found = [other.found for other in model.anchors.values()]
+    config = copy.deepcopy(model.config)
+    for file in folder.iterdir():
+        file.unlink()
+    with context():
+        empty = StitchedModelForImageClassification(config)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert empty.state_dict().keys() == model.state_dict().keys()
+    for other, before in zip(empty.anchors.values(), found, strict=True):
+        assert [(c.name, c.layout) for c in other.cuts] == [(c.name, c.layout) for c in before.cuts]
+        assert (other.found.classes, other.found.classifier) == (before.classes, before.classifier)
+    assert list(folder.iterdir()), "kept for the next time"
+    if context is init_empty_weights:  # buffers have values
+        empty.load_state_dict(model.state_dict(), assign=True)
+        with torch.no_grad():
+            assert torch.equal(empty.eval()(images).logits, model(images).logits)
+
+
+def two(tmp_path, names):
+    """A model out of two folders, with a stitch of every kind that reads no weights."""
+    folders = [save_model(name, tmp_path / name) for name in names]
+    model = StitchedModelForImageClassification.from_anchors(*folders, order="given")
+    front, end = model.anchors.values()
+    for number, kind in enumerate(("lora", "mlp", "linear"), 1):
+        model.set_route(model.add_stitch(f"{front.name}[:{number}] + {end.name}[2:]", StitchConfig(kind)))
+    model.add_stitch(f"{front.name}[:1] + {front.name}[2:]", StitchConfig("branch"))
+    return model
+
+
+@pytest.mark.parametrize("name", ["plain", "mobilenet", "swin", "swin_nhwc"])
+def test_search_on_another_device_than_ones_own(name, images):
+    """What ``torch.device`` says is for what the user makes, and not for what a search does with real weights."""
+    expected = make_anchor(name)
+    with torch.device("meta"):
+        found = find_cuts(make_anchor_on_cpu(name).model, (SIZE, SIZE))
+    assert [(c.name, c.layout) for c in found.cuts] == [(c.name, c.layout) for c in expected.cuts]
+
+
+def make_anchor_on_cpu(name):
+    with torch.device("cpu"):
+        return make_anchor(name)
+
+
+def test_what_cannot_be_searched_without_values(tmp_path):
+    with torch.device("meta"), pytest.raises(ValueError, match="Sequential is on the meta device, where it has no values"):
+        find_cuts(nn.Sequential(MODELS["plain"][0](), nn.BatchNorm1d(CLASSES)), (SIZE, SIZE))
+    model = StitchedModelForImageClassification.from_anchors(save_model("vit", tmp_path / "vit"))
+    model.add_stitch("vit[:1] +prune50_2 vit[2:]", StitchConfig("branch"))
+    with torch.device("meta"), pytest.raises(ValueError, match="a pruned copy keeps depends on its weights"):
+        StitchedModelForImageClassification(copy.deepcopy(model.config))

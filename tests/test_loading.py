@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import MODELS, SIZE, make_model, save_model
+from conftest import CLASSES, MODELS, SIZE, make_model, save_model
 from safetensors.torch import save_file
+from torch import nn
 
 from restnet_hf import StitchedModelForImageClassification
+from restnet_hf.anchors import free_name
 from restnet_hf.loading import load_anchor
 from restnet_hf.preprocessing import Preprocessing
+from restnet_hf.routes import ANCHOR_NAME
+from restnet_hf.steps import run_steps
 
 
 def test_load(tmp_path, images):
@@ -110,3 +114,47 @@ def test_code_from_elsewhere_needs_consent(tmp_path, monkeypatch):
     save_model("vit", tmp_path / "vit")
     with pytest.raises(OSError, match="trust_remote_code"):
         StitchedModelForImageClassification.from_anchors(folder, tmp_path / "vit", image_size=SIZE, num_labels=2)
+
+
+ATTRIBUTES = [name for name in dir(nn.ModuleDict()) if ANCHOR_NAME.fullmatch(name)]
+
+
+def test_names_that_modules_have_themselves():
+    """Every one gets a name that a module can be called by, always the same; names that are free stay."""
+    assert {"train", "type", "keys", "values", "float", "T_destination", "_modules"} <= set(ATTRIBUTES)
+    for name in (*ATTRIBUTES, "resnet50", "Train", "train_"):
+        free = free_name(name)
+        nn.ModuleDict({free: nn.Identity(), f"{free}_2": nn.Identity()})
+        assert free_name(free) == free == name.ljust(len(name) + (name in ATTRIBUTES), "_")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_labels": 3}])
+@pytest.mark.parametrize("names", [("train", "values"), ("keys", "keys")])
+def test_folders_called_like_attributes(tmp_path, images, names, options):
+    """Routes, heads, converters and label orders use the name; it is the same when the adapter is loaded."""
+    labels = [f"class {index}" for index in range(CLASSES)]
+    for kind, folder, order in zip(("resnet", "vit"), ("a", "b"), (labels, labels[::-1]), strict=True):
+        path = save_model(kind, tmp_path / folder / names[folder == "b"])
+        config = json.loads((path / "config.json").read_text())
+        config |= {"id2label": dict(enumerate(order)), "label2id": {name: i for i, name in enumerate(order)}}
+        (path / "config.json").write_text(json.dumps(config))
+    processor = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.1, 0.2, 0.3]}))
+    folders = [tmp_path / folder / name for folder, name in zip("ab", names, strict=True)]
+    model = StitchedModelForImageClassification.from_anchors(*folders, order="given", **options)
+    front, end = model.anchors
+    assert (front, end) == {("train", "values"): ("train_", "values_"), ("keys", "keys"): ("keys_", "keys__2")}[names]
+    assert list(model.converters) == [end] and list(model.orders) == ([] if options else [end])
+    assert list(model.heads) == ([front, end] if options else [])
+    model.set_route(model.add_stitch(f"{front}[:2] + {end}[2:]"))
+    for whole in (False, True):
+        model.save_pretrained(tmp_path / "adapter", standalone=whole)
+        again = StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+        with torch.no_grad():
+            for route in model.all_routes:
+                assert torch.equal(run_steps(images, again.steps(route)), run_steps(images, model.steps(route)))
+        again.train().eval().float()
+    entry = next(entry for entry in model.config.anchors if entry["name"] == front)
+    with pytest.raises(ValueError, match=f"anchors cannot be called .'{front.rstrip('_')}'"):
+        entry["name"] = front.rstrip("_")
+        StitchedModelForImageClassification(model.config)

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import CLASSES, save_model
+from conftest import CLASSES, make_anchor, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageClassification
 
-from restnet_hf import StitchedModelForImageClassification
+from restnet_hf import StitchConfig, StitchedModelForImageClassification
+from restnet_hf.routes import Route
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -62,3 +63,29 @@ def test_loaded_by_auto_class(tuned, images):
         assert torch.equal(model(images).logits, expected)
         again = StitchedModelForImageClassification.from_pretrained(folder / "adapter")
         assert not torch.equal(again(images).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("route", ["resnet[:3] + vit[2:]", "resnet[:3] + mobilenet[5:]", "vit[:1] + resnet[4:]"])
+def test_on_stitches(images, route, kind):
+    """Also on those that are 1x1 convolutions, which PEFT puts a class of its own in the place of."""
+    names = [segment.anchor for segment in Route.parse(route).segments]
+    model = StitchedModelForImageClassification.from_anchors(*map(make_anchor, names), order="given")
+    model.set_route(model.add_stitch(route, StitchConfig(kind)))
+    with torch.no_grad():
+        before = model(images).logits
+    torch.manual_seed(0)
+    lora = get_peft_model(model, LoraConfig(target_modules=r"stitches\..*\.(proj|hidden|out)", r=2)).train()
+    with torch.no_grad():
+        assert torch.equal(lora(pixel_values=images).logits, before), "the update starts at zero"
+    optimizer = torch.optim.AdamW((p for p in lora.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        lora(pixel_values=images, labels=torch.arange(len(images)) % CLASSES).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        learned = lora.eval()(pixel_values=images).logits
+        assert not torch.allclose(learned, before, atol=1e-3)
+        merged = lora.merge_and_unload()
+        assert torch.allclose(merged(images).logits, learned, atol=1e-4)
+    assert merged is model and not any("lora" in key for key in model.state_dict())
