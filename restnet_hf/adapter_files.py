@@ -25,6 +25,10 @@ AUTO_MAP = {  # without the package installed, transformers then says what to in
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
 
 
+class WeightsError(ValueError, RuntimeError):
+    """Weights that do not fit a config; a RuntimeError too, as transformers raises."""
+
+
 def finish_saving(path_or_id: str | os.PathLike[str], subfolder: str) -> None:
     """Where saving to a local folder was cut off half way, do the rest of it."""
     if os.path.isdir(path_or_id):
@@ -51,7 +55,7 @@ def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, An
 
 
 def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError unless there is exactly every tensor that is expected, in its shape."""
+    """Raise WeightsError unless there is exactly every tensor that is expected, in its shape."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "not expected": sorted(found.keys() - expected.keys()),
@@ -63,7 +67,8 @@ def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
     }
     said = "; ".join(f"{problem}: {', '.join(keys)}" for problem, keys in problems.items() if keys)
     if said:
-        raise ValueError(f"the weights in {where} do not fit its config.json. {said}. Save the adapter again")
+        begin = ", or pass ignore_mismatched_sizes=True to begin these anew" if problems["of another shape"] else ""
+        raise WeightsError(f"the weights in {where} do not fit its config.json. {said}. Save the adapter again{begin}")
 
 
 def whole_device(device_map: Any) -> torch.device:
