@@ -71,7 +71,7 @@ def hub_options(method: str, options: Mapping[str, Any], taken: Collection[str] 
         if name in REFUSED and value is not None and value is not False:
             raise TypeError(f"{method} takes no {name}: {REFUSED[name]}")
         if name in SAFE and name in taken and value is False:
-            raise ValueError(f"{method} cannot do {name}=False: adapters are safetensors files, nothing is unpickled")
+            raise ValueError(f"{method} takes no {name}=False: adapters are safetensors files, nothing is unpickled")
     unknown = sorted(options.keys() - {*HUB_KEYS, *PASSED_BY_AUTO, *REFUSED, *taken})
     if unknown:
         raise TypeError(f"{method} takes no {unknown}; see its documentation for what it takes")

@@ -78,7 +78,10 @@ class StitchedModelForImageClassification(SelectingModel):
                 continue
             order = class_order(anchors[0], anchor)
             if len(order) != config.num_labels:
-                raise ValueError(f"the anchors have {len(order)} classes, not num_labels={config.num_labels}")
+                raise ValueError(
+                    f"the anchors have {len(order)} classes, not num_labels={config.num_labels}; for others make "
+                    "a model with new heads, from_anchors(..., num_labels=)"
+                )
             if order != list(range(len(order))):
                 self.orders[anchor.name] = Reorder(order)
         self.check_layouts()
@@ -93,7 +96,7 @@ class StitchedModelForImageClassification(SelectingModel):
         self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route((Segment(self.front),))
         if asked is not None:
-            self._attend(dict.fromkeys(self.anchors, asked))
+            self._attend(dict.fromkeys(self.anchors, str(asked)))
         self.post_init()
 
     def init_weights(self) -> None:
@@ -235,7 +238,7 @@ class StitchedModelForImageClassification(SelectingModel):
             x = step(x)
             if isinstance(step.module, Stitch) or (step.segment is not None and step.segment.stop is not None):
                 states.append(x)
-        if wanted is not True:
+        if not isinstance(wanted, bool):
             kept = {range(len(states))[index] for index in wanted}
             states = [state if index in kept else None for index, state in enumerate(states)]
         return x, tuple(states)

@@ -42,7 +42,7 @@ DOES_NOT_APPLY = {
     "test_model_get_set_embeddings": "images have no vocabulary, and the front need not embed patches either",
     "test_model_weights_reload_no_missing_tied_weights": "loading is strict: a missing tensor is an error",
     "test_retain_grad_hidden_states_attentions": f"{FROZEN}no gradient reaches the hidden states before the first "
-    "stitch; test_modeling.py does the same for those after it",
+    "stitch; test_hidden_states.py does the same for those after it",
     "test_training_gradient_checkpointing": CHECKPOINTED,
     "test_training_gradient_checkpointing_use_reentrant_false": CHECKPOINTED,
     "test_training_gradient_checkpointing_use_reentrant_true": CHECKPOINTED,
