@@ -30,6 +30,10 @@ FIRST = 8  # so many names of tensors stand in an error
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
 
 
+class WeightsError(ValueError, RuntimeError):
+    """Weights that do not fit a config; a RuntimeError too, as transformers raises."""
+
+
 def read_weights(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """The stitches' (and new heads') tensors of an adapter in a local folder or on the Hub, memory-mapped.
 
@@ -68,8 +72,19 @@ def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, An
         raise ValueError(f"{file}: {error}") from error
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and none in the memory of another, as a safetensors file holds them."""
+    seen: set[int] = set()
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return found
+
+
 def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError unless there is exactly every tensor that is expected, in its shape and of its kind."""
+    """Raise WeightsError unless there is exactly every tensor that is expected, in its shape and of its kind."""
     both = sorted(expected.keys() & found.keys())
     kinds = tuple(FLOATS.values())  # one may be cast to another
     problems = {
@@ -90,7 +105,7 @@ def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
 
 
 def _refuse(problems: Mapping[str, Collection[str]], where: str) -> None:
-    """Raise ValueError that names the first of each problem, where there is any."""
+    """Raise WeightsError that names the first of each problem, where there is any."""
     said = "; ".join(
         f"{problem}: {', '.join(shorten(key, MAX_QUOTE) for key in islice(keys, FIRST))}"
         + f" and {len(keys) - FIRST} more" * (len(keys) > FIRST)
@@ -98,7 +113,9 @@ def _refuse(problems: Mapping[str, Collection[str]], where: str) -> None:
         if keys
     )
     if said:
-        raise ValueError(f"the weights in {where} do not fit its config.json. {said}. Save the adapter again")
+        message = f"the weights in {where} do not fit its config.json. {said}. Save the adapter again"
+        begin_anew = ", or pass ignore_mismatched_sizes=True to begin these anew"
+        raise WeightsError(message + begin_anew * bool(problems.get("of another shape")))
 
 
 PartCheck = Callable[[str, nn.Module], None]
@@ -117,7 +134,7 @@ class Parts:
         where: they come from, for errors.
 
     Raises:
-        ValueError: there are tensors for other modules.
+        WeightsError: there are tensors for other modules.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str], where: str) -> None:
@@ -136,7 +153,7 @@ class Parts:
         )
 
     def check(self, name: str, module: nn.Module) -> None:
-        """Raise ValueError unless the tensors are those of a module, which may be one on the meta device."""
+        """Raise WeightsError unless the tensors are those of a module, which may be one on the meta device."""
         check_weights(
             self.tensors.get(name, {}), {f"{name}.{k}": v for k, v in module.state_dict().items()}, self.where
         )
@@ -172,7 +189,7 @@ def weights_dtype(wanted: Any) -> torch.dtype:
         ValueError: there is no such type, or no network runs in it.
     """
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
-    if found not in FLOATS.values():
+    if not isinstance(found, torch.dtype) or found not in FLOATS.values():
         raise ValueError(
             f"dtype={quote(wanted)} is not the name of a type of weights, such as 'float32', or no network runs in it"
         )

@@ -314,7 +314,7 @@ class Anchor(nn.Module):
 
 
 def unique_names(anchors: Iterable[Anchor]) -> None:
-    """Give the second anchor of a name the suffix ``_2``, and so on, and ``train`` and the like, see `free_name`, ``_``."""
+    """Give the second anchor of a name the suffix ``_2``, and so on; see `free_name` for ``train`` and the like."""
     taken: set[str] = set()
     for anchor in anchors:
         anchor.name = name = free_name(anchor.name)

@@ -106,7 +106,7 @@ def card_data(
     return ModelCardData(
         base_model=[anchor["repo_id"] for anchor in anchors if anchor["repo_id"]] or None,
         base_model_relation="merge" if standalone else "adapter",
-        datasets=[dataset] if is_hub_id(dataset) else None,
+        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
         metrics=["accuracy"] if scored else None,
         library_name=LIBRARY,
         pipeline_tag=TASK,

@@ -97,7 +97,7 @@ def keep(
             with cache.write({name: specs[name] for name in missing}, **run) as rows:
                 for start, x, labels in _share(model, train_set, args.batch_size):
                     known = frozen.compute(x, {*missing} - {"labels"})
-                    rows.put(start, {**known, **({"labels": labels} if "labels" in missing else {})})
+                    rows.put(start, known | ({} if labels is None or "labels" not in missing else {"labels": labels}))
     return cache.select(specs)
 
 

@@ -10,8 +10,9 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from restnet_hf import least_squares as fitting
@@ -33,10 +34,12 @@ from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.ranking import RankedRoute, Similarity
 from restnet_hf.routes import Route, Segment
 from restnet_hf.selecting import SelectingModel
-from restnet_hf.steps import Reorder, run_steps
+from restnet_hf.steps import Reorder, Step, run_steps, split_at_cuts
+from restnet_hf.stitches import Stitch
 from restnet_hf.tuning import ghost_tuned
 
 
+logger = logging.get_logger(__name__)
 ORDERS = ("large-to-small", "small-to-large", "given")
 PACKAGES = ("restnet-hf", "torch", "transformers", "timm")
 
@@ -54,10 +57,13 @@ class StitchedModelForImageClassification(SelectingModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True  # every anchor is checkpointed from cut to cut
     accepts_loss_kwargs = False  # the loss is a mean over the batch
+    # of attention: each anchor is asked for itself, and those without are left alone
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(
         self, config: RestNetConfig, anchors: Sequence[Anchor] | None = None, check: PartCheck = unchecked
     ) -> None:
+        asked = config._attn_implementation  # before it stands for what is the default here
         super().__init__(config)
         entries = config.anchors or []
         anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
@@ -81,7 +87,10 @@ class StitchedModelForImageClassification(SelectingModel):
                 continue
             order = class_order(anchors[0], anchor)
             if len(order) != config.num_labels:
-                raise ValueError(f"the anchors have {len(order)} classes, not num_labels={config.num_labels}")
+                raise ValueError(
+                    f"the anchors have {len(order)} classes, not num_labels={config.num_labels}; for others make "
+                    "a model with new heads, from_anchors(..., num_labels=)"
+                )
             if order != list(range(len(order))):
                 self.orders[anchor.name] = Reorder(order)
         self.check_layouts()
@@ -96,6 +105,8 @@ class StitchedModelForImageClassification(SelectingModel):
         self.similarity: Similarity | None = None
         self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route((Segment(self.front),))
+        if asked is not None:
+            self._attend(dict.fromkeys(self.anchors, str(asked)))
         self.post_init()
 
     def init_weights(self) -> None:
@@ -160,13 +171,57 @@ class StitchedModelForImageClassification(SelectingModel):
             model.add_family(routes)
         return model
 
+    def set_attn_implementation(self, attn_implementation: str | Mapping[str, str], **kwargs: Any) -> None:
+        """Set how anchors from transformers compute attention; the others, such as CNNs, stay as they are.
+
+        Args:
+            attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``, ... for all anchors, or by anchor name.
+            **kwargs: as in transformers.
+
+        Raises:
+            ImportError: what it needs is not installed.
+            ValueError: there is no such implementation, none of these anchors can take it, or there is no such anchor.
+        """
+        if isinstance(attn_implementation, str):
+            wanted = dict.fromkeys(self.anchors, attn_implementation)
+        else:
+            wanted = {self._anchor(name).name: how for name, how in attn_implementation.items()}
+        errors = self._attend(wanted, **kwargs)
+        if errors and len(errors) == len(wanted):
+            raise next(iter(errors.values()))
+        if isinstance(attn_implementation, str):
+            self.config._attn_implementation = attn_implementation
+        if errors:
+            logger.warning(f"anchors {list(errors)} keep the attention they have: {next(iter(errors.values()))}")
+
+    def _attend(self, wanted: Mapping[str, str], **kwargs: Any) -> dict[str, ValueError]:
+        """Set how anchors compute attention; returns, by name, why some could not."""
+        errors: dict[str, ValueError] = {}
+        for name, how in wanted.items():
+            model = self.anchors[name].model
+            if not isinstance(model, PreTrainedModel):
+                errors[name] = ValueError(f"anchor '{name}' is not a model of transformers")
+                continue
+            try:
+                model.set_attn_implementation(how, **kwargs)
+            except ValueError as error:
+                errors[name] = error
+        return errors
+
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> ImageClassifierOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | Sequence[int] | None = None,
+    ) -> ImageClassifierOutput:
         """Classify images by the active route.
 
         Args:
             pixel_values: images (N, 3, H, W) prepared as `preprocessing` says.
             labels: class indices (N,), for a loss.
+            output_hidden_states: return the activations at the route's cuts, the one that each stitch makes included,
+                in the layouts of their anchors; or only some, by position. As the config says by default.
 
         Raises:
             TypeError, ValueError: the images have another type or shape.
@@ -174,9 +229,29 @@ class StitchedModelForImageClassification(SelectingModel):
         self.preprocessing.check(pixel_values)
         if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
             check_labels(labels, self.config.num_labels)
-        logits = run_steps(pixel_values.to(self.dtype), self.steps(self.active_route))
+        x, steps = pixel_values.to(self.dtype), self.steps(self.active_route)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: tuple[Tensor | None, ...] | None = None
+        if wanted is None or wanted is False:
+            logits = run_steps(x, steps)
+        else:
+            logits, states = self._with_states(x, steps, wanted)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        return ImageClassifierOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def _with_states(
+        self, x: Tensor, steps: Iterable[Step], wanted: bool | Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The logits, and what the route computes at its cuts: all of it, or at some positions and None elsewhere."""
+        states: list[Tensor | None] = []
+        for step in split_at_cuts(steps):
+            x = step(x)
+            if isinstance(step.module, Stitch) or (step.segment is not None and step.segment.stop is not None):
+                states.append(x)
+        if not isinstance(wanted, bool):
+            kept = {range(len(states))[index] for index in wanted}
+            states = [state if index in kept else None for index, state in enumerate(states)]
+        return x, tuple(states)
 
     def fit_stitches(
         self,

@@ -1,11 +1,10 @@
 """AdapterModel: a model whose files are an adapter; its anchors are named, or with them a whole checkpoint."""
 
-import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import CommitInfo
@@ -22,6 +21,7 @@ from restnet_hf.adapter_files import (
     WEIGHTS,
     PartCheck,
     Parts,
+    apart,
     read_profile,
     read_weights,
     unchecked,
@@ -36,15 +36,21 @@ from restnet_hf.files import folder_written_whole, read_whole
 from restnet_hf.hub import PLOT, PROFILE, check_parents, hub_errors, is_hub_id, push_folder
 from restnet_hf.limits import short_errors
 from restnet_hf.loading import at_commit, load_lora
+from restnet_hf.loading_options import (
+    FROM_PRETRAINED,
+    STATE_DICT,
+    given_weights,
+    holds_anchors,
+    hub_options,
+    load_weights,
+    loading_info,
+    override,
+)
 from restnet_hf.parents import embedded, identify, reload
 from restnet_hf.plots import plot_tradeoff
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route
 from restnet_hf.switching import RouteMixin
-
-
-PASSED_BY_AUTO = ("_from_auto", "adapter_kwargs", "_commit_hash", "torch_dtype")  # by Auto classes and pipelines
-HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 
 
 class AdapterModel(RouteMixin, PreTrainedModel):
@@ -123,7 +129,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         self._tag(profile)
         with folder_written_whole(save_directory, CONFIG, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict={})
-            save_file(_apart(weights), folder / WEIGHTS, {"format": "pt"})
+            save_file(apart(weights), folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)
             if profile is not None:
                 profile.save(folder / PROFILE)
@@ -221,7 +227,7 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             TypeError: an option is not known.
             ValueError: the name is taken, or the adapter is for other anchors, images or classes.
         """
-        hub = _hub_options("load_stitch", hub_kwargs)
+        hub = hub_options("load_stitch", hub_kwargs)
         where = os.fspath(repo_id)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
         config, profile, weights = _read_adapter(where, at)
@@ -233,9 +239,9 @@ class AdapterModel(RouteMixin, PreTrainedModel):
     @hub_errors()
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *,
-        config: RestNetConfig | None = None,
+        config: RestNetConfig | str | os.PathLike[str] | None = None,
         anchors: Mapping[str, nn.Module | str] | None = None,
         route: Route | str | None = None,
         budget: Mapping[str, float] | None = None,
@@ -244,13 +250,17 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         dtype: torch.dtype | str | None = None,
         device_map: str | int | torch.device | Mapping[str, Any] | None = None,
         trust_remote_code: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        attn_implementation: str | Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Load an adapter from a local folder or the Hub, and the anchors it names at the commits it names.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id of the adapter.
-            config: instead of the adapter's own.
+            pretrained_model_name_or_path: folder or Hub id of the adapter; None with ``config`` and ``state_dict``.
+            config: instead of the adapter's own, or a folder or Hub id of one.
             anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
             route: to make active. Only the weights that it uses are read, the others when another route needs them.
             budget: limits such as ``{"macs": 1e9}``, to make the best route of the profile within them active.
@@ -259,53 +269,79 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             dtype: of the weights; as saved by default.
             device_map: a device for the whole model, as in transformers; ``auto`` takes the accelerator, if any.
             trust_remote_code: run anchors' code from the Hub.
-            **kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in transformers.
+            state_dict: tensors instead of those in the file. Anchors come from it too where it has their weights.
+            attn_implementation: ``eager``, ``sdpa``, ...: see `set_attn_implementation`.
+            ignore_mismatched_sizes: keep freshly made stitches and heads, with a warning, where those in the file have
+                another shape: the heads for another number of classes.
+            output_loading_info: return the loading info too.
+            **kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in transformers. ``num_labels``,
+                ``id2label``, ``label2id``, ``problem_type``, ``output_hidden_states`` and ``return_dict`` in place of
+                what the config says; another number of classes needs new heads, and ``ignore_mismatched_sizes``.
+                ``use_safetensors`` and ``weights_only`` can be True only, and ``low_cpu_mem_usage`` changes nothing,
+                as in transformers 5. Of its other options an error says why they do not apply.
+
+        Returns:
+            The model in evaluation mode. With ``output_loading_info``, the model and a dict with ``missing_keys`` and
+            ``unexpected_keys`` (empty: others than the model's are an error), ``mismatched_keys`` and ``error_msgs``.
 
         Raises:
             OSError: a file is missing or damaged.
-            TypeError: an option is not known.
+            TypeError: an option is not known, or cannot apply to a stitched model.
             ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
             BudgetError: no route fits, or the adapter has no profile.
         """
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
         device = whole_device(device_map)
-        hub = _hub_options("from_pretrained", kwargs)
-        where = os.fspath(pretrained_model_name_or_path)
-        at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        config, profile, weights = _read_adapter(where, at, config)
+        hub = hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
+        where, at = STATE_DICT, hub
+        if pretrained_model_name_or_path is not None:
+            where = os.fspath(pretrained_model_name_or_path)
+            at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
+        elif config is None or state_dict is None:
+            raise ValueError("without a folder or Hub id, from_pretrained needs config= and state_dict=")
+        if not isinstance(config, RestNetConfig | None):
+            config = read_config(os.fspath(config), hub)
+        config, profile, weights = _read_adapter(where, at, config, state_dict)
+        config = override(config, kwargs)
+        if state_dict is not None:
+            weights = given_weights(state_dict, config, where)
+        config.check()
         used = _choose(config, profile, route, budget)
+        whole = config.standalone if state_dict is None else holds_anchors(weights)
         wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
         options = {"trust_remote_code": trust_remote_code, **hub}
-        adapter = {k: v for k, v in weights.items() if not (config.standalone and k.startswith("anchors."))}
+        adapter = {k: v for k, v in weights.items() if not (whole and k.startswith("anchors."))}
         parts = Parts(adapter, config.part_names(), where)  # before any network is made
-        made = _anchors(config, weights, dict(anchors or {}), wanted, options, used, where)
-        model = cls(config, made, parts.check)
-        model.load_state_dict(adapter)
+        made = _anchors(config, weights, dict(anchors or {}), wanted, options, used, where, whole)
+        model = cls(config, made, unchecked if ignore_mismatched_sizes else parts.check)
         model.profiled = profile
-        model.config.name_or_path = model.name_or_path = where
+        mismatched = load_weights(model, adapter, where, ignore_mismatched_sizes)
+        if pretrained_model_name_or_path is not None:
+            model.config.name_or_path = model.name_or_path = where
         lora = dict(kwargs.get("adapter_kwargs") or {})
         if tuned := lora.pop("_adapter_model_path", None):  # Auto classes were given what PEFT wrote on top of this
             load_lora(model, tuned, lora)
-        return model.to(device).eval()
-
-
-def _hub_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of huggingface_hub that are set; raises TypeError for others that are not known."""
-    unknown = sorted(options.keys() - {*HUB_KEYS, *PASSED_BY_AUTO})
-    if unknown:
-        raise TypeError(f"{method} takes no {unknown}; see its documentation for what it takes")
-    return {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        model = model.to(device).eval()
+        # transformers too says that this is a model, for all who do not ask for more
+        return cast("Self", (model, loading_info(mismatched))) if output_loading_info else model
 
 
 def _read_adapter(
-    where: str, at: Mapping[str, Any], given: RestNetConfig | None = None
+    where: str,
+    at: Mapping[str, Any],
+    config: RestNetConfig | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
-    """Config (or a copy of the one given), profile and weights of an adapter, all of one save."""
+    """Config, profile and weights of an adapter, all of one save, but for what the caller has already."""
 
     def read(source: str, at: Mapping[str, Any]) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
-        config = read_config(source, at) if given is None else copy.deepcopy(given).check()
-        return config, read_profile(source, at), read_weights(source, at)
+        found = read_config(source, at) if config is None else config
+        return found, read_profile(source, at), read_weights(source, at) if state_dict is None else {}
 
+    if where == STATE_DICT and config is not None:
+        return config, None, {}
     if not os.path.isdir(where):
         return read(where, at)
     inside = {**at, "subfolder": ""}
@@ -337,33 +373,23 @@ def _anchors(
     options: Mapping[str, Any],
     used: Sequence[Route],
     where: str,
+    whole: bool,
 ) -> list[Anchor]:
     """The anchors that a config describes: those given, those in the checkpoint itself, or from where it names."""
     entries = config.anchors or []
     strangers = sorted(given.keys() - {entry["name"] for entry in entries})
     if strangers:
         raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
-    if not os.path.isdir(where) and not config.standalone:
-        local = [e["name"] for e in entries if e["name"] not in given and not is_hub_id(e["repo_id"])]
-        if local:
+    if where != STATE_DICT and not os.path.isdir(where) and not whole:
+        elsewhere = [e["name"] for e in entries if e["name"] not in given and not is_hub_id(e["repo_id"])]
+        if elsewhere:
             raise ValueError(
-                f"anchors {local} of {where} are not on the Hub but on the machine it was made on; pass them: "
+                f"anchors {elsewhere} of {where} are not on the Hub but on the machine it was made on; pass them: "
                 "from_pretrained(..., anchors={name: a module or a folder})"
             )
     return [
         embedded(entry, weights, dtype, used, where)
-        if config.standalone and entry["name"] not in given
+        if whole and entry["name"] not in given
         else reload(entry, given.get(entry["name"]), dtype, options, used)
         for entry in entries
     ]
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and none in the memory of another, as a safetensors file holds them."""
-    seen: set[int] = set()
-    found: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
-    return found

@@ -73,6 +73,19 @@ def split_at_shared_cuts(walks: Sequence[Walk]) -> list[Walk]:
     return [(route, [piece for step in steps for piece in _pieces(step, stops)]) for route, steps in walks]
 
 
+def split_at_cuts(steps: Iterable[Step]) -> list[Step]:
+    """The same steps with segments in pieces from cut to cut."""
+    found = []
+    for step in steps:
+        if step.segment is None:
+            found.append(step)
+        else:
+            assert isinstance(step.module, Anchor)
+            start, end = step.segment.start, step.module.depth + 1
+            found += _pieces(step, {(step.segment.anchor, start): set(range(start + 1, end))})
+    return found
+
+
 def _pieces(step: Step, stops: dict[tuple[str, int], set[int]]) -> list[Step]:
     segment = step.segment
     if segment is None:

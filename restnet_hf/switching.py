@@ -182,7 +182,9 @@ class RouteMixin:
         for name in set(self.heads) - {of_adapter(adapter, anchor) for adapter in adapters for anchor in self.anchors}:
             del self.heads[name]
         self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
-        self.config.training = [e for e in self.config.training if "adapter" not in e or _is_left(e["adapter"], adapters)]
+        self.config.training = [
+            e for e in self.config.training if "adapter" not in e or _is_left(e["adapter"], adapters)
+        ]
         if self.profiled is not None:
             rows = self.profiled.routes
             kept = tuple(row for row in rows if row.route not in gone and row.route.adapter in adapters)

@@ -64,6 +64,7 @@ LADDER = [
     "configuration_restnet",
     "switching",
     "adapters",
+    "loading_options",
     "saving",
     "selecting",
     "modeling_restnet",
