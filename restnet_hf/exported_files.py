@@ -133,14 +133,14 @@ def _check_count(name: str, value: Any, most: int) -> None:
 def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise ValueError(f"the entry of route '{short(name)}' must hold names and text, not {short(repr(entry))}")
+    for key in sorted({"file", "weights"} & entry.keys()):
+        checked_path(folder, entry[key])
     for key, pattern in FIELDS.get(runtime, {"file": ".+"}).items():
         if not re.fullmatch(pattern, entry.get(key, "")):
             raise ValueError(
                 f"the entry of route '{short(name)}' has {key}={short(repr(entry.get(key)))}, which must be of the "
                 f"form {pattern} for runtime '{runtime}'"
             )
-    for key in {"file", "weights"} & entry.keys():
-        checked_path(folder, entry[key])
 
 
 def _check_checksums(checksums: Any) -> None:
