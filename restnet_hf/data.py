@@ -21,6 +21,8 @@ from restnet_hf.preprocessing import prepare
 
 Batch = dict[str, Tensor]
 
+IGNORED = -100  # the label of images that losses of torch and transformers ignore
+MULTI_LABEL = "multi_label_classification"  # a problem_type of transformers
 PARQUET = ("{}*.parquet", "{}/*.parquet", "data/{}-*.parquet")  # where a folder may have the files of a split
 SHARDS = 64  # of a streamed imagefolder: no fewer than anyone has workers
 MIXED_FILES = 10  # of a stream, whose images a subset takes in turn
@@ -96,13 +98,47 @@ def data_fingerprint(data: Any) -> str | None:
     return None
 
 
+def check_problem(problem_type: str | None) -> None:
+    """Raise ValueError where a ``problem_type`` of transformers is not of classification."""
+    if problem_type == "regression":
+        raise ValueError(
+            "problem_type='regression', which is what num_labels=1 means to transformers, too: the model classifies; "
+            f"leave problem_type out for one class of two or more for each image, or set {MULTI_LABEL!r}"
+        )
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise ValueError unless ``labels`` are indices of that many classes."""
+    """Raise ValueError unless ``labels`` (N,) are indices of that many classes, or -100 for images without one."""
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"labels must be class indices (N,), one for each image, not {labels.dtype} of shape "
+            f"{tuple(labels.shape)}; several classes for an image are learned with the Trainer of transformers and "
+            f"problem_type={MULTI_LABEL!r} alone"
+        )
+    labels = labels[labels != IGNORED]
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes; build "
             "it with num_labels= or id2label= for a new task"
         )
+
+
+def labelled(data: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches without the images whose label is -100; images of batches without labels stay.
+
+    Raises:
+        ValueError: no image is left.
+    """
+    empty = True
+    for batch in data:
+        labels = batch.get("labels")
+        if labels is not None and labels.dim() == 1:
+            batch = {key: value[(labels != IGNORED).to(value.device)] for key, value in batch.items()}
+        if len(batch["pixel_values"]):
+            empty = False
+            yield batch
+    if empty:
+        raise ValueError(f"every image has the label {IGNORED}, which stands for no label")
 
 
 def check_classes(data: Any, id2label: Mapping[int, str]) -> None:

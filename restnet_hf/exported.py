@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,20 @@ import numpy as np
 from PIL import Image
 
 from restnet_hf.exported_files import (
-    CHECKSUMS,
     LABELS,
     MAX_SIDE,
     PREPROCESSING,
+    PROFILE,
     documented_errors,
     image_size,
+    known_checksums,
     read_labels,
     read_preprocessing,
     read_profile,
     short,
     verify,
 )
+from restnet_hf.files import read_whole
 from restnet_hf.profiles import Budget
 from restnet_hf.routes import Route
 from restnet_hf.runners import RUNNERS, TRUSTING, Run
@@ -100,7 +103,12 @@ class ExportedModel:
         if not allowed or not allowed <= RUNNERS.keys():
             raise ValueError(f"runtimes={runtimes!r} must be some of {sorted(RUNNERS)}")
         self.folder, self.threads, self.keep = Path(folder), threads, keep
-        self.profiled = read_profile(self.folder)
+        self._runners = {**RUNNERS, **(TRUSTING if trust_remote_code else {})}
+        read_whole(self.folder, PROFILE, partial(self._open, allowed))
+
+    def _open(self, allowed: Collection[str], folder: Path) -> None:
+        """Read all but the routes' files from a folder that holds them, and load the first route."""
+        self.profiled = read_profile(folder)
         about = self.profiled.metadata
         self.runtime: str = about["runtime"]
         self.precision: str = about["precision"]
@@ -110,12 +118,12 @@ class ExportedModel:
                 f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
                 "it to runtimes, or export the routes again"
             )
-        self._runner = (TRUSTING if trust_remote_code else {}).get(self.runtime, RUNNERS[self.runtime])
         self._entries: dict[Route, dict[str, str]] = {Route.parse(name): each for name, each in about["files"].items()}
-        self._unverified = dict(about.get(CHECKSUMS, {}))
-        self.labels = read_labels(self.folder)
-        self.preprocessing = read_preprocessing(self.folder)
-        self._verify(LABELS, PREPROCESSING)
+        self._decides = (folder / PROFILE).read_bytes()
+        self._unverified = known_checksums(self._decides)
+        self.labels = read_labels(folder)
+        self.preprocessing = read_preprocessing(folder)
+        self._verify(folder, LABELS, PREPROCESSING)
         self._loaded: OrderedDict[Route, Run] = OrderedDict()
         self.active_route = self.set_route(next(iter(self._entries)))
 
@@ -143,19 +151,21 @@ class ExportedModel:
             model.set_budget(**budget)
         return model
 
-    def _verify(self, *names: str) -> None:
+    def _verify(self, folder: Path, *names: str) -> None:
         """Compare files with their checksums, each once."""
-        verify(self.folder, names, self._unverified)
+        verify(folder, names, self._unverified)
         for name in names:
             self._unverified.pop(name, None)
 
-    def _load(self, route: Route) -> Run:
+    def _load(self, route: Route, folder: Path) -> Run:
         """A route in its runtime, which takes the images that are prepared for it."""
+        if (folder / PROFILE).read_bytes() != self._decides:
+            raise OSError(f"{self.folder} was exported to again since it was loaded; load it anew")
         entry = self._entries[route]
         alone = {each["file"] for each in self._entries.values()} - {entry["file"]}
-        self._verify(*(name for name in self._unverified if name not in alone))
+        self._verify(folder, *(name for name in self._unverified if name not in alone))
         with documented_errors(f"route '{short(route)}' of {self.folder} cannot be loaded by {self.runtime}"):
-            run = self._runner(self.folder, entry, self.threads)
+            run = self._runners[self.runtime](folder, entry, self.threads)
             shape = getattr(run, "input_shape", None)
             if shape is not None:
                 self._check_shape(shape)
@@ -197,7 +207,7 @@ class ExportedModel:
         if route not in self._loaded:
             while len(self._loaded) >= self.keep:
                 self._loaded.popitem(last=False)  # before another takes memory
-            self._loaded[route] = self._load(route)
+            self._loaded[route] = read_whole(self.folder, PROFILE, partial(self._load, route))
         self._loaded.move_to_end(route)
         self.active_route = route
         return route

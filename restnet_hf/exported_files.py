@@ -1,6 +1,5 @@
 """The files of an exported folder, checked before anything of them is used: whoever wrote them may be a stranger."""
 
-import hashlib
 import json
 import re
 import stat
@@ -11,13 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from restnet_hf.files import SHA256, checksums, sha256_of
 from restnet_hf.profiles import Profile
 from restnet_hf.routes import Route
 from restnet_hf.runners import RUNNERS, MissingRuntime
 
 
 PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
-CHECKSUMS = "checksums"
 MAX_JSON = 2**24  # bytes; the labels of ImageNet-21k with all their synonyms are 2**20
 MAX_SIDE = 4096  # pixels of an image; published classifiers take up to 1,024, and 4,096 are 200 MB in float32
 MAX_BATCH = 4096  # images in a run; programs for any number of images take up to 1,024
@@ -113,7 +112,6 @@ def read_profile(folder: Path) -> Profile:
             raise ValueError(f"precision={about.get('precision')!r} must be text")
         for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
             _check_count(key, about.get(key), most)
-        _check_checksums(about.get(CHECKSUMS, {}))
         entries = about.get("files")
         if not isinstance(entries, dict) or not entries:
             raise ValueError("it does not name a file for each of its routes; export them again")
@@ -141,17 +139,6 @@ def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
                 f"the entry of route '{short(name)}' has {key}={short(repr(entry.get(key)))}, which must be of the "
                 f"form {pattern} for runtime '{runtime}'"
             )
-
-
-def _check_checksums(checksums: Any) -> None:
-    if not isinstance(checksums, dict) or not all(
-        isinstance(each, dict)
-        and isinstance(each.get("size"), int)
-        and isinstance(each.get("sha256"), str)
-        and len(each["sha256"]) == 64
-        for each in checksums.values()
-    ):
-        raise ValueError(f"its {CHECKSUMS} must give the size and sha256 of files")
 
 
 def read_labels(folder: Path) -> list[str]:
@@ -210,35 +197,29 @@ def image_size(how: Mapping[str, Any]) -> tuple[int, int] | None:
     return None if isinstance(size, int) else (size[0], size[1])
 
 
-def checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file that `ExportedModel` reads, but the profile that they are written into."""
-    names = sorted(file.name for file in folder.iterdir() if file.name not in (PROFILE, EXAMPLE))
-    return {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+def known_checksums(profile: bytes) -> dict[str, str]:
+    """SHA-256 of each file that `ExportedModel` reads, as `PROFILE` says; folders of earlier versions have none."""
+    return {
+        name: digest for name, digest in checksums(profile).items() if name != EXAMPLE
+    }  # people change their scripts
 
 
-def verify(folder: Path, names: Iterable[str], known: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare files with their checksums; folders that were exported by earlier versions have none.
+def verify(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> None:
+    """Compare files with their checksums.
 
     Args:
         folder: of the files.
-        names: of the files.
-        known: the checksums, as `checksums` gives them.
+        names: of the files; those without a checksum are left out.
+        known: checksums by name.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is not as it was exported.
     """
     for name in names:
-        if name not in known:
-            continue
-        path, expected = checked_path(folder, name), known[name]
-        if path.stat().st_size != expected["size"] or _sha256(path) != expected["sha256"]:
+        if name in known and sha256_of(checked_path(folder, name)) != known[name]:
             raise ValueError(
-                f"{path} is not the file that was exported: it is damaged, or of another export. Export or copy the "
-                f"folder again, or if you changed the file yourself, remove its entry in '{CHECKSUMS}' of {PROFILE}"
+                f"{folder / name} is not the file that was exported: it is damaged, or of another export. Export or "
+                f"copy the folder again, or if you changed the file yourself, remove its entry in '{SHA256}' of "
+                f"{PROFILE}"
             )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,6 +24,7 @@ PENDING = ".pending"  # the end of the name of a folder inside another that hold
 NEW = ".new"  # likewise, of a folder beside one that is not there yet
 LOCK_SECONDS = 600.0  # no save takes so long; a process that holds the lock for longer hangs
 WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # between attempts to read a folder that changes
+LONGEST = 2**26  # bytes of a first file
 PLAIN = re.compile(r"[^./\\:\0][^/\\:\0]*")  # the name of a file that stays in its folder
 
 
@@ -118,7 +119,7 @@ def whole_folder(path: str | os.PathLike[str], first: str) -> Path:
     """
     target = Path(path)
     with suppress(OSError):
-        decides = (target / first).read_bytes()
+        decides = _content(target / first)
         for folder in sorted(target.glob(f".*{PENDING}")):
             if _is_folder(folder) and _holds(folder, first, decides):
                 return folder
@@ -231,9 +232,15 @@ def _holds(folder: Path, first: str, decides: bytes) -> bool:
     if not names or not all(_is_file(folder / name) for name in (first, *names)):
         return False
     with suppress(OSError):
-        same = (folder / first).stat().st_size == len(decides) and (folder / first).read_bytes() == decides
+        same = (folder / first).stat().st_size == len(decides) and _content(folder / first) == decides
         return same and all(sha256_of(folder / name) == digest for name, digest in names.items())
     return False
+
+
+def _content(file: Path) -> bytes:
+    """The bytes of a regular file that is not too long; none of others, such as pipes, whose reading may not end."""
+    about = file.stat()
+    return file.read_bytes() if stat.S_ISREG(about.st_mode) and about.st_size <= LONGEST else b""
 
 
 def _is_there(folder: Path, first: str, target: Path) -> bool:

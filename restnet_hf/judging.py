@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from restnet_hf.data import Batch, batches
+from restnet_hf.data import Batch, batches, labelled
 from restnet_hf.evaluation import Raced, mean_probabilities, race_routes
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiles import ProfiledRoute
@@ -44,7 +44,7 @@ class Judge:
         self.teacher = None if "labels" in first else torch.cat(list(self._taught()))
 
     def _batches(self) -> Iterator[Batch]:
-        for batch in batches(self.data, self.batch_size, "private images"):
+        for batch in labelled(batches(self.data, self.batch_size, "private images")):
             self.model.preprocessing.check(batch["pixel_values"])
             yield {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 

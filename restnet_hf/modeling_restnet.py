@@ -21,7 +21,7 @@ from restnet_hf.anchors import Anchor, free_name, unique_names
 from restnet_hf.branches import stitch_that_fits
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.costs import MacsTable, ParamsTable
-from restnet_hf.data import check_labels
+from restnet_hf.data import MULTI_LABEL, check_labels, check_problem
 from restnet_hf.evaluation import score_routes
 from restnet_hf.labels import class_names
 from restnet_hf.latency import LatencyTable
@@ -65,6 +65,7 @@ class StitchedModelForImageClassification(SelectingModel):
     ) -> None:
         asked = config._attn_implementation  # before it stands for what is the default here
         super().__init__(config)
+        check_problem(config.problem_type)
         entries = config.anchors or []
         anchors = anchors if anchors is not None else [rebuild(entry) for entry in entries]
         taken = [anchor.name for anchor in anchors if free_name(anchor.name) != anchor.name]
@@ -219,16 +220,17 @@ class StitchedModelForImageClassification(SelectingModel):
 
         Args:
             pixel_values: images (N, 3, H, W) prepared as `preprocessing` says.
-            labels: class indices (N,), for a loss.
+            labels: class indices (N,), for a loss; images labelled -100 have no part in it. For a ``problem_type`` of
+                ``multi_label_classification`` 0 or 1 for each class (N, classes), of the logits' type.
             output_hidden_states: return the activations at the route's cuts, the one that each stitch makes included,
                 in the layouts of their anchors; or only some, by position. As the config says by default.
 
         Raises:
-            TypeError, ValueError: the images have another type or shape.
+            TypeError, ValueError: the images have another type or shape, or the labels are not of classes.
         """
         self.preprocessing.check(pixel_values)
-        if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_labels(labels, self.config.num_labels)
+        if labels is not None:
+            self._check_task(labels)
         x, steps = pixel_values.to(self.dtype), self.steps(self.active_route)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: tuple[Tensor | None, ...] | None = None
@@ -252,6 +254,17 @@ class StitchedModelForImageClassification(SelectingModel):
             kept = {range(len(states))[index] for index in wanted}
             states = [state if index in kept else None for index, state in enumerate(states)]
         return x, tuple(states)
+
+    def _check_task(self, labels: Tensor) -> None:
+        """Raise ValueError where labels are not of classes, one or several for an image."""
+        classes, kind = self.config.num_labels, self.config.problem_type
+        check_problem(kind if kind or classes > 1 else "regression")  # what one class alone means to transformers
+        if labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if kind != MULTI_LABEL and not (kind is None and labels.is_floating_point() and labels.dim() == 2):
+            check_labels(labels.reshape(-1), classes)
+        elif labels.shape[1:] != (classes,):
+            raise ValueError(f"labels of several classes must have shape (N, {classes}), not {tuple(labels.shape)}")
 
     def fit_stitches(
         self,

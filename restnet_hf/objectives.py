@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, mse_loss, softmax
 
+from restnet_hf.data import IGNORED
+
 
 def task_loss(
     logits: Tensor, labels: Tensor | None, taught: Tensor | None, distillation: float, temperature: float
@@ -14,14 +16,15 @@ def task_loss(
 
     Args:
         logits: (N, classes).
-        labels: (N,), for w below 1.
+        labels: (N,), for w below 1; the cross-entropy is a mean over images whose label is not -100.
         taught: logits of the teacher (N, classes), for w above 0.
         distillation: w.
         temperature: T.
     """
     loss = logits.new_zeros(())
     if distillation < 1 and labels is not None:
-        loss = loss + (1 - distillation) * cross_entropy(logits, labels)
+        known = (labels != IGNORED).sum().clamp_min(1) if labels.dim() == 1 else len(labels)  # never a mean of nothing
+        loss = loss + (1 - distillation) * cross_entropy(logits, labels, reduction="sum") / known
     if taught is not None:
         heat = temperature
         target = softmax(taught.float() / heat, dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from restnet_hf.branches import stitch_at
 from restnet_hf.costs import MacsTable, ParamsTable
-from restnet_hf.data import batches, check_labels, data_fingerprint, this_process
+from restnet_hf.data import batches, check_labels, data_fingerprint, labelled, this_process
 from restnet_hf.families import WITHIN, Blocks, family, spread, within_budget
 from restnet_hf.parents import identify
 from restnet_hf.profiles import Budget
@@ -281,7 +281,7 @@ class SelectingModel(AdapterModel):
         return [row.route for row in chosen]
 
     def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
-        for batch in batches(data, batch_size, name):
+        for batch in labelled(batches(data, batch_size, name)):
             self.preprocessing.check(batch["pixel_values"])
             if "labels" in batch:
                 check_labels(batch["labels"], self.config.num_labels)

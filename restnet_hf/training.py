@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from restnet_hf.checkpoints import Checkpoints
-from restnet_hf.data import Batch, as_batch, check_classes, check_labels
+from restnet_hf.data import MULTI_LABEL, Batch, as_batch, check_classes, check_labels
 from restnet_hf.feeding import SeededItems, feed, first_images, keep, streams
 from restnet_hf.learning import Learner
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -237,8 +237,8 @@ class _Training:
                 "train_set has no labels; give some, or set distillation=1.0 to learn from the anchor alone, or "
                 "num_train_epochs=0 and matching_epochs to match its features"
             )
-        if labels is not None:
-            check_labels(labels, self.model.config.num_labels)
+        if labels is not None and (labels.dim() < 2 or self.model.config.problem_type == MULTI_LABEL):
+            check_labels(labels, self.model.config.num_labels)  # of two dimensions they are probabilities of classes
         return batch
 
     def _update(self, batch: Batch) -> None:

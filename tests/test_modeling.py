@@ -10,10 +10,12 @@ import torch
 from conftest import CLASSES, SIZE, make_anchor, make_model, spread
 from timm.models import save_for_hf
 from torch import nn
+from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, load_anchor
+from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, load_anchor, train
 from restnet_hf.anchors import Anchor
+from restnet_hf.judging import Judge
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route
 
@@ -564,3 +566,51 @@ def test_mobilenet_to_efficientnet_lite(tmp_path):
         assert torch.allclose(found, end.logits(wanted), atol=1e-4)
         model.set_route(model.add_stitch("mobilenetv2_100[:5] + tf_efficientnet_lite1[7:]"))
         assert model(torch.randn(1, 3, 224, 224)).logits.shape == (1, 4)
+
+
+def test_labels_that_are_ignored(pair, images):
+    """-100, as in the losses of torch and transformers: in the loss and in the accuracy."""
+    labels = torch.arange(len(images)) % CLASSES
+    some = labels.clone()
+    some[::2] = -100
+    with torch.no_grad():
+        expected = pair(pixel_values=images[1::2], labels=labels[1::2]).loss
+        assert torch.allclose(pair(pixel_values=images, labels=some).loss, expected, atol=1e-6)
+    pair.fit_stitches(images)
+    whole = pair.profile([(images[1::2], labels[1::2])])
+    part = pair.profile([(images, some), (images[:2], torch.full((2,), -100))])
+    assert [row.scores for row in part.routes] == [row.scores for row in whole.routes]
+    assert part.metadata["images"] == whole.metadata["images"] == 3
+    judge = Judge(pair, [(images[:2], torch.full((2,), -100)), (images, some)], 2, exact=True)
+    assert judge.score == "accuracy" and sum(len(batch["labels"]) for batch in judge._batches()) == 3
+    pair.select_stitches([(images.repeat(9, 1, 1, 1), some.repeat(9))], max_routes=1, method="kl_probe")
+    with pytest.raises(ValueError, match="every image has the label -100"):
+        pair.profile([(images, torch.full((len(images),), -100))])
+    for wrong in (-1, CLASSES):
+        with pytest.raises(ValueError, match="but the model has 5 classes"):
+            pair(pixel_values=images[:2], labels=torch.tensor([-100, wrong]))
+
+
+def test_problem_types(pair, images):
+    """One class for each image, or several as the Trainer of transformers learns them; numbers are refused."""
+    one_hot = nn.functional.one_hot(torch.arange(len(images)) % CLASSES, CLASSES).float()
+    wanted = nn.functional.binary_cross_entropy_with_logits(pair(images).logits, one_hot)
+    for kind in (None, "multi_label_classification"):
+        pair.config.problem_type = kind
+        assert pair(pixel_values=images, labels=one_hot).loss == wanted
+    with pytest.raises(ValueError, match=r"must have shape \(N, 5\), not \(6, 4\)"):
+        pair(pixel_values=images, labels=one_hot[:, :4])
+    for use in (lambda: pair.profile([(images, one_hot)]), lambda: train(pair, TensorDataset(images, one_hot))):
+        with pytest.raises(ValueError, match="with the Trainer of transformers and problem_type="):
+            use()
+    pair.config.problem_type = None
+    for labels in (torch.rand(len(images)), torch.rand(len(images), 1, 1)):
+        with pytest.raises(ValueError, match="labels must be class indices"):
+            pair(pixel_values=images, labels=labels)
+    pair.config.problem_type = "regression"
+    for use in (lambda: pair(pixel_values=images, labels=one_hot), lambda: type(pair)(pair.config)):
+        with pytest.raises(ValueError, match="problem_type='regression', which is .*: the model classifies"):
+            use()
+    one = build(make_anchor("resnet"), make_anchor("vit", 1), num_labels=1)
+    with pytest.raises(ValueError, match="num_labels=1 means to transformers"):
+        one(pixel_values=images, labels=torch.rand(len(images), 1))

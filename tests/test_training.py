@@ -191,6 +191,28 @@ def test_other_order():
     assert len(result.losses) == 1
 
 
+def test_images_whose_label_is_ignored():
+    """-100: they have no part in the cross-entropy, and still learn from the teacher."""
+    model, args = build(), TrainArgs(distillation=0.3)
+    job = Learner(model, ROUTES, args)
+    job.begin()
+    images, labels = data()[:8]
+
+    def losses(images, labels):
+        batch = {"pixel_values": images, "labels": labels}
+        with torch.no_grad():
+            return list(job.losses(batch, job.routes, False, False, nullcontext))
+
+    some, none = labels.clone(), torch.full_like(labels, -100)
+    some[2:] = -100
+    mixed, taught = torch.stack(losses(images, some)), torch.stack(losses(images, none))
+    assert (taught > 0).all()
+    known = torch.stack(losses(images[:2], labels[:2])) - torch.stack(losses(images[:2], none[:2]))
+    assert torch.allclose(mixed - taught, known, atol=1e-5)
+    result = train(model, TensorDataset(images, none), TrainArgs(num_train_epochs=1, batch_size=4, distillation=0))
+    assert all(loss == 0 for loss in result.losses.values())
+
+
 def test_learning_without_labels():
     model = build()
     images = [{"pixel_values": x} for x in data().tensors[0]]

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import make_anchor, save_model
+from conftest import save_model
 from safetensors.torch import save_file
 from test_trust import places, put
 
