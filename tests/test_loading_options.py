@@ -242,7 +242,7 @@ def test_state_dict_of_a_config_that_was_never_saved(images, tmp_path):
         )
     broken = copy.deepcopy(model.config)
     broken.anchors[0]["config"] = {"model_type": "none"}
-    with pytest.raises(ValueError, match="the config given with the state dict is not sound"):
+    with pytest.raises(ValueError, match="the config given with the state dict is not sound|cannot be rebuilt"):
         Model.from_pretrained(None, config=broken, state_dict=model.state_dict())
     with pytest.raises(ValueError, match="lacks its fingerprint"):
         Model.from_pretrained(None, config=model.config, state_dict=model.adapter_state_dict())
