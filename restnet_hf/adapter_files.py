@@ -66,8 +66,11 @@ def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, An
         ValueError: the file holds none.
     """
     file = cached_file(path_or_id, PROFILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if file is None:
+        return None
+    data = read_json(file)
     try:
-        return None if file is None else Profile.from_dict(read_json(file))
+        return Profile.from_dict(data)
     except (ArithmeticError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
 

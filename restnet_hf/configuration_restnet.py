@@ -33,6 +33,7 @@ WORDS = {
     (list, str): "a list of strings",
     (list, dict): "a list of objects",
 }
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 MAX_LEVEL = 1e6  # of pixels' mean and std
 TUNED_KEY = re.compile(r"[a-z]+-[A-Za-z0-9_+:~-]+")
 
@@ -140,6 +141,11 @@ class RestNetConfig(PreTrainedConfig):
             entries = value.values() if isinstance(value, dict) else value
             if not isinstance(value, kind) or not all(isinstance(entry, inner) for entry in entries):
                 raise ValueError(f"config.json: {key} must be {WORDS[kind, inner]}, not {quote(value)}")
+        for key in ("new_head", "standalone"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"config.json: {key} must be true or false, not {quote(getattr(self, key))}")
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(f"config.json: problem_type={quote(self.problem_type)} is not one of {PROBLEM_TYPES}")
         if not isinstance(self.active_route, str | None):
             raise ValueError(f"config.json: active_route must be a string, not {quote(self.active_route)}")
         self._check_labels()
@@ -166,7 +172,7 @@ class RestNetConfig(PreTrainedConfig):
 
     def _check_routes(self, names: AbstractSet[str], points: AbstractSet[str]) -> None:
         if len(self.routes or ()) > MAX_ROUTES or sum(map(len, self.routes or ())) > 64 * MAX_ROUTES:
-            raise ValueError(f"config.json: {len(self.routes or ())} routes are too many or too long: {MAX_ROUTES}")
+            raise ValueError(f"config.json: the routes are too many or too long; there may be {MAX_ROUTES}")
         for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
             strange = {segment.anchor for segment in route.segments} - names
             if strange or not points >= {point.name for point in route.stitch_points}:
@@ -198,7 +204,10 @@ class RestNetConfig(PreTrainedConfig):
         texts += [entry[key] for key in ("repo_id", "revision") if entry[key] is not None]
         try:
             images = Preprocessing.from_dict(entry["preprocessing"])
-            texts += [piece.sha256 for piece in map(Piece.from_dict, entry["pieces"])]
+            pieces = list(map(Piece.from_dict, entry["pieces"]))
+            texts += [piece.sha256 for piece in pieces]
+            if not all(type(number) is int for piece in pieces for number in piece.shape):
+                raise ValueError("a shape holds something else than whole numbers")
             if not all(isinstance(text, str) for text in texts) or not isinstance(entry["config"], dict | None):
                 raise ValueError("a name, an id, a label, a hash or the config is of another type")
             if not ANCHOR_NAME.fullmatch(entry["name"]):

@@ -38,7 +38,7 @@ REGISTRATIONS = (
     register_module_buffer_registration_hook,
 )
 HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "proxies", "subfolder")
-FEW_PARTS, MOST_PARTS = 2**12, 2**17  # modules and tensors of a network, whatever its file holds
+FEW_PARTS, MOST_PARTS = 2**12, 2**15  # modules and tensors of a network, whatever its file holds
 HEAD = 2**24  # weights of a classifier, which may be missing in a file
 LOAD_KEYS = ("dtype", "force_download", "trust_remote_code", "use_safetensors")
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,23 +1,30 @@
 """What config.json says of an anchor, and the anchor back from it."""
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from restnet_hf.adapter_files import check_weights
 from restnet_hf.anchors import Anchor
 from restnet_hf.fingerprints import Piece, fingerprint, stored_dtype
 from restnet_hf.labels import label_order
+from restnet_hf.limits import quote
 from restnet_hf.loading import HEAD, anchor_from_config, at_most, load_anchor
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import Route
 
 
+LARGE_IMAGE = 2**20  # pixels
+logger = logging.getLogger(__name__)
 PARTS = 8  # modules, parameters and buffers for each tensor that is saved; networks of transformers and timm have 3
 NO_SETTINGS = {"label_names", "num_classes", "pretrained_cfg"}  # of timm: what the model does with images is elsewhere
 
@@ -118,6 +125,8 @@ def _checked(
     anchor: Anchor, entry: Mapping[str, Any], dtype: torch.dtype, routes: Iterable[Route], where: str
 ) -> Anchor:
     pieces = [Piece.from_dict(piece) for piece in entry["pieces"]]
+    if math.prod(anchor.preprocessing.image_size) > LARGE_IMAGE:
+        _same_sizes(anchor, pieces)
     try:
         _same_settings(anchor.model, entry["config"] or {}, _hint(entry))
         _same_cuts(anchor, pieces)
@@ -146,6 +155,44 @@ def _same_settings(model: nn.Module, saved: Mapping[str, Any], hint: str) -> Non
         then = json.loads(json.dumps(saved[key], default=str))
         if found[key] != then:
             raise ValueError(f"its setting {key} is {found[key]!r} and was {then!r}. Pass the right one: {hint}")
+
+
+@torch.no_grad()
+def _same_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
+    """Raise ValueError where activations are not as large as they were, before any is computed.
+
+    The network runs on the meta device, so that a config that asks for images of 4096x4096 pixels takes no memory.
+    """
+    sizes, modules = {piece.cut: math.prod(piece.shape) for piece in pieces[:-1]}, dict(anchor.model.named_modules())
+    for name in sizes:
+        if not isinstance(name, str) or name not in modules:
+            raise ValueError(f"anchor '{anchor.name}' has no module {quote(name)}, where it had a cut")
+    found: dict[str, list[int]] = {}
+
+    def see(name: str, output: Any) -> None:
+        found[name] = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+    hooks = [
+        modules[name].register_forward_hook(lambda module, args, output, name=name: see(name, output))
+        for name in sizes
+        if name
+    ]
+    tensors = (*anchor.model.named_parameters(), *anchor.model.named_buffers())
+    images = torch.empty(1, 3, *anchor.preprocessing.image_size, device="meta", dtype=next(anchor.parameters()).dtype)
+    try:
+        functional_call(anchor.model, {name: tensor.to("meta") for name, tensor in tensors}, (images,))
+    except Exception:  # not every network runs without values; then the search for cuts will tell
+        logger.info("%s does not run on the meta device", type(anchor.model).__name__)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, there in found.items():
+        if there and sizes[name] not in (*there, sum(there)):
+            pixels = "x".join(map(str, anchor.preprocessing.image_size))
+            raise ValueError(
+                f"'{name}' of anchor '{anchor.name}' gives {there} numbers for an image of {pixels} pixels, and "
+                f"{sizes[name]} when the adapter was made"
+            )
 
 
 def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:

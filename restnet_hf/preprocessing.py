@@ -42,10 +42,10 @@ class Preprocessing:
     def of(cls, processor: Any) -> "Preprocessing":
         """Measure an image processor: a black and a white image show its size, mean and std whatever its options."""
         black, white = (
-            processor(Image.new("RGB", (320, 320), (level,) * 3), return_tensors="pt")["pixel_values"][0].double()
+            processor(Image.new("RGB", (320, 320), (level,) * 3), return_tensors="pt")["pixel_values"][0]
             for level in (0, 255)
         )
-        low, high = (image[:, image.shape[1] // 2, image.shape[2] // 2] for image in (black, white))
+        low, high = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
         std = 1 / (high - low)
         mean = -low * std
         # pixels are float32: what lies past six digits is rounding

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import save_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_trust import places, put
 
 from restnet_hf import StitchConfig, StitchedModelForImageClassification
@@ -73,7 +75,9 @@ for index, name in enumerate(names):
     path, began, before = f"{folder}/{name}/adapter", time.monotonic(), len(seen)
     signal.alarm(10)
     try:
-        if index % 6 == 4:
+        if name.startswith("asks-"):
+            Model.from_pretrained(path)
+        elif index % 6 == 4:
             kept = Model.from_pretrained(folder + "/good") if index % 60 == 4 else kept
             kept.load_stitch(path, f"n{index}")
         else:
@@ -89,7 +93,7 @@ for index, name in enumerate(names):
                 f"{f.name}:{f.lineno}" for f in reversed(frames[-6:]))
     signal.alarm(0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024
-    row = [name, kind, len(said), said[:400], round(time.monotonic() - began, 2), grown, seen[before:]]
+    row = [name, kind, len(said), said[:3000], round(time.monotonic() - began, 2), grown, seen[before:]]
     answers.append(row)
     if os.environ.get("VERBOSE"): print(json.dumps(row), file=sys.stderr, flush=True)
 print("\\n" + json.dumps(answers))
@@ -108,7 +112,7 @@ class Trap:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A folder with anchors, an adapter of every kind of stitch with tuned parts, and the same as a whole checkpoint."""
+    """A folder with anchors, an adapter of every kind of stitch with tuned parts, and the same standing alone."""
     folder = tmp_path_factory.mktemp("untrusted").resolve()
     for name in ("resnet", "vit"):
         save_model(name, folder / name)
@@ -236,19 +240,192 @@ CHANGES = {
 }
 
 
-def hostile(folder: Path, original: Path, dice: random.Random, kind: str) -> None:
-    """A copy of an adapter and its anchors with something changed, and traps beside it."""
-    shutil.copytree(original / ("whole" if dice.random() < 0.25 else "good"), folder / "adapter")
-    for name in ("resnet", "vit"):
-        shutil.copytree(original / name, folder / name)
+def copied(folder: Path, original: Path, name: str) -> None:
+    """A copy of an adapter with its own copies of the anchors."""
+    shutil.copytree(original / name, folder / "adapter")
+    for anchor in ("resnet", "vit"):
+        shutil.copytree(original / anchor, folder / anchor)
     file = folder / "adapter/config.json"
     file.write_text(file.read_text().replace(f"{original}/", f"{folder}/"))
+
+
+def hostile(folder: Path, original: Path, dice: random.Random, kind: str) -> None:
+    """A copy of an adapter and its anchors with something changed, and traps beside it."""
+    copied(folder, original, "whole" if dice.random() < 0.25 else "good")
     CHANGES[kind][0](folder, dice)
     trap = folder.parent / "precious" / "trap"
     for name in ("configuration_restnet.py", "setup.py", "__init__.py", "modeling_vit.py"):
         write(folder / "adapter" / name, f"open({str(trap)!r}, 'w')")
     for name in ("pytorch_model.bin", "training_args.bin", "model.pt"):
         (folder / "adapter" / name).write_bytes(pickle.dumps(Trap(trap)))
+
+
+def stitches(config: dict, amount: int, **options: Any) -> None:
+    name, entry = next(iter(config["stitches"].items()))
+    for index in range(amount):
+        point = entry["point"] | {"adapter": f"n{index}"}
+        made = entry | {"point": point, "config": entry["config"] | options}
+        config["stitches"][f"n{index}:{name}"] = made
+
+
+def tuned(config: dict, amount: int, kind: str, **options: Any) -> None:
+    entry = next(iter(config["tuned"].values())) | {"kind": kind, "start": 0} | options
+    config["tuned"] |= {f"{kind}-n{index}:vit": entry for index in range(amount)}
+
+
+def heads(config: dict, amount: int) -> None:
+    config["new_head"] = True
+    stitches(config, amount)
+    config["routes"] += [f"n{index}: {config['routes'][0]}" for index in range(amount)]
+
+
+def anchor(config: dict, **options: Any) -> None:
+    config["anchors"][1].update(options)
+
+
+def network(config: dict, **options: Any) -> None:
+    config["anchors"][1]["config"].update(options)
+
+
+def long_key(config: dict) -> None:
+    config["stitches"]["k" * 10**7] = {}
+
+
+def timm_checkpoint(config: dict) -> None:
+    network(config, model_type="timm_wrapper", architecture="resnet18", model_args={"checkpoint_path": "/x/y.bin"})
+
+
+# What is asked for is far more than the weights hold, or fits no model: each is refused, in kilobytes.
+ASKS: dict[str, tuple[str, Callable[[dict], Any], str]] = {
+    "stitches": ("good", lambda c: stitches(c, 500, kind="mlp", hidden=16384), "do not fit"),
+    "hidden": ("good", lambda c: c["stitches"]["resnet_2__vit_1"]["config"].update(hidden=16384), "of another shape"),
+    "rank": ("good", lambda c: c["stitches"]["resnet_4__vit_2"]["config"].update(r=16384), "of another shape"),
+    "tuned": ("good", lambda c: tuned(c, 1000, "lora", r=4096), "do not fit"),
+    "tuned-rank": ("good", lambda c: c["tuned"]["lora-vit"].update(r=4096), "of another shape"),
+    "tuned-dots": ("good", lambda c: c["tuned"].update({"norm-a.b": c["tuned"]["norm-resnet_2__vit_1"]}), "key"),
+    "tuned-alpha": ("good", lambda c: c["tuned"]["lora-vit"].update(lora_alpha=10**400), "lora_alpha"),
+    "heads": ("good", lambda c: heads(c, 1000), "heads.n0:"),
+    "labels": ("good", lambda c: (c.pop("id2label"), c.update(num_labels=10**9)), "from 1 to"),
+    "many-labels": ("good", lambda c: c.update(id2label={i: str(i) for i in range(10**5)}), "5 classes"),
+    "label-kind": ("good", lambda c: c["id2label"].update({"0": {"a": 1}}), "id2label"),
+    "long-label": ("good", lambda c: anchor(c, label_names=["a" * 10**7]), "1 label_names"),
+    "long-key": ("good", long_key, "is not sound"),
+    "long-routes": ("good", lambda c: c.update(routes=["x" * 10**7]), "too many or too long"),
+    "routes": ("good", lambda c: c.update(routes=["resnet[:2] + vit[1:]"] * 10**5), "too many or too long"),
+    "segments": ("good", lambda c: c.update(routes=["vit[:1]" + " + vit[1:1]" * 10**5 + " + vit[1:]"]), "not there"),
+    "large": ("good", lambda c: c.update(more="a" * 2**24), "is too large"),
+    "values": ("good", lambda c: c.update(more=[[]] * 2**20), "is too large"),
+    "anchors": ("good", lambda c: c.update(anchors=c["anchors"] * 1000), "1 to 64"),
+    "twice": ("good", lambda c: c.update(anchors=c["anchors"] * 2), "the same name"),
+    "stranger": ("good", lambda c: (anchor(c, name="who"), c.update(tuned={})), "anchors that are not"),
+    "pixels": ("good", lambda c: c["anchors"][0]["preprocessing"].update(image_size=[4096, 4096]), "pixels|cut"),
+    "pixels-whole": (
+        "whole",
+        lambda c: c["anchors"][0]["preprocessing"].update(image_size=[4096, 4096]),
+        "pixels|cut",
+    ),
+    "complex": ("good", lambda c: c.update(dtype="complex64"), "complex64"),
+    "float8": ("good", lambda c: c.update(dtype="float8_e4m3fn"), "float8"),
+    "int": ("good", lambda c: c.update(dtype="int8"), "int8"),
+    "fingerprint": ("good", lambda c: anchor(c, fingerprint="complex64:00"), "the fingerprint must begin"),
+    "auto_map": ("good", lambda c: c.update(auto_map={"AutoConfig": 3}), "auto_map"),
+    "problem_type": ("good", lambda c: c.update(problem_type="x"), "problem_type"),
+    "vast": ("whole", lambda c: network(c, hidden_size=10**6, intermediate_size=10**6), "do not fit|does not hold"),
+    "wide": ("whole", lambda c: network(c, hidden_size=10**5), "does not hold|do not fit"),
+    "deep": ("whole", lambda c: network(c, num_hidden_layers=10**6), "does not hold"),
+    "deeper": ("whole", lambda c: network(c, num_hidden_layers=10**9), "reasonable"),
+    "classes": (
+        "whole",
+        lambda c: (network(c, num_labels=10**9), c["anchors"][1]["config"].pop("id2label")),
+        "reason",
+    ),
+    "inside": ("whole", lambda c: network(c, model_type="restnet"), "model_type"),
+    "unknown": ("whole", lambda c: network(c, model_type="nothing"), "model_type"),
+    "fetched": ("whole", lambda c: network(c, use_pretrained_backbone=True), "from elsewhere"),
+    "kernel": ("whole", lambda c: network(c, attn_implementation="evil/kernel"), "from elsewhere"),
+    "checkpoint": ("whole", timm_checkpoint, "from elsewhere"),
+    "timm-hub": (
+        "whole",
+        lambda c: network(c, model_type="timm_wrapper", architecture="hf-hub:a/b"),
+        "from elsewhere",
+    ),
+}
+
+
+def tiny(folder: Path) -> None:
+    """A stitch of 16384 channels for every tensor of one number."""
+    file = folder / "adapter/config.json"
+    config, weights = json.loads(file.read_text()), load_file(folder / "adapter" / WEIGHTS)
+    known = set(config["stitches"])
+    stitches(config, 500, kind="mlp", hidden=16384)
+    write(file, config)
+    weights |= {f"stitches.{name}.hidden.weight": torch.zeros(1) for name in config["stitches"].keys() - known}
+    save_file(weights, folder / "adapter" / WEIGHTS, {"format": "pt"})
+
+
+def long_header(folder: Path) -> None:
+    with (folder / "adapter" / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", 90 * 2**20))
+        file.truncate(2**28)
+
+
+def number(folder: Path) -> None:
+    file = folder / "adapter/profile.json"
+    data = json.loads(file.read_text())
+    data["routes"][0]["costs"]["macs"] = 10**400
+    write(file, data)
+
+
+def resized(folder: Path, **options: Any) -> None:
+    file = folder / "vit/config.json"
+    write(file, json.loads(file.read_text()) | options)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "vit" / WEIGHTS).unlink()
+    (folder / "vit/pytorch_model.bin").write_bytes(pickle.dumps(Trap(folder / "trap")))
+
+
+def named(folder: Path, *names: str) -> None:
+    """Adapters that name each other as their last anchor."""
+    for name, other in zip(names, [*names[1:], names[0]], strict=True):
+        if name != "adapter":
+            shutil.copytree(folder / "adapter", folder / name)
+        file = folder / name / "config.json"
+        config = json.loads(file.read_text())
+        anchor(config, repo_id=str(folder / other))
+        write(file, config)
+
+
+# The same of other files.
+FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tiny": (tiny, "of another shape|missing: .*proj"),
+    "header": (long_header, "its header has 94371840 bytes"),
+    "profile": (lambda f: write(f / "adapter/profile.json", " " * 2**25), "is too large"),
+    "nested": (lambda f: write(f / "adapter/profile.json", "[" * 10**5), "nested"),
+    "number": (number, "not a profile|OverflowError|float"),
+    "anchor-wide": (lambda f: resized(f, hidden_size=10**5, intermediate_size=10**5), "does not hold"),
+    "anchor-deep": (lambda f: resized(f, num_hidden_layers=10**6), "does not hold"),
+    "anchor-classes": (lambda f: resized(f, num_labels=10**9, id2label=None), "at most 131072 is reasonable"),
+    "pickle": (pickled, "safetensors"),
+    "itself": (lambda f: named(f, "adapter"), "a stitched model itself"),
+    "each-other": (lambda f: named(f, "adapter", "other"), "a stitched model itself"),
+}
+
+
+def with_file(folder: Path, original: Path, name: str) -> None:
+    """An adapter with anchors of its own, one file of it changed."""
+    copied(folder, original, "good")
+    FILES[name][0](folder)
+
+
+def asking(folder: Path, original: Path, name: str) -> None:
+    """An adapter whose config.json asks for more than there is."""
+    base, change, _ = ASKS[name]
+    shutil.copytree(original / base, folder / "adapter")
+    config = json.loads((folder / "adapter/config.json").read_text())
+    change(config)
+    write(folder / "adapter/config.json", config)
 
 
 def state(folder: Path) -> dict[str, Any]:
@@ -272,6 +449,12 @@ def test_hostile_folders(original, tmp_path_factory):
     names = [f"{index:03}-{kinds[index % len(kinds)]}" for index in range(amount)]
     for name in names:
         hostile(original / name, original, dice, name[4:].lstrip("0123456789-"))
+    for name in ASKS:
+        asking(original / f"asks-{name}", original, name)
+    for name in FILES:
+        with_file(original / f"asks-{name}", original, name)
+    refusals = {f"asks-{name}": entry[-1] for name, entry in (ASKS | FILES).items()}
+    names += refusals
     before = state(original)
     env = os.environ | {"HF_ASSETS_CACHE": str(tmp_path_factory.mktemp("assets")), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
@@ -281,11 +464,13 @@ def test_hostile_folders(original, tmp_path_factory):
     answers = json.loads(run.stdout.splitlines()[-1])
     if os.environ.get("DUMP"):
         Path(os.environ["DUMP"]).write_text(json.dumps(answers))
-    assert len(answers) == amount
+    assert [name for name, *_ in answers] == names
     for name, kind, length, said, seconds, grown, seen in answers:
         about = (name, kind, said, seconds, grown)
         assert not seen and not kind.startswith("UNDOCUMENTED"), (*about, seen)
         assert length < 4000 and seconds < 10 and grown < 1000, about
     assert state(original) == before
-    refused = [kind for _, kind, *_ in answers if kind]
+    for name, kind, _, said, *_ in answers[amount:]:
+        assert kind and re.search(refusals[name], said), (name, kind, said)
+    refused = [kind for _, kind, *_ in answers[:amount] if kind]
     assert amount / 2 < len(refused) < amount
