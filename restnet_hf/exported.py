@@ -157,10 +157,14 @@ class ExportedModel:
         for name in names:
             self._unverified.pop(name, None)
 
-    def _load(self, route: Route, folder: Path) -> Run:
-        """A route in its runtime, which takes the images that are prepared for it."""
+    def _check_same(self, folder: Path) -> None:
+        """Raise OSError where a folder is not what it was when it was loaded."""
         if (folder / PROFILE).read_bytes() != self._decides:
             raise OSError(f"{self.folder} was exported to again since it was loaded; load it anew")
+
+    def _load(self, route: Route, folder: Path) -> Run:
+        """A route in its runtime, which takes the images that are prepared for it."""
+        self._check_same(folder)
         entry = self._entries[route]
         alone = {each["file"] for each in self._entries.values()} - {entry["file"]}
         self._verify(folder, *(name for name in self._unverified if name not in alone))
@@ -205,6 +209,7 @@ class ExportedModel:
             known = short(list(map(str, self.routes)))
             raise ValueError(f"there is no route '{short(route)}' in {self.folder}; the routes are {known}")
         if route not in self._loaded:
+            read_whole(self.folder, PROFILE, self._check_same)  # while there is something that runs
             while len(self._loaded) >= self.keep:
                 self._loaded.popitem(last=False)  # before another takes memory
             self._loaded[route] = read_whole(self.folder, PROFILE, partial(self._load, route))
