@@ -128,8 +128,8 @@ def stitch_that_fits(
 def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:
     """The parameters that the piece that ends in cut ``block`` uses, and its norms' statistics, by name, each once."""
     own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
-    anchor = _on_one_device(anchor)
     names = {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
+    anchor = _on_one_device(anchor)
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: parameter.detach().clone().requires_grad_() for parameter, name in names.items()}
         end = anchor(activation(anchor, block - 1), block - 1, block, lambda *span: copies)

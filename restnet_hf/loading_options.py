@@ -123,9 +123,9 @@ def given_weights(state_dict: Mapping[str, Tensor], config: RestNetConfig, where
     try:
         new = [entry for entry in config.anchors or [] if entry["fingerprint"] is None]
         for entry in new if holds_anchors(weights) else ():
-            anchor, prefix = rebuild(entry), f"anchors.{entry['name']}.model."
+            prefix = f"anchors.{entry['name']}.model."
             mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            check_weights(mine, anchor.model.state_dict(), where)
+            anchor = rebuild(entry, lambda model, mine=mine: check_weights(mine, model.state_dict(), where))
             anchor.model.load_state_dict(mine, assign=True)
             identify(entry, anchor)
     except (AttributeError, KeyError, TypeError) as error:

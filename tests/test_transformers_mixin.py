@@ -33,10 +33,7 @@ CHECKPOINTED = (
     "the layers of frozen anchors are never in training mode, in which alone transformers checkpoints them; here "
     "each anchor is checkpointed from cut to cut, see test_switching.py"
 )
-COLD = "made under torch.device('meta') while the cuts of the anchors are not cached, which does not work yet"
 DOES_NOT_APPLY = {
-    "test_all_tensors_are_parameter_or_buffer": COLD,
-    "test_can_be_initialized_on_meta": COLD,
     "test_capture_outputs_decorator": "it asks for output_attentions, which not every anchor has, so it is refused",
     "test_init_weights_can_init_buffers": f"{FROZEN}init_weights() initialises nothing",
     "test_model_get_set_embeddings": "images have no vocabulary, and the front need not embed patches either",
