@@ -34,6 +34,7 @@ CHECKPOINTED = (
     "each anchor is checkpointed from cut to cut, see test_switching.py"
 )
 DOES_NOT_APPLY = {
+    "test_problem_types": "problem_type='regression' is refused: the model classifies; see test_modeling.py",
     "test_capture_outputs_decorator": "it asks for output_attentions, which not every anchor has, so it is refused",
     "test_init_weights_can_init_buffers": f"{FROZEN}init_weights() initialises nothing",
     "test_model_get_set_embeddings": "images have no vocabulary, and the front need not embed patches either",
