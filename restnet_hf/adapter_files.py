@@ -182,7 +182,7 @@ def weights_dtype(wanted: Any) -> torch.dtype:
         ValueError: there is no such type, or no network runs in it.
     """
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
-    if found not in FLOATS.values():
+    if not isinstance(found, torch.dtype) or found not in FLOATS.values():
         raise ValueError(
             f"dtype={quote(wanted)} is not the name of a type of weights, such as 'float32', or no network runs in it"
         )
