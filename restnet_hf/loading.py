@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import ResolvedRevision
 from huggingface_hub.utils import httpx
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -159,10 +160,13 @@ def anchor_from_config(
 
 
 @contextmanager
-def at_most(parts: int, weights: int) -> Iterator[None]:
+def at_most(parts: int, weights: int, meta: bool = True) -> Iterator[None]:
     """Raise ValueError where this thread makes networks of more modules and tensors, or of more weights.
 
-    Weights are counted on the meta device, where networks are made first and take no memory.
+    Args:
+        parts: modules and tensors.
+        weights: numbers in tensors.
+        meta: count those on the meta device alone, where networks are made first and take no memory.
     """
     parts_left, weights_left, here = parts, weights, threading.get_ident()
 
@@ -170,7 +174,7 @@ def at_most(parts: int, weights: int) -> Iterator[None]:
         nonlocal parts_left, weights_left
         if threading.get_ident() == here:
             parts_left -= 1
-            weights_left -= part.numel() if isinstance(part, Tensor) and part.is_meta else 0
+            weights_left -= part.numel() if isinstance(part, Tensor) and (part.is_meta or not meta) else 0
         if parts_left < 0 or weights_left < 0:
             raise ValueError(
                 f"its config asks for more than {parts} modules and tensors, or {weights} weights, and its file of "
@@ -233,19 +237,34 @@ def _check_files(repo_id: str, hub: Mapping[str, Any]) -> int:
     return sys.maxsize // 2 if file is None else os.path.getsize(file)
 
 
-def check_peft(repo_id: str, at: Mapping[str, Any]) -> None:
-    """Raise OSError where what PEFT wrote into a folder or repository is no safetensors file but a pickle.
+def check_peft(repo_id: str, at: Mapping[str, Any]) -> int:
+    """The bytes of the weights that PEFT wrote into a folder or repository, 0 where it has written nothing.
 
     Args:
-        repo_id: local folder or Hub id; it need not hold anything of PEFT.
+        repo_id: local folder or Hub id.
         at: revision and other options of `cached_file`.
+
+    Raises:
+        OSError: they are no safetensors file but a pickle.
+        ValueError: its config is invalid.
     """
     config = cached_file(repo_id, PEFT_CONFIG, **QUIET, **at)
     if config is None:
-        return
-    check_network(read_json(config), f"its {PEFT_CONFIG}")
-    if cached_file(repo_id, PEFT_WEIGHTS, **QUIET, **at) is None:
+        return 0
+    data = read_json(config)
+    check_network(data, f"its {PEFT_CONFIG}")
+    weights = cached_file(repo_id, PEFT_WEIGHTS, **QUIET, **at)
+    if weights is None:
         raise OSError(f"{repo_id} has {PEFT_CONFIG} but no {PEFT_WEIGHTS}; save the LoRA again as safetensors")
+    with safe_open(weights, "pt") as file:
+        longest = max((size for key in file.keys() for size in file.get_slice(key).get_shape()), default=0)  # noqa: SIM118
+    patterns = data.get("rank_pattern") or {}
+    ranks = [value for key, value, _ in (*values(data), *values(patterns)) if key in ("r", *patterns)]
+    if any(type(rank) is int and rank > longest for rank in ranks):
+        raise ValueError(
+            f"its {PEFT_CONFIG} asks for ranks {quote(ranks)}, and {PEFT_WEIGHTS} holds none above {longest}"
+        )
+    return os.path.getsize(weights)
 
 
 def load_lora(model: PreTrainedModel, source: str, options: Mapping[str, Any]) -> None:
@@ -255,16 +274,17 @@ def load_lora(model: PreTrainedModel, source: str, options: Mapping[str, Any]) -
         OSError: it cannot be read.
     """
     hub = {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
-    check_peft(source, hub)
     try:
-        model.load_adapter(source, adapter_kwargs=dict(options), low_cpu_mem_usage=True)
+        size = check_peft(source, hub)
+        with at_most(MOST_PARTS, size, meta=False):
+            info = model.load_adapter(source, adapter_kwargs=dict(options), low_cpu_mem_usage=True)
     except (httpx.HTTPError, OSError):
         raise
     except Exception as error:  # PEFT trusts its files, and may fail in any way
         raise OSError(f"what PEFT wrote into {source} cannot be loaded: {quote(error)}") from error
-    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-    if left:
-        raise OSError(f"{PEFT_WEIGHTS} of {source} lacks what its {PEFT_CONFIG} asks for, such as {quote(left[0])}")
+    if info.missing_keys:
+        first = quote(min(info.missing_keys))
+        raise OSError(f"{PEFT_WEIGHTS} of {source} lacks what its {PEFT_CONFIG} asks for, such as {first}")
 
 
 def _processor(model: nn.Module, repo_id: str | None, revision: str | None, trust: bool, hub: dict[str, Any]) -> Any:

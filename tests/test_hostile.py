@@ -54,7 +54,6 @@ def test_hostile_repositories(world):
 
 WATCHED = """
 import os
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageClassification
 cache, seen = os.path.realpath(os.environ["HF_HOME"]), []
 inside = 0
@@ -82,7 +81,7 @@ for index, name in enumerate(json.loads(sys.argv[2])):
     try:
         load.from_pretrained(name)
         said.append("loaded")
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError) as error:
         said.append(f"{type(error).__name__}: {error}")
 print("\\n" + json.dumps([seen, said, inside]))  # transformers may have asked about remote code on the line before
 """
@@ -133,22 +132,22 @@ def fuzzed(files: dict[str, bytes], dice: random.Random) -> dict[str, bytes]:
     return files | {name: text}
 
 
-def test_a_hundred_fuzzed_repositories(world):
+def test_fuzzed_repositories(world):
     """Only documented errors come out, no code runs, no file is written outside of the cache."""
     dice, trap = random.Random(0), world.folder / "trapped"
     code = f"open({str(trap)!r}, 'w').write('ran')\n".encode()
     traps = {name: code for name in ("modeling_restnet.py", "configuration_restnet.py", "__init__.py", "setup.py")}
     traps |= {name: pickle.dumps(Trap(str(trap))) for name in ("pytorch_model.bin", "training_args.bin")}
     files = world.hub.repos["me/adapter"].commits[-1][1]
-    names = [f"evil/fuzz-{index:03}" for index in range(100)]
+    names = [f"evil/fuzz-{index:03}" for index in range(40)]
     for name in names:
         world.hub.put(name, fuzzed(files, dice) | traps)
     before = {path for path in world.folder.rglob("*") if "fuzzed" not in path.parts}
     seen, said, inside = world.run(WATCHED, "fuzzed", arguments=[json.dumps(names)])
     for name in names:
         del world.hub.repos[name]
-    assert inside > 500, "the watch saw nothing, so this shows nothing"
+    assert inside > 200, "the watch saw nothing, so this shows nothing"
     assert seen == [] and not trap.exists()
     assert {path for path in world.folder.rglob("*") if "fuzzed" not in path.parts} == before
     refused = [message for message in said if message != "loaded"]
-    assert len(said) == 100 and 25 < len(refused) < 90
+    assert len(said) == 40 and 10 < len(refused) < 36

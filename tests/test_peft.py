@@ -1,9 +1,12 @@
 """PEFT's own LoRA works on top of a stitched model: trained, saved, loaded again, merged."""
 
+import json
+
 import pytest
 import torch
 from conftest import CLASSES, make_anchor, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
 
 from restnet_hf import StitchConfig, StitchedModelForImageClassification
@@ -89,3 +92,25 @@ def test_on_stitches(images, route, kind):
         merged = lora.merge_and_unload()
         assert torch.allclose(merged(images).logits, learned, atol=1e-4)
     assert merged is model and not any("lora" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rank", "held", "message"),
+    [
+        (4, 5000, "lacks what its adapter_config.json asks for"),
+        (10**6, 5000, r"asks for ranks \[1000000\], and .* holds none above 5000"),
+        (5000, 5000, "its file of weights does not hold as many"),
+        (4, None, "no adapter_model.safetensors; save the LoRA again as safetensors"),
+    ],
+)
+def test_a_lora_that_is_not_whole(tuned, rank, held, message):
+    """Nothing is filled in at random, nothing larger than the file is made, and no pickle is read."""
+    folder = tuned[0] / "lora"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": rank}))
+    if held is None:
+        (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    else:
+        save_file({"a": torch.zeros(held)}, folder / "adapter_model.safetensors")
+    with pytest.raises(OSError, match=message):
+        AutoModelForImageClassification.from_pretrained(folder)

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from conftest import make_anchor, make_model, save_model
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
@@ -244,7 +243,7 @@ def test_unsound_config(saved, change, message):
     config = json.loads(file.read_text())
     change(config)
     file.write_text(json.dumps(config))
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
+    with pytest.raises(ValueError, match=message):
         StitchedModelForImageClassification.from_pretrained(saved[1])
 
 
@@ -442,7 +441,7 @@ def test_unsound_branches(tmp_path, change, message):
     config = json.loads(file.read_text())
     change(config["stitches"]["vit_1__vit_3"])
     file.write_text(json.dumps(config))
-    with pytest.raises((ValueError, StrictDataclassError), match=message):
+    with pytest.raises(ValueError, match=message):
         StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
 
 

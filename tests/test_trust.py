@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 from conftest import make_anchor, save_model
-from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from restnet_hf import StitchedModelForImageClassification
 
 
-DOCUMENTED = (OSError, ValueError, TypeError, StrictDataclassError)
+DOCUMENTED = (OSError, ValueError)
 MANY = settings(
-    max_examples=50,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -25,6 +25,7 @@ from restnet_hf.adapter_files import WEIGHTS
 from restnet_hf.tuning import TunedConfig, tuned_keys
 
 
+AMOUNT = 320
 ROUTES = ("resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]", "vit[:1] + vit[3:]")
 HUGE = [10**9, 2**40, 2**63, 10**400, 100_000, 16_384, 4096]
 ODD = [*HUGE, None, True, -1, 0, 3, 0.5, -0.0, 1e400, float("nan"), "", "x", "../../x", "/etc/passwd", "\x00", "a.b"]
@@ -95,7 +96,6 @@ for index, name in enumerate(names):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024
     row = [name, kind, len(said), said[:3000], round(time.monotonic() - began, 2), grown, seen[before:]]
     answers.append(row)
-    if os.environ.get("VERBOSE"): print(json.dumps(row), file=sys.stderr, flush=True)
 print("\\n" + json.dumps(answers))
 """
 
@@ -312,10 +312,10 @@ ASKS: dict[str, tuple[str, Callable[[dict], Any], str]] = {
     "long-key": ("good", long_key, "is not sound"),
     "long-routes": ("good", lambda c: c.update(routes=["x" * 10**7]), "too many or too long"),
     "routes": ("good", lambda c: c.update(routes=["resnet[:2] + vit[1:]"] * 10**5), "too many or too long"),
-    "segments": ("good", lambda c: c.update(routes=["vit[:1]" + " + vit[1:1]" * 10**5 + " + vit[1:]"]), "not there"),
+    "segments": ("good", lambda c: c.update(routes=["vit[:1]" + " + vit[1:1]" * 10**4 + " + vit[1:]"]), "not there"),
     "large": ("good", lambda c: c.update(more="a" * 2**24), "is too large"),
     "values": ("good", lambda c: c.update(more=[[]] * 2**20), "is too large"),
-    "anchors": ("good", lambda c: c.update(anchors=c["anchors"] * 1000), "1 to 64"),
+    "anchors": ("good", lambda c: c.update(anchors=c["anchors"] * 40), "1 to 64"),
     "twice": ("good", lambda c: c.update(anchors=c["anchors"] * 2), "the same name"),
     "stranger": ("good", lambda c: (anchor(c, name="who"), c.update(tuned={})), "anchors that are not"),
     "pixels": ("good", lambda c: c["anchors"][0]["preprocessing"].update(image_size=[4096, 4096]), "pixels|cut"),
@@ -441,12 +441,12 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def test_hostile_folders(original, tmp_path_factory):
-    """Only documented and short errors, no code, nothing written, little memory and time, for 320 adapters."""
-    dice, amount = random.Random(int(os.environ.get("SEED", "0"))), int(os.environ.get("AMOUNT", "320"))
+    """Only documented and short errors, no code, nothing written, little memory and time, for hundreds of adapters."""
+    dice = random.Random(0)
     (original / "precious").mkdir(exist_ok=True)
     write(original / "precious/notes.json", {"mine": True})
     kinds = [kind for kind, (_, weight) in CHANGES.items() for _ in range(weight)]
-    names = [f"{index:03}-{kinds[index % len(kinds)]}" for index in range(amount)]
+    names = [f"{index:03}-{kinds[index % len(kinds)]}" for index in range(AMOUNT)]
     for name in names:
         hostile(original / name, original, dice, name[4:].lstrip("0123456789-"))
     for name in ASKS:
@@ -462,15 +462,13 @@ def test_hostile_folders(original, tmp_path_factory):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     answers = json.loads(run.stdout.splitlines()[-1])
-    if os.environ.get("DUMP"):
-        Path(os.environ["DUMP"]).write_text(json.dumps(answers))
     assert [name for name, *_ in answers] == names
     for name, kind, length, said, seconds, grown, seen in answers:
         about = (name, kind, said, seconds, grown)
         assert not seen and not kind.startswith("UNDOCUMENTED"), (*about, seen)
         assert length < 4000 and seconds < 10 and grown < 1000, about
     assert state(original) == before
-    for name, kind, _, said, *_ in answers[amount:]:
+    for name, kind, _, said, *_ in answers[AMOUNT:]:
         assert kind and re.search(refusals[name], said), (name, kind, said)
-    refused = [kind for _, kind, *_ in answers[:amount] if kind]
-    assert amount / 2 < len(refused) < amount
+    refused = [kind for _, kind, *_ in answers[:AMOUNT] if kind]
+    assert AMOUNT / 2 < len(refused) < AMOUNT, "some were to load"
