@@ -116,7 +116,8 @@ def stitch_at(point: StitchPoint, anchors: Mapping[str, Anchor], config: StitchC
 def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:
     """The parameters that the piece that ends in cut ``block`` uses, and its norms' statistics, by name, each once."""
     own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
-    anchor, names = _on_one_device(anchor), {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
+    names = {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
+    anchor = _on_one_device(anchor)
     with torch.inference_mode(False), torch.enable_grad():
         copies = {name: parameter.detach().clone().requires_grad_() for parameter, name in names.items()}
         end = anchor(activation(anchor, block - 1), block - 1, block, lambda *span: copies)

@@ -233,7 +233,10 @@ def make_anchor_on_cpu(name):
 
 
 def test_what_cannot_be_searched_without_values(tmp_path):
-    with torch.device("meta"), pytest.raises(ValueError, match="Sequential is on the meta device, where it has no values"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="Sequential is on the meta device, where it has no values"),
+    ):
         find_cuts(nn.Sequential(MODELS["plain"][0](), nn.BatchNorm1d(CLASSES)), (SIZE, SIZE))
     model = StitchedModelForImageClassification.from_anchors(save_model("vit", tmp_path / "vit"))
     model.add_stitch("vit[:1] +prune50_2 vit[2:]", StitchConfig("branch"))
