@@ -374,7 +374,7 @@ class Anchor(nn.Module):
 
 
 def unique_names(anchors: Iterable[Anchor]) -> None:
-    """Give the second anchor of a name the suffix ``_2``, and so on; names that modules have get one by `free_name`."""
+    """Give the second anchor of a name the suffix ``_2``, and so on; for names of attributes see `free_name`."""
     taken: set[str] = set()
     for anchor in anchors:
         anchor.name = name = free_name(anchor.name)
