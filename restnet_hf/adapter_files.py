@@ -75,6 +75,11 @@ def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, An
         raise ValueError(f"{file}: {error}") from error
 
 
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous, and none in the memory of another, as a safetensors file holds them."""
     seen: set[int] = set()

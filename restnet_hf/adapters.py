@@ -13,7 +13,7 @@ from restnet_hf.adapter_files import PartCheck, Parts
 from restnet_hf.branches import stitch_that_fits
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.features import layout_from_dict
-from restnet_hf.parents import identify
+from restnet_hf.parents import present
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Profile, ProfiledRoute
 from restnet_hf.routes import ANCHOR_NAME, Route, Segment
@@ -131,15 +131,14 @@ def _check_name(name: str, routes: Iterable[Route]) -> None:
 
 def _same_anchors(model: RouteMixin, config: RestNetConfig, where: str) -> dict[str, str]:
     """What the model calls each of an adapter's anchors."""
-    for entry, anchor in zip(model.config.anchors, model.anchors.values(), strict=True):
-        identify(entry, anchor)
+    here = [present(*pair) for pair in zip(model.config.anchors, model.anchors.values(), strict=True)]
 
     def same(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
         return all(mine[key] == theirs[key] for key in ("fingerprint", "granularity"))
 
     found = {}
     for theirs in config.anchors or []:
-        names = [mine["name"] for mine in model.config.anchors if same(mine, theirs)]
+        names = [mine["name"] for mine in here if same(mine, theirs)]
         if not names:
             raise ValueError(
                 f"{where} is for an anchor '{theirs['name']}' ({theirs['repo_id']}, {theirs['fingerprint']}) that "

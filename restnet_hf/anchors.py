@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from restnet_hf.cut_cache import cached_cuts
 from restnet_hf.cuts import MIN_CUTS, Cuts, find_cuts
 from restnet_hf.features import AnyLayout
-from restnet_hf.fingerprints import Piece, fingerprint, weights_sha256
+from restnet_hf.fingerprints import Piece, Seal, fingerprint, weights_sha256
 from restnet_hf.outputs import Cut
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.routes import ANCHOR_NAME
@@ -72,6 +72,7 @@ class Anchor(nn.Module):
         self.absent: set[str] = set()  # names of weights that are not in memory
         self._found: Cuts | None = None
         self._expected: dict[int, tuple[str, dict[str, Tensor]]] = {}
+        self.seal = Seal()
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -80,9 +81,17 @@ class Anchor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         like = next(self.parameters(), None)
-        if self._expected and like is not None and fn(like) is not like:
+        new = like if like is None else fn(like)
+        if like is None or new is None or new is like:
+            return super()._apply(fn, recurse)
+        if self._expected:
             self.verify()  # cast or moved, the weights cannot be checked any more, or are read in any case
-        return super()._apply(fn, recurse)
+        cast = new.dtype != like.dtype and bool(self.seal.marks)
+        names = self.seal.match(self.weights()) if cast else {}
+        super()._apply(fn, recurse)
+        if cast:
+            self.seal.renew(self.weights(), names)
+        return self
 
     def num_parameters(self) -> int:
         """Parameters of the network: its size, where a larger anchor is told from a smaller."""
@@ -254,16 +263,24 @@ class Anchor(nn.Module):
         last = None if stop is None else self.cut(stop)
         return own_parameters(self.model, outside(self.cut(start) if start else None, last, self.classifier))
 
-    def pieces(self) -> list[Piece]:
-        """The network piece by piece, from cut to cut, with the SHA-256 of the weights of each."""
-        return [
-            Piece(
-                cut.name if cut else None,
-                cut.layout.shape(1)[1:] if cut else (),
-                weights_sha256(self._piece_tensors(index)),
-            )
-            for index, cut in enumerate((*self.cuts, None))
-        ]
+    def pieces(
+        self, given: Mapping[str, Tensor] | None = None, names: Mapping[str, str | None] | None = None
+    ) -> list[Piece]:
+        """The network piece by piece, from cut to cut, with the SHA-256 of the weights of each.
+
+        Args:
+            given: weights in the place of its own, by name.
+            names: by the names that weights are to have, those that they have now; no others then count.
+        """
+        known = None if names is None else {now: name for name, now in names.items()}
+        found = []
+        for index, cut in enumerate((*self.cuts, None)):
+            tensors = {key: (given or {}).get(key, tensor) for key, tensor in self._piece_tensors(index).items()}
+            if known is not None:
+                tensors = {known[key]: tensor for key, tensor in tensors.items() if key in known}
+            shape = cut.layout.shape(1)[1:] if cut else ()
+            found.append(Piece(cut.name if cut else None, shape, weights_sha256(tensors)))
+        return found
 
     def _piece_tensors(self, index: int) -> dict[str, Tensor]:
         stop = None if index == self.depth else self.cut(index + 1)
@@ -273,12 +290,53 @@ class Anchor(nn.Module):
         """Types of the weights and a SHA-256 of class, cuts and weights: equal ones mean equal networks."""
         return fingerprint(self.model, self.pieces())
 
+    def weights(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor | None]:
+        """Parameters and saved buffers by name, or ``given`` in their place; None for one that is not in memory."""
+        own, known = own_tensors(self.model, ()), self.seal.marks.keys()
+        if given and known and known <= given.keys():  # whatever a wrapper has made of the network's own
+            return {key: given[key] for key in known}
+        own |= {key: tensor for key, tensor in (given or {}).items() if key in own}
+        return {key: None if key in self.absent else tensor for key, tensor in own.items()}
+
+    def seal_weights(self) -> None:
+        """Have `changed` tell from now on what has changed, unless it tells it already."""
+        if not self.seal.marks:
+            self.seal.add({key: tensor for key, tensor in self.weights().items() if tensor is not None})
+
+    def changed(self, pieces: Sequence[Piece] | None = None, given: Mapping[str, Tensor] | None = None) -> list[str]:
+        """Names of the weights that are other ones than when they were sealed, or than is expected of them.
+
+        Args:
+            pieces: what they were, in case they were not sealed.
+            given: weights in the place of the network's own, by name.
+        """
+        unsealed = not self.seal.marks and not self._expected and pieces is not None
+        found: list[str] = []
+        for index, (expected, tensors) in list((self._pending(pieces or ()) if unsealed else self._expected).items()):
+            if tensors.keys() & self.absent:
+                continue
+            tensors = {key: (given or {}).get(key, tensor) for key, tensor in tensors.items()}
+            if weights_sha256(tensors) != expected:
+                found += tensors
+            elif not unsealed:
+                self.seal.add(tensors)
+                self._expected.pop(index, None)
+        if unsealed and not found:
+            self.seal_weights()
+        found += [name for name, now in self.seal.match(self.weights(given)).items() if now is None]
+        return list(dict.fromkeys(found))
+
     def expect(self, pieces: Sequence[Piece]) -> None:
         """Raise ValueError, when a piece first runs, if the weights it has now are other ones.
 
         Until then the weights of a memory-mapped file need not be read.
         """
-        self._expected = {index: (piece.sha256, self._piece_tensors(index)) for index, piece in enumerate(pieces)}
+        self._expected = self._pending(pieces)
+        for _, tensors in self._expected.values():
+            self.seal.add(tensors, read=False)
+
+    def _pending(self, pieces: Sequence[Piece]) -> dict[int, tuple[str, dict[str, Tensor]]]:
+        return {index: (piece.sha256, self._piece_tensors(index)) for index, piece in enumerate(pieces)}
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
         """Check the weights of a segment against what is expected of them.
@@ -295,8 +353,10 @@ class Anchor(nn.Module):
                 raise ValueError(
                     f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {found}; the "
                     f"adapter was made for {expected}. Load it with the right network: "
-                    f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}})"
+                    f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}}). Before you change them "
+                    f"yourself, as merging LoRA does, call model.anchors[{self.name!r}].verify()"
                 )
+            self.seal.add(tensors)
             self._expected.pop(index, None)  # another thread may have been faster
 
     def check_present(self, start: int = 0, stop: int | None = None) -> None:
@@ -314,7 +374,7 @@ class Anchor(nn.Module):
 
 
 def unique_names(anchors: Iterable[Anchor]) -> None:
-    """Give the second anchor of a name the suffix ``_2``, and so on; see `free_name` for ``train`` and the like."""
+    """Give the second anchor of a name the suffix ``_2``, and so on; for names of attributes see `free_name`."""
     taken: set[str] = set()
     for anchor in anchors:
         anchor.name = name = free_name(anchor.name)

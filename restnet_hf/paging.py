@@ -68,6 +68,7 @@ class WeightFiles:
         for name, anchor in anchors.items():
             anchor.check_present()
             anchor.verify()  # what is written is read without being checked again
+            anchor.seal.lost.update(anchor.changed())
             self.paths[name].parent.mkdir(parents=True, exist_ok=True)
             weights = {key: p.detach().contiguous() for key, p in anchor.model.named_parameters()}
             with written_whole(self.paths[name]) as temporary:

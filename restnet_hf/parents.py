@@ -30,8 +30,10 @@ NO_SETTINGS = {"label_names", "num_classes", "pretrained_cfg"}  # of timm: what 
 
 
 def describe(anchor: Anchor) -> dict[str, Any]:
-    """What config.json says of an anchor."""
+    """What config.json says of an anchor; from now on a change of weights that lie elsewhere is told."""
     config = anchor.model.config if isinstance(anchor.model, PreTrainedModel) else None
+    if anchor.repo_id is not None:
+        anchor.seal_weights()
     return {
         "name": anchor.name,
         "repo_id": anchor.repo_id,
@@ -46,11 +48,92 @@ def describe(anchor: Anchor) -> dict[str, Any]:
 
 
 def identify(entry: dict[str, Any], anchor: Anchor) -> None:
-    """Write into what config.json says of an anchor, unless it stands there already, which weights it has."""
-    if entry["fingerprint"] is None:
-        pieces = anchor.pieces()
-        entry["pieces"] = [asdict(piece) for piece in pieces]
-        entry["fingerprint"] = fingerprint(anchor.model, pieces)
+    """Write into what config.json says of an anchor, unless it stands there already, which weights it has.
+
+    Where they have changed since it was loaded, ``changed`` stands there, too: ``repo_id`` holds others.
+    """
+    if entry["fingerprint"] is not None:
+        return
+    names = anchor.seal.match(anchor.weights()) if anchor.seal.marks else None
+    if names is not None and None in names.values():
+        names, entry["changed"] = None, True
+    entry.update(_identity(anchor, names=names))
+    anchor.seal_weights()
+    anchor.seal.cast = False
+
+
+def _identity(
+    anchor: Anchor, given: Mapping[str, Tensor] | None = None, names: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    pieces, now = anchor.pieces(given, names), anchor.weights(given)
+    own = now if names is None else names.values()  # without those of LoRA, say
+    weights = {key: tensor for key, tensor in now.items() if key in own and tensor is not None}
+    return {
+        "pieces": [asdict(piece) for piece in pieces],
+        "fingerprint": fingerprint(anchor.model, pieces, weights),
+    }
+
+
+def _changes(entry: dict[str, Any], anchor: Anchor, given: Mapping[str, Tensor] | None = None) -> list[str]:
+    unnamed = entry["fingerprint"] is None and bool(anchor.seal.marks)
+    if unnamed and (changed := anchor.changed(given=given)):
+        return changed  # nothing is written down, as they may be set right
+    identify(entry, anchor)
+    return anchor.changed([Piece.from_dict(piece) for piece in entry["pieces"]], given)
+
+
+def present(entry: dict[str, Any], anchor: Anchor) -> dict[str, Any]:
+    """What config.json would say of an anchor that has the weights it has now; ``entry`` where none has changed."""
+    changed = _changes(entry, anchor) or anchor.weights().keys() - anchor.seal.marks.keys()
+    return {**entry, **_identity(anchor), "changed": True} if changed else entry
+
+
+def saved_entry(
+    entry: dict[str, Any], anchor: Anchor, standalone: bool, given: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """What config.json is to say of an anchor that is saved.
+
+    Args:
+        entry: what it says so far.
+        anchor: whose it is.
+        standalone: whether its weights are saved, too.
+        given: weights that are saved in the place of its own, by name.
+
+    Raises:
+        ValueError: weights that are not saved have changed, or such as no config could rebuild are to be saved.
+    """
+    changed = _changes(entry, anchor, given)
+    if standalone:
+        _check_layers(anchor, given)
+        if not changed and not anchor.seal.cast:
+            return entry
+        return {**entry, **_identity(anchor, given), **({"changed": True} if changed else {})}
+    if not changed and not entry.get("changed"):
+        return entry
+    what = f"{len(changed)} of its weights have changed, {changed[0]} first" if changed else "its weights have changed"
+    ways = (
+        "save with standalone=True, which writes them too, or keep LoRA as it is instead of merging it, and save it "
+        "beside with PEFT"
+        if entry["config"] is not None
+        else "it was made in code: save its weights yourself, and build a new model out of it with from_anchors"
+    )
+    raise ValueError(
+        f"anchor '{anchor.name}' is no longer the network that the adapter names ({entry['repo_id']}): {what}, and an "
+        f"adapter holds no weights of anchors. Nothing was saved: {ways}"
+    )
+
+
+def _check_layers(anchor: Anchor, given: Mapping[str, Tensor] | None) -> None:
+    """Raise ValueError where an anchor has other layers than its config would build."""
+    now, then = anchor.weights(given), anchor.seal.marks
+    odd = sorted(now.keys() ^ then.keys()) if then else []
+    odd += [name for name, mark in then.items() if (t := now.get(name)) is not None and t.shape != mark.shape]
+    if odd:
+        raise ValueError(
+            f"anchor '{anchor.name}' has other layers than its config says ({odd[0]} and {len(odd) - 1} more), and a "
+            "checkpoint with them could not be loaded. Merge LoRA with merge_and_unload() first, or leave "
+            "standalone=True out and save it beside with PEFT"
+        )
 
 
 def rebuild(entry: Mapping[str, Any], check: Callable[[nn.Module], None] | None = None) -> Anchor:

@@ -196,7 +196,6 @@ def _ends(module: nn.Module) -> tuple[int, int] | None:
 def activation(anchor: Anchor, cut: int) -> Tensor:
     """What there is at a cut for an image of noise."""
     like = next(anchor.parameters())
-    images = torch.randn(
-        1, 3, *anchor.preprocessing.image_size, generator=torch.Generator().manual_seed(0), device="cpu"
-    )
+    rng, size = torch.Generator().manual_seed(0), anchor.preprocessing.image_size
+    images = torch.randn(1, 3, *size, generator=rng, device="cpu")  # whatever torch.device() the caller is in
     return anchor(images.to(like.device, like.dtype), 0, cut)

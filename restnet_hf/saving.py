@@ -22,6 +22,7 @@ from restnet_hf.adapter_files import (
     PartCheck,
     Parts,
     apart,
+    below,
     read_profile,
     read_weights,
     unchecked,
@@ -46,7 +47,7 @@ from restnet_hf.loading_options import (
     loading_info,
     override,
 )
-from restnet_hf.parents import embedded, identify, reload
+from restnet_hf.parents import embedded, reload, saved_entry
 from restnet_hf.plots import plot_tradeoff
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route
@@ -96,7 +97,8 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             **kwargs: of `push_to_hub`.
 
         Raises:
-            ValueError: a standalone anchor was made in code, so that no config could rebuild it, or is not all there.
+            ValueError: weights of an anchor have changed, which only ``standalone=True`` saves; or a standalone anchor
+                was made in code, so that no config could rebuild it, or is not all there.
         """
         if not is_main_process:
             return
@@ -112,20 +114,23 @@ class AdapterModel(RouteMixin, PreTrainedModel):
             for anchor in self.anchors.values():
                 anchor.check_present()
         self.config.active_route = str(self.active_route)
-        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
-            identify(entry, anchor)
+        entries = [
+            saved_entry(entry, anchor, whole, None if state_dict is None else below(f"anchors.{name}.model.", state))
+            for entry, (name, anchor) in zip(self.config.anchors, self.anchors.items(), strict=True)
+        ]
         self.config.auto_map = AUTO_MAP
-        loaded_as, self.config.standalone = self.config.standalone, whole
+        loaded_as = self.config.standalone, self.config.anchors
         try:
+            self.config.standalone, self.config.anchors = whole, entries
             self._write(save_directory, {k: v for k, v in state.items() if whole or not k.startswith("anchors.")})
         finally:
-            self.config.standalone = loaded_as
+            self.config.standalone, self.config.anchors = loaded_as
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
             self.push_to_hub(repo_id, standalone=standalone, **kwargs)
 
     def _write(self, save_directory: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
-        profile = self.sound_profile()
+        profile = self.sound_profile(self.config.anchors)
         self._tag(profile)
         with folder_written_whole(save_directory, CONFIG, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict={})

@@ -12,7 +12,7 @@ from restnet_hf.branches import stitch_at
 from restnet_hf.costs import MacsTable, ParamsTable
 from restnet_hf.data import batches, check_labels, data_fingerprint, labelled, this_process
 from restnet_hf.families import WITHIN, Blocks, family, spread, within_budget
-from restnet_hf.parents import identify
+from restnet_hf.parents import present
 from restnet_hf.profiles import Budget
 from restnet_hf.pruning import prunable
 from restnet_hf.ranking import RankedRoute, Similarity, choose_routes, rank_routes
@@ -138,11 +138,10 @@ class SelectingModel(AdapterModel):
 
     def identity(self) -> dict[str, Any]:
         """All that the anchors' activations and logits depend on besides the images, fit for JSON."""
-        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
-            identify(entry, anchor)
+        entries = [present(*pair) for pair in zip(self.config.anchors, self.anchors.values(), strict=True)]
         keys = ("name", "fingerprint", "preprocessing", "granularity")
-        anchors = [{key: entry[key] for key in keys} for entry in self.config.anchors]
-        heads = {key: value for key, value in self.weights_sha256().items() if key.startswith("heads.")}
+        anchors = [{key: entry[key] for key in keys} for entry in entries]
+        heads = {key: value for key, value in self.weights_sha256(entries).items() if key.startswith("heads.")}
         return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype)}
 
     def route_costs(self, config: StitchConfig | None = None) -> Callable[[Route], dict[str, float]]:

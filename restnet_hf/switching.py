@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from restnet_hf.branches import stitch_at
 from restnet_hf.features import AnyLayout
 from restnet_hf.fingerprints import weights_sha256
 from restnet_hf.paging import WeightFiles, hold
-from restnet_hf.parents import identify
+from restnet_hf.parents import identify, present
 from restnet_hf.preprocessing import Preprocessing
 from restnet_hf.profiles import Budget, BudgetError, Profile
 from restnet_hf.routes import Route, Segment, StitchPoint, of_adapter
@@ -190,25 +190,40 @@ class RouteMixin:
             kept = tuple(row for row in rows if row.route not in gone and row.route.adapter in adapters)
             self.profiled = Profile(kept, self.profiled.metadata)
 
-    def weights_sha256(self) -> dict[str, str]:
-        """SHA-256 of the weights of each stitch and new head, and of all that is tuned."""
+    def weights_sha256(self, entries: Sequence[Mapping[str, Any]] | None = None) -> dict[str, str]:
+        """SHA-256 of the weights of each stitch and new head, of all that is tuned, and of anchors that changed.
+
+        Args:
+            entries: what config.json is to say of the anchors, where that is known.
+        """
         parts: dict[str, nn.Module] = {f"stitches.{name}": stitch for name, stitch in self.stitches.items()}
         parts |= {f"heads.{name}": head for name, head in self.heads.items()}
         parts |= {f"tuned.{name}": tuned for name, tuned in self.tuned.items()}
-        return {key: weights_sha256(part.state_dict()) for key, part in parts.items()}
+        hashes = {key: weights_sha256(part.state_dict()) for key, part in parts.items()}
+        if entries is None:
+            pairs = zip(self.config.anchors, self.anchors.values(), strict=True)
+            entries = [present(*pair) for pair in pairs if pair[0]["fingerprint"] is not None or pair[1].changed()]
+        hashes |= {f"anchors.{entry['name']}": entry["fingerprint"] for entry in entries if entry.get("changed")}
+        return hashes
 
-    def sound_profile(self) -> Profile | None:
-        """The profile without the scores of routes whose stitches or heads have changed since."""
+    def sound_profile(self, entries: Sequence[Mapping[str, Any]] | None = None) -> Profile | None:
+        """The profile without the scores of routes whose stitches, heads or anchors have changed since.
+
+        Args:
+            entries: as of `weights_sha256`.
+        """
         if self.profiled is None:
             return None
-        then, now = self.profiled.metadata.get("weights"), self.weights_sha256()
+        then, now = self.profiled.metadata.get("weights"), self.weights_sha256(entries)
         if not isinstance(then, Mapping):
             return self.profiled
         changed = {key for key in {*now, *then} if then.get(key) != now.get(key)}
 
         def uses(route: Route) -> set[str]:
             tuned = {f"tuned.{key}" for keys in tuned_keys(route) for key in keys}
-            return {f"heads.{route.head}", *(f"stitches.{point.name}" for point in route.stitch_points)} | tuned
+            anchors = {f"anchors.{segment.anchor}" for segment in route.segments}
+            stitches = {f"stitches.{point.name}" for point in route.stitch_points}
+            return {f"heads.{route.head}"} | anchors | stitches | tuned
 
         rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
         about = {**self.profiled.metadata, "weights": now}
