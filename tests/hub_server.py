@@ -59,8 +59,13 @@ def _oid(data: bytes) -> str:
 
 
 def _card(files: dict[str, bytes]) -> dict[str, Any]:
+    """What the Hub reads from a card; nothing where it is no YAML."""
     found = re.match(rb"---\r?\n(.*?)\r?\n---", files.get("README.md", b""), re.S)
-    return yaml.safe_load(found[1]) or {} if found else {}
+    try:
+        card = yaml.safe_load(found[1]) if found else {}
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return card if isinstance(card, dict) else {}
 
 
 def _many(value: Any) -> list[Any]:
@@ -83,10 +88,16 @@ def _tags(card: dict[str, Any]) -> list[str]:
 class Hub:
     """All repositories, and what was asked: method, path and bytes of the answer.
 
-    The bodies of files whose path ends in ``cut_short`` break off half way.
+    The bodies of files whose path ends in ``cut_short`` break off half way, and those that end in a key of ``refused``
+    are not given. ``raw_cards`` are sent instead of what is in a repository's card. After ``last`` was answered, the
+    Hub answers no more.
     """
 
     cut_short: str | None = None
+    refused: dict[str, Refused] = field(default_factory=dict)
+    raw_cards: dict[str, str] = field(default_factory=dict)
+    last: str | None = None
+    gone: bool = False
     repos: dict[str, Repo] = field(default_factory=dict)
     log: list[tuple[str, str, int]] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -104,6 +115,7 @@ class Hub:
     def info(self, name: str, revision: str) -> dict[str, Any]:
         sha, files = self.repo(name).at(revision)
         card = _card(files)
+        config = json.loads(files.get("config.json", b"{}"))
         return {
             "_id": hashlib.md5(name.encode()).hexdigest()[:24],
             "id": name,
@@ -117,8 +129,8 @@ class Hub:
             "disabled": False,
             "downloads": 0,
             "likes": 0,
-            "tags": _tags(card),
-            "cardData": card,
+            "tags": [*_tags(card), *(config[key] for key in ("model_type",) if key in config)],
+            "cardData": f"raw card of {name}" if name in self.raw_cards else card,
             "library_name": card.get("library_name"),
             "pipeline_tag": card.get("pipeline_tag"),
             "siblings": [{"rfilename": path} for path in sorted(files)],
@@ -136,6 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.sent = self._read()
+        if self.hub.gone:
+            self.close_connection = True
+            return None
+        self.hub.gone = self.hub.last is not None and url.path.endswith(self.hub.last)
         try:
             for methods, pattern, route in ROUTES:
                 match = re.fullmatch(pattern, url.path)
@@ -174,7 +190,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def _json(self, value: Any) -> None:
-        self._send(json.dumps(value).encode())
+        text = json.dumps(value)
+        for name, raw in self.hub.raw_cards.items():
+            text = text.replace(f'"raw card of {name}"', raw)
+        self._send(text.encode())
 
     def whoami(self) -> None:
         token = {"displayName": "test", "role": "write", "createdAt": "2026-01-01T00:00:00.000Z"}
@@ -223,10 +242,15 @@ class _Handler(BaseHTTPRequestHandler):
     def listing(self) -> None:
         wanted = {tag for value in self.query.get("filter", []) for tag in value.split(",")}
         found = [self.hub.info(name, "main") for name in sorted(self.hub.repos)]
-        self._json([info for info in found if wanted <= set(info["tags"])])
+        found = [info for info in found if wanted <= set(info["tags"])]
+        hidden = () if "cardData" in self.query else ("cardData",)
+        self._json([{key: value for key, value in info.items() if key not in hidden} for info in found])
 
     def file(self, name: str, revision: str, path: str) -> None:
         sha, files = self.hub.repo(name).at(revision)
+        for end, refused in self.hub.refused.items():
+            if self.path.endswith(end):
+                raise refused
         if path not in files:
             raise Refused(404, "EntryNotFound", f"no file {path}", sha)
         data = files[path]

@@ -1,0 +1,223 @@
+"""Repositories that cannot be read are counted and left out; the others are found, over HTTP by the real client."""
+
+import json
+
+import pytest
+from hub_server import Refused, World, running
+from test_hub import profiles
+
+from restnet_hf.cards import MARK, make_card
+from restnet_hf.profiles import MOST_BYTES
+
+
+FIND = """
+import time, warnings
+from restnet_hf import find_adapters
+time.sleep = lambda seconds: None  # the client waits between its tries
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", UserWarning)
+    try:
+        found = [a.repo_id for a in find_adapters(**json.loads(sys.argv[2]))]
+    except OSError as error:
+        found = f"{type(error).__name__}: {error}"
+said = [[str(w.message), w.filename] for w in caught if "left out" in str(w.message)]
+print(json.dumps([found, said]))
+"""
+TAGS = "---\ntags: [restnet]\n"
+CONFIG = b'{"model_type": "restnet"}'
+# Cards that the client cannot make an object of, or that Python's JSON does not read; the whole page fails with them.
+RAW = {
+    "argument": '{"ignore_metadata_errors": true}',
+    "self": '{"self": 1}',
+    "digits": '{"restnet": {"routes": [], "metadata": {"x": ' + "9" * 5000 + "}}}",
+    "deep": '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "cut": '{"x": ',
+}
+ODD = {  # by repository: what its card holds instead of a profile, and what is said of it
+    "huge-number": '{"routes": [{"route": "a[:]", "costs": {"macs": 1'
+    + "0" * 400
+    + '}, "scores": {}}], "metadata": {}}',
+    "number": "3",
+    "list": "[]",
+    "text": '"x"',
+    "nested": '{"routes": [], "metadata": {"x": ' + "[" * 90 + "]" * 90 + "}}",
+    "not-a-route": '{"routes": [{"route": "../x", "costs": 3}], "metadata": {}}',
+}
+METHODS = '{"get": 1, "to_dict": 2, "restnet": null, "tags": 3}'  # they hide those of the client's object
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A Hub with three good adapters."""
+    folder = tmp_path_factory.mktemp("shop")
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    save_file({"images": zeros(1)}, folder / "images.safetensors")
+    with running() as hub:
+        for repo_id, profile in profiles(3).items():
+            hub.put(repo_id, {"README.md": str(make_card(repo_id, [], profile)).encode()})
+        yield World(hub, folder)
+
+
+@pytest.fixture(autouse=True)
+def clean(shop):
+    """Nothing of one test is left for the next."""
+    good = dict(shop.hub.repos)
+    yield
+    shop.hub.repos = good
+    shop.hub.refused, shop.hub.raw_cards, shop.hub.cut_short = {}, {}, None
+    shop.hub.last, shop.hub.gone = None, False
+
+
+GOOD = ["me/found-00", "me/found-01", "me/found-02"]
+
+
+def find(shop, **options):
+    found, said = shop.run(FIND, "finder", arguments=[json.dumps(options)])
+    return sorted(found) if isinstance(found, list) else found, said
+
+
+def test_odd_profiles_are_left_out(shop):
+    """One warning, where the user's own line is, with the number and the first three."""
+    for name, given in ODD.items():
+        shop.hub.put(f"odd/{name}", {"README.md": (TAGS + f"restnet: {given}\n---\n").encode()})
+    found, ((message, place),) = find(shop)
+    assert found == GOOD and place == "<string>"
+    assert message.startswith("6 repositories were left out, as they cannot be read: odd/huge-number (ValueError: ")
+    assert message.endswith(", 3 more") and len(message) < 1000
+    assert find(shop, macs=1e12)[0] == GOOD, "the server's filter by tags leaves them out already"
+
+
+def test_profiles_that_cannot_be_fetched(shop):
+    """Gated, forbidden, failing, damaged, too large, cut short: each is that repository's own affair."""
+    hub = shop.hub
+    for name in ("gated", "forbidden", "failing", "gone", "damaged", "latin", "large", "short"):
+        hub.put(f"odd/{name}", {"config.json": CONFIG, "profile.json": b'{"routes": [], "metadata": {}}' + b" " * 99})
+    hub.put("odd/damaged", {"config.json": CONFIG, "profile.json": b'{"routes": ['})
+    hub.put("odd/latin", {"config.json": CONFIG, "profile.json": b'{"\xff'})
+    hub.put("odd/large", {"config.json": CONFIG, "profile.json": bytes(MOST_BYTES + 1)})
+    hub.put("odd/empty", {"config.json": CONFIG, "profile.json": b'{"routes": [], "metadata": {}}'})
+    hub.put("odd/none", {"config.json": CONFIG, "README.md": b"---\n{ no: yaml: [\n---\n"})
+    for name, refused in {
+        "gated": Refused(403, "GatedRepo", "ask its owner"),
+        "forbidden": Refused(403, "", "no"),
+        "failing": Refused(500, "", "broken"),
+        "gone": Refused(404, "RepoNotFound", "gone"),
+    }.items():
+        hub.refused[f"odd/{name}/resolve/{hub.repos[f'odd/{name}'].commits[-1][0]}/profile.json"] = refused
+    hub.cut_short = f"{hub.repos['odd/short'].commits[-1][0]}/profile.json"
+    hub.log.clear()
+    found, ((message, _),) = find(shop)
+    assert found == GOOD
+    assert message.startswith("8 repositories were left out, as they cannot be read: ") and message.endswith("5 more")
+    assert not [sent for method, path, sent in hub.log if "odd/large/resolve" in path and method == "GET"]
+    hub.refused = {key: refused for key, refused in hub.refused.items() if "gated" in key}
+    hub.repos = {name: hub.repos[name] for name in [*GOOD, "odd/gated", "odd/none", "odd/empty"]}
+    found, ((message, _),) = find(shop)
+    assert found == GOOD
+    assert message == ("1 repository was left out, as they cannot be read: odd/gated (GatedRepoError: status 403)"), (
+        "one without a profile is no failure"
+    )
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_a_card_that_spoils_the_page(shop, kind):
+    """Each of the others is asked for by itself."""
+    shop.hub.put("odd/raw", {"config.json": CONFIG})
+    shop.hub.raw_cards["odd/raw"] = RAW[kind]
+    if kind == "cut":
+        shop.hub.raw_cards["odd/raw"] += '"}'  # of the whole list nothing can be read, of the others all
+    found, said = find(shop)
+    assert found == GOOD
+    assert [
+        message.startswith("1 repository was left out, as they cannot be read: odd/raw (") for message, _ in said
+    ] == [True]
+
+
+@pytest.mark.parametrize("raw", [METHODS, "[1]", '"text"', "7", "null"])
+def test_a_card_of_another_kind(shop, raw):
+    """It holds no profile, and there is no file: nothing to find, and nothing that failed."""
+    shop.hub.put("odd/raw", {"config.json": CONFIG})
+    shop.hub.raw_cards["odd/raw"] = raw
+    assert find(shop) == [GOOD, []] or find(shop) == (GOOD, [])
+
+
+def test_a_hub_that_is_gone_is_an_error(shop):
+    """From the start, or after the list; and too many requests are not a repository's own affair."""
+    for index in range(3):
+        shop.hub.put(f"odd/{index}", {"config.json": CONFIG, "profile.json": b"{}"})
+    shop.hub.last = "/profile.json"
+    assert "Error: " in find(shop)[0] and shop.hub.gone
+    assert "Error: " in find(shop)[0]
+    shop.hub.last, shop.hub.gone = None, False
+    shop.hub.refused["profile.json"] = Refused(429, "", "slow down")
+    assert "Error: " in find(shop)[0]
+
+
+PUSH = """
+import time
+time.sleep = lambda seconds: None
+from restnet_hf.hub import push_folder
+entry = {"name": "net", "repo_id": "me/net", "revision": sys.argv[2]}
+adapter = folder / sys.argv[3]
+adapter.mkdir()
+(adapter / "config.json").write_text("{}")
+try:
+    push_folder(adapter, "me/mine", [entry], None)
+    print(json.dumps(""))
+except OSError as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("card", "stays"),
+    [
+        (b"---\ntags: 3\n---\nmine", True),
+        (b"---\ntags: {a: generated_from_trainer}\n---\nmine", True),
+        (b"---\nignore_metadata_errors: true\nself: 1\n---\nmine", True),
+        (b"---\n{ no: yaml: [\n---\nmine", True),
+        (b"---\n- 1\n---\nmine", True),
+        (b"---\nx: " + b"[" * 3000 + b"\n---\n", True),
+        (b"\xff\xfe mine", True),
+        (b"---\ntags: [generated_from_trainer]\n---\nits", False),
+        (b"\xff" + MARK.encode(), False),
+    ],
+)
+def test_a_card_that_cannot_be_read_is_somebodys_own(shop, card, stays):
+    """It is left alone when an adapter is pushed."""
+    sha = shop.hub.put("me/net", {"README.md": b"---\nlicense: mit\n---\n"})
+    shop.hub.put("me/mine", {"README.md": card})
+    assert shop.run(PUSH, "author", arguments=[sha, f"adapter-{abs(hash(card))}"]) == ""
+    files = shop.hub.repos["me/mine"].commits[-1][1]
+    assert (files["README.md"] == card) is stays and "config.json" in files
+
+
+def test_a_card_that_cannot_be_fetched_is_not_replaced(shop):
+    """As long as nobody knows whose it is."""
+    sha = shop.hub.put("me/net", {"README.md": b"---\nlicense: mit\n---\n"})
+    shop.hub.put("me/mine", {"README.md": b"my own"})
+    shop.hub.refused["README.md"] = Refused(500, "", "broken")
+    assert "Error: " in shop.run(PUSH, "author", arguments=[sha, "adapter-failing"])
+    assert len(shop.hub.repos["me/mine"].commits) == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "licence"),
+    [
+        ('{"license": {"a": 1}}', "not stated"),
+        ('{"license": ["mit", 3, ["x"]]}', "mit"),
+        ('{"license": 7, "get": 3}', "not stated"),
+        ('{"license": "mit", "self": 1}', "not stated"),
+        ("[3]", "not stated"),
+        ('{"license": "mit | <b>"}', "mit &#124; &#60;b&#62;"),
+    ],
+)
+def test_licences_of_odd_cards(shop, raw, licence):
+    """An anchor's card cannot keep others from pushing what they made of it."""
+    sha = shop.hub.put("me/net", {"config.json": b"{}"})
+    shop.hub.raw_cards["me/net"] = raw
+    assert shop.run(PUSH, "author", arguments=[sha, f"adapter-{abs(hash(raw))}"]) == ""
+    card = shop.hub.repos["me/mine"].commits[-1][1]["README.md"].decode()
+    assert f"| net | me/net | {sha} | {licence} |" in card.splitlines()
