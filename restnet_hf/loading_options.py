@@ -2,9 +2,10 @@
 
 import copy
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from restnet_hf.adapter_files import check_weights
@@ -125,12 +126,16 @@ def given_weights(state_dict: Mapping[str, Tensor], config: RestNetConfig, where
         for entry in new if holds_anchors(weights) else ():
             prefix = f"anchors.{entry['name']}.model."
             mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            anchor = rebuild(entry, lambda model, mine=mine: check_weights(mine, model.state_dict(), where))
+            anchor = rebuild(entry, partial(_check, mine, where))
             anchor.model.load_state_dict(mine, assign=True)
             identify(entry, anchor)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the config given with {where} is not sound: {error!r}") from error
     return weights
+
+
+def _check(weights: Mapping[str, Tensor], where: str, model: nn.Module) -> None:
+    check_weights(weights, model.state_dict(), where)
 
 
 def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_mismatched_sizes: bool) -> Mismatched:
