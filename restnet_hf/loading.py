@@ -74,7 +74,8 @@ def load_anchor(
         label_names: class names, for an anchor that does not know them.
         dtype: of the weights, as in ``from_pretrained``.
         trust_remote_code: run code from the Hub.
-        **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in ``from_pretrained``.
+        **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in ``from_pretrained``. Without
+            ``use_safetensors=False`` no pickle such as ``pytorch_model.bin`` is read.
 
     Raises:
         OSError: the model cannot be found or read.
