@@ -168,6 +168,11 @@ def eval_results(profile: Profile | None) -> list[EvalResultEntry]:
     return [EvalResultEntry(dataset, TASK, row.scores["accuracy"], notes=str(row.route), **about) for row in scored]
 
 
+def _python_text(text: str) -> str:
+    """A literal of Python in ASCII: what looks like other text, or turns its direction, is seen to be there."""
+    return '"' + "".join(f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in text) + '"'
+
+
 def make_card(
     repo_id: str,
     anchors: Sequence[Mapping[str, Any]],
@@ -199,7 +204,7 @@ def make_card(
         template_path=str(TEMPLATE),
         mark=MARK,
         title=markdown(repo_id.split("/")[-1]),
-        python_name=json.dumps(name),
+        python_name=_python_text(name),
         shell_name=shlex.quote(name),
         standalone=standalone,
         number=len(anchors),

@@ -88,6 +88,8 @@ class RestNetConfig(PreTrainedConfig):
         strange = [key for key in config_dict if key in REFUSED or (key not in own and hasattr(cls, key))]
         if strange:
             raise ValueError(f"config.json must not set {quote(strange)}; remove it")
+        if config_dict.get("output_attentions"):
+            raise ValueError("config.json must not set output_attentions: not every anchor has attention; remove it")
         auto_map = config_dict.get("auto_map") or {}
         if not isinstance(auto_map, dict) or not all(isinstance(text, str) for text in auto_map.values()):
             raise ValueError(f"config.json: auto_map must be an object of strings, not {quote(auto_map)}")

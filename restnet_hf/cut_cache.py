@@ -168,9 +168,9 @@ def _leaf(leaf: Any, values: dict[str, Tensor]) -> Any:
 
 def _read(file: Path) -> Cuts | None:
     """The cuts in a file; None where there is none or it cannot be read."""
-    if not file.exists():
-        return None
     try:
+        if not file.exists():
+            return None
         with safe_open(file, "pt") as opened:
             data = json.loads(opened.metadata()["cuts"])
             values = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
-        yield temporary
+        with _disk_errors(target):
+            yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -70,7 +72,8 @@ def folder_written_whole(path: str | os.PathLike[str], first: str, ours: Collect
         _remove_leftovers(place, prefix, suffix)
         temporary = Path(tempfile.mkdtemp(dir=place, prefix=prefix, suffix=suffix))
         try:
-            yield temporary
+            with _disk_errors(target):
+                yield temporary
             _seal(temporary, first)
             if new:
                 os.rename(temporary, target)
@@ -176,6 +179,15 @@ def _is_locked(path: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Make what safetensors raises where a file cannot be written, on a full disk say, an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{target} cannot be written: {error}. Nothing was changed; free some disk space") from error
 
 
 def _seal(folder: Path, first: str) -> None:

@@ -243,10 +243,11 @@ def _listed(api: HfApi, tags: Sequence[str]) -> list[tuple[str, ModelInfo | None
 
 def _check_hub(error: Exception, api: HfApi, tags: Sequence[str]) -> None:
     """Raise the error of one repository where it is that of this machine or of the whole Hub."""
-    if isinstance(error, OSError) and error.errno is not None:  # the client's own have no number: a full disk, say
+    status = getattr(getattr(_cause(error), "response", None), "status_code", None)
+    too_many = status == 429  # requests: the next repository would fail likewise
+    if too_many or (isinstance(error, OSError) and error.errno is not None):  # a full disk; those of the Hub have none
         raise error
-    response = getattr(_cause(error), "response", None)
-    if isinstance(error, OSError | httpx.HTTPError) and (response is None or response.status_code >= 429):
+    if isinstance(error, OSError | httpx.HTTPError) and (status is None or status >= 500):
         next(iter(api.list_models(filter=tags, limit=1)), None)  # raises if it has gone
 
 

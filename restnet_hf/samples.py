@@ -239,8 +239,15 @@ class Samples:
         """For each cut the log-probabilities (N, classes) that a linear probe gives the held-out images.
 
         Probes learn the labels, or where there are none what the larger anchor says.
+
+        Raises:
+            ValueError: there are fewer than three images.
         """
         held, teacher = self.held, self._teacher()
+        if (count := len(held)) < 3:
+            raise ValueError(
+                f"{count} images came, and probes need 3: two to learn on and one to test; give some hundreds"
+            )
         targets = (
             one_hot(self._all("labels").long(), teacher.shape[1]).float() if self.labelled else softmax(teacher, -1)
         )

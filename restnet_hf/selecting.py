@@ -20,7 +20,7 @@ from restnet_hf.routes import Route, Segment
 from restnet_hf.samples import Pair, Seen
 from restnet_hf.saving import AdapterModel
 from restnet_hf.similarity import compare
-from restnet_hf.similarity_cache import kept_file, read_similarity, write_similarity
+from restnet_hf.similarity_cache import keep_similarity, kept_file, read_similarity
 from restnet_hf.stitches import BRANCH, StitchConfig
 
 
@@ -108,7 +108,7 @@ class SelectingModel(AdapterModel):
             for similarity in each:
                 file = files[name, similarity.front]
                 if file is not None and this_process().is_main_process:
-                    write_similarity(similarity, file)
+                    keep_similarity(similarity, file)
         return {name: found.get(name) or [each for each in known[name] if each is not None] for name in options}
 
     def _files(

@@ -41,9 +41,9 @@ def kept_file(about: Mapping[str, Any]) -> Path | None:
 
 def read_similarity(file: Path | None, front: str, end: str) -> Similarity | None:
     """What `write_similarity` wrote; None where there is nothing, or nothing sound."""
-    if file is None or not file.exists():
-        return None
     try:
+        if file is None or not file.exists():
+            return None
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as data:
             settings = json.loads(str(data["settings"]))
             return Similarity(front, end, np.ma.masked_array(data["values"], data["mask"]), settings)
@@ -62,3 +62,11 @@ def write_similarity(similarity: Similarity, path: Path) -> None:
             mask=np.ma.getmaskarray(values),
             settings=json.dumps(dict(similarity.settings)),
         )
+
+
+def keep_similarity(similarity: Similarity, path: Path) -> None:
+    """As `write_similarity`, but where nothing can be written, on a full disk say, nothing is kept."""
+    try:
+        write_similarity(similarity, path)
+    except OSError as error:
+        logger.info("similarities cannot be kept: %s", error)

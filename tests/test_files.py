@@ -326,3 +326,57 @@ def test_what_a_pending_folder_must_be(tmp_path, change):
         for place in (out, pending):
             (place / "b.json").write_text('{"text": "new"}')
     assert whole_folder(out, "b.json") == out
+
+
+FULL = """
+import json, resource, sys
+from pathlib import Path
+import torch
+from conftest import make_anchor
+from safetensors.torch import save_file
+from restnet_hf import StitchedModelForImageClassification
+from restnet_hf.files import written_whole
+
+def model():
+    return StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), make_anchor("vit"), order="given")
+
+folder = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))  # no file can be larger, as on a disk with no more room
+full = model()  # found cuts cannot be kept, which does not matter
+full.add_stitch("resnet[:2] + vit[1:]")
+images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+full.select_stitches(images, max_routes=1)
+said = []
+for act in (
+    lambda: full.save_pretrained(folder / "adapter"),
+    lambda: save(folder / "one.safetensors"),
+):
+    def save(path):
+        with written_whole(path) as temporary:
+            save_file({"x": torch.zeros(1000)}, temporary)
+    try:
+        act()
+    except OSError as error:
+        said.append(str(error))
+print(json.dumps([said, sorted(path.name for path in folder.iterdir())]))
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """What was to be saved is an OSError and leaves nothing; what was only to be cached is left out."""
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_ASSETS_CACHE": str(tmp_path / "assets")}
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FULL, str(tmp_path / "out")],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (adapter, one), left = json.loads(done.stdout.splitlines()[-1])
+    assert "File too large" in adapter
+    assert "one.safetensors cannot be written" in one and "free some disk space" in one
+    assert left == []
+    assert not [path for path in (tmp_path / "assets").rglob("*") if path.is_file()]

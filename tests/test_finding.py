@@ -1,27 +1,47 @@
 """Repositories that cannot be read are counted and left out; the others are found, over HTTP by the real client."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-from hub_server import Refused, World, running
+from hub_server import TOKEN, Refused, running
 from test_hub import profiles
 
 from restnet_hf.cards import MARK, make_card
 from restnet_hf.profiles import MOST_BYTES
 
 
-FIND = """
-import time, warnings
-from restnet_hf import find_adapters
-time.sleep = lambda seconds: None  # the client waits between its tries
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always", UserWarning)
-    try:
-        found = [a.repo_id for a in find_adapters(**json.loads(sys.argv[2]))]
-    except OSError as error:
-        found = f"{type(error).__name__}: {error}"
-said = [[str(w.message), w.filename] for w in caught if "left out" in str(w.message)]
-print(json.dumps([found, said]))
+CLIENT = """
+import sys
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("torch", "transformers"): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())  # neither finding nor pushing needs them, and they take long to import
+import json, time, warnings
+from pathlib import Path
+from restnet_hf.hub import find_adapters, push_folder
+time.sleep = lambda seconds: None  # the client of the Hub waits between its tries
+
+def find(**options):
+    return sorted(adapter.repo_id for adapter in find_adapters(**options))
+
+def push(folder, repo_id, revision):
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "config.json").write_text("{}")
+    push_folder(Path(folder), repo_id, [{"name": "net", "repo_id": "me/net", "revision": revision}], None)
+
+for line in sys.stdin:
+    name, arguments = json.loads(line)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            answer = {"find": find, "push": push}[name](**arguments)
+        except OSError as error:
+            answer = f"{type(error).__name__}: {error}"
+    said = [[str(w.message), w.filename] for w in caught if "left out" in str(w.message)]
+    print(json.dumps([answer, said]), flush=True)
 """
 TAGS = "---\ntags: [restnet]\n"
 CONFIG = b'{"model_type": "restnet"}'
@@ -43,50 +63,67 @@ ODD = {  # by repository: what its card holds instead of a profile, and what is 
     "nested": '{"routes": [], "metadata": {"x": ' + "[" * 90 + "]" * 90 + "}}",
     "not-a-route": '{"routes": [{"route": "../x", "costs": 3}], "metadata": {}}',
 }
-METHODS = '{"get": 1, "to_dict": 2, "restnet": null, "tags": 3}'  # they hide those of the client's object
+METHODS = '{"get": 1, "to_dict": 2, "restnet": null}'  # they hide those of the client's object
+
+
+class Shop:
+    """A Hub and a process that talks to it."""
+
+    def __init__(self, hub, folder) -> None:
+        self.hub, self.folder, self.count = hub, folder, 0
+        keep = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ASSETS_CACHE")}
+        keep |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        keep |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.client = subprocess.Popen([sys.executable, "-c", CLIENT], env=keep, **pipes)
+
+    def _ask(self, name, **arguments):
+        print(json.dumps([name, arguments]), file=self.client.stdin, flush=True)
+        return json.loads(self.client.stdout.readline())
+
+    def find(self, **options):
+        """The names, or the error; and the warnings, with the file that they name."""
+        return self._ask("find", **options)
+
+    def push(self, revision, repo_id="me/mine"):
+        """The error, if any."""
+        self.count += 1
+        return self._ask(
+            "push", folder=str(self.folder / f"adapter-{self.count}"), repo_id=repo_id, revision=revision
+        )[0]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
-    """A Hub with three good adapters."""
-    folder = tmp_path_factory.mktemp("shop")
-    from safetensors.torch import save_file
-    from torch import zeros
-
-    save_file({"images": zeros(1)}, folder / "images.safetensors")
+def hub(tmp_path_factory):
     with running() as hub:
-        for repo_id, profile in profiles(3).items():
-            hub.put(repo_id, {"README.md": str(make_card(repo_id, [], profile)).encode()})
-        yield World(hub, folder)
+        shop = Shop(hub, tmp_path_factory.mktemp("shop"))
+        yield shop
+        shop.client.communicate()
 
 
-@pytest.fixture(autouse=True)
-def clean(shop):
-    """Nothing of one test is left for the next."""
-    good = dict(shop.hub.repos)
-    yield
-    shop.hub.repos = good
-    shop.hub.refused, shop.hub.raw_cards, shop.hub.cut_short = {}, {}, None
-    shop.hub.last, shop.hub.gone = None, False
+@pytest.fixture
+def shop(hub):
+    """A Hub with three good adapters, and nothing of another test."""
+    hub.hub.repos = {}
+    hub.hub.refused, hub.hub.raw_cards, hub.hub.cut_short = {}, {}, None
+    hub.hub.last, hub.hub.gone = None, False
+    for repo_id, profile in profiles(3).items():
+        hub.hub.put(repo_id, {"README.md": str(make_card(repo_id, [], profile)).encode()})
+    return hub
 
 
 GOOD = ["me/found-00", "me/found-01", "me/found-02"]
-
-
-def find(shop, **options):
-    found, said = shop.run(FIND, "finder", arguments=[json.dumps(options)])
-    return sorted(found) if isinstance(found, list) else found, said
 
 
 def test_odd_profiles_are_left_out(shop):
     """One warning, where the user's own line is, with the number and the first three."""
     for name, given in ODD.items():
         shop.hub.put(f"odd/{name}", {"README.md": (TAGS + f"restnet: {given}\n---\n").encode()})
-    found, ((message, place),) = find(shop)
-    assert found == GOOD and place == "<string>"
+    found, ((message, place),) = shop.find()
+    assert found == GOOD and place == "<string>", "the user's own line"
     assert message.startswith("6 repositories were left out, as they cannot be read: odd/huge-number (ValueError: ")
     assert message.endswith(", 3 more") and len(message) < 1000
-    assert find(shop, macs=1e12)[0] == GOOD, "the server's filter by tags leaves them out already"
+    assert shop.find(macs=1e12)[0] == GOOD, "the server's filter by tags leaves them out already"
 
 
 def test_profiles_that_cannot_be_fetched(shop):
@@ -108,13 +145,13 @@ def test_profiles_that_cannot_be_fetched(shop):
         hub.refused[f"odd/{name}/resolve/{hub.repos[f'odd/{name}'].commits[-1][0]}/profile.json"] = refused
     hub.cut_short = f"{hub.repos['odd/short'].commits[-1][0]}/profile.json"
     hub.log.clear()
-    found, ((message, _),) = find(shop)
+    found, ((message, _),) = shop.find()
     assert found == GOOD
     assert message.startswith("8 repositories were left out, as they cannot be read: ") and message.endswith("5 more")
     assert not [sent for method, path, sent in hub.log if "odd/large/resolve" in path and method == "GET"]
     hub.refused = {key: refused for key, refused in hub.refused.items() if "gated" in key}
     hub.repos = {name: hub.repos[name] for name in [*GOOD, "odd/gated", "odd/none", "odd/empty"]}
-    found, ((message, _),) = find(shop)
+    found, ((message, _),) = shop.find()
     assert found == GOOD
     assert message == ("1 repository was left out, as they cannot be read: odd/gated (GatedRepoError: status 403)"), (
         "one without a profile is no failure"
@@ -128,7 +165,7 @@ def test_a_card_that_spoils_the_page(shop, kind):
     shop.hub.raw_cards["odd/raw"] = RAW[kind]
     if kind == "cut":
         shop.hub.raw_cards["odd/raw"] += '"}'  # of the whole list nothing can be read, of the others all
-    found, said = find(shop)
+    found, said = shop.find()
     assert found == GOOD
     assert [
         message.startswith("1 repository was left out, as they cannot be read: odd/raw (") for message, _ in said
@@ -140,7 +177,7 @@ def test_a_card_of_another_kind(shop, raw):
     """It holds no profile, and there is no file: nothing to find, and nothing that failed."""
     shop.hub.put("odd/raw", {"config.json": CONFIG})
     shop.hub.raw_cards["odd/raw"] = raw
-    assert find(shop) == [GOOD, []] or find(shop) == (GOOD, [])
+    assert shop.find() == [GOOD, []]
 
 
 def test_a_hub_that_is_gone_is_an_error(shop):
@@ -148,27 +185,11 @@ def test_a_hub_that_is_gone_is_an_error(shop):
     for index in range(3):
         shop.hub.put(f"odd/{index}", {"config.json": CONFIG, "profile.json": b"{}"})
     shop.hub.last = "/profile.json"
-    assert "Error: " in find(shop)[0] and shop.hub.gone
-    assert "Error: " in find(shop)[0]
+    assert "Error: " in shop.find()[0] and shop.hub.gone
+    assert "Error: " in shop.find()[0]
     shop.hub.last, shop.hub.gone = None, False
     shop.hub.refused["profile.json"] = Refused(429, "", "slow down")
-    assert "Error: " in find(shop)[0]
-
-
-PUSH = """
-import time
-time.sleep = lambda seconds: None
-from restnet_hf.hub import push_folder
-entry = {"name": "net", "repo_id": "me/net", "revision": sys.argv[2]}
-adapter = folder / sys.argv[3]
-adapter.mkdir()
-(adapter / "config.json").write_text("{}")
-try:
-    push_folder(adapter, "me/mine", [entry], None)
-    print(json.dumps(""))
-except OSError as error:
-    print(json.dumps(f"{type(error).__name__}: {error}"))
-"""
+    assert "Error: " in shop.find()[0]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +210,7 @@ def test_a_card_that_cannot_be_read_is_somebodys_own(shop, card, stays):
     """It is left alone when an adapter is pushed."""
     sha = shop.hub.put("me/net", {"README.md": b"---\nlicense: mit\n---\n"})
     shop.hub.put("me/mine", {"README.md": card})
-    assert shop.run(PUSH, "author", arguments=[sha, f"adapter-{abs(hash(card))}"]) == ""
+    assert shop.push(sha) is None
     files = shop.hub.repos["me/mine"].commits[-1][1]
     assert (files["README.md"] == card) is stays and "config.json" in files
 
@@ -197,10 +218,10 @@ def test_a_card_that_cannot_be_read_is_somebodys_own(shop, card, stays):
 def test_a_card_that_cannot_be_fetched_is_not_replaced(shop):
     """As long as nobody knows whose it is."""
     sha = shop.hub.put("me/net", {"README.md": b"---\nlicense: mit\n---\n"})
-    shop.hub.put("me/mine", {"README.md": b"my own"})
+    shop.hub.put("me/never-read", {"README.md": b"my own"})
     shop.hub.refused["README.md"] = Refused(500, "", "broken")
-    assert "Error: " in shop.run(PUSH, "author", arguments=[sha, "adapter-failing"])
-    assert len(shop.hub.repos["me/mine"].commits) == 1
+    assert "Error: " in shop.push(sha, "me/never-read")
+    assert len(shop.hub.repos["me/never-read"].commits) == 1
 
 
 @pytest.mark.parametrize(
@@ -218,6 +239,6 @@ def test_licences_of_odd_cards(shop, raw, licence):
     """An anchor's card cannot keep others from pushing what they made of it."""
     sha = shop.hub.put("me/net", {"config.json": b"{}"})
     shop.hub.raw_cards["me/net"] = raw
-    assert shop.run(PUSH, "author", arguments=[sha, f"adapter-{abs(hash(raw))}"]) == ""
+    assert shop.push(sha) is None
     card = shop.hub.repos["me/mine"].commits[-1][1]["README.md"].decode()
     assert f"| net | me/net | {sha} | {licence} |" in card.splitlines()

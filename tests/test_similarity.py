@@ -221,3 +221,10 @@ def test_what_is_kept_does_not_grow(anchors):
         sizes.append(sum(t.nbytes for chunk in samples.chunks for t in chunk.values()))
         assert samples.settings() == {"images": 10, "held_out": 5}
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_images_for_probes(pair, count):
+    images = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="images? (are needed|came, and probes need 3)"):
+        pair.select_stitches(images, method="kl_probe", max_routes=1)
