@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
-from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
+from restnet_hf.profiles import LARGEST, Budget, BudgetError, Profile, ProfiledRoute
 from restnet_hf.routes import Route
 
 
@@ -17,11 +17,15 @@ FLOOR = 0.01  # no measurement is trusted to less than one percent
 OF_MEDIAN = math.sqrt(math.pi / 2)  # standard deviation of the median of n normal numbers, times sqrt(n)
 OF_MIDDLE = 0.6745  # median of the distance of normal numbers from their mean, in standard deviations
 UNNOTICED = math.sqrt(2)  # a level may change by so many times its error before noise cannot explain it
+LEAST, MOST = 1e-12, 1e12  # milliseconds or megabytes: what lies outside was not measured, and would not fit a float
+MOST_MARGIN, MOST_WINDOW = 1000.0, 10_000  # above these no route has room, and changes are seen far too late
+
+FAR = 700.0  # the exponential of more is no float, and one of this is over any limit
 
 # On these scales, what the device does to a cost is the same number for all routes, to be added: a busy device is
 # slower by a factor, and a process holds so much memory besides the route's own. With the way back.
 SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
-    "latency_ms": (math.log, math.exp),
+    "latency_ms": (math.log, lambda x: math.exp(min(x, FAR))),
     "memory_mb": (float, float),
 }
 
@@ -134,7 +138,7 @@ class Controller:
 
     Raises:
         BudgetError: the profile is empty, or does not hold a cost that the budget limits.
-        ValueError: an option is out of range, or a latency or memory in the profile is not above 0.
+        ValueError: an option is out of range, or a latency or memory in the profile is not from ``LEAST`` to ``MOST``.
     """
 
     def __init__(
@@ -147,9 +151,11 @@ class Controller:
         dwell_s: float = 2.0,
         window: int = 5,
     ) -> None:
-        if not (0 < margin < math.inf and 0 <= dwell_s < math.inf and window >= 3):
+        numbers = all(_is_number(number) for number in (margin, dwell_s)) and isinstance(window, int)
+        if not (numbers and 0 < margin <= MOST_MARGIN and dwell_s >= 0 and 3 <= window <= MOST_WINDOW):
             raise ValueError(
-                f"{margin=} must be above 0, {dwell_s=} at least 0, both finite, and {window=} at least 3"
+                f"{margin=} must be above 0 and at most {MOST_MARGIN:g}, {dwell_s=} at least 0 and finite, and "
+                f"{window=} a whole number from 3 to {MOST_WINDOW}"
             )
         if not profile.routes:
             raise BudgetError("the profile is empty; profile the model again")
@@ -164,9 +170,13 @@ class Controller:
         self._checked = self._worst = self._estimates()
 
     def _level(self, cost: str) -> Level:
+        for row in self._rows:
+            if not LEAST <= row.costs[cost] <= MOST:
+                raise ValueError(
+                    f"'{row.route}' has {cost}={row.costs[cost]}, not from {LEAST:g} to {MOST:g}; profile the model "
+                    "again"
+                )
         least = min(self._rows, key=lambda row: row.costs[cost])
-        if not 0 < least.costs[cost] < math.inf:
-            raise ValueError(f"'{least.route}' has {cost}={least.costs[cost]}, not above 0; profile the model again")
         scale, _ = SCALES[cost]
         floor, room = (scale(least.costs[cost] * (1 + x)) - scale(least.costs[cost]) for x in (FLOOR, self.margin))
         return Level(self.window, max(floor, room / 2), floor)
@@ -201,13 +211,15 @@ class Controller:
             memory_mb: megabytes, of the same kind as the budget's limit.
 
         Raises:
-            ValueError: the clock went back, or a measurement is not a finite number above 0. Nothing is taken in.
+            ValueError: the clock went back, or a measurement is not from ``LEAST`` to ``MOST``. Nothing is taken in.
         """
         measured = {"latency_ms": latency_ms, "memory_mb": memory_mb}
         given = {cost: value for cost, value in measured.items() if value is not None}
         for cost, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
-                raise ValueError(f"measured {cost}={value!r} must be a finite number above 0; leave out what failed")
+            if isinstance(value, bool) or not isinstance(value, Real) or not LEAST <= value <= MOST:
+                raise ValueError(
+                    f"measured {cost}={value!r} must be a number from {LEAST:g} to {MOST:g}; leave out what failed"
+                )
         self._tick(now)
         for cost, value in given.items():
             if cost in self._levels:
@@ -232,7 +244,7 @@ class Controller:
         return self._decide(at_once=True)
 
     def _tick(self, now: float) -> None:
-        if not math.isfinite(now) or now < self._now:
+        if not _is_number(now) or now < self._now:
             raise ValueError(f"now={now} must be finite and not before {self._now}; take it from time.monotonic()")
         self._now = now
 
@@ -308,3 +320,8 @@ class Controller:
             return row.costs[cost]
         (scale, back), now = SCALES[cost], self._levels[cost].now
         return back(scale(row.costs[cost]) + now.value + errors * now.error)
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that is finite as a float."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST

@@ -7,6 +7,8 @@ from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from restnet_hf.controller import Controller
 from restnet_hf.profiles import Budget, BudgetError, Profile, ProfiledRoute
@@ -332,11 +334,22 @@ def test_slow_drift(seed):
 
 
 @pytest.mark.parametrize(
-    "measured", [{"latency_ms": 0.0}, {"latency_ms": math.nan}, {"memory_mb": math.inf}, {"memory_mb": True}]
+    "measured",
+    [
+        {"latency_ms": 0.0},
+        {"latency_ms": math.nan},
+        {"memory_mb": math.inf},
+        {"memory_mb": True},
+        {"latency_ms": 1e308},
+        {"latency_ms": 5e-324},
+        {"latency_ms": "3"},
+        {"memory_mb": 10**400},
+    ],
+    ids=str,
 )
 def test_wrong_measurement(measured):
     controller = Controller(THREE, Budget(latency_ms=50))
-    with pytest.raises(ValueError, match="must be a finite number above 0; leave out what failed"):
+    with pytest.raises(ValueError, match=r"must be a number from 1e-12 to 1e\+12; leave out what failed"):
         controller.observe(0, **measured)
 
 
@@ -346,6 +359,9 @@ def test_clock():
     for call in (
         lambda: controller.observe(4, latency_ms=10),
         lambda: controller.set_budget(math.nan, Budget(macs=2)),
+        lambda: controller.observe(10**400),
+        lambda: controller.observe("6"),
+        lambda: controller.observe(None),
     ):
         with pytest.raises(ValueError, match=r"must be finite and not before 5; take it from time.monotonic\(\)"):
             call()
@@ -363,12 +379,61 @@ def test_unknown_costs():
     assert controller.observe(0, memory_mb=7).fits, "nothing to compare it with"
 
 
-@pytest.mark.parametrize("options", [{"margin": 0}, {"dwell_s": -1}, {"window": 2}, {"margin": math.nan}])
+@pytest.mark.parametrize(
+    "options",
+    [{"margin": 0}, {"dwell_s": -1}, {"window": 2}, {"margin": math.nan}, {"margin": 1e308}, {"dwell_s": math.inf}]
+    + [{"window": 3.5}, {"window": 10**9}, {"margin": "1"}, {"dwell_s": None}, {"margin": 10**400}],
+    ids=str,
+)
 def test_wrong_options(options):
     with pytest.raises(ValueError, match="must be above 0"):
         Controller(THREE, Budget(latency_ms=50), **options)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e308, 5e-324])
+@pytest.mark.parametrize("cost", ["latency_ms", "memory_mb"])
+def test_profile_that_nobody_measured(cost, value):
+    with pytest.raises(ValueError, match=rf"'a\[:2\] \+ b\[1:\]' has {cost}=.*, not from 1e-12 to 1e\+12"):
+        Controller(profile({cost: 3.0}, {cost: value}), Budget(**{cost: 50}))
+
+
+SANE = st.sampled_from([1e-12, 1e-3, 1.0, 20.0, 1e12]) | st.floats(1e-12, 1e12)
+ODD = st.sampled_from([1e308, 5e-324, 0.0, -1.0, math.inf, math.nan, 10**400, "3", True])
+NUMBERS = st.one_of(*[SANE] * 9, ODD)
+COSTS = st.fixed_dictionaries({"latency_ms": NUMBERS, "macs": NUMBERS}, optional={"memory_mb": NUMBERS})
+LIMITS = st.fixed_dictionaries({"latency_ms": NUMBERS}, optional={"memory_mb": NUMBERS, "macs": NUMBERS})
+MEASURED = st.lists(st.tuples(st.none() | NUMBERS, st.none() | NUMBERS), min_size=12, max_size=30)
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(st.lists(COSTS, min_size=1, max_size=3), LIMITS, LIMITS, MEASURED, st.sampled_from([1e-12, 0.1, 1e3]), NUMBERS)
+def test_any_numbers(rows, limits, others, measured, margin, dwell_s):
+    """Whatever a profile holds, a budget asks and a clock measures: a decision for a route, or a ValueError."""
+    try:
+        known = Profile.from_dict(profile(*rows).to_dict())
+        controller = Controller(known, Budget(**limits), window=3, margin=margin, dwell_s=dwell_s)
+    except ValueError:
+        return
+    for step, (latency_ms, memory_mb) in enumerate(measured):
+        try:
+            decision = controller.observe(step, latency_ms, memory_mb)
+            if step == 9:
+                decision = controller.set_budget(step, Budget(**others))
+        except ValueError:
+            continue
+        assert decision.route in {row.route for row in known.routes} and "nan" not in decision.reason
+        assert 0 < controller.load < math.inf
+
+
+@pytest.mark.parametrize("latency_ms", [1e-12, 1e12])
+def test_the_widest_range(latency_ms):
+    """From one end of what is allowed to the other and back: over the limit, then well within it."""
+    controller = Controller(THREE, Budget(latency_ms=50), window=3, dwell_s=0)
+    for step in range(60):
+        decision = controller.observe(step, latency_ms=latency_ms if step < 20 else 1e12 if step < 40 else 1e-12)
+    assert decision.route == THREE.routes[2].route and decision.fits
+
+
 def test_profile_without_a_time():
-    with pytest.raises(ValueError, match=r"'a\[:1\] \+ b\[1:\]' has latency_ms=0.0, not above 0"):
+    with pytest.raises(ValueError, match=r"'a\[:1\] \+ b\[1:\]' has latency_ms=0.0, not from 1e-12"):
         Controller(profile({"latency_ms": 0.0}), Budget(latency_ms=50))
