@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from transformers import BitImageProcessor
 
 
 MAX_SIDE = 4096  # pixels: a larger number in a file is a mistake, or an attempt on the memory
+MAX_VALUE = 1e6  # of means and standard deviations, and of 1 / std: float32 holds their products and ratios
+# What image processors make of settings of another kind than theirs.
+ODD_SETTINGS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -26,26 +30,40 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if len(self.image_size) != 2 or not all(type(n) is int and 0 < n <= MAX_SIDE for n in self.image_size):
+        size, values = self.image_size, (self.mean, self.std)
+        if not _is_row(size, 2) or not all(type(side) is int and 0 < side <= MAX_SIDE for side in size):
             raise ValueError(
-                f"image_size={self.image_size!r} must be two whole numbers, height and width, from 1 to {MAX_SIDE}"
+                f"image_size={str(size)[:100]} must be two whole numbers, height and width, from 1 to {MAX_SIDE}"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise ValueError(f"mean={self.mean} and std={self.std} must hold three numbers each, std above 0")
+        if not all(_is_row(row, 3) and all(map(_is_value, row)) for row in values) or min(self.std) < 1 / MAX_VALUE:
+            raise ValueError(
+                f"mean and std must hold three numbers each, up to {MAX_VALUE:g}, std above 0 (from {1 / MAX_VALUE:g} "
+                f"on); they are {str(values)[:200]}"
+            )
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Preprocessing":
-        """The inverse of ``dataclasses.asdict``, also after JSON made lists of the tuples."""
-        return cls(**{key: tuple(value) for key, value in data.items()})
+    def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of ``dataclasses.asdict``, also after JSON made lists of the tuples; raises ValueError."""
+        try:
+            return cls(**{key: tuple(value) for key, value in data.items()})
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"image_size, mean and std must be lists of numbers: {str(error)[:200]}") from error
 
     @classmethod
     def of(cls, processor: Any) -> "Preprocessing":
-        """Measure an image processor: a black and a white image show its size, mean and std whatever its options."""
-        black, white = (
-            processor(Image.new("RGB", (320, 320), (level,) * 3), return_tensors="pt")["pixel_values"][0]
-            for level in (0, 255)
-        )
-        low, high = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
+        """Measure an image processor: a black and a white image show its size, mean and std whatever its options.
+
+        Raises:
+            ValueError: it prepares no image, or not by mean and std.
+        """
+        try:
+            black, white = (
+                processor(Image.new("RGB", (320, 320), (level,) * 3), return_tensors="pt")["pixel_values"][0]
+                for level in (0, 255)
+            )
+            low, high = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
+        except ODD_SETTINGS as error:
+            raise ValueError(f"{type(processor).__name__} cannot prepare an image: {str(error)[:200]}") from error
         std = 1 / (high - low)
         mean = -low * std
         # pixels are float32: what lies past six digits is rounding
@@ -63,6 +81,14 @@ class Preprocessing:
                 f"pixel_values must have shape (N, {', '.join(map(str, wanted))}), not {tuple(pixel_values.shape)}; "
                 "for another size build the model with from_anchors(..., image_size=...)"
             )
+
+
+def _is_row(value: Any, length: int) -> bool:
+    return isinstance(value, tuple | list) and len(value) == length
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= MAX_VALUE
 
 
 class Reprocess(nn.Module):
@@ -89,7 +115,17 @@ def timm_processor(pretrained_cfg: dict[str, Any]) -> BitImageProcessor:
     """timm's evaluation transform as an image processor that can be saved.
 
     It agrees with timm's own within two of 255 levels, and half a pixel where the crop's margin is odd.
+
+    Raises:
+        ValueError: the settings are not those of a transform.
     """
+    try:
+        return _timm_processor(pretrained_cfg)
+    except ODD_SETTINGS as error:
+        raise ValueError(f"timm's settings of an image transform are invalid: {str(error)[:200]}") from error
+
+
+def _timm_processor(pretrained_cfg: dict[str, Any]) -> BitImageProcessor:
     from timm.data import resolve_data_config
 
     config = resolve_data_config(pretrained_cfg=pretrained_cfg)
@@ -111,8 +147,10 @@ def timm_processor(pretrained_cfg: dict[str, Any]) -> BitImageProcessor:
 def with_image_size(processor: Any, image_size: tuple[int, int]) -> Any:
     """A copy of an image processor that yields another size, its proportions of resizing and cropping kept.
 
-    Raises ValueError where the processor does not follow.
+    Raises:
+        ValueError: the size is not from 1 to ``MAX_SIDE``, or the processor does not follow.
     """
+    Preprocessing(image_size)
     native = Preprocessing.of(processor).image_size
     if native == image_size:
         return processor
@@ -121,7 +159,11 @@ def with_image_size(processor: Any, image_size: tuple[int, int]) -> Any:
         size = settings.get(key)
         if size and "shortest_edge" in size:
             factor = max(image_size[0] / native[0], image_size[1] / native[1])
-            settings[key] = {"shortest_edge": round(size["shortest_edge"] * factor)}
+            settings[key] = {"shortest_edge": (edge := round(size["shortest_edge"] * factor))}
+            if edge > 2 * MAX_SIDE:
+                raise ValueError(
+                    f"for {image_size} images would be resized to {edge} pixels first; give a smaller image_size"
+                )
         elif size:
             settings[key] = {"height": image_size[0], "width": image_size[1]}
     changed = type(processor).from_dict(settings)

@@ -1,10 +1,16 @@
 """Image processors are measured right, and images are converted exactly between anchors."""
 
+import math
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from test_profiles import JSON
 from timm.data import create_transform, resolve_model_data_config
 from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
@@ -111,3 +117,102 @@ def test_sizes_that_are_not_square(size):
     assert found.image_size == size
     assert found.mean == pytest.approx(IMAGENET[0], rel=1e-6) and found.std == pytest.approx(IMAGENET[1], rel=1e-6)
     assert prepare(with_image_size(processor, size), [Image.new("RGB", (300, 260), "white")]).min() > 0  # no padding
+
+
+BAD = [math.nan, math.inf, -math.inf, 10**400, 1e308, "0.5", True, None, [0.5]]
+
+
+@pytest.mark.parametrize("value", BAD, ids=lambda value: str(value)[:9])
+@pytest.mark.parametrize("field", ["mean", "std"])
+def test_mean_and_std_are_finite_numbers(field, value):
+    for row in ((0.5, value, 0.5), (0.5, 0.5), 0.5, None, "abc"):
+        with pytest.raises(ValueError, match="mean and std must hold three numbers each"):
+            Preprocessing((8, 8), **{field: row})
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0, 1e-9])
+def test_std_is_above_0(std):
+    with pytest.raises(ValueError, match="std above 0"):
+        Preprocessing((8, 8), std=(1.0, 1.0, std))
+
+
+@pytest.mark.parametrize(
+    "size", [8, (8,), (8, 0), (8, 4097), (8, 2**70), (8, 8.0), (8, True), "88", None, ("8" * 10**6, 8)]
+)
+def test_image_size_is_two_sides(size):
+    with pytest.raises(ValueError, match="image_size=.* must be two whole numbers") as caught:
+        Preprocessing(size)
+    assert len(str(caught.value)) < 300
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_json_of_a_file(data):
+    """It is refused by ValueError, or images are converted by it to numbers."""
+    whole = {"image_size": [8, 9], "mean": [0.5, 0.5, 0.5], "std": [1, 2, 3.0]}
+    keys = data.draw(st.sets(st.sampled_from([*whole, "x"]), min_size=1))
+    odd = JSON | st.lists(st.floats() | st.integers(-5, 5000), min_size=2, max_size=3)
+    changed = data.draw(odd) if keys == {*whole, "x"} else whole | {key: data.draw(odd, label=key) for key in keys}
+    try:
+        found = Preprocessing.from_dict(changed)
+    except ValueError as error:
+        assert len(str(error)) < 500
+        return
+    assert Preprocessing.from_dict(asdict(found)) == found
+    plain = Preprocessing(found.image_size)
+    for source, target in ((found, plain), (plain, found)):
+        convert = Reprocess(source, target)
+        assert convert.scale.isfinite().all() and convert.shift.isfinite().all()
+
+
+HUGE = 10**6  # pixels a side: 12 terabytes
+
+
+def test_image_size_out_of_range():
+    for size in ((HUGE, HUGE), (0, 8), (-1, 8), ("8", 8)):
+        with pytest.raises(ValueError, match="must be two whole numbers"):
+            with_image_size(ViTImageProcessor(size={"height": 8, "width": 8}), size)
+    far = BitImageProcessor(size={"shortest_edge": 4096}, crop_size={"height": 1, "width": 1})
+    with pytest.raises(ValueError, match="would be resized to 4194304 pixels"):
+        with_image_size(far, (1024, 1024))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_mean": [math.nan] * 3},
+        {"image_std": [0.0] * 3},
+        {"image_mean": [0.5] * 2},
+        {"image_std": "x"},
+        {"resample": 99},
+    ],
+    ids=str,
+)
+def test_an_image_processor_of_odd_settings(options):
+    with pytest.raises(ValueError, match="mean and std must|cannot prepare an image"):
+        Preprocessing.of(ViTImageProcessor(size={"height": 8, "width": 8}, **options))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"crop_pct": -1.0},
+        {"crop_pct": "x"},
+        {"crop_pct": math.nan},
+        {"input_size": 3},
+        {"input_size": "xyz"},
+    ]
+    + [
+        {"input_size": [3, None, 8]},
+        {"mean": 3},
+        {"std": [0.0] * 3},
+        {"mean": [math.nan] * 3},
+    ],
+    ids=str,
+)
+def test_odd_settings_of_timm(changed):
+    """An anchor's config.json holds them."""
+    config = {"input_size": (3, 8, 8), "crop_pct": 0.9, "mean": IMAGENET[0], "std": IMAGENET[1]}
+    Preprocessing.of(timm_processor(config))
+    with pytest.raises(ValueError, match="invalid|mean and std|cannot prepare"):
+        Preprocessing.of(timm_processor(config | changed))
