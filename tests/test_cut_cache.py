@@ -1,6 +1,10 @@
 """A network is searched once: the second time its cuts come from disk and are the same."""
 
+import contextlib
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -242,3 +246,35 @@ def test_what_cannot_be_searched_without_values(tmp_path):
     model.add_stitch("vit[:1] +prune50_2 vit[2:]", StitchConfig("branch"))
     with torch.device("meta"), pytest.raises(ValueError, match="a pruned copy keeps depends on its weights"):
         StitchedModelForImageClassification(copy.deepcopy(model.config))
+
+
+@contextlib.contextmanager
+def small_disk(folder, *options):
+    """A file system of its own, with room for two pages; a test without the right to mount one is skipped."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", ",".join(("size=8k", *options)), "tmpfs", folder], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a file system, as root on Linux")
+@pytest.mark.parametrize("options", [(), ("ro",)], ids=["full", "read-only"])
+def test_a_disk_that_takes_nothing(folder, options):
+    """The cuts are found, nothing is kept, and nothing of a failed try is left."""
+    with small_disk(folder, *options):
+        if not options:
+            with contextlib.suppress(OSError), (folder / "filler").open("wb") as file:
+                file.write(bytes(2**16))
+        assert ran(anchor("vit")) and ran(anchor("vit")) and anchor("vit").depth == 3
+        assert {path.name for path in folder.iterdir()} <= {"filler"}
+
+
+def test_a_place_that_cannot_be_read(folder, monkeypatch):
+    """Its name is too long for the file system, which is only known when it is looked for."""
+    monkeypatch.setattr(cut_cache, "cached_assets_path", lambda *names: folder / ("x" * 300))
+    assert ran(anchor("vit")) and anchor("vit").depth == 3
