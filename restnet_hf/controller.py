@@ -322,6 +322,6 @@ class Controller:
         return back(scale(row.costs[cost]) + now.value + errors * now.error)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: float) -> bool:
     """Whether it is a number that is finite as a float."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, Real) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST

@@ -87,8 +87,8 @@ def _is_row(value: Any, length: int) -> bool:
     return isinstance(value, tuple | list) and len(value) == length
 
 
-def _is_value(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= MAX_VALUE
+def _is_value(value: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and -MAX_VALUE <= value <= MAX_VALUE
 
 
 class Reprocess(nn.Module):
