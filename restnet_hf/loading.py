@@ -96,18 +96,14 @@ def load_anchor(
         revision = at_commit(repo_id, revision, hub_kwargs)  # all files from one commit, and it is known which
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _pretrained(repo_id, load)
-    named = repo_id or type(model).__name__
-    try:
+    of = repo_id or type(model).__name__
+    with _processor_errors(of):
         found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
-        preprocessing, processor = _preparation(named, found, preprocessing, size)
-    except (httpx.HTTPError, OSError, ValueError):
-        raise
-    except Exception as error:  # image processors trust their files, and may fail in any way
-        raise OSError(f"the image processor of {quote(named)} cannot be used: {quote(error)}") from error
+        preprocessing, processor = _preparation(of, found, preprocessing, size)
     config = getattr(model, "config", None)
     return Anchor(
         model,
-        name or _short_name(repo_id or type(model).__name__),
+        name or _short_name(of),
         preprocessing,
         label_names=label_names or _labels(config),
         processor=processor,
@@ -115,6 +111,17 @@ def load_anchor(
         revision=revision.resolved if isinstance(revision, ResolvedRevision) else None,
         granularity=granularity,
     )
+
+
+@contextmanager
+def _processor_errors(of: str) -> Iterator[None]:
+    """Image processors trust their files, and may fail in any way; raise OSError for what is not documented."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"the image processor of {quote(of)} cannot be used: {quote(error)}") from error
 
 
 def at_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
