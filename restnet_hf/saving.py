@@ -298,14 +298,10 @@ class AdapterModel(RouteMixin, PreTrainedModel):
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
         device = whole_device(device_map)
         hub = hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
-        where, at = STATE_DICT, hub
+        where, at = STATE_DICT, {**hub, "subfolder": subfolder}
         if pretrained_model_name_or_path is not None:
             where = os.fspath(pretrained_model_name_or_path)
-            at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
-        elif config is None or state_dict is None:
-            raise ValueError("without a folder or Hub id, from_pretrained needs config= and state_dict=")
-        if not isinstance(config, RestNetConfig | None):
-            config = read_config(os.fspath(config), hub)
+            at["revision"] = at_commit(where, revision, hub)
         config, profile, weights = _read_adapter(where, at, config, state_dict)
         config = override(config, kwargs)
         if state_dict is not None:
@@ -336,17 +332,21 @@ class AdapterModel(RouteMixin, PreTrainedModel):
 def _read_adapter(
     where: str,
     at: Mapping[str, Any],
-    config: RestNetConfig | None = None,
+    config: RestNetConfig | str | os.PathLike[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
     """Config, profile and weights of an adapter, all of one save, but for what the caller has already."""
+    if not isinstance(config, RestNetConfig | None):
+        config = read_config(os.fspath(config), {k: v for k, v in at.items() if k not in ("revision", "subfolder")})
+    if where == STATE_DICT:
+        if config is None or state_dict is None:
+            raise ValueError("without a folder or Hub id, from_pretrained needs config= and state_dict=")
+        return config, None, {}
 
     def read(source: str, at: Mapping[str, Any]) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
         found = read_config(source, at) if config is None else config
         return found, read_profile(source, at), read_weights(source, at) if state_dict is None else {}
 
-    if where == STATE_DICT and config is not None:
-        return config, None, {}
     if not os.path.isdir(where):
         return read(where, at)
     inside = {**at, "subfolder": ""}
