@@ -12,6 +12,7 @@ from PIL import Image
 
 from restnet_hf.exported_files import (
     LABELS,
+    MAX_MESSAGE,
     MAX_SIDE,
     PREPROCESSING,
     PROFILE,
@@ -21,10 +22,10 @@ from restnet_hf.exported_files import (
     read_labels,
     read_preprocessing,
     read_profile,
-    short,
     verify,
 )
 from restnet_hf.files import read_whole
+from restnet_hf.limits import quote
 from restnet_hf.profiles import Budget
 from restnet_hf.routes import Route
 from restnet_hf.runners import RUNNERS, TRUSTING, Run
@@ -168,7 +169,7 @@ class ExportedModel:
         entry = self._entries[route]
         alone = {each["file"] for each in self._entries.values()} - {entry["file"]}
         self._verify(folder, *(name for name in self._unverified if name not in alone))
-        with documented_errors(f"route '{short(route)}' of {self.folder} cannot be loaded by {self.runtime}"):
+        with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
             run = self._runners[self.runtime](folder, entry, self.threads)
             shape = getattr(run, "input_shape", None)
             if shape is not None:
@@ -185,7 +186,7 @@ class ExportedModel:
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         """Logits of the active route for as many images as it takes."""
-        with documented_errors(f"route '{short(self.active_route)}' of {self.folder} cannot run {images.shape}"):
+        with documented_errors(f"route {quote(str(self.active_route))} of {self.folder} cannot run {images.shape}"):
             logits = np.asarray(self._loaded[self.active_route](images))
             if logits.shape != (len(images), len(self.labels)) or logits.dtype.kind != "f":
                 raise ValueError(
@@ -206,8 +207,8 @@ class ExportedModel:
         """
         route = Route.parse(route) if isinstance(route, str) else route
         if route not in self._entries:
-            known = short(list(map(str, self.routes)))
-            raise ValueError(f"there is no route '{short(route)}' in {self.folder}; the routes are {known}")
+            known = quote(list(map(str, self.routes)), MAX_MESSAGE)
+            raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {known}")
         if route not in self._loaded:
             read_whole(self.folder, PROFILE, self._check_same)  # while there is something that runs
             while len(self._loaded) >= self.keep:

@@ -11,13 +11,14 @@ from typing import Any
 from PIL import Image
 
 from restnet_hf.files import SHA256, checksums, sha256_of
+from restnet_hf.limits import quote, shorten
+from restnet_hf.limits import read_json as read_limited
 from restnet_hf.profiles import Profile
 from restnet_hf.routes import Route
 from restnet_hf.runners import RUNNERS, MissingRuntime
 
 
 PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
-MAX_JSON = 2**24  # bytes; the labels of ImageNet-21k with all their synonyms are 2**20
 MAX_SIDE = 4096  # pixels of an image; published classifiers take up to 1,024, and 4,096 are 200 MB in float32
 MAX_BATCH = 4096  # images in a run; programs for any number of images take up to 1,024
 VALUES = (1e-6, 1e6)  # of std, and the most of mean: pixels from 0 to 1 stay finite and apart in float32
@@ -29,12 +30,6 @@ FIELDS = {  # what an entry of profile.json has to say for a runtime of ours, as
     "executorch": {"file": r".+\.pte", "method": r"\w+"},
     "torch": {"file": r".+\.pt2", "compute": "float32|float16|bfloat16|float64"},
 }
-
-
-def short(text: Any) -> str:
-    """Text for an error, cut where it is long."""
-    text = str(text)
-    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
 
 
 @contextmanager
@@ -50,7 +45,9 @@ def documented_errors(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # runtimes and parsers have errors of no common kind
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{what}: {kind}{short(error)}") from (error if len(str(error)) <= MAX_MESSAGE else None)
+        raise ValueError(f"{what}: {kind}{shorten(str(error), MAX_MESSAGE)}") from (
+            error if len(str(error)) <= MAX_MESSAGE else None
+        )
 
 
 def checked_path(folder: Path, name: Any) -> Path:
@@ -64,7 +61,7 @@ def checked_path(folder: Path, name: Any) -> Path:
     """
     plain = isinstance(name, str) and 0 < len(name.encode()) <= MAX_NAME and "\0" not in name
     if not plain or name in (".", "..") or Path(name).name != name:
-        raise ValueError(f"{folder} names the file {short(repr(name))}, which is not in the folder")
+        raise ValueError(f"{folder} names the file {quote(name)}, which is not in the folder")
     path = folder / name
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would not end
         raise ValueError(f"{path} is not a file")
@@ -85,10 +82,10 @@ def read_json(folder: Path, name: str, kind: type) -> Any:
         ValueError: it is not JSON of that kind, or too large.
     """
     path = checked_path(folder, name)
-    if (size := path.stat().st_size) > MAX_JSON:
-        raise ValueError(f"{path} has {size} bytes, more than the {MAX_JSON} that it may have")
-    with documented_errors(str(path)):
-        value = json.loads(path.read_bytes())
+    try:
+        value = read_limited(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} must hold a {kind.__name__}, not a {type(value).__name__}")
     return value
@@ -107,7 +104,7 @@ def read_profile(folder: Path) -> Profile:
         about = profile.metadata
         runtime = about.get("runtime")
         if not isinstance(runtime, str) or runtime not in RUNNERS:
-            raise ValueError(f"it names runtime {short(repr(runtime))}, not one of {sorted(RUNNERS)}")
+            raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNNERS)}")
         if not isinstance(about.get("precision"), str):
             raise ValueError(f"precision={about.get('precision')!r} must be text")
         for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
@@ -130,13 +127,13 @@ def _check_count(name: str, value: Any, most: int) -> None:
 
 def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise ValueError(f"the entry of route '{short(name)}' must hold names and text, not {short(repr(entry))}")
+        raise ValueError(f"the entry of route {quote(name)} must hold names and text, not {quote(entry)}")
     for key in sorted({"file", "weights"} & entry.keys()):
         checked_path(folder, entry[key])
     for key, pattern in FIELDS.get(runtime, {"file": ".+"}).items():
         if not re.fullmatch(pattern, entry.get(key, "")):
             raise ValueError(
-                f"the entry of route '{short(name)}' has {key}={short(repr(entry.get(key)))}, which must be of the "
+                f"the entry of route {quote(name)} has {key}={quote(entry.get(key))}, which must be of the "
                 f"form {pattern} for runtime '{runtime}'"
             )
 
@@ -151,7 +148,7 @@ def read_labels(folder: Path) -> list[str]:
     labels = read_json(folder, LABELS, list)
     for label in labels:
         if not isinstance(label, str):
-            raise ValueError(f"{folder / LABELS} has {short(repr(label))} among its labels, which must be text")
+            raise ValueError(f"{folder / LABELS} has {quote(label)} among its labels, which must be text")
     if not labels:
         raise ValueError(f"{folder / LABELS} has no labels")
     return labels

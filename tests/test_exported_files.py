@@ -311,7 +311,7 @@ def test_pictures_that_would_be_too_large():
         ([{"a": 1}], "among its labels"),
         ([1.5], "among its labels"),
         ([None], "among its labels"),
-        (["x" * 2**24], "more than the"),
+        (["x" * 2**24], "is too large: 16777216 bytes"),
         ([["x" * 2**20]], "among its labels"),
         ({"0": "x"}, "must hold a list"),
     ],
