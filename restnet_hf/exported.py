@@ -70,7 +70,7 @@ class ExportedModel:
     One route is active and in memory; others are loaded when they are switched to, and their files are mapped where
     the runtime does that. ``profiled`` is what was measured at the export, for `Controller` and `set_budget`.
 
-    The files are checked before they are used, as the folder may be a stranger's: nothing of it is run as Python, and
+    The files are checked before they are used, as the folder may be untrusted: nothing of it is run as Python, and
     no file outside of it is opened. What a model computes is its runtime's affair: it may take long, or much memory,
     and ExecuTorch's runtime does not check all of a program, so that a malicious one may crash it. ``runtimes`` leaves
     out those that are not to be trusted with the folder.

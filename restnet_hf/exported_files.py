@@ -1,4 +1,4 @@
-"""The files of an exported folder, checked before anything of them is used: whoever wrote them may be a stranger."""
+"""The files of an exported folder, which is untrusted: checked before anything of them is used."""
 
 import json
 import re

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 T = TypeVar("T")
 SHA256 = "sha256"  # the key under which a folder's first file holds the checksums of the others
 PENDING = ".pending"  # the end of the name of a folder inside another that holds a save on its way
-NEW = ".new"  # likewise, of a folder beside one that is not there yet
+NEW = ".new"  # the end of the name of a temporary folder beside one that does not exist yet
 LOCK_SECONDS = 600.0  # no save takes so long; a process that holds the lock for longer hangs
 WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # between attempts to read a folder that changes
 LONGEST = 2**26  # bytes of a first file

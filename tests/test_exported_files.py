@@ -1,4 +1,4 @@
-"""Exported folders that are damaged, or made by a stranger: documented errors, and nothing runs or is written."""
+"""Exported folders that are damaged, or untrusted: documented errors, and nothing runs or is written."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def changed_json(folder, name, change):
 
 
 def without_checksums(folder):
-    """As a stranger, or an earlier version, writes it."""
+    """As an untrusted author, or an earlier version, writes it."""
     changed_json(folder, "profile.json", lambda data: data.pop("sha256"))
     return folder
 
@@ -99,7 +99,7 @@ for index in range(int(sys.argv[4]), count):
 
 
 def damage(source, folder, dice, secret):
-    """A copy of a folder in which one thing is wrong, and what; half have no checksums, as a stranger would do."""
+    """A copy of a folder in which one thing is wrong, and what; half have no checksums, as an untrusted author would do."""
     shutil.copytree(source, folder)
     files = sorted(file for file in folder.iterdir() if file.name != "run.py")
     models = [file for file in files if file.suffix != ".json"]

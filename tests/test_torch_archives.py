@@ -1,4 +1,4 @@
-"""Programs of torch.export that a stranger made: what would run code is left out or refused."""
+"""Untrusted programs of torch.export: what would run code is left out or refused."""
 
 import contextlib
 import io
