@@ -99,7 +99,7 @@ for index in range(int(sys.argv[4]), count):
 
 
 def damage(source, folder, dice, secret):
-    """A copy of a folder in which one thing is wrong, and what; half have no checksums, as an untrusted author would do."""
+    """A copy of a folder in which one thing is wrong, and what; half have no checksums, as hostile ones may."""
     shutil.copytree(source, folder)
     files = sorted(file for file in folder.iterdir() if file.name != "run.py")
     models = [file for file in files if file.suffix != ".json"]
