@@ -85,7 +85,7 @@ def read_json(folder: Path, name: str, kind: type) -> Any:
     try:
         value = read_limited(path)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} must hold a {kind.__name__}, not a {type(value).__name__}")
     return value
