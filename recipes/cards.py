@@ -11,8 +11,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from restnet_hf.hub import PLOT, PROFILE, parents_on_card, write_card
-from restnet_hf.profiles import Profile
+from restnet_hf.hub.repository import PLOT, PROFILE, parents_on_card, write_card
+from restnet_hf.routes.profile import Profile
 
 
 OWNER = "restnet-hf"

@@ -27,7 +27,8 @@ import typer
 from torch import nn
 
 from restnet_hf import Anchor, Preprocessing, Route, Segment, StitchedModelForImageClassification
-from restnet_hf.families import Blocks, family
+from restnet_hf.routes.blocks import Blocks
+from restnet_hf.routes.families import family
 
 
 ALLOWED = 0.005

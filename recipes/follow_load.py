@@ -24,7 +24,7 @@ import torch
 import typer
 
 from restnet_hf import Budget, Profile, StitchedModelForImageClassification
-from restnet_hf.controller import Controller
+from restnet_hf.runtime.controller import Controller
 
 
 BUSY = "import numpy as np; x = np.ones(2**23)\nwhile True: x = x[::-1] + 1"  # 64 MB, which no cache holds

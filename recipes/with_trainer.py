@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.data import load_images, subset, with_pixel_values
-from restnet_hf.embedded import DATA, END, FRONT
+from restnet_hf.demo.paths import DATA, END, FRONT
 
 
 ROUTE = "resnet_fashion[:5] + vit_fashion[4:]"

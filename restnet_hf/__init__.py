@@ -1,49 +1,76 @@
 """restnet_hf: one network out of two pre-trained image classifiers, cut to the size of any device."""
 
-from restnet_hf.controller import Controller
-from restnet_hf.profiles import Budget, BudgetError, Profile
-from restnet_hf.routes import Route, Segment
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from restnet_hf.auto_classes import register_when_imported
 
 
-__all__ = ["Budget", "BudgetError", "Controller", "Profile", "Route", "Segment"]
-
-try:
-    import numpy  # noqa: F401
-    import PIL  # noqa: F401
-except ImportError:
-    pass  # a device that only follows budgets
-else:
-    from restnet_hf.exported import ExportedModel
-
-    __all__ += ["ExportedModel"]
-
-try:
-    import torch  # noqa: F401
-except ImportError:
-    pass  # a device that only reads profiles and follows budgets
-else:
-    from restnet_hf.adapting import adapt
-    from restnet_hf.anchors import Anchor
+if TYPE_CHECKING:
+    from restnet_hf.adaptation.adapt import adapt
+    from restnet_hf.anchors.anchor import Anchor
+    from restnet_hf.anchors.loading import load_anchor
+    from restnet_hf.anchors.weights import WeightsError
     from restnet_hf.configuration_restnet import RestNetConfig
-    from restnet_hf.exporting import export_routes
-    from restnet_hf.hub import FoundAdapter, find_adapters
-    from restnet_hf.loading import load_anchor
+    from restnet_hf.data.datasets import load_images, with_pixel_values
+    from restnet_hf.data.preprocessing import Preprocessing
+    from restnet_hf.errors import BudgetError
+    from restnet_hf.export.export import DisagreementError, export_routes
+    from restnet_hf.export.exporter import UnsupportedExportError
+    from restnet_hf.hub.repository import FoundAdapter, find_adapters
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-    from restnet_hf.preprocessing import Preprocessing
-    from restnet_hf.stitches import StitchConfig
-    from restnet_hf.training import TrainArgs, train
+    from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+    from restnet_hf.routes.route import Route, Segment
+    from restnet_hf.runtime.controller import Controller
+    from restnet_hf.runtime.exported_model import ExportedModel
+    from restnet_hf.runtime.runners import MissingRuntimeError
+    from restnet_hf.runtime.torch_archives import UntrustedProgramError
+    from restnet_hf.stitches.layers import StitchConfig
+    from restnet_hf.training.args import TrainArgs
+    from restnet_hf.training.loop import train
 
-    __all__ += [
-        "Anchor",
-        "FoundAdapter",
-        "Preprocessing",
-        "RestNetConfig",
-        "StitchConfig",
-        "StitchedModelForImageClassification",
-        "TrainArgs",
-        "adapt",
-        "export_routes",
-        "find_adapters",
-        "load_anchor",
-        "train",
-    ]
+MODULES = {
+    "Anchor": "anchors.anchor",
+    "Budget": "routes.profile",
+    "BudgetError": "errors",
+    "Controller": "runtime.controller",
+    "DisagreementError": "export.export",
+    "ExportedModel": "runtime.exported_model",
+    "FoundAdapter": "hub.repository",
+    "MissingRuntimeError": "runtime.runners",
+    "Preprocessing": "data.preprocessing",
+    "Profile": "routes.profile",
+    "ProfiledRoute": "routes.profile",
+    "RestNetConfig": "configuration_restnet",
+    "Route": "routes.route",
+    "Segment": "routes.route",
+    "StitchConfig": "stitches.layers",
+    "StitchedModelForImageClassification": "modeling_restnet",
+    "TrainArgs": "training.args",
+    "UnsupportedExportError": "export.exporter",
+    "UntrustedProgramError": "runtime.torch_archives",
+    "WeightsError": "anchors.weights",
+    "adapt": "adaptation.adapt",
+    "export_routes": "export.export",
+    "find_adapters": "hub.repository",
+    "load_anchor": "anchors.loading",
+    "load_images": "data.datasets",
+    "train": "training.loop",
+    "with_pixel_values": "data.datasets",
+}
+__all__ = list(MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is first used: most need torch, and a device that follows budgets has none."""
+    if name not in MODULES:
+        raise AttributeError(f"module 'restnet_hf' has no attribute '{name}'")
+    globals()[name] = value = getattr(import_module(f"restnet_hf.{MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_when_imported()

@@ -9,18 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from restnet_hf.adapting import Adapted, adapt_to, device_images, parse_budget
-from restnet_hf.adapting import measure as measure_routes
+from restnet_hf.adaptation.adapt import Adapted, adapt_to, device_images, parse_budget
 from restnet_hf.comparing import compare_anchors
-from restnet_hf.data import this_process
-from restnet_hf.embedded import DATA, END, FRONT, RECIPE
-from restnet_hf.export import EXPORTERS
-from restnet_hf.exported import ExportedModel
-from restnet_hf.exporting import export_routes, pareto_routes
-from restnet_hf.hub import PROFILE, find_adapters
+from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
+from restnet_hf.distributed import this_process
+from restnet_hf.export.export import export_routes, pareto_routes
+from restnet_hf.export.exporters import EXPORTERS
+from restnet_hf.hub.repository import PROFILE, find_adapters
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.profiles import Budget
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
+from restnet_hf.routes.profile import Budget
+from restnet_hf.runtime.exported_model import ExportedModel
 
 
 app = typer.Typer(help="One network out of two pre-trained image classifiers.", no_args_is_help=True)
@@ -143,7 +142,7 @@ def measure(
     """Measure on this device what every piece of an adapter's routes takes, and say what each route will take."""
     try:
         model = _on_this_device(adapter, threads)
-        table = measure_routes(model, model.all_routes, batch_size, seconds)
+        table = model.measure_latency(batch_size=batch_size, seconds=seconds)
         table.save(out)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)

@@ -8,31 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
 
-from restnet_hf.anchors import Anchor
-from restnet_hf.data import load_images, subset, with_pixel_values
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.config_entry import class_order
+from restnet_hf.anchors.loading import load_anchor
+from restnet_hf.data.datasets import load_images, subset, with_pixel_values
+from restnet_hf.data.labels import class_names_of, label_order
 from restnet_hf.files import written_whole
-from restnet_hf.labels import label_order
-from restnet_hf.loading import load_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.parents import class_order
-from restnet_hf.plots import plot_similarity
-from restnet_hf.profiles import Budget
-from restnet_hf.ranking import RankedRoute, choose_routes, rank_routes
-from restnet_hf.similarity_cache import write_similarity
-
-
-def class_names_of(rows: Dataset) -> list[str]:
-    """Names of the classes in the column ``label`` of a data set.
-
-    Raises:
-        ValueError: it has no such column, or one that names no classes.
-    """
-    feature = rows.features.get("label")
-    if not isinstance(feature, ClassLabel):
-        raise ValueError("the data set needs a 'label' column of type ClassLabel, which names the classes")
-    return list(feature.names)
+from restnet_hf.routes.profile import Budget
+from restnet_hf.selection.cache import write_similarity
+from restnet_hf.selection.plots import plot_similarity
+from restnet_hf.selection.ranking import RankedRoute, choose_routes, rank_routes
 
 
 def compare_anchors(

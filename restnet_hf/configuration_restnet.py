@@ -12,15 +12,16 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
 
-from restnet_hf.features import AnyLayout, layout_from_dict
+from restnet_hf.anchors.layouts import AnyLayout, layout_from_dict
+from restnet_hf.data.labels import class_names
+from restnet_hf.data.preprocessing import Preprocessing
+from restnet_hf.errors import quote, shorten
 from restnet_hf.files import SHA256
-from restnet_hf.fingerprints import Piece, stored_dtype
-from restnet_hf.labels import class_names
-from restnet_hf.limits import MAX_ANCHORS, MAX_LABELS, MAX_ROUTES, check_json, quote, read_json, shorten
-from restnet_hf.preprocessing import Preprocessing
-from restnet_hf.routes import ANCHOR_NAME, Route, StitchPoint, of_adapter
-from restnet_hf.stitches import StitchConfig
-from restnet_hf.tuning import TunedConfig
+from restnet_hf.hashing import Piece, stored_dtype
+from restnet_hf.limits import MAX_ANCHORS, MAX_LABELS, MAX_ROUTES, check_json, read_json
+from restnet_hf.routes.route import ANCHOR_NAME, Route, StitchPoint, of_adapter
+from restnet_hf.stitches.layers import StitchConfig
+from restnet_hf.stitches.tuning import TunedConfig
 
 
 ANCHOR_KEYS = {"name", "repo_id", "revision", "fingerprint", "config", "preprocessing", "label_names"}

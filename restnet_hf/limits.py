@@ -1,14 +1,13 @@
-"""Limits on what untrusted files can ask for: the size, depth and numbers of JSON, and the length of errors."""
+"""Limits on what untrusted files can ask for: the size, depth and numbers of JSON."""
 
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from restnet_hf.profiles import BudgetError
+from restnet_hf.errors import quote
 
 
 MAX_BYTES = 2**24  # of a JSON file; two anchors of ImageNet-21k with all their names take 6 MB
@@ -20,31 +19,6 @@ MAX_ANCHORS, MAX_ROUTES = 64, 2**16
 ARCHITECTURE = re.compile(r"[\w.-]+")  # of timm, by name alone
 IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 NOT_IN_CONFIGS = ("use_pretrained_backbone", "checkpoint_path")
-MAX_QUOTE = 200  # characters of a value in an error
-MAX_ERROR = 3000  # characters of an error
-
-
-def quote(value: Any, most: int = MAX_QUOTE) -> str:
-    """A value as ``repr`` gives it, its middle left out where it is long."""
-    return shorten(repr(value[: 2 * most] if isinstance(value, str | bytes) else value), most)
-
-
-def shorten(text: str, most: int = MAX_ERROR) -> str:
-    """A text with its middle left out where it is longer than ``most``."""
-    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
-
-
-@contextmanager
-def short_errors() -> Iterator[None]:
-    """Shorten the messages of documented errors: they quote files, which may hold megabytes in one value."""
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        text = str(error)
-        if len(text) <= MAX_ERROR:
-            raise
-        kind = next(kind for kind in (BudgetError, OSError, TypeError, ValueError) if isinstance(error, kind))
-        raise kind(shorten(text)) from None  # else the long one is shown too
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

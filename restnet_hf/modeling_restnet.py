@@ -1,11 +1,12 @@
 """StitchedModelForImageClassification: frozen anchors, trainable stitches, routes to switch at run time."""
 
+import copy
 import datetime
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from typing import Any, Self, cast
 
 import torch
@@ -15,36 +16,41 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from restnet_hf import least_squares as fitting
-from restnet_hf.adapter_files import PartCheck, unchecked
-from restnet_hf.anchors import Anchor, free_name, unique_names
-from restnet_hf.branches import stitch_that_fits
+from restnet_hf.anchors.anchor import Anchor, free_name, unique_names
+from restnet_hf.anchors.config_entry import class_order, describe, identify, rebuild
+from restnet_hf.anchors.layouts import AnyLayout
+from restnet_hf.anchors.loading import load_anchor
 from restnet_hf.configuration_restnet import RestNetConfig
-from restnet_hf.costs import MacsTable, ParamsTable
-from restnet_hf.data import MULTI_LABEL, check_labels, check_problem
-from restnet_hf.evaluation import score_routes
-from restnet_hf.labels import class_names
-from restnet_hf.latency import LatencyTable
-from restnet_hf.least_squares import RIDGE
-from restnet_hf.loading import load_anchor
-from restnet_hf.memory import MemoryTable
-from restnet_hf.parents import class_order, describe, rebuild
-from restnet_hf.preprocessing import Reprocess
-from restnet_hf.profiles import Profile, ProfiledRoute
-from restnet_hf.ranking import RankedRoute, Similarity
-from restnet_hf.routes import Route, Segment
-from restnet_hf.selecting import SelectingModel
-from restnet_hf.steps import Reorder, Step, run_steps, split_at_cuts
-from restnet_hf.stitches import Stitch
-from restnet_hf.tuning import ghost_tuned
+from restnet_hf.data.datasets import MULTI_LABEL, batches, check_labels, check_problem, labelled
+from restnet_hf.data.labels import class_names
+from restnet_hf.data.preprocessing import Preprocessing, Reprocess
+from restnet_hf.errors import BudgetError
+from restnet_hf.hashing import package_versions
+from restnet_hf.hub.adapter_files import PartCheck, unchecked
+from restnet_hf.hub.mixin import AdapterHubMixin
+from restnet_hf.hub.paging import WeightFiles, hold
+from restnet_hf.profiling.accuracy import score_routes
+from restnet_hf.profiling.costs import CostTable
+from restnet_hf.profiling.latency import LatencyTable
+from restnet_hf.profiling.macs import MacsTable
+from restnet_hf.profiling.timing import measure_latency
+from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+from restnet_hf.routes.route import Route, StitchPoint, of_adapter
+from restnet_hf.selection.mixin import SelectionMixin
+from restnet_hf.selection.ranking import RankedRoute, Similarity, spread
+from restnet_hf.steps import Reorder, Step, run_steps, run_with_states
+from restnet_hf.stitches import least_squares as fitting
+from restnet_hf.stitches.branches import stitch_at, stitch_that_fits
+from restnet_hf.stitches.layers import Stitch, StitchConfig
+from restnet_hf.stitches.least_squares import RIDGE
+from restnet_hf.stitches.tuning import Tuned, TunedConfig, ghost_tuned, tuned_keys
 
 
 logger = logging.get_logger(__name__)
 ORDERS = ("large-to-small", "small-to-large", "given")
-PACKAGES = ("restnet-hf", "torch", "transformers", "timm")
 
 
-class StitchedModelForImageClassification(SelectingModel):
+class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTrainedModel):
     """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
 
     The anchors are frozen and in evaluation mode always; what trains, is saved and is shared are the stitches and,
@@ -102,10 +108,10 @@ class StitchedModelForImageClassification(SelectingModel):
             check(f"tuned.{key}", ghost_tuned(self.anchors, config.tuned_config(key)))
             self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
-        self.weight_files = None
+        self.weight_files: WeightFiles | None = None
         self.similarity: Similarity | None = None
         self.ranking: list[RankedRoute] = []
-        self.active_route = Route.parse(config.active_route) if config.active_route else Route((Segment(self.front),))
+        self.active_route = Route.parse(config.active_route) if config.active_route else Route.alone(self.front)
         if asked is not None:
             self._attend(dict.fromkeys(self.anchors, str(asked)))
         self.post_init()
@@ -172,6 +178,25 @@ class StitchedModelForImageClassification(SelectingModel):
             model.add_family(routes)
         return model
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How ``pixel_values`` must be prepared: as the front anchor wants them."""
+        return next(iter(self.anchors.values())).preprocessing
+
+    @property
+    def image_processor(self) -> Any:
+        """The front anchor's image processor, None where it has none."""
+        return next(iter(self.anchors.values())).processor
+
+    def images_for(self, anchor: str, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in the model's preprocessing as one of its anchors wants them."""
+        return self.converters[anchor](images) if anchor in self.converters else images
+
+    def _anchor(self, name: str) -> Anchor:
+        if name not in self.anchors:
+            raise ValueError(f"no anchor named '{name}'; there are {list(self.anchors)}")
+        return self.anchors[name]
+
     def set_attn_implementation(self, attn_implementation: str | Mapping[str, str], **kwargs: Any) -> None:
         """Set how anchors from transformers compute attention; the others, such as CNNs, stay as they are.
 
@@ -237,23 +262,9 @@ class StitchedModelForImageClassification(SelectingModel):
         if wanted is None or wanted is False:
             logits = run_steps(x, steps)
         else:
-            logits, states = self._with_states(x, steps, wanted)
+            logits, states = run_with_states(x, steps, wanted)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
-
-    def _with_states(
-        self, x: Tensor, steps: Iterable[Step], wanted: bool | Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The logits, and what the route computes at its cuts: all of it, or at some positions and None elsewhere."""
-        states: list[Tensor | None] = []
-        for step in split_at_cuts(steps):
-            x = step(x)
-            if isinstance(step.module, Stitch) or (step.segment is not None and step.segment.stop is not None):
-                states.append(x)
-        if not isinstance(wanted, bool):
-            kept = {range(len(states))[index] for index in wanted}
-            states = [state if index in kept else None for index, state in enumerate(states)]
-        return x, tuple(states)
 
     def _check_task(self, labels: Tensor) -> None:
         """Raise ValueError where labels are not of classes, one or several for an image."""
@@ -265,6 +276,262 @@ class StitchedModelForImageClassification(SelectingModel):
             check_labels(labels.reshape(-1), classes)
         elif labels.shape[1:] != (classes,):
             raise ValueError(f"labels of several classes must have shape (N, {classes}), not {tuple(labels.shape)}")
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """The stitched routes."""
+        return self.config.parsed_routes()
+
+    @property
+    def all_routes(self) -> tuple[Route, ...]:
+        """Every anchor alone, then the stitched routes."""
+        alone = [Route.alone(name) for name in self.anchors]
+        adapters = sorted({route.adapter for route in self.routes if route.adapter}) if self.heads else []
+        return (*alone, *(replace(route, adapter=name) for name in adapters for route in alone), *self.routes)
+
+    def route(self, route: Route | str) -> Route:
+        """A route of this model from its string form, where cuts may be given by name.
+
+        Raises:
+            ValueError: it does not parse, or does not fit the anchors.
+        """
+        if isinstance(route, str):
+            route = Route.parse(route, lambda anchor, cut: self._anchor(anchor).cut_index(cut))
+        alone = len(route.segments) == 1  # an anchor alone needs no search for cuts
+        if alone and route.adapter and route.head not in self.heads:
+            raise ValueError(f"route '{route}': the anchor alone has no head of an adapter '{route.adapter}'")
+        return route.check({name: 0 if alone else anchor.depth for name, anchor in self.anchors.items()})
+
+    def steps(self, route: Route | str, stitches: Mapping[str, nn.Module] | None = None) -> tuple[Step, ...]:
+        """What a route runs, one after the other. Forward, costs, profiles and baking all walk this.
+
+        Args:
+            route: of this model.
+            stitches: instead of the model's own, by name.
+        """
+        route = self.route(route) if isinstance(route, str) else route
+        stitches = self.stitches if stitches is None else stitches
+        steps: list[Step] = []
+        first, last = route.segments[0].anchor, route.segments[-1].anchor
+        if first in self.converters:
+            image = (1, 3, *self.preprocessing.image_size)
+            steps.append(Step(f"images for {first}", self.converters[first], image))
+        points = iter(route.stitch_points)
+        for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
+            anchor = self.anchors[segment.anchor]
+            keys = [key for key in keys if key in self.tuned]
+            name = f"{segment} with {', '.join(keys)}" if keys else str(segment)
+            shape: tuple[int, ...] = (1, 3, *anchor.preprocessing.image_size)
+            if segment.start:
+                point = next(points)
+                if point.name not in stitches:
+                    raise ValueError(f"route '{route}' has no stitch yet; call add_stitch('{route}') and fit_stitches")
+                shape = self.anchors[point.source].layout(point.source_cut).shape(1)
+                steps.append(Step(point.name, stitches[point.name], shape))
+                shape = anchor.layout(segment.start).shape(1)
+            if segment.start != segment.stop:  # between stitches that follow one another nothing runs
+                steps.append(Step(name, anchor, shape, segment, tuple(self.tuned[key] for key in keys)))
+        if self.heads:
+            if route.head not in self.heads:
+                raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")
+            head = self.heads[route.head]
+            steps.append(Step(f"head of {route.head}", head, (1, head.in_features)))
+        elif last in self.orders:
+            steps.append(Step(f"labels of {last}", self.orders[last], (1, self.config.num_labels)))
+        return tuple(steps)
+
+    def finish(self, anchor: str) -> nn.Module:
+        """What turns an anchor's own output into this model's logits: its new head, an order of labels, or nothing."""
+        if self.heads:
+            return self.heads[anchor]
+        return self.orders[anchor] if anchor in self.orders else nn.Identity()
+
+    def bake(self, route: Route | str | None = None) -> nn.Sequential:
+        """The active route (or another) as a plain module with only its own weights: images to logits."""
+        steps = self.steps(self.active_route if route is None else route)
+        return nn.Sequential(*(step.bake() for step in steps)).eval()
+
+    def add_stitch(self, route: Route | str, config: StitchConfig | None = None) -> Route:
+        """Add a route and, made as ``config`` says, the stitches it still lacks, not fitted yet; returns the route.
+
+        A route with an adapter's name in front, ``night: a[:1] + b[2:]``, gets stitches of its own and, where the
+        model has new heads, a copy of the head. Stitches with names of their own, ``a[:1] +both b[2:]``, are shared.
+
+        Raises:
+            ValueError: the route does not fit the anchors, or a stitch cannot be made or shared there.
+        """
+        return self.add_stitches([route], config)[0]
+
+    def add_stitches(self, routes: Iterable[Route | str], config: StitchConfig | None = None) -> list[Route]:
+        """Add many routes at once; see `add_stitch`. Anchors alone among them need nothing."""
+        added = dict.fromkeys(map(self.route, routes))
+        made: dict[str, tuple[StitchPoint, Stitch]] = {}
+        for point in dict.fromkeys(point for route in added for point in route.stitch_points):
+            if point.name in self.stitches:
+                self.check_layout(point, *self.config.stitch_parts(point.name)[1:3])
+            elif point.name in made:
+                first = made[point.name][0]
+                source, target = self.anchors[first.source], self.anchors[first.target]
+                self.check_layout(point, source.layout(first.source_cut), target.layout(first.target_cut))
+            else:
+                made[point.name] = point, stitch_at(point, self.anchors, config or StitchConfig())
+        for name, (point, stitch) in made.items():  # from here on nothing can fail
+            self.stitches[name] = stitch
+            source, target = self.anchors[point.source], self.anchors[point.target]
+            layouts = source.layout(point.source_cut), target.layout(point.target_cut)
+            self.config.set_stitch(point, *layouts, config or StitchConfig())
+        listed = dict.fromkeys(self.routes)
+        listed |= dict.fromkeys(route for route in added if len(route.segments) > 1)
+        self.config.routes = list(map(str, listed))
+        for route in added if self.heads else ():
+            for name in self.anchors:
+                if of_adapter(route.adapter, name) not in self.heads:
+                    self.heads[of_adapter(route.adapter, name)] = copy.deepcopy(self.heads[name])
+        return list(added)
+
+    def add_tuned(self, key: str, config: TunedConfig) -> Tuned:
+        """Put tensors in the place of an anchor's own, equal to them at first, for the routes that use that key.
+
+        Args:
+            key: from `tuned_keys`.
+            config: what is tuned.
+        """
+        self.tuned[key] = Tuned(self._anchor(config.anchor), config)
+        self.config.tuned = {**self.config.tuned, key: asdict(config)}
+        return self.tuned[key]
+
+    def check_layouts(self) -> None:
+        """Raise ValueError where a stitch was made for other activations than its anchors have."""
+        parts = {name: self.config.stitch_parts(name)[:3] for name in self.config.stitches or {}}
+        places = {(point.name, point): None for point, *_ in parts.values()}
+        places |= {(point.name, point): None for route in self.routes for point in route.stitch_points if point.via}
+        for name, point in places:
+            self.check_layout(point, *parts[name][1:])
+
+    def check_layout(self, point: StitchPoint, source: AnyLayout, target: AnyLayout) -> None:
+        """Raise ValueError where the activations at a stitch are not of those layouts."""
+        for anchor, cut, layout in (
+            (point.source, point.source_cut, source),
+            (point.target, point.target_cut, target),
+        ):
+            found = self.anchors[anchor].layout(cut)
+            if found != layout:
+                raise ValueError(
+                    f"stitch '{point.name}' was made for {layout} at cut {cut} of '{anchor}', which is {found}"
+                )
+
+    def delete_stitch(self, route: Route | str) -> None:
+        """Remove a route, or all routes of a named adapter, and the stitches and heads that no other route needs.
+
+        Args:
+            route: a route, or the name that `load_stitch` gave an adapter.
+
+        Raises:
+            ValueError: there is no such route, or it is active.
+        """
+        routes = self.routes
+        gone = [r for r in routes if r.adapter == route] if route else []
+        self._delete(gone or [self.route(route)])
+
+    def _delete(self, routes: Iterable[Route]) -> None:
+        """Remove routes at once; see `delete_stitch`."""
+        gone, known = dict.fromkeys(routes), dict.fromkeys(self.routes)
+        for each in gone:
+            if each not in known:
+                raise ValueError(f"there is no route '{each}'; the routes are {list(map(str, known))}")
+        left = [other for other in known if other not in gone]
+        needed = {point.name for other in left for point in other.stitch_points}
+        adapters = {"", *(other.adapter for other in left)}
+        active = self.active_route
+        if active in gone or active.adapter not in adapters or {p.name for p in active.stitch_points} - needed:
+            raise ValueError(f"'{active}' is the active route; set another one first")
+        self.config.routes = list(map(str, left))
+        for name in set(self.stitches) - needed:
+            del self.stitches[name], self.config.stitches[name]
+        for key in set(self.tuned) - {key for other in left for keys in tuned_keys(other) for key in keys}:
+            del self.tuned[key], self.config.tuned[key]
+        for name in set(self.heads) - {of_adapter(adapter, anchor) for adapter in adapters for anchor in self.anchors}:
+            del self.heads[name]
+        self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
+        self.config.training = [
+            e for e in self.config.training if "adapter" not in e or _is_left(e["adapter"], adapters)
+        ]
+        if self.profiled is not None:
+            rows = self.profiled.routes
+            kept = tuple(row for row in rows if row.route not in gone and row.route.adapter in adapters)
+            self.profiled = Profile(kept, self.profiled.metadata)
+
+    def set_route(self, route: Route | str) -> Route:
+        """Make ``forward`` run that route.
+
+        Raises:
+            ValueError: it does not parse, or a stitch of it is missing.
+        """
+        route = self.route(route)
+        steps = self.steps(route)
+        if self.weight_files is not None:
+            self.weight_files.bring(self.anchors, steps)
+        self.active_route = route
+        self.config.active_route = str(route)
+        return route
+
+    def set_budget(
+        self,
+        *,
+        macs: float | None = None,
+        params: float | None = None,
+        memory_mb: float | None = None,
+        latency_ms: float | None = None,
+        energy_j: float | None = None,
+        score: str = "accuracy",
+    ) -> Route:
+        """Make ``forward`` run the best route of the profile within limits, and return it.
+
+        Raises:
+            BudgetError: nothing fits (the message names the cheapest route), or the model was not profiled.
+        """
+        budget = Budget(macs=macs, params=params, memory_mb=memory_mb, latency_ms=latency_ms, energy_j=energy_j)
+        if self.profiled is None:
+            raise BudgetError("the costs of the routes are not known yet; call profile() first")
+        return self.set_route(self.profiled.best(budget, score).route)
+
+    def prune_to(self, routes: Iterable[Route | str]) -> None:
+        """Keep only some routes, and of the anchors only the weights that these use. The first becomes active.
+
+        Where weights lie in files, after `page_to`, only those of the active route are in memory anyway. The adapter
+        that the model saves then has these routes alone, and loads as any other.
+
+        Raises:
+            ValueError: there are no routes, or one is not of this model.
+        """
+        kept = [self.route(route) for route in routes]
+        if not kept:
+            raise ValueError("prune_to needs at least one route to keep")
+        steps = [step for route in kept for step in self.steps(route)]
+        self.set_route(kept[0])
+        self._delete(route for route in self.routes if route not in set(kept))
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            identify(entry, anchor)  # while all of it is there
+        for anchor in self.anchors.values() if self.weight_files is None else ():
+            hold(anchor, steps)
+
+    def page_to(self, folder: str | os.PathLike[str]) -> None:
+        """Keep the anchors' weights in files, and in memory only those that the active route uses.
+
+        From now on `set_route` and `set_budget` read what the new route needs and the one before did not, mapped into
+        memory, and let go of the rest. Other routes cannot run meanwhile: `profile` first.
+
+        Args:
+            folder: for a file of each anchor.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: weights are not in memory, after `prune_to` say.
+        """
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            identify(entry, anchor)
+        self.weight_files = WeightFiles(folder, self.anchors)
+        self.weight_files.bring(self.anchors, self.steps(self.active_route))
 
     def fit_stitches(
         self,
@@ -307,25 +574,23 @@ class StitchedModelForImageClassification(SelectingModel):
         self.profiled = None  # it was of other stitches
         return r2
 
-    def costs_here(self, latency: LatencyTable | None = None) -> Callable[[Route], dict[str, float]]:
-        """A function that gives MACs, parameters and memory of a route of this model, its latency and its energy.
-
-        Energy is latency times what the processor used while routes ran, where the system counts it.
+    def route_costs(
+        self, config: StitchConfig | None = None, *, latency: LatencyTable | None = None, memory: bool = False
+    ) -> Callable[[Route], dict[str, float]]:
+        """A function that gives the costs of any route of these anchors, also of one that has no stitches yet.
 
         Args:
-            latency: what `measure_latency` found on this device; without it latency and energy are left out.
+            config: how missing stitches would be made.
+            latency: from `measure_latency`, for ``latency_ms`` and, where the system counts it, ``energy_j``.
+            memory: whether to count ``memory_mb``, which takes longer than ``macs`` and ``params``.
         """
-        macs, params = MacsTable(), ParamsTable()
-        memory = MemoryTable(1 if latency is None else latency.batch_size)
+        table, ghosts = CostTable(latency, memory), dict(self.stitches.items())
 
         def costs(route: Route) -> dict[str, float]:
-            steps = self.steps(route)
-            found = {"macs": macs.macs(steps), "params": params.params(steps), "memory_mb": memory.memory_mb(steps)}
-            if latency is not None:
-                found["latency_ms"] = latency.latency_ms(steps) / latency.batch_size
-                if latency.watts is not None:
-                    found["energy_j"] = latency.watts * found["latency_ms"] / 1e3
-            return found
+            for point in route.stitch_points:
+                if point.name not in ghosts:  # its shapes are all that is needed
+                    ghosts[point.name] = stitch_at(point, self.anchors, config or StitchConfig(), ghost=True)
+            return table.costs(self.steps(route, ghosts))
 
         return costs
 
@@ -348,7 +613,7 @@ class StitchedModelForImageClassification(SelectingModel):
         """
         chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
         walks = [(route, self.steps(route)) for route in chosen]
-        costs, scores = self.costs_here(latency), dict[Route, float]()
+        costs, scores = self.route_costs(latency=latency, memory=True), dict[Route, float]()
         if data is not None:
             scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         rows = [
@@ -356,14 +621,42 @@ class StitchedModelForImageClassification(SelectingModel):
             for route, _ in walks
         ]
         if latency is not None:
-            metadata["latency"] = {"device": latency.device, "runtime": latency.runtime, **latency.facts}
+            metadata["latency"] = latency.metadata()
         return self.keep_profile(rows, **metadata)
+
+    def measure_latency(
+        self,
+        routes: Iterable[Route | str] | None = None,
+        *,
+        batch_size: int = 1,
+        seconds: float = 40.0,
+        checked_routes: int = 6,
+    ) -> LatencyTable:
+        """Measure what every piece of some routes takes on this device.
+
+        The anchors, and a few routes spread over the range of MACs, also run from end to end, to check the sums.
+
+        Args:
+            routes: routes whose pieces are timed; all by default.
+            batch_size: images in a run.
+            seconds: time to spend, about.
+            checked_routes: number of routes that run from end to end.
+
+        Raises:
+            ValueError: see `restnet_hf.profiling.timing.measure_latency`.
+        """
+        chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
+        walks = [(route, self.steps(route)) for route in dict.fromkeys((*map(Route.alone, self.anchors), *chosen))]
+        table = MacsTable()
+        checked = spread({route: table.macs(steps) for route, steps in walks}, checked_routes)
+        return measure_latency(
+            walks, batch_size, seconds=seconds, check=[walk for walk in walks if walk[0] in checked]
+        )
 
     def keep_profile(self, rows: Iterable[ProfiledRoute], **metadata: Any) -> Profile:
         """Make a profile of rows, with what it must say of device, weights and versions, and keep it."""
         where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
-        versions = {package: version(package) for package in PACKAGES}
-        of = {"weights": self.weights_sha256(), "versions": versions}
+        of = {"weights": self.weights_sha256(), "versions": package_versions()}
         known = {} if self.profiled is None else self.profiled.metadata
         kept = {key: known[key] for key in ("runtimes",) if key in known}
         self.profiled = Profile(tuple(rows), {**metadata, **where, **of, **kept})
@@ -374,11 +667,30 @@ class StitchedModelForImageClassification(SelectingModel):
         self.profiled = (self.profile() if self.profiled is None else self.profiled).with_runtime(exported)
         return self.profiled
 
+    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
+        """Batches of images as every anchor wants them, by anchor."""
+        for batch in batches(data, batch_size, name):
+            self.preprocessing.check(batch["pixel_values"])
+            images = batch["pixel_values"].to(self.device, self.dtype)
+            yield {name: self.images_for(name, images) for name in self.anchors}
+
+    def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
+        for batch in labelled(batches(data, batch_size, name)):
+            self.preprocessing.check(batch["pixel_values"])
+            if "labels" in batch:
+                check_labels(batch["labels"], self.config.num_labels)
+            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
+
     def print_trainable_parameters(self) -> None:
         """Print how many parameters train, in PEFT's words."""
         every = sum(parameter.numel() for parameter in self.parameters())
         train = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         print(f"trainable params: {train:,} || all params: {every:,} || trainable%: {100 * train / every:.4f}")  # noqa: T201
+
+
+def _is_left(name: Any, adapters: Iterable[str]) -> bool:
+    """Whether an adapter, or one that came with it under a longer name, is among those."""
+    return any(adapter == name or adapter.startswith(f"{name}-") for adapter in adapters)
 
 
 AutoModelForImageClassification.register(RestNetConfig, StitchedModelForImageClassification, exist_ok=True)

@@ -16,20 +16,22 @@ from datasets import Dataset
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from restnet_hf.anchors import Anchor
-from restnet_hf.augment import augmentation
-from restnet_hf.comparing import class_names_of
-from restnet_hf.data import load_images, subset, this_process, with_pixel_values
-from restnet_hf.families import WITHIN
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.loading import load_anchor
+from restnet_hf.data.augment import augmentation
+from restnet_hf.data.datasets import load_images, subset, with_pixel_values
+from restnet_hf.data.labels import class_names_of, label_order
+from restnet_hf.distributed import this_process
 from restnet_hf.files import written_whole
-from restnet_hf.labels import label_order
-from restnet_hf.loading import load_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.plots import plot_similarity, plot_tradeoff
-from restnet_hf.profiles import Profile
-from restnet_hf.routes import Route, Segment
-from restnet_hf.stitches import BRANCH, StitchConfig
-from restnet_hf.training import TrainArgs, train
+from restnet_hf.profiling.plots import plot_tradeoff
+from restnet_hf.routes.families import WITHIN
+from restnet_hf.routes.profile import Profile
+from restnet_hf.routes.route import Route
+from restnet_hf.selection.plots import plot_similarity
+from restnet_hf.stitches.layers import BRANCH, StitchConfig
+from restnet_hf.training.args import TrainArgs
+from restnet_hf.training.loop import train
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -163,7 +165,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     clock.lap("load")
     if model.config.new_head:
-        train(model, to_train_on(model, others, recipe), heads, [Route((Segment(name),)) for name in model.anchors])
+        train(model, to_train_on(model, others, recipe), heads, [Route.alone(name) for name in model.anchors])
         clock.lap("heads")
     set_seed(recipe.seed)  # new stitches are the same whether heads were trained or read from a checkpoint
     _add_stitches(model, calibration, recipe)

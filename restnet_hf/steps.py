@@ -8,10 +8,10 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor, nn
 
-from restnet_hf.anchors import Anchor
-from restnet_hf.routes import Route, Segment
-from restnet_hf.stitches import Stitch
-from restnet_hf.tuning import Tuned, tuned_tensors
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.routes.route import Route, Segment
+from restnet_hf.stitches.layers import Stitch
+from restnet_hf.stitches.tuning import Tuned, tuned_tensors
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,27 @@ def run_steps(x: Tensor, steps: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
     for step in steps:
         x = step(x)
     return x
+
+
+def run_with_states(
+    x: Tensor, steps: Iterable[Step], wanted: bool | Sequence[int]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Run one route; returns its logits, and its activations at cuts.
+
+    Args:
+        x: images (N, 3, H, W).
+        steps: steps of the route.
+        wanted: True for all activations, or the positions of some, with None in the place of the others.
+    """
+    states: list[Tensor | None] = []
+    for step in split_at_cuts(steps):
+        x = step(x)
+        if isinstance(step.module, Stitch) or (step.segment is not None and step.segment.stop is not None):
+            states.append(x)
+    if not isinstance(wanted, bool):
+        kept = {range(len(states))[index] for index in wanted}
+        states = [state if index in kept else None for index, state in enumerate(states)]
+    return x, tuple(states)
 
 
 class Reorder(nn.Module):

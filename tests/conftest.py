@@ -24,9 +24,9 @@ from transformers import ViTImageProcessor
 
 import restnet_hf
 from restnet_hf import Anchor, StitchedModelForImageClassification, load_anchor
-from restnet_hf.data import load_images, subset, with_pixel_values
-from restnet_hf.embedded import DATA, DEMO, END, FRONT
-from restnet_hf.preprocessing import Preprocessing
+from restnet_hf.data.datasets import load_images, subset, with_pixel_values
+from restnet_hf.data.preprocessing import Preprocessing
+from restnet_hf.demo.paths import DATA, DEMO, END, FRONT
 
 
 atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)

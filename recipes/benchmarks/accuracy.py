@@ -49,14 +49,14 @@ from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from restnet_hf import Route, Segment, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf import Route, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.data import batches, this_process
-from restnet_hf.embedded import DATA, END, FRONT, RECIPE
-from restnet_hf.evaluation import score_routes
+from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
 from restnet_hf.files import written_whole
-from restnet_hf.objectives import task_loss
+from restnet_hf.profiling.accuracy import score_routes
 from restnet_hf.recipe import Recipe, hold_out, load_recipe, prepare
 from restnet_hf.steps import Step
+from restnet_hf.training.losses import task_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def set_up(job: Recipe, heads: Path | None, known: bool) -> Pair:
         model.heads.load_state_dict(load_file(heads))
         model.config.trained_heads = sorted(model.heads)
     elif model.config.new_head:
-        alone = [Route((Segment(name),)) for name in model.anchors]
+        alone = [Route.alone(name) for name in model.anchors]
         train(model, others, dataclasses.replace(job.heads, train_head=True), alone)
         if heads is not None:
             with written_whole(heads) as temporary:
@@ -153,7 +153,7 @@ def in_memory(rows: Dataset) -> Dataset:
 def choose(pair: Pair, count: int, selector: str) -> dict[str, Any]:
     """Choose the routes; returns what is known before any of them learns."""
     routes = pair.model.select_stitches(pair.calibration, selector, count, pair.config)
-    profile = pair.model.profile(pair.eval_set, [Route((Segment(name),)) for name in pair.model.anchors])
+    profile = pair.model.profile(pair.eval_set, [Route.alone(name) for name in pair.model.anchors])
     alone, costs = sorted(profile.routes, key=lambda row: row.costs["macs"]), pair.model.route_costs()
     return {
         "pair": " to ".join(pair.model.anchors),
@@ -167,7 +167,7 @@ def choose(pair: Pair, count: int, selector: str) -> dict[str, Any]:
 def renew(pair: Pair, kind: str, seed: int) -> None:
     """New stitches in the place of all, and nothing tuned."""
     model = pair.model
-    model.set_route(Route((Segment(model.front),)))
+    model.set_route(Route.alone(model.front))
     for route in model.routes:
         model.delete_stitch(route)
     set_seed(seed)

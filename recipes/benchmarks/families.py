@@ -31,10 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from restnet_hf import Profile, Route, Segment, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf import Profile, Route, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.data import this_process
 from restnet_hf.files import written_whole
-from restnet_hf.plots import plot_tradeoff
+from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.recipe import hold_out, load_recipe, prepare
 
 
@@ -62,7 +62,7 @@ MODES = {
 
 def clear(model: StitchedModelForImageClassification) -> None:
     """Take all stitches out."""
-    model.set_route(Route((Segment(model.front),)))
+    model.set_route(Route.alone(model.front))
     for route in model.routes:
         model.delete_stitch(route)
 
@@ -176,7 +176,7 @@ def main(
     calibration, others = hold_out(train_set, job.calibration_images, model.config.new_head)
     if model.config.new_head:
         heads = dataclasses.replace(job.heads, train_head=True)
-        train(model, others, heads, [Route((Segment(name),)) for name in model.anchors])
+        train(model, others, heads, [Route.alone(name) for name in model.anchors])
     sets = {"train": others, "calibration": calibration, "eval": eval_set}
     result: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):

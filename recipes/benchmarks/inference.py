@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
-from restnet_hf.cuts import find_cuts
+from restnet_hf.anchors.discovery import find_cuts
 
 
 PAIRS = [  # front, its cut, end, its cut

@@ -35,16 +35,16 @@ import timm
 import torch
 import typer
 
-from restnet_hf import Anchor, Preprocessing, Segment, StitchedModelForImageClassification, export_routes
-from restnet_hf.adapting import device_images
-from restnet_hf.costs import count_macs
+from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, export_routes
+from restnet_hf.adaptation.adapt import device_images
 from restnet_hf.data import load_images, with_pixel_values
-from restnet_hf.embedded import DATA, END, FRONT
+from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.export import EXPORTERS
+from restnet_hf.export.export import DisagreementError
 from restnet_hf.export.programs import trace_route
-from restnet_hf.exporting import Disagreement
-from restnet_hf.routes import Route
-from restnet_hf.runners import RUNNERS
+from restnet_hf.profiling.macs import count_macs
+from restnet_hf.routes.route import Route
+from restnet_hf.runtime.runners import RUNNERS
 
 
 PAIRS = [  # front, its cut, end, its cut
@@ -136,7 +136,7 @@ def bench_pair(front: str, i: int, end: str, j: int, batch: int, cases: Cases, f
         if run := exported(model, route, case, batch, folder / "-".join(case)):
             runs[" ".join(case)] = run
     for name in (front, end):
-        if run := exported(model, Route((Segment(name),)), ("onnx", "fp32"), batch, folder / name):
+        if run := exported(model, Route.alone(name), ("onnx", "fp32"), batch, folder / name):
             runs[f"onnx fp32 of {name}"] = run
     pieces = parts(model, route, batch, folder / "parts")
     runs |= {f"part {index}": run for index, run in enumerate(pieces)}
@@ -203,7 +203,7 @@ def bench_quality(model: StitchedModelForImageClassification, dataset: str, case
             profile = export().profiled
         except ValueError as error:
             print(f"{runtime} {precision}: {error}")
-            if not isinstance(error, Disagreement):
+            if not isinstance(error, DisagreementError):
                 continue
             profile = export(min_agreement=0).profiled
         label, scores = f"{route} in {runtime} {precision}", profile.routes[0].scores

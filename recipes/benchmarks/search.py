@@ -36,15 +36,15 @@ import typer
 from torch import Tensor
 
 from restnet_hf import Anchor, Budget, Preprocessing, Profile, Route, Segment, StitchedModelForImageClassification
+from restnet_hf.adaptation.scorer import SHARE
+from restnet_hf.adaptation.search import SEARCHES
 from restnet_hf.data import batches, load_images, with_pixel_values
-from restnet_hf.embedded import DATA, END, FRONT
-from restnet_hf.evaluation import mean_probabilities
-from restnet_hf.judging import SHARE
-from restnet_hf.measuring import measure_latency
-from restnet_hf.memory import MemoryTable, measure_memory
-from restnet_hf.profiles import ProfiledRoute
-from restnet_hf.routes import one_cut_routes
-from restnet_hf.search import SEARCHES
+from restnet_hf.demo.paths import DATA, END, FRONT
+from restnet_hf.profiling.accuracy import mean_probabilities
+from restnet_hf.profiling.memory import MemoryTable, measure_memory
+from restnet_hf.profiling.timing import measure_latency
+from restnet_hf.routes.profile import ProfiledRoute
+from restnet_hf.routes.route import one_cut_routes
 from restnet_hf.steps import run_steps, split_at_shared_cuts, walk_tree
 
 

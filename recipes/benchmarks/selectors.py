@@ -32,10 +32,10 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from rich.table import Table
 
-from restnet_hf import Route, Segment, train
-from restnet_hf.embedded import DATA, END, FRONT, RECIPE
-from restnet_hf.ranking import RankedRoute, choose_routes
+from restnet_hf import Route, train
+from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
 from restnet_hf.recipe import hold_out, load_recipe, prepare
+from restnet_hf.selection.ranking import RankedRoute, choose_routes
 
 
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {  # what is tried: selector, options, with labels
@@ -61,7 +61,7 @@ def measure(recipe: Any, grid: int, epochs: int, seed: int) -> dict[str, Any]:
     model, train_set, eval_set = prepare(recipe)
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     if model.config.new_head:
-        alone = [Route((Segment(name),)) for name in model.anchors]
+        alone = [Route.alone(name) for name in model.anchors]
         train(model, others, dataclasses.replace(recipe.heads, train_head=True, seed=seed), alone)
     values, seconds = {}, {}
     for name, (method, options, labels) in METHODS.items():

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from restnet_hf import Anchor, Preprocessing
-from restnet_hf.samples import Pair, Seen
-from restnet_hf.similarity import compare
+from restnet_hf.selection.samples import Pair, Seen
+from restnet_hf.selection.selectors import compare
 
 
 PAIRS = [("resnet50", "resnet18"), ("deit_small_patch16_224", "deit_tiny_patch16_224")]

@@ -32,11 +32,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from restnet_hf import Route, Segment, StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf import Route, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.data import this_process
 from restnet_hf.files import written_whole
-from restnet_hf.latency import LatencyTable
-from restnet_hf.measuring import check_latency, measure_latency
+from restnet_hf.profiling.latency import LatencyTable
+from restnet_hf.profiling.timing import check_latency, measure_latency
 from restnet_hf.recipe import Recipe, hold_out, load_recipe, prepare
 
 
@@ -53,7 +53,7 @@ def candidates(
     model: StitchedModelForImageClassification, count: int, clock: Callable[[], float]
 ) -> tuple[LatencyTable, dict[float, list[Route]]]:
     """What each piece takes, and by share of the anchor's latency some routes that run in that time."""
-    base = Route((Segment(model.front),))
+    base = Route.alone(model.front)
     single = [route for route in model.routes if len(route.stitch_points) == 1]  # together they have every piece
     table = measure_latency([(route, model.steps(route)) for route in (base, *single)], clock=clock)
     known = {route: table.latency_ms(model.steps(route)) for route in (base, *model.routes)}
@@ -91,7 +91,7 @@ def best(
     clock: Callable[[], float],
 ) -> dict[float, dict[str, Any]]:
     """Of each share the best route on one half of the images, with its accuracy on the other and its latency."""
-    base = Route((Segment(model.front),))
+    base = Route.alone(model.front)
     search = model.profile(halves[0], [route for routes in found.values() for route in routes])
     scores = {row.route: row.scores["accuracy"] for row in search.routes}
     chosen = {share: max(routes, key=scores.__getitem__) for share, routes in found.items() if routes}
@@ -119,7 +119,7 @@ def prepared(job: Recipe) -> tuple[StitchedModelForImageClassification, Dataset,
     model.to(this_process().device)
     calibration, others = hold_out(train_set, job.calibration_images, model.config.new_head)
     if model.config.new_head:
-        train(model, others, dataclasses.replace(job.heads, train_head=True), [Route((Segment(model.front),))])
+        train(model, others, dataclasses.replace(job.heads, train_head=True), [Route.alone(model.front)])
     options = {key: value for key, value in (job.family or {}).items() if key != "max_routes"}
     model.add_family(config=job.stitch_config(), **options)
     model.fit_stitches(calibration)

@@ -48,9 +48,9 @@ from transformers.utils import logging
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, TrainArgs
 from restnet_hf.data import Batch
-from restnet_hf.feeding import keep
-from restnet_hf.learning import Learner
-from restnet_hf.training import _Training
+from restnet_hf.training.learner import Learner
+from restnet_hf.training.loaders import keep
+from restnet_hf.training.loop import _Training
 
 
 PAIRS = {  # front, its cut, end, its cut

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExport, file_names
+from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExportError, file_names
 from restnet_hf.export.programs import Program
-from restnet_hf.routes import Route
+from restnet_hf.routes.route import Route
 
 
 class ExecuTorchExporter(Exporter):
@@ -49,7 +49,9 @@ class ExecuTorchExporter(Exporter):
         try:
             lowered = to_edge_transform_and_lower(programs, partitioner=[_partitioner()]).to_executorch()
         except Exception as error:  # of no common kind
-            raise UnsupportedExport(f"{list(map(str, models))} cannot be written for ExecuTorch: {error}") from error
+            raise UnsupportedExportError(
+                f"{list(map(str, models))} cannot be written for ExecuTorch: {error}"
+            ) from error
         with open(folder / "model.pte", "wb") as file:
             lowered.write_to_file(file)
         return {route: {"file": "model.pte", "method": name} for route, name in names.items()}

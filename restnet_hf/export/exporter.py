@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from restnet_hf.export.programs import Program
-from restnet_hf.routes import Route
-from restnet_hf.runners import need
+from restnet_hf.routes.route import Route
+from restnet_hf.runtime.runners import need
 
 
 ALIGNED = 64  # bytes: of a cache line, and of the widest vector
 QUANTIZED = "int8"  # precisions of this beginning
 
 
-class UnsupportedExport(ValueError):
+class UnsupportedExportError(ValueError):
     """A runtime cannot do what a route needs."""
 
 
@@ -59,11 +59,11 @@ class Exporter(ABC):
         """Raise before anything is done.
 
         Raises:
-            MissingRuntime: a package is not installed.
-            UnsupportedExport: the runtime has no such precision.
+            MissingRuntimeError: a package is not installed.
+            UnsupportedExportError: the runtime has no such precision.
         """
         if precision not in self.precisions:
-            raise UnsupportedExport(
+            raise UnsupportedExportError(
                 f"precision={precision!r} is not one of {self.precisions} of runtime '{self.runtime}'"
             )
         for package in self.packages:
@@ -81,7 +81,7 @@ class Exporter(ABC):
             images: to calibrate with, each (1, 3, H, W).
             how: see there.
         """
-        raise UnsupportedExport(f"runtime '{self.runtime}' does not quantise")
+        raise UnsupportedExportError(f"runtime '{self.runtime}' does not quantise")
 
     @abstractmethod
     def save(self, models: Mapping[Route, Any], folder: Path) -> dict[Route, dict[str, str]]:

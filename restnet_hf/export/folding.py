@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from restnet_hf.costs import count_macs
-from restnet_hf.stitches import LinearStitch, LowRankStitch
+from restnet_hf.profiling.macs import count_macs
+from restnet_hf.stitches.layers import LinearStitch, LowRankStitch
 
 
 aten = torch.ops.aten

@@ -14,9 +14,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from restnet_hf.export.exporter import QUANTIZED, Exporter, Quantization, SharedWeights, UnsupportedExport, file_names
+from restnet_hf.export.exporter import (
+    QUANTIZED,
+    Exporter,
+    Quantization,
+    SharedWeights,
+    UnsupportedExportError,
+    file_names,
+)
 from restnet_hf.export.programs import Program
-from restnet_hf.routes import Route
+from restnet_hf.routes.route import Route
 
 
 if TYPE_CHECKING:
@@ -46,7 +53,7 @@ def to_onnx(program: Program, precision: str) -> OnnxModel:
     runtime does that as it loads, and routes whose norms were tuned still share their convolutions.
 
     Raises:
-        UnsupportedExport: an operation has no counterpart.
+        UnsupportedExportError: an operation has no counterpart.
     """
     from onnxscript import optimizer
 
@@ -66,7 +73,7 @@ def to_onnx(program: Program, precision: str) -> OnnxModel:
                 for clean in (optimizer.inline, optimizer.fold_constants, optimizer.remove_unused_nodes):
                     clean(made.model)
         except Exception as error:  # of several libraries, of no common kind
-            raise UnsupportedExport(f"route '{program.route}' cannot be written as ONNX: {error}") from error
+            raise UnsupportedExportError(f"route '{program.route}' cannot be written as ONNX: {error}") from error
     proto = made.model_proto
     layers, last = dict[str, str](), ""
     for node in proto.graph.node:

@@ -10,8 +10,8 @@ import numpy as np
 from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, file_names
 from restnet_hf.export.onnx import OnnxModel, to_onnx
 from restnet_hf.export.programs import Program
-from restnet_hf.routes import Route
-from restnet_hf.runners import openvino_core, without_telemetry
+from restnet_hf.routes.route import Route
+from restnet_hf.runtime.runners import openvino_core, without_telemetry
 
 
 WEIGHTS = "weights.bin"

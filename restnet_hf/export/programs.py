@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from restnet_hf.export.folding import fold_stitches, merge_stitches, module_of
-from restnet_hf.routes import Route
+from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step
-from restnet_hf.stitches import Stitch
+from restnet_hf.stitches.layers import Stitch
 
 
 LAYERS = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}

@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from restnet_hf.export.exporter import Exporter, file_names
 from restnet_hf.export.programs import Program
-from restnet_hf.routes import Route
-from restnet_hf.torch_archives import UntrustedProgram, safe_archive
+from restnet_hf.routes.route import Route
+from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +34,7 @@ class TorchExporter(Exporter):
             torch.export.save(models[route].exported, file)
             try:
                 safe_archive(file)
-            except UntrustedProgram as error:
+            except UntrustedProgramError as error:
                 logger.warning("'%s' can only be loaded with trust_remote_code=True: %s", route, error)
             compute = str(models[route].example.dtype).removeprefix("torch.")
             entries[route] = {"file": file.name, "compute": compute}

@@ -1,0 +1,1 @@
+"""The best route for a device, found on the device."""

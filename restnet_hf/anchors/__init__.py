@@ -1,0 +1,1 @@
+"""Anchors: pre-trained classifiers, loaded, cut and run piece by piece."""

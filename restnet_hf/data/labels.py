@@ -1,0 +1,84 @@
+"""Class names of classifiers, and the order of one set of names in another."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from datasets import ClassLabel, Dataset
+
+
+GENERIC = re.compile(r"LABEL_\d+")
+WORDNET = re.compile(r"n\d{8}")
+
+
+def label_names(id2label: Mapping[int, str]) -> tuple[str, ...] | None:
+    """Class names in the order of the logits; None where they are only numbered (``LABEL_0``, ...)."""
+    names = tuple(str(id2label[index]) for index in sorted(id2label))
+    return None if all(GENERIC.fullmatch(name) for name in names) else names
+
+
+def label_order(reference: Sequence[str], other: Sequence[str]) -> list[int] | None:
+    """Positions in ``other`` of the names in ``reference``; None where the two do not name the same classes.
+
+    Names are compared without regard to case; WordNet ids are read as timm describes them; and where whole names
+    differ, the first of comma-separated synonyms decides if it is unique, or equal at every position.
+    """
+    if len(reference) != len(other):
+        return None
+    for key in (_whole, _first):
+        ours, theirs = [key(name) for name in reference], [key(name) for name in other]
+        if ours == theirs:
+            return list(range(len(ours)))
+        positions = {name: index for index, name in enumerate(theirs)}
+        if len(positions) == len(theirs) and set(ours) == set(positions):
+            return [positions[name] for name in ours]
+    return None
+
+
+def _whole(name: str) -> str:
+    if WORDNET.fullmatch(name):
+        name = _wordnet().get(name, name)
+    return name.strip().casefold()
+
+
+@cache
+def _wordnet() -> dict[str, str]:
+    from timm.data import ImageNetInfo
+
+    infos = [ImageNetInfo(subset) for subset in ("imagenet-22k", "imagenet-1k")]
+    return {name: info.label_name_to_description(name) for info in infos for name in info.label_names()}
+
+
+def _first(name: str) -> str:
+    return _whole(name).split(",")[0].strip()
+
+
+def class_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> dict[int, str]:
+    """Names of a new task's classes; empty where there is no new task.
+
+    Raises:
+        ValueError: they do not number the classes from 0 on, or are not ``num_labels``.
+    """
+    if id2label is None:
+        if num_labels is not None and num_labels < 1:
+            raise ValueError(f"num_labels={num_labels} must be at least 1")
+        return {index: f"LABEL_{index}" for index in range(num_labels or 0)}
+    names = {int(index): str(name) for index, name in dict(id2label).items()}
+    if not names or sorted(names) != list(range(len(names))) or num_labels not in (None, len(names)):
+        raise ValueError(
+            f"id2label must name the classes 0, 1, 2, ... (num_labels of them, if that is given too); it names "
+            f"{sorted(names)} and num_labels={num_labels}"
+        )
+    return names
+
+
+def class_names_of(rows: Dataset) -> list[str]:
+    """Names of the classes in the column ``label`` of a data set.
+
+    Raises:
+        ValueError: it has no such column, or one that names no classes.
+    """
+    feature = rows.features.get("label")
+    if not isinstance(feature, ClassLabel):
+        raise ValueError("the data set needs a 'label' column of type ClassLabel, which names the classes")
+    return list(feature.names)

@@ -1,0 +1,322 @@
+"""The card of an adapter: its routes with costs and scores, its anchors and their licences, and how to use it."""
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from restnet_hf.routes.profile import Profile, ProfiledRoute
+
+
+TEMPLATE = Path(__file__).with_name("card.md.j2")
+MOST = 100  # routes on a card
+LONGEST = 300  # characters of one value on a card
+# What Markdown, HTML, tables, formulas or links of bare addresses could be made of. Within a word "_" is only itself.
+MARKUP = re.compile(
+    r"[\\`*\[\]<>&|~#$]|(?<![^\W_])_|_(?![^\W_])|(?<=\S)@(?=\S)|:(?=//)|(?<=www)\.|^[-+=]|^\d(?=\d*[.)](?:\s|$))", re.I
+)
+MARK = "<!-- Written by restnet_hf. Delete this line to keep a text of your own when the adapter is pushed again. -->"
+LIBRARY, TAG, TASK = "restnet-hf", "restnet", "image-classification"
+BUCKETS = {  # upper limits by which the Hub can filter
+    "macs": {"100m": 1e8, "300m": 3e8, "1g": 1e9, "3g": 3e9, "10g": 1e10, "30g": 3e10},
+    "params": {"1m": 1e6, "3m": 3e6, "10m": 1e7, "30m": 3e7, "100m": 1e8, "300m": 3e8},
+    "memory_mb": {"3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0, "1000": 1000.0},
+    "latency_ms": {"1": 1.0, "3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0},
+}
+COLUMNS = {  # of the table: heading, factor, digits
+    "macs": ("MACs, M", 1e-6, 1),
+    "params": ("params, M", 1e-6, 2),
+    "memory_mb": ("memory, MB", 1.0, 1),
+    "latency_ms": ("latency, ms", 1.0, 2),
+    "energy_j": ("energy, mJ", 1e3, 2),
+    "accuracy": ("accuracy, %", 100.0, 2),
+}
+
+
+def budget_tags(profile: Profile) -> list[str]:
+    """A tag for each bucket that the cheapest route fits in, such as ``macs:le-1g``."""
+    tags = []
+    for cost, buckets in BUCKETS.items():
+        values = [row.costs[cost] for row in profile.routes if cost in row.costs]
+        tags += [f"{cost}:le-{name}" for name, limit in buckets.items() if values and min(values) <= limit]
+    return tags
+
+
+def adapter_tags(profile: Profile | None) -> list[str]:
+    """The tags of an adapter by which it is found."""
+    return [TAG, *(budget_tags(profile) if profile is not None else [])]
+
+
+def filter_tags(limits: Mapping[str, float]) -> list[str]:
+    """Tags that every adapter within the limits has: the smallest bucket not below each of them."""
+    tags = []
+    for cost, limit in limits.items():
+        names = [name for name, bound in BUCKETS.get(cost, {}).items() if bound >= limit]
+        tags += [f"{cost}:le-{names[0]}"] if names else []
+    return tags
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a name can be a repository of the Hub; folders and paths cannot."""
+    if not name or name.count("/") != 1 or os.path.isabs(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def card_data(
+    repo_id: str,
+    anchors: Sequence[Mapping[str, Any]],
+    profile: Profile | None,
+    standalone: bool,
+    tags: Iterable[str] = (),
+) -> ModelCardData:
+    """The metadata of a card.
+
+    Args:
+        repo_id: name of the adapter on the Hub.
+        anchors: for each ``name``, ``repo_id`` (None where others cannot fetch it) and ``license`` (None if unknown).
+        profile: routes with costs and scores, None where nothing was measured.
+        standalone: whether the repository holds the anchors' weights.
+        tags: tags beside those of the budget.
+
+    Raises:
+        ValueError: the profile is not one that JSON can hold.
+    """
+    profile = _as_json(profile)
+    licences = {_licence_of(anchor) for anchor in anchors}
+    same = next(iter(licences)) if len(licences) == 1 and None not in licences else None
+    dataset, scored = _scored(None if profile is None else _shown(profile))
+    results = [
+        EvalResult(TASK, dataset, dataset, "accuracy", row.scores["accuracy"], metric_name=str(row.route))
+        for row in scored
+        if dataset
+    ]
+    return ModelCardData(
+        base_model=[anchor["repo_id"] for anchor in anchors if anchor["repo_id"]] or None,
+        base_model_relation="merge" if standalone else "adapter",
+        datasets=[dataset] if dataset and is_hub_id(dataset) else None,
+        metrics=["accuracy"] if scored else None,
+        library_name=LIBRARY,
+        pipeline_tag=TASK,
+        license=same or "other",
+        license_name=None if same else "licences-of-the-anchors",
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+        tags=list(dict.fromkeys([*adapter_tags(profile), *map(str, tags)])),
+        restnet=None if profile is None else _shown(profile).to_dict(),
+    )
+
+
+def _as_json(profile: Profile | None) -> Profile | None:
+    """The profile as it is after being saved and loaded, so that all that is checked then holds here."""
+    if profile is None:
+        return None
+    try:
+        return Profile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"a profile for a card must be one that JSON can hold: {error}") from error
+
+
+def _licence_of(anchor: Mapping[str, Any]) -> str | None:
+    return anchor["license"] if isinstance(anchor["license"], str) and anchor["license"] else None
+
+
+def _shown(profile: Profile) -> Profile:
+    """The routes that a card shows: all, or where they are too many the anchors alone and those that none beats."""
+    if len(profile.routes) <= MOST:
+        return profile
+    ahead = [row for row in profile.routes if len(row.route.segments) == 1]
+    if all("accuracy" in row.scores and "macs" in row.costs for row in profile.routes):
+        ahead += [row for row in profile.pareto() if row not in ahead]
+    else:
+        ahead += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[:: -(-len(profile.routes) // MOST)]
+    return Profile(tuple(ahead), profile.metadata)
+
+
+def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
+    """The data set that routes were scored on, and those routes."""
+    if profile is None:
+        return None, []
+    dataset = profile.metadata.get("dataset")
+    return dataset if isinstance(dataset, str) else None, [row for row in profile.routes if "accuracy" in row.scores]
+
+
+def eval_results(profile: Profile | None) -> list[EvalResultEntry]:
+    """The accuracies of all routes as the Hub's leaderboards read them; none where the data set is not on the Hub.
+
+    Raises:
+        ValueError: the profile is not one that JSON can hold.
+    """
+    profile = _as_json(profile)
+    dataset, scored = _scored(profile)
+    if profile is None or not dataset or not is_hub_id(dataset):
+        return []
+    about = {key: profile.metadata.get(key) for key in ("date", "dataset_revision")}
+    about = {key: value for key, value in about.items() if isinstance(value, str)}
+    return [EvalResultEntry(dataset, TASK, row.scores["accuracy"], notes=str(row.route), **about) for row in scored]
+
+
+def _python_text(text: str) -> str:
+    """A literal of Python in ASCII: what looks like other text, or turns its direction, is seen to be there."""
+    return '"' + "".join(f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in text) + '"'
+
+
+def make_card(
+    repo_id: str,
+    anchors: Sequence[Mapping[str, Any]],
+    profile: Profile | None,
+    standalone: bool = False,
+    plot: str | None = None,
+    tags: Iterable[str] = (),
+    training: Iterable[Mapping[str, Any]] = (),
+) -> ModelCard:
+    """The card of an adapter.
+
+    Args:
+        repo_id, anchors, profile, standalone, tags: as of `card_data`.
+        plot: the file name of a picture.
+        training: what config.json says of how the stitches were fitted and trained.
+
+    Raises:
+        ValueError: the profile is not one that JSON can hold.
+    """
+    profile = _as_json(profile)
+    data = card_data(repo_id, anchors, profile, standalone, tags)
+    said = [
+        (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", _licence_of(a) or "not stated")
+        for a in anchors
+    ]
+    name = _one_line(repo_id).replace("`", "'")
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        mark=MARK,
+        title=markdown(repo_id.split("/")[-1]),
+        python_name=_python_text(name),
+        shell_name=shlex.quote(name),
+        standalone=standalone,
+        number=len(anchors),
+        routes=_routes(profile, plot),
+        runtimes=_runtimes(profile),
+        anchors=_table(("name", "model", "commit", "licence"), [[*map(markdown, line)] for line in said]),
+        training=_training(training),
+        choice=_choice(profile),
+        licence=_licence(data.license, anchors),
+    )
+
+
+def markdown(value: Any) -> str:
+    """What came from a file as one line of Markdown that shows it as it is, at most ``LONGEST`` characters of it."""
+    return MARKUP.sub(lambda match: f"&#{ord(match[0])};", _one_line(value))
+
+
+def _code(value: Any) -> str:
+    """Likewise, in a code span of a table."""
+    text = _one_line(value).replace("`", "'").replace("|", "\\|")
+    return f"`{text or ' '}`"
+
+
+def _one_line(value: Any) -> str:
+    try:
+        text = str(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+        text = type(value).__name__
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _routes(profile: Profile | None, plot: str | None) -> str:
+    if profile is None:
+        return "They were not measured: `model.profile(data)` does that."
+    shown = _shown(profile)
+    names = [name for name in COLUMNS if any(_value(row, name) is not None for row in shown.routes)]
+    rows = sorted(shown.routes, key=lambda row: row.costs.get("macs", 0))
+    printed = [(_code(row.route), *(_printed(row, name) for name in names)) for row in rows]
+    parts = [_table(("route", *(COLUMNS[name][0] for name in names)), printed), _measured(profile)]
+    if len(rows) < len(profile.routes):
+        parts.append(f"These are {len(rows)} of {len(profile.routes)} routes; profile.json has all.")
+    if any(row.route.via for row in rows):
+        parts.append("A stitch with a name, as in `a[:7] +name b[11:]`, is one that several routes may share.")
+    if plot:
+        parts.append(f"![accuracy against MACs of every route]({quote(plot, errors='replace')})")
+    return "\n\n".join(parts)
+
+
+def _runtimes(profile: Profile | None) -> str:
+    """What exported routes take, one line for each."""
+    rows = []
+    for entry in () if profile is None else profile.metadata.get("runtimes", ()):
+        threads = entry["threads"]
+        where = f"{entry['device']}, {threads} thread{'s' if threads > 1 else ''}"
+        for route, found in entry["routes"].items():
+            shares = [f"{100 * found[score]:.1f}" if score in found else "" for score in ("agreement", "accuracy")]
+            about = map(markdown, (entry["runtime"], entry["precision"], where))
+            rows.append((_code(route), *about, f"{found['latency_ms']:.2f}", *shares))
+    if not rows:
+        return ""
+    head = ("route", "runtime", "precision", "device", "latency, ms", "agreement, %", "accuracy, %")
+    return _table(head, rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)] if head[0] == "route" else ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(row: Any, name: str) -> float | None:
+    return row.scores.get(name) if name == "accuracy" else row.costs.get(name)
+
+
+def _printed(row: Any, name: str) -> str:
+    _, factor, digits = COLUMNS[name]
+    value = _value(row, name)
+    return "" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _measured(profile: Profile) -> str:
+    about = {key: markdown(value) for key, value in profile.metadata.items()}
+    said = (
+        [f"on {about['images']} images of {about.get('dataset', 'a data set that was not named')}"]
+        if "images" in about
+        else []
+    )
+    said += [f"on {about[key]}" for key in ("device", "date") if key in about]
+    versions = profile.metadata.get("versions", {})
+    known = versions.items() if isinstance(versions, Mapping) else [("versions", versions)]
+    listed = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in known)
+    return f"Measured {', '.join(said)}{f' with {listed}' if listed else ''}. Costs are for one image."
+
+
+def _training(stages: Iterable[Mapping[str, Any]]) -> str:
+    said = []
+    for stage in stages:
+        settings = [(key, value) for key, value in stage.items() if key != "stage" and value is not None]
+        listed = ", ".join(f"{markdown(key)} {markdown(value)}" for key, value in settings)
+        said.append(f"- {markdown(stage.get('stage', 'training'))}: {listed}")
+    return "\n".join(said) or "The stitches are as they were made: neither fitted nor trained."
+
+
+def _choice(profile: Profile | None) -> str:
+    if profile is None or not profile.routes or not all("macs" in row.costs for row in profile.routes):
+        return "model.set_route(model.routes[0])"
+    middle = sorted(row.costs["macs"] for row in profile.routes)[len(profile.routes) // 2]
+    return f"model.set_budget(macs={middle:.0f})  # or params=, or set_route(...)"
+
+
+def _licence(chosen: Any, anchors: Sequence[Mapping[str, Any]]) -> str:
+    if chosen != "other":
+        return "All anchors have this licence, and so has the adapter."
+    stated = ", ".join(f"{markdown(a['name'])}: {markdown(_licence_of(a) or 'not stated')}" for a in anchors)
+    return f"The anchors' licences differ or are not stated ({stated}). Keep to all of them."

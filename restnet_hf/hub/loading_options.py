@@ -1,0 +1,226 @@
+"""What ``from_pretrained`` takes as transformers does, beside its own arguments, and why it refuses the rest."""
+
+import copy
+import os
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.config_entry import embedded, identify, rebuild, reload
+from restnet_hf.anchors.weights import check_weights
+from restnet_hf.configuration_restnet import RestNetConfig
+from restnet_hf.data.labels import class_names
+from restnet_hf.errors import BudgetError
+from restnet_hf.hub.cards import is_hub_id
+from restnet_hf.routes.profile import Budget, Profile
+from restnet_hf.routes.route import Route
+
+
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+PASSED_BY_AUTO = ("_from_auto", "_from_pipeline", "adapter_kwargs", "_commit_hash", "torch_dtype")  # and by pipelines
+CONFIG_KEYS = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "return_dict")
+SAFE = ("use_safetensors", "weights_only")  # True is what is done in any case
+_ONE_DEVICE = "the anchors, which all routes share, are on one device: name it with device_map="
+_WEIGHTS = "an adapter has one file, model.safetensors"
+_ANCHORS = "this is a setting of the anchors: load one with it, and pass anchors={name: the module}"
+REFUSED = {
+    "max_memory": f"{_ONE_DEVICE}; page_to() keeps in memory only what the active route uses",
+    "offload_folder": f"{_ONE_DEVICE}; page_to(folder) keeps the weights of other routes on disk",
+    "offload_buffers": f"{_ONE_DEVICE}; page_to(folder) keeps the weights of other routes on disk",
+    "offload_state_dict": f"{_ONE_DEVICE}; weights are mapped into memory from their file in any case",
+    "tp_plan": _ONE_DEVICE,
+    "tp_size": _ONE_DEVICE,
+    "device_mesh": _ONE_DEVICE,
+    "distributed_config": f"{_ONE_DEVICE}; train() runs on several with accelerate launch",
+    "quantization_config": "anchors and stitches run in float; restnet-hf export --precision int8 quantises routes",
+    "variant": f"{_WEIGHTS}; load it with dtype= for another type, or give each variant a folder or revision",
+    "gguf_file": f"{_WEIGHTS}; pass tensors from elsewhere as state_dict=",
+    "from_tf": f"{_WEIGHTS}; pass tensors from elsewhere as state_dict=",
+    "from_flax": f"{_WEIGHTS}; pass tensors from elsewhere as state_dict=",
+    "key_mapping": "its tensors have the names that config.json implies; rename them and pass state_dict=",
+    "disable_mmap": f"{_WEIGHTS}, which is mapped into memory; copy the folder to a disk where that works",
+    "experts_implementation": _ANCHORS,
+    "fusion_config": _ANCHORS,
+    "use_kernels": _ANCHORS,
+    "kernel_config": _ANCHORS,
+    "allow_all_kernels": _ANCHORS,
+    "output_attentions": "not every anchor has attention; run one alone: model.anchors[name].model(...)",
+    "generation_config": "an image classifier does not generate",
+    "code_revision": "code of anchors comes from the commit that config.json names",
+    "adapter_name": "load what PEFT wrote afterwards, with load_adapter(..., adapter_name=)",
+    "tqdm_class": "set HF_HUB_DISABLE_PROGRESS_BARS=1 to hide progress bars",
+    "mirror": "set HF_ENDPOINT instead",
+}
+FROM_PRETRAINED = (*CONFIG_KEYS, *SAFE, "low_cpu_mem_usage")  # the last has no effect in transformers 5 either
+STATE_DICT = "the state dict"  # in the place of a folder or Hub id
+Mismatched = set[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, shape in the file, shape in the model
+# the logger of transformers that says what was loaded and what was not, so that its verbosity applies
+logger = logging.get_logger("transformers.modeling_utils")
+
+
+def hub_options(method: str, options: Mapping[str, Any], taken: Collection[str] = ()) -> dict[str, Any]:
+    """Those of huggingface_hub that are set, for its functions.
+
+    Args:
+        method: name for errors.
+        options: keyword arguments of a caller.
+        taken: names that are allowed beside those of huggingface_hub.
+
+    Raises:
+        TypeError: an option is not known, or cannot apply to a stitched model.
+        ValueError: the value of one is not possible here.
+    """
+    for name, value in options.items():
+        if name in REFUSED and value is not None and value is not False:
+            raise TypeError(f"{method} takes no {name}: {REFUSED[name]}")
+        if name in SAFE and name in taken and value is False:
+            raise ValueError(f"{method} takes no {name}=False: adapters are safetensors files, nothing is unpickled")
+    unknown = sorted(options.keys() - {*HUB_KEYS, *PASSED_BY_AUTO, *REFUSED, *taken})
+    if unknown:
+        raise TypeError(f"{method} takes no {unknown}; see its documentation for what it takes")
+    return {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
+
+
+def override(config: RestNetConfig, options: Mapping[str, Any]) -> RestNetConfig:
+    """A copy of a config with what a caller gives in place of its values.
+
+    Raises:
+        TypeError: attention is asked for.
+        ValueError: labels that contradict each other.
+    """
+    config = copy.deepcopy(config)
+    if config.output_attentions:  # Auto classes have set it
+        raise TypeError(f"from_pretrained takes no output_attentions: {REFUSED['output_attentions']}")
+    given = {key: options[key] for key in CONFIG_KEYS if options.get(key) is not None}
+    count, by_index, by_name = (given.pop(key, None) for key in ("num_labels", "id2label", "label2id"))
+    if by_index is None and by_name is not None:
+        by_index = {index: name for name, index in by_name.items()}
+    names = class_names(count, by_index)
+    if by_name is not None and {name: int(index) for name, index in by_name.items()} != _inverse(names):
+        raise ValueError(f"label2id={by_name} is not the inverse of id2label={names}")
+    if names and (by_index is not None or len(names) != config.num_labels):
+        config.id2label, config.label2id = names, _inverse(names)
+    for key, value in given.items():
+        setattr(config, key, value)
+    return config
+
+
+def _inverse(names: Mapping[int, str]) -> dict[str, int]:
+    return {name: index for index, name in names.items()}
+
+
+def holds_anchors(weights: Mapping[str, Tensor]) -> bool:
+    """Whether the anchors' weights are among an adapter's."""
+    return any(key.startswith("anchors.") for key in weights)
+
+
+def given_weights(state_dict: Mapping[str, Tensor], config: RestNetConfig, where: str) -> dict[str, Tensor]:
+    """The tensors of a caller's state dict, the anchors' as copies of their own.
+
+    A config that was never saved does not say yet which weights the anchors have; it does then.
+
+    Raises:
+        ValueError: the config is not sound, or the weights are not those of its anchors.
+    """
+    weights = {k: v.detach().to("cpu", copy=k.startswith("anchors.")) for k, v in state_dict.items()}
+    try:
+        new = [entry for entry in config.anchors or [] if entry["fingerprint"] is None]
+        for entry in new if holds_anchors(weights) else ():
+            prefix = f"anchors.{entry['name']}.model."
+            mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            anchor = rebuild(entry, partial(_check, mine, where))
+            anchor.model.load_state_dict(mine, assign=True)
+            identify(entry, anchor)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"the config given with {where} is not sound: {error!r}") from error
+    return weights
+
+
+def _check(weights: Mapping[str, Tensor], where: str, model: nn.Module) -> None:
+    check_weights(weights, model.state_dict(), where)
+
+
+def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_mismatched_sizes: bool) -> Mismatched:
+    """Load an adapter's tensors into a new model; returns those that were left out for their shape.
+
+    A warning names these, and what the config and the profile said of them is forgotten.
+
+    Raises:
+        WeightsError: there are not exactly the tensors that the model has.
+    """
+    own = model.adapter_state_dict()
+    mismatched: Mismatched = set()
+    if ignore_mismatched_sizes:
+        for key in own.keys() & weights.keys():
+            if weights[key].shape != own[key].shape:
+                mismatched.add((key, tuple(weights[key].shape), tuple(own[key].shape)))
+    weights = {**weights, **{key: own[key] for key, *_ in mismatched}}
+    check_weights(weights, own, where)
+    model.load_state_dict(weights)
+    if mismatched:
+        parts, config = {".".join(key.split(".")[:2]) for key, *_ in mismatched}, model.config
+        config.trained_heads = [key for key in config.trained_heads if f"heads.{key}" not in parts]
+        for name, entry in config.stitches.items():
+            if f"stitches.{name}" in parts:
+                entry.pop("r2", None)
+        model.profiled = None  # it was of other weights
+        said = [f"{key}: Reinit due to size mismatch, {then} there and {now} here" for key, then, now in mismatched]
+        logger.warning(f"Train what is newly initialized, since it has another shape in {where}.\n" + "\n".join(said))
+    return mismatched
+
+
+def loading_info(mismatched: Mismatched) -> dict[str, Any]:
+    """What transformers reports of loading: a model of ours has every tensor of its own, and no others."""
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": mismatched, "error_msgs": []}
+
+
+def choose_route(
+    config: RestNetConfig, profile: Profile | None, route: Route | str | None, budget: Mapping[str, float] | None
+) -> tuple[Route, ...]:
+    """Make the route that was asked for the active one; returns the routes whose weights are to be checked at once."""
+    if route is not None and budget is not None:
+        raise ValueError("give either route or budget")
+    if budget is not None:
+        if profile is None:
+            raise BudgetError("the adapter has no profile, so the costs of its routes are not known; give a route")
+        route = profile.best(Budget(**budget)).route
+    if route is not None:
+        config.active_route = str(route)
+        config.check()
+        return (Route.parse(config.active_route),)
+    return (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
+
+
+def load_anchors(
+    config: RestNetConfig,
+    weights: Mapping[str, Tensor],
+    given: Mapping[str, nn.Module | str],
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+    used: Sequence[Route],
+    where: str,
+    whole: bool,
+) -> list[Anchor]:
+    """The anchors that a config describes: those given, those in the checkpoint itself, or from where it names."""
+    entries = config.anchors or []
+    strangers = sorted(given.keys() - {entry["name"] for entry in entries})
+    if strangers:
+        raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
+    if where != STATE_DICT and not os.path.isdir(where) and not whole:
+        elsewhere = [e["name"] for e in entries if e["name"] not in given and not is_hub_id(e["repo_id"])]
+        if elsewhere:
+            raise ValueError(
+                f"anchors {elsewhere} of {where} are not on the Hub but on the machine it was made on; pass them: "
+                "from_pretrained(..., anchors={name: a module or a folder})"
+            )
+    return [
+        embedded(entry, weights, dtype, used, where)
+        if whole and entry["name"] not in given
+        else reload(entry, given.get(entry["name"]), dtype, options, used)
+        for entry in entries
+    ]

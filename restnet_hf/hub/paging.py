@@ -1,0 +1,94 @@
+"""Paging: anchors hold only the weights that some segments use; the others are gone, or on disk until needed."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.files import written_whole
+from restnet_hf.steps import Step
+from restnet_hf.stitches.branches import BranchStitch
+
+
+Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
+
+
+def hold(anchor: Anchor, steps: Iterable[Step], read: Read | None = None) -> int:
+    """Keep in memory only the weights of an anchor that some steps use; returns the bytes that were read.
+
+    Args:
+        anchor: whose weights they are; buffers stay.
+        steps: of routes.
+        read: gives weights that are not in memory, by name; without it they are gone for good.
+
+    Raises:
+        ValueError: weights are needed that are neither in memory nor can be read.
+    """
+    spans = {(step.segment.start, step.segment.stop) for step in steps if step.segment and step.module is anchor}
+    spans |= {span for step in steps for span in _blocks(step.module, anchor)}
+    wanted = {p for start, stop in spans for p in anchor.own_parameters(start, stop).values()}
+    named = dict(anchor.model.named_parameters())
+    missing = [name for name, parameter in named.items() if parameter in wanted and name in anchor.absent]
+    if missing and read is None:
+        raise ValueError(
+            f"weights of anchor '{anchor.name}' are not in memory: {missing[0]} and {len(missing) - 1} more"
+        )
+    found = read(missing) if read and missing else {}
+    for name, tensor in found.items():
+        named[name].data = tensor.to(named[name].device, named[name].dtype)
+    anchor.absent = {name for name, parameter in named.items() if parameter not in wanted}
+    for name in anchor.absent:
+        named[name].data = named[name].new_empty(0)
+    return sum(tensor.nbytes for tensor in found.values())
+
+
+def _blocks(module: nn.Module, anchor: Anchor) -> Iterable[tuple[int, int]]:
+    """The pieces of an anchor that a branch runs with tensors of its own; what it leaves as it was is needed."""
+    return [(module.block - 1, module.block)] if isinstance(module, BranchStitch) and module.anchor is anchor else []
+
+
+class WeightFiles:
+    """A safetensors file for each anchor, memory-mapped, from which weights are read as routes need them.
+
+    Args:
+        folder: for the files, made if there is none.
+        anchors: by name; their weights are checked and written now.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: weights are not those that were expected, or not all in memory.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], anchors: Mapping[str, Anchor]) -> None:
+        self.paths = {name: Path(folder) / f"{name}.safetensors" for name in anchors}
+        for name, anchor in anchors.items():
+            anchor.check_present()
+            anchor.verify()  # what is written is read without being checked again
+            anchor.seal.lost.update(anchor.changed())
+            self.paths[name].parent.mkdir(parents=True, exist_ok=True)
+            weights = {key: p.detach().contiguous() for key, p in anchor.model.named_parameters()}
+            with written_whole(self.paths[name]) as temporary:
+                save_file(weights, temporary)
+
+    def bring(self, anchors: Mapping[str, Anchor], steps: Iterable[Step]) -> int:
+        """Have in memory what some steps use, and nothing else; returns the bytes that were read.
+
+        Raises:
+            OSError: a file is missing or damaged.
+        """
+        steps = tuple(steps)
+        return sum(hold(anchor, steps, self._reader(name)) for name, anchor in anchors.items())
+
+    def _reader(self, anchor: str) -> Read:
+        def read(names: Iterable[str]) -> dict[str, Tensor]:
+            try:
+                with safe_open(self.paths[anchor], "pt") as file:
+                    return {name: file.get_tensor(name) for name in names}
+            except (SafetensorError, FileNotFoundError) as error:
+                raise OSError(f"{self.paths[anchor]}, which holds weights of '{anchor}', is gone: {error}") from error
+
+        return read

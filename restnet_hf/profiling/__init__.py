@@ -1,0 +1,1 @@
+"""What routes cost, and what they give."""

@@ -1,0 +1,75 @@
+"""Accuracy of every route on the same images, shared beginnings run once."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from restnet_hf.data.datasets import Batch
+from restnet_hf.distributed import this_process
+from restnet_hf.routes.route import Route
+from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
+
+
+@torch.no_grad()
+def predict_routes(
+    walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
+) -> tuple[dict[Route, Tensor], Tensor]:
+    """The class that each route gives each image, and the images' labels, (images,) each.
+
+    Under several processes each takes every n-th batch, and all get the whole result.
+
+    Args:
+        walks: routes with their steps.
+        batches: of images in the model's preprocessing, the same on every process.
+        device: where to run.
+
+    Raises:
+        ValueError: a batch has no labels.
+    """
+    shared = split_at_shared_cuts(walks)
+    state = this_process()
+    chunks: list[tuple[int, Tensor, dict[Route, Tensor]]] = []
+    for index, batch in enumerate(batches):
+        if index % state.num_processes != state.process_index:
+            continue
+        if "labels" not in batch:
+            raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
+        logits = walk_tree(batch["pixel_values"].to(device), shared)
+        chunks.append((index, batch["labels"].cpu(), {route: each.argmax(-1).cpu() for route, each in logits}))
+    ordered = sorted(gather_object(chunks), key=lambda chunk: chunk[0])
+    predictions = {route: torch.cat([chunk[2][route] for chunk in ordered]) for route, _ in walks}
+    return predictions, torch.cat([chunk[1] for chunk in ordered])
+
+
+def score_routes(
+    walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
+) -> tuple[dict[Route, float], int]:
+    """Accuracy of each route, and on how many images; see `predict_routes`."""
+    from restnet_hf.profiling.metric import Accuracy
+
+    predictions, labels = predict_routes(walks, batches, device)
+    metric = Accuracy(keep_in_memory=True)
+    scores = {
+        route: metric.compute(predictions=predicted.numpy(), references=labels.numpy())["accuracy"]
+        for route, predicted in predictions.items()
+    }
+    return scores, len(labels)
+
+
+@torch.no_grad()
+def mean_probabilities(walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device) -> dict[Route, float]:
+    """How probable each route holds the labels to be, from 0 to 1: of a few images it tells more than the accuracy.
+
+    Args:
+        walks: routes with their steps.
+        batches: of labelled images in the model's preprocessing; none give no route a value.
+        device: where to run.
+    """
+    shared, held = split_at_shared_cuts(walks), dict[Route, list[Tensor]]()
+    for batch in batches:
+        labels = batch["labels"].to(device)[:, None]
+        for route, logits in walk_tree(batch["pixel_values"].to(device), shared):
+            held.setdefault(route, []).append(logits.float().softmax(-1).gather(1, labels).cpu())
+    return {route: torch.cat(each).mean().item() for route, each in held.items()}

@@ -1,0 +1,95 @@
+"""What this device is and what it uses: name, threads, clock rate, and joules where the system counts them."""
+
+import datetime
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restnet_hf.hashing import package_versions
+
+
+CPUINFO = Path("/proc/cpuinfo")
+CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+POWERCAP = Path("/sys/class/powercap")
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the accelerator, or of the processor with the number of threads."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        return module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def processor_name() -> str:
+    """Name of the processor, as the system tells it."""
+    return [*_cpuinfo("model name"), *_cpuinfo("Model"), platform.processor() or platform.machine()][0]
+
+
+def device_facts() -> dict[str, Any]:
+    """Machine, threads, clock rate (MHz, None where the system does not tell), date and versions."""
+    return {
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "clock_mhz": clock_mhz(),
+        "date": datetime.date.today().isoformat(),
+        "versions": package_versions(),
+    }
+
+
+def clock_mhz() -> float | None:
+    """Clock rate of the processor now, as the system tells it."""
+    if CPUFREQ.exists():
+        return int(CPUFREQ.read_text()) / 1000  # kHz
+    rates = [float(rate) for rate in _cpuinfo("cpu MHz")]
+    return max(rates) if rates else None
+
+
+def _cpuinfo(key: str) -> list[str]:
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key]
+
+
+def energy_counters(powercap: Path | None = None) -> dict[Path, int]:
+    """Energy counters of the processor's packages (Intel RAPL), in microjoules; empty where none can be read.
+
+    Many systems let only root read them.
+    """
+    found = {}
+    for domain in sorted((powercap or POWERCAP).glob("intel-rapl:*")):
+        try:
+            if (domain / "name").read_text().startswith("package"):  # their parts and the platform would count twice
+                found[domain] = int((domain / "energy_uj").read_text())
+        except (OSError, ValueError):
+            return {}
+    return found
+
+
+def joules(run: Callable[[], object], seconds: float = 1.0, powercap: Path | None = None) -> float | None:
+    """Joules that a run takes, of all that the processor uses meanwhile; None where the system does not count them.
+
+    Args:
+        run: is repeated.
+        seconds: for at least so long, as the counters move about once a millisecond.
+        powercap: folder of the counters.
+    """
+    before = energy_counters(powercap)
+    if not before:
+        return None
+    count, began = 0, time.perf_counter()
+    while not count or time.perf_counter() - began < seconds:
+        run()
+        count += 1
+    after = energy_counters(powercap)
+    return sum(_used(domain, before, after) for domain in before) / count * 1e-6 if after else None
+
+
+def _used(domain: Path, before: Mapping[Path, int], after: Mapping[Path, int]) -> int:
+    """Microjoules since; a counter begins again at zero when it is full."""
+    used = after[domain] - before[domain]
+    return used if used >= 0 else used + int((domain / "max_energy_range_uj").read_text())

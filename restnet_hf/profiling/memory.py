@@ -1,0 +1,196 @@
+"""How much memory routes take: weights, and the peak of what is alive while they run, from one count of each piece."""
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.segments import outside, own_modules
+from restnet_hf.routes.route import Segment
+from restnet_hf.steps import Step, run_steps
+
+
+MB = 2**20
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within the context, and the most that were alive at once.
+
+    Tensors are counted by storage, views once, for as long as anything holds them. What an operator allocates and
+    frees within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+                self._made(x.untyped_storage())
+        return result
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone, key, size).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a step has alive at once, without its input, and what is left of it after it: its output. Bytes."""
+
+    peak: int
+    left: int
+    passes_on: bool = False  # the output lies in the memory of the input
+
+
+class MemoryTable:
+    """Peak memory of every piece of the routes it has met, each counted once, so that a route is put together of them.
+
+    Anchors are run once from each cut at which a route enters them, which tells of all cuts at which it can leave.
+    Only storages of tensors count; work space that an operator frees again does not.
+
+    Args:
+        batch_size: images in a run.
+    """
+
+    def __init__(self, batch_size: int = 1) -> None:
+        self.batch_size = batch_size
+        self._segments: dict[tuple[Anchor, int], dict[int | None, Held]] = {}
+        self._steps: dict[str, Held] = {}
+
+    def memory_mb(self, steps: Sequence[Step]) -> float:
+        """Megabytes (2**20 bytes) that a route takes: its weights, the images, and what is alive beside them at most.
+
+        Args:
+            steps: of the route.
+        """
+        return (weight_bytes(steps) + self.activation_bytes(steps)) / MB
+
+    def activation_bytes(self, steps: Sequence[Step]) -> int:
+        """The peak of the images and of what is made while the route runs."""
+        like = _like(steps)
+        images = self.batch_size * math.prod(steps[0].shape) * like.element_size()
+        before = peak = 0  # what comes into a step, beside the images
+        for step in steps:
+            held = self._held(step, like)
+            peak = max(peak, before + held.peak)
+            before = held.left + (before if held.passes_on else 0)
+        return images + peak
+
+    def _held(self, step: Step, like: Tensor) -> Held:
+        segment, anchor = step.segment, step.module
+        if segment is None or step.tuned or segment == Segment(segment.anchor):  # the last needs no cuts
+            if step.name not in self._steps:
+                device = next((p.device for p in step.parameters()), like.device)  # a stitch to be may be on meta
+                self._steps[step.name] = _count(step, _zeros(step.shape, self.batch_size, like).to(device))
+            return self._steps[step.name]
+        assert isinstance(anchor, Anchor)
+        if (anchor, segment.start) not in self._segments:
+            x = _zeros(step.shape, self.batch_size, like)
+            self._segments[anchor, segment.start] = _count_segments(anchor, segment.start, x)
+        return self._segments[anchor, segment.start][segment.stop]
+
+
+@torch.no_grad()
+def _count(step: Step, x: Tensor) -> Held:
+    with LiveBytes() as counted:
+        y = step(x)
+        return Held(counted.peak, counted.live, _same_memory(y, x))
+
+
+@torch.no_grad()
+def _count_segments(anchor: Anchor, start: int, x: Tensor) -> dict[int | None, Held]:
+    """What each segment from a cut holds, by where it stops, from one run to the logits."""
+    found: dict[int | None, Held] = {}
+
+    def see(stop: int, y: Tensor) -> None:
+        cut = anchor.cuts[stop - 1]
+        left = y.untyped_storage().nbytes()
+        if len(cut.tensors) == 1 and cut.tensors[0].modified:  # a segment that stops here gives a copy
+            found[stop] = Held(max(counted.peak, counted.live + y.nbytes), y.nbytes)
+        else:
+            found[stop] = Held(counted.peak, left, _same_memory(y, x))
+
+    with LiveBytes() as counted:
+        logits = anchor.capture(x, [*range(start + 1, anchor.depth + 1), None], start, see)[None]
+        found[None] = Held(counted.peak, counted.live, _same_memory(logits, x))
+    return found
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
+def _like(steps: Iterable[Step]) -> Tensor:
+    """A weight of an anchor: routes compute in its precision, on its device."""
+    anchor = next(step.module for step in steps if isinstance(step.module, Anchor))
+    return next(p for p in anchor.parameters() if p.is_floating_point())
+
+
+def _zeros(shape: tuple[int, ...], batch_size: int, like: Tensor) -> Tensor:
+    return torch.zeros((batch_size, *shape[1:]), dtype=like.dtype, device=like.device)
+
+
+def weight_bytes(steps: Iterable[Step]) -> int:
+    """Bytes of the parameters and buffers that a route uses, each once, and of what it puts in their place."""
+    tensors = {id(tensor): tensor for step in steps for tensor in _tensors(step)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors(step: Step) -> Iterator[Tensor]:
+    yield from step.parameters()
+    modules: Iterable[nn.Module] = step.module.modules()
+    if step.segment is not None:
+        assert isinstance(step.module, Anchor)
+        anchor, stop = step.module, step.segment.stop
+        last = None if stop is None else anchor.cut(stop)
+        start = anchor.cut(step.segment.start) if step.segment.start else None
+        modules = own_modules(anchor.model, outside(start, last, anchor.classifier))
+    for module in modules:
+        yield from module.buffers(recurse=False)
+    for tuned in step.tuned:
+        yield from (*tuned.parameters(), *tuned.buffers())
+
+
+@torch.no_grad()
+def measure_memory(steps: Sequence[Step], batch_size: int = 1) -> float:
+    """Megabytes (2**20 bytes) that a route takes, from one run from end to end.
+
+    An accelerator's allocator tells its own peak, with work space and what it rounds up. On a processor the tensors
+    are counted: the resident size of a process holds the libraries and what the allocator keeps, and moves by more
+    than a route takes.
+    """
+    like = _like(steps)
+    x = _zeros(steps[0].shape, batch_size, like)
+    if like.device.type == "cpu":
+        with LiveBytes() as counted:
+            run_steps(x, steps)
+        most = counted.peak
+    else:
+        before = torch.accelerator.memory_allocated(like.device)
+        torch.accelerator.reset_peak_memory_stats(like.device)
+        run_steps(x, steps)
+        torch.accelerator.synchronize(like.device)
+        most = torch.accelerator.max_memory_allocated(like.device) - before
+    return (weight_bytes(steps) + x.nbytes + most) / MB

@@ -1,0 +1,72 @@
+"""The figure of accuracy against cost."""
+
+from __future__ import annotations  # matplotlib takes long to import, and is imported when something is drawn
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from restnet_hf.files import written_whole
+from restnet_hf.routes.profile import Profile, ProfiledRoute
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profile | None = None) -> None:
+    """Accuracy against MACs of every route, anchors marked, with the Pareto front.
+
+    Args:
+        profile: with MACs and accuracies.
+        path: of the picture.
+        before: the same routes before training, drawn pale.
+
+    Raises:
+        ValueError: a route has no MACs or no accuracy.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+
+    def draw(rows: Iterable[ProfiledRoute], marker: str, **style: Any) -> None:
+        points = [(row.costs["macs"] / 1e6, 100 * row.scores["accuracy"]) for row in rows]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, **style)
+
+    anchors = [row for row in profile.routes if len(row.route.segments) == 1]
+    stitched = [row for row in profile.routes if len(row.route.segments) > 1]
+    draw(profile.pareto(), "-", color="0.7", zorder=0, label="best for its cost")
+    if before is not None and stitched:
+        draw(
+            (r for r in before.routes if len(r.route.segments) > 1),
+            "o",
+            color="tab:blue",
+            alpha=0.3,
+            label="least squares",
+        )
+    if stitched:
+        draw(stitched, "o", color="tab:blue", label="stitched")
+    draw(anchors, "*", color="tab:red", markersize=14, label="anchor alone")
+    for row in anchors:
+        axes.annotate(
+            row.route.segments[0].anchor,
+            (row.costs["macs"] / 1e6, 100 * row.scores["accuracy"]),
+            textcoords="offset points",
+            xytext=(0, 12),
+            ha="center",
+            fontsize=8,
+        )
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("million MACs for one image")
+    axes.set_ylabel("accuracy, %")
+    if profile.routes:
+        axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120)

@@ -1,0 +1,342 @@
+"""Time the pieces of routes on this device, for the table of latencies, and whole routes to check it."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.profiling.device import device_facts, device_name, joules
+from restnet_hf.profiling.latency import LatencyCheck, LatencyTable, Timing, entering, leaving, making, passing
+from restnet_hf.routes.route import Route, Segment
+from restnet_hf.steps import Step, Walk, run_steps
+
+
+WARM_UP = 2  # rounds that are not counted
+LEAST = 5  # rounds that are, however long they take
+WIDE, HOPELESS = 0.2, 1.0  # interquartile range of an anchor's whole runs over their median
+logger = logging.getLogger(__name__)
+
+
+class _Watch:
+    """Marks in time, on the time line of the device: an accelerator runs behind the processor that sends it work."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
+        self.device, self.clock = device, clock
+
+    def mark(self) -> Any:
+        """Now."""
+        if self.device.type == "cpu":
+            return self.clock()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record()
+        return event
+
+    def idle(self) -> None:
+        """Wait until all that was sent is done."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def ms(self, marks: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+        """Milliseconds between pairs of marks."""
+        self.idle()
+        if self.device.type == "cpu":
+            return {name: (last - first) * 1e3 for name, (first, last) in marks.items()}
+        return {name: first.elapsed_time(last) for name, (first, last) in marks.items()}
+
+    def time(self, name: str, run: Callable[[], object]) -> dict[str, float]:
+        """Of one run."""
+        self.idle()
+        began = self.mark()
+        run()
+        return self.ms({name: (began, self.mark())})
+
+    @contextmanager
+    def at_cuts(self, anchor: Anchor) -> Iterator[dict[int, Any]]:
+        """Marks of when the network last came past each of its cuts."""
+        marks: dict[int, Any] = {}
+
+        def note(index: int, *_: Any) -> None:
+            marks[index] = self.mark()
+
+        self.idle()
+        with ExitStack() as stack:
+            for index, cut in enumerate(anchor.cuts, 1):
+                for path in cut.paths:
+                    hook = anchor.model.get_submodule(path).register_forward_hook(partial(note, index))
+                    stack.callback(hook.remove)
+            yield marks
+
+
+class _AnchorRuns:
+    """The runs of one anchor that are timed: whole, and from each cut to the next as a segment of its own.
+
+    A whole run tells what a block takes within a segment, a short one what it is to enter and to leave there.
+    """
+
+    def __init__(self, anchor: Anchor, watch: _Watch, inputs: Mapping[int, Tensor], order: str = "") -> None:
+        self.anchor, self.watch, self.inputs, self.order = anchor, watch, inputs, order
+        self.name, self.first = anchor.name, min(inputs)
+        self.cut = len(inputs) > 1 or self.first > 0
+
+    def runs(self) -> list[Callable[[], dict[str, float]]]:
+        """Each gives the times of some pieces."""
+        if not self.cut:
+            return [partial(self.watch.time, str(Segment(self.name)), partial(self.anchor, self.inputs[0]))]
+        return [self._whole, *(partial(self._short, start) for start in self.inputs)]
+
+    def _whole(self) -> dict[str, float]:
+        depth = self.anchor.depth
+        with self.watch.at_cuts(self.anchor) as at:
+            began = self.watch.mark()
+            self.anchor(self.inputs[self.first], self.first)
+            ended = self.watch.mark()
+        marks = [at[index] for index in range(self.first + 1, depth + 1)] + [ended]
+        found = {
+            passing(self.name, k, depth, self.order): pair for k, pair in enumerate(pairwise(marks), self.first + 1)
+        }
+        return self.watch.ms(found if self.first else {str(Segment(self.name)): (began, ended), **found})
+
+    def _short(self, start: int) -> dict[str, float]:
+        stop = None if start == self.anchor.depth else start + 1
+        with self.watch.at_cuts(self.anchor) as at:
+            began = self.watch.mark()
+            self.anchor(self.inputs[start], start, stop)
+            ended = self.watch.mark()
+        reached = ended if stop is None else at[stop]
+        found = {entering(self.name, start, self.order): (began, reached)}
+        if stop is not None and not self.order:
+            found[leaving(self.name, stop)] = (reached, ended)
+        return self.watch.ms(found)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return next(p for p in module.parameters() if p.is_floating_point())
+
+
+def _noise(shape: Sequence[int], like: nn.Module) -> Tensor:
+    weight = _weight(like)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+
+
+def _order(x: Tensor) -> str:
+    """The axes of a tensor, from the one of the longest stride to that of the shortest."""
+    strides = x.stride()
+    return "".join(map(str, sorted((d for d in range(x.dim()) if x.shape[d] > 1), key=lambda d: -strides[d])))
+
+
+def _reordered(x: Tensor, order: str) -> Tensor:
+    """The same values in another order in memory."""
+    axes = [d for d in range(x.dim()) if str(d) not in order] + [int(d) for d in order]
+    back = sorted(range(x.dim()), key=axes.__getitem__)
+    return x.permute(axes).contiguous().permute(back)
+
+
+class _Pieces:
+    """What is to be timed of some walks."""
+
+    def __init__(self, walks: Sequence[Walk], batch_size: int, watch: _Watch) -> None:
+        segments = {s.segment: s.module for _, walk in walks for s in walk if s.segment}
+        cut = {segment.anchor for segment in segments if segment != Segment(segment.anchor)}
+        self.batch_size, self.watch = batch_size, watch
+        self.anchors = {segment.anchor: m for segment, m in segments.items() if isinstance(m, Anchor)}
+        self.inputs: dict[str, dict[int, Tensor]] = {}
+        for name, anchor in self.anchors.items():
+            image = _noise((batch_size, 3, *anchor.preprocessing.image_size), anchor)
+            self.inputs[name] = {0: image}
+            if name in cut:
+                found = anchor.capture(image, range(1, anchor.depth + 1))
+                self.inputs[name] |= {cut: x for cut, x in found.items() if cut is not None}
+        self.depths = {name: len(inputs) - 1 for name, inputs in self.inputs.items()}
+        self.orders: dict[str, str] = {}
+        self.modules: dict[str, Callable[[], object]] = {}
+        self.entered: dict[tuple[str, str], int] = {}  # in which other orders anchors are entered, and the first cut
+        for _, walk in walks:
+            for last, step, following in zip((None, *walk[:-1]), walk, (*walk[1:], None), strict=True):
+                if step.segment is None:
+                    self._add_module(last, step, following.segment if following else None)
+                elif step.tuned:
+                    made = partial(step.replaced, step.segment.start, step.segment.stop)
+                    self.modules[making(step)] = made
+
+    def _add_module(self, last: Step | None, step: Step, target: Segment | None) -> None:
+        if step.name not in self.modules:
+            x = self._input(last, step)
+            self.modules[step.name] = partial(step, x)
+            given = _order(step(x)) if target and target.start else ""
+            if target and given and given != _order(self.inputs[target.anchor][target.start]):
+                self.orders[step.name] = given
+        if target and step.name in self.orders:
+            key = target.anchor, self.orders[step.name]
+            self.entered[key] = min(self.entered.get(key, target.start), target.start)
+
+    def _input(self, last: Step | None, step: Step) -> Tensor:
+        """What the step gets in a route: an anchor's own activation for a stitch."""
+        if last is not None and last.segment is not None and last.segment.stop is not None:
+            return self.inputs[last.segment.anchor][last.segment.stop]
+        return _noise((self.batch_size, *step.shape[1:]), next(iter(self.anchors.values())))
+
+    def runs(self) -> list[Callable[[], dict[str, float]]]:
+        """Those of different networks and stitches, one after the other."""
+        runs = [_AnchorRuns(anchor, self.watch, self.inputs[name]) for name, anchor in self.anchors.items()]
+        for (name, order), first in self.entered.items():
+            inputs = {k: _reordered(x, order) for k, x in self.inputs[name].items() if k >= first}
+            runs.append(_AnchorRuns(self.anchors[name], self.watch, inputs, order))
+        modules = (partial(self.watch.time, name, run) for name, run in self.modules.items())
+        return [*(run for each in runs for run in each.runs()), *modules]
+
+
+def _whole_routes(walks: Iterable[Walk], batch_size: int, watch: _Watch) -> list[Callable[[], dict[str, float]]]:
+    """Routes from end to end."""
+    runs: list[Callable[[], dict[str, float]]] = []
+    for route, steps in walks:
+        x = _noise((batch_size, *steps[0].shape[1:]), _first_anchor(steps))
+        runs.append(partial(watch.time, f"route {route}", partial(run_steps, x, steps)))
+    return runs
+
+
+def _first_anchor(steps: Iterable[Step]) -> Anchor:
+    return next(step.module for step in steps if isinstance(step.module, Anchor))
+
+
+def _rounds(
+    jobs: Sequence[Callable[[], dict[str, float]]], repeats: int, seconds: float
+) -> tuple[dict[str, Timing], int]:
+    """Times of all that jobs give by name, and the number of rounds."""
+    samples: dict[str, list[float]] = {}
+    began = time.monotonic()
+    number = 0
+    while number < WARM_UP + repeats and (number < WARM_UP + LEAST or time.monotonic() - began < seconds):
+        for job in jobs:
+            for name, ms in job().items():
+                samples.setdefault(name, []).append(ms)
+        number += 1
+    return {name: Timing.of(each[WARM_UP:]) for name, each in samples.items()}, number - WARM_UP
+
+
+def time_runs(
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int = 20,
+    seconds: float = 40.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Times of runs on the processor, in turn, round by round.
+
+    Args:
+        runs: by name.
+        repeats: rounds, at least 5.
+        seconds: no round begins after them, except for the first 5.
+        clock: seconds.
+    """
+    watch = _Watch(torch.device("cpu"), clock)
+    return _rounds([partial(watch.time, name, run) for name, run in runs.items()], repeats, seconds)[0]
+
+
+@torch.no_grad()
+def measure_latency(
+    walks: Sequence[Walk],
+    batch_size: int = 1,
+    repeats: int = 20,
+    seconds: float = 40.0,
+    check: Iterable[Walk] = (),
+    clock: Callable[[], float] = time.perf_counter,
+) -> LatencyTable:
+    """Time every piece of the routes on the device where the model is.
+
+    Every piece runs in turn, round by round, so that a device that slows down does so for all. In each round a network
+    runs twice, once whole and once from cut to cut, and each stitch, conversion and head once; the first rounds warm
+    up. Noise is fed where no anchor's activation fits.
+
+    Args:
+        walks: routes with their steps, as ``[(route, model.steps(route)), ...]``.
+        batch_size: images in a run.
+        repeats: rounds, at least 5.
+        seconds: no round begins after them, except for the first 5.
+        check: routes that also run from end to end in each round, for the table's ``checks``.
+        clock: seconds; not used on an accelerator.
+
+    Raises:
+        ValueError: ``repeats`` or ``batch_size`` is out of range, or there are no routes.
+        RuntimeError: half of the runs lie so far apart that no time can be given.
+    """
+    if repeats < LEAST or batch_size < 1 or not walks:
+        raise ValueError(
+            f"repeats={repeats}, batch_size={batch_size} and {len(walks)} routes must be at least {LEAST}, 1 and 1"
+        )
+    weight = _weight(_first_anchor(walks[0][1]))
+    watch, checked = _Watch(weight.device, clock), list(dict(check).items())
+    pieces = _Pieces(walks, batch_size, watch)
+    timings, rounds = _rounds([*pieces.runs(), *_whole_routes(checked, batch_size, watch)], repeats, seconds)
+    whole = {str(route): timings.pop(f"route {route}") for route, _ in checked}
+    kind = str(weight.dtype).removeprefix("torch.")
+    runtime = f"torch {torch.__version__} eager, {kind}, batch {batch_size}"
+    facts = device_facts() | {"rounds": rounds, "watts": _watts(checked, batch_size, whole)}
+    table = LatencyTable(device_name(weight.device), runtime, batch_size, pieces.depths, timings, pieces.orders)
+    checks = {str(route): LatencyCheck(table.latency_ms(steps), whole[str(route)]) for route, steps in checked}
+    table = replace(table, checks=checks, facts=facts)
+    _judge(table)
+    return table
+
+
+def _watts(checked: Iterable[Walk], batch_size: int, whole: Mapping[str, Timing]) -> float | None:
+    """Median over routes of what the processor uses while they run; None where it is not counted."""
+    spent = {str(route): joules_per_image(steps, batch_size) for route, steps in checked}
+    found = [used * batch_size / whole[name].ms * 1e3 for name, used in spent.items() if used is not None]
+    return statistics.median(found) if found else None
+
+
+def _judge(table: LatencyTable) -> None:
+    said = (
+        f"half of the runs of a network differ by {table.spread:.0%} on {table.device}: close other programs, fix the "
+        "clock rate, use fewer threads than there are cores (torch.set_num_threads), or raise repeats and seconds"
+    )
+    if table.spread > HOPELESS:
+        raise RuntimeError(f"no latency can be given: {said}")
+    if table.spread > WIDE:
+        logger.warning("latencies are uncertain: %s", said)
+
+
+@torch.no_grad()
+def check_latency(
+    table: LatencyTable, walks: Sequence[Walk], repeats: int = 20, clock: Callable[[], float] = time.perf_counter
+) -> dict[Route, LatencyCheck]:
+    """Run routes from end to end, in turn, and compare what they take now with what a table says.
+
+    A device that has become slower since, or busy, shows here; for the error of the sum alone see ``check`` of
+    `measure_latency`.
+
+    Args:
+        table: of this device.
+        walks: routes with their steps.
+        repeats: rounds, at least 5.
+        clock: seconds; not used on an accelerator.
+
+    Raises:
+        ValueError: ``repeats`` is out of range, or a piece of a route was not measured.
+    """
+    if repeats < LEAST:
+        raise ValueError(f"repeats={repeats} must be at least {LEAST}")
+    predicted = {route: table.latency_ms(steps) for route, steps in walks}
+    watch = _Watch(_weight(_first_anchor(walks[0][1])).device, clock)
+    timings, _ = _rounds(_whole_routes(walks, table.batch_size, watch), repeats, float("inf"))
+    spent = {route: joules_per_image(steps, table.batch_size) for route, steps in walks}
+    return {
+        route: LatencyCheck(predicted[route], timings[f"route {route}"], used and used * table.batch_size)
+        for route, used in spent.items()
+    }
+
+
+@torch.no_grad()
+def joules_per_image(steps: Sequence[Step], batch_size: int = 1, seconds: float = 1.0) -> float | None:
+    """Energy that a route takes, of all that the processor uses meanwhile; None where the system does not count it."""
+    x = _noise((batch_size, *steps[0].shape[1:]), _first_anchor(steps))
+    used = joules(partial(run_steps, x, steps), seconds)
+    return None if used is None else used / batch_size

@@ -1,0 +1,1 @@
+"""Routes, profiles and budgets. No module of this room needs torch."""

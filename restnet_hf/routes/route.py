@@ -1,0 +1,187 @@
+"""Routes: which part of which anchor runs, in which order. Written and parsed the way Python slices; no torch."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise, repeat, zip_longest
+
+
+ANCHOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
+ADAPTER = re.compile(rf"\s*({ANCHOR_NAME.pattern}):(.*)", re.S)
+SEGMENT = re.compile(rf"(?:({ANCHOR_NAME.pattern})\s+)?({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
+LONGEST = 10_000  # characters; thirty segments take about 1,000
+EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone"
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """The part of ``anchor`` from cut ``start`` (0 is the image) to cut ``stop`` (None is the logits)."""
+
+    anchor: str
+    start: int = 0
+    stop: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.anchor}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
+
+
+@dataclass(frozen=True, order=True)
+class StitchPoint:
+    """Where a stitch sits: it reads the activation at cut ``source_cut`` and replaces the one at ``target_cut``.
+
+    Stitches of several adapters may sit at the same place; ``adapter`` names the set, and is empty for the first. A
+    stitch that has a name of its own, ``via``, may serve several places, and there may be several at one place.
+    """
+
+    source: str
+    source_cut: int
+    target: str
+    target_cut: int
+    adapter: str = ""
+    via: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name without dots, fit for a module key: ``resnet50_7__mobilenetv2_11``, or ``small__large~shared``."""
+        if self.via:
+            return of_adapter(self.adapter, f"{self.source}__{self.target}~{self.via}")
+        return of_adapter(self.adapter, f"{self.source}_{self.source_cut}__{self.target}_{self.target_cut}")
+
+
+def of_adapter(adapter: str, key: str) -> str:
+    """The key of a module of a named adapter; no anchor's name holds a colon."""
+    return f"{adapter}:{key}" if adapter else key
+
+
+@dataclass(frozen=True, order=True)
+class Route:
+    """A way from image to logits: segments with a stitch between neighbours; an anchor alone is one segment.
+
+    ``adapter`` names whose stitches and head it uses where a model holds several sets on the same anchors. It stands
+    in front, ``night: resnet50[:7] + mobilenetv2[11:]``, and is empty for the first set. A stitch belongs to the two
+    cuts that it joins, unless it has a name of its own, ``small[:3] +shared large[3:]``: routes that name the same
+    one share it, whatever cuts they join.
+
+    Args:
+        segments: from the image on.
+        adapter: name of the set of stitches.
+        via: name of each stitch, empty for those without; an empty tuple where no stitch has one.
+
+    Raises:
+        ValueError: the segments do not lead from an image to logits, or there are not as many names as stitches.
+    """
+
+    segments: tuple[Segment, ...]
+    adapter: str = ""
+    via: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not any(self.via):
+            object.__setattr__(self, "via", ())  # equal routes have equal names
+        if not self.segments:
+            raise ValueError(f"a route needs at least one segment: {EXAMPLE}")
+        if self.segments[0].start != 0 or self.segments[-1].stop is not None:
+            raise ValueError(f"route '{self}' must start at an image, 'front[:i]', and end in logits, 'end[j:]'")
+        for left, right in pairwise(self.segments):
+            if left.stop is None or right.start == 0:
+                raise ValueError(
+                    f"route '{self}': between '{left}' and '{right}' both must name a cut, 'a[:i] + b[j:]'"
+                )
+        for index, segment in enumerate(self.segments):
+            least = segment.start if 0 < index < len(self.segments) - 1 else segment.start + 1
+            if segment.start < 0 or (segment.stop is not None and segment.stop < least):
+                raise ValueError(
+                    f"route '{self}': segment '{segment}' holds no block; its stop must be above its start. Only "
+                    "between two stitches that follow one another they are equal, 'a[:2] + a[4:4] + a[6:]'"
+                )
+        names = [via for via in self.via if via]
+        if self.via and (len(self.via) != len(self.segments) - 1 or not all(map(ANCHOR_NAME.fullmatch, names))):
+            raise ValueError(
+                f"route '{self}': the stitches' names {self.via} must be one for each of {len(self.segments) - 1}, of "
+                "letters, digits, '_' and '-'"
+            )
+
+    @classmethod
+    def alone(cls, anchor: str, adapter: str = "") -> "Route":
+        """The route of an anchor alone.
+
+        Args:
+            anchor: name of the anchor.
+            adapter: name of the adapter whose head it uses.
+        """
+        return cls((Segment(anchor),), adapter)
+
+    @classmethod
+    def parse(cls, text: str, cut_number: Callable[[str, str], int] | None = None) -> "Route":
+        """Read a route from its string form.
+
+        Args:
+            text: such as ``resnet50[:7] + mobilenetv2[11:]``.
+            cut_number: of an anchor's name and a cut's name, the number of that cut; with it, a cut may be given by
+                name.
+
+        Raises:
+            ValueError: the text does not parse, is longer than ``LONGEST``, or names a cut that is not there.
+        """
+        if len(text) > LONGEST:
+            raise ValueError(f"{len(text):,} characters are no route, the longest has {LONGEST:,}; {EXAMPLE}")
+
+        def number(anchor: str, cut: str) -> int:
+            if cut.isdecimal():
+                return int(cut)
+            if cut_number is None:
+                raise ValueError(f"{text!r} is not a route: {cut!r} is not the number of a cut; {EXAMPLE}")
+            return cut_number(anchor, cut)
+
+        named = ADAPTER.fullmatch(text)
+        adapter, rest = (named[1], named[2]) if named else ("", text)
+        segments: list[Segment] = []
+        via: list[str] = []
+        for part in rest.split("+"):
+            match = SEGMENT.fullmatch(part.strip())
+            if match is None or (match[1] and not segments):
+                raise ValueError(f"{text!r} is not a route; {EXAMPLE}")
+            anchor, start, stop = match[2], match[3].strip(), match[4].strip()
+            via.append(match[1] or "")
+            segments.append(
+                Segment(anchor, number(anchor, start) if start else 0, number(anchor, stop) if stop else None)
+            )
+        return cls(tuple(segments), adapter, tuple(via[1:]))
+
+    def __str__(self) -> str:
+        first, *others = self.segments
+        joints = zip_longest(self.via[: len(others)], others, fillvalue="")
+        said = "".join([str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
+        return f"{self.adapter}: {said}" if self.adapter else said
+
+    @property
+    def head(self) -> str:
+        """The key of the new head that it ends in, where the model has new heads."""
+        return of_adapter(self.adapter, self.segments[-1].anchor)
+
+    @property
+    def stitch_points(self) -> tuple[StitchPoint, ...]:
+        """The stitches the route needs, from the image on."""
+        return tuple(
+            StitchPoint(left.anchor, left.stop, right.anchor, right.start, self.adapter, via)
+            for left, right, via in zip(self.segments, self.segments[1:], self.via or repeat(""), strict=False)
+            if left.stop is not None
+        )
+
+    def check(self, depths: Mapping[str, int]) -> "Route":
+        """Return the route if it fits anchors with so many cuts; raise ValueError that says what does not."""
+        for segment in self.segments:
+            if segment.anchor not in depths:
+                raise ValueError(f"route '{self}': no anchor named '{segment.anchor}'; there are {sorted(depths)}")
+            depth = depths[segment.anchor]
+            for cut in (segment.start, segment.stop):
+                if cut is not None and cut > depth:
+                    raise ValueError(f"route '{self}': '{segment.anchor}' has cuts 1 to {depth}, not {cut}")
+        return self
+
+
+def one_cut_routes(front: str, front_cuts: int, end: str, end_cuts: int) -> Iterator[Route]:
+    """Every route that runs ``front`` up to one of its cuts and ``end`` from one of its own (ReStNet's space)."""
+    for i in range(1, front_cuts + 1):
+        for j in range(1, end_cuts + 1):
+            yield Route((Segment(front, 0, i), Segment(end, j)))

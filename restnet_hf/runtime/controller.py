@@ -1,0 +1,328 @@
+"""Which route runs now: follows measured latency and memory and a changing budget, and ignores noise. No torch."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+from restnet_hf.errors import BudgetError
+from restnet_hf.routes.profile import LARGEST, Budget, Profile, ProfiledRoute
+from restnet_hf.routes.route import Route
+
+
+SURE = 4.0  # standard deviations that noise does not reach: once in 16,000 measurements
+REMEMBERED = 8  # windows
+FLOOR = 0.01  # no measurement is trusted to less than one percent
+OF_MEDIAN = math.sqrt(math.pi / 2)  # standard deviation of the median of n normal numbers, times sqrt(n)
+OF_MIDDLE = 0.6745  # median of the distance of normal numbers from their mean, in standard deviations
+UNNOTICED = math.sqrt(2)  # a level may change by so many times its error before noise cannot explain it
+LEAST, MOST = 1e-12, 1e12  # milliseconds or megabytes: what lies outside was not measured, and would not fit a float
+MOST_MARGIN, MOST_WINDOW = 1000.0, 10_000  # above these no route has room, and changes are seen far too late
+
+FAR = 700.0  # the exponential of more is no float, and one of this is over any limit
+
+# On these scales, what the device does to a cost is the same number for all routes, to be added: a busy device is
+# slower by a factor, and a process holds so much memory besides the route's own. With the way back.
+SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
+    "latency_ms": (math.log, lambda x: math.exp(min(x, FAR))),
+    "memory_mb": (float, float),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs from now on, and why.
+
+    Args:
+        route: the route to run.
+        switched: whether it is another one than before.
+        fits: whether it is within the budget, as far as is known.
+        reason: a sentence for people.
+    """
+
+    route: Route
+    switched: bool
+    fits: bool
+    reason: str
+
+
+class Estimate(NamedTuple):
+    """A number that is known up to an error."""
+
+    value: float
+    error: float
+
+    def above(self, other: "Estimate") -> bool:
+        """Whether it is larger, by more than the errors explain."""
+        return self.value - other.value > math.hypot(self.error, other.error)
+
+
+class Level:
+    """Where noisy numbers are now: the median of those since the last change.
+
+    They have changed when more than half of the latest n agree with one another and are off from those before, all on
+    one side, by more than ``SURE * noise * sqrt(window / n)``. As n is one, two and four windows, a clear change shows
+    soon and a slight one takes longer. Outliers do not agree, and too few are off at a time.
+
+    Args:
+        window: in which fewer than half of the numbers may be anything, without effect.
+        noise: standard deviation of one number, believed until it is measured.
+        floor: the least that it is taken for.
+    """
+
+    def __init__(self, window: int, noise: float, floor: float) -> None:
+        self._window, self._floor = window, floor
+        self._numbers = deque([0.0] * window, REMEMBERED * window)  # as if the profile had been seen to be right
+        self._of_noise = OF_MIDDLE * math.sqrt(1 + OF_MEDIAN**2 / window)
+        self._distances = deque([noise * self._of_noise] * window, 2 * REMEMBERED * window)
+        self.now = Estimate(0.0, 0.0)
+
+    @property
+    def settled(self) -> bool:
+        """Whether it stands on two windows."""
+        return len(self._numbers) >= 2 * self._window
+
+    def add(self, number: float) -> None:
+        """Take in one number."""
+        numbers = list(self._numbers)
+        self._distances.append(abs(number - median(numbers[-self._window :])))  # a change makes few of them large
+        noise = max(self._floor, median(self._distances) / self._of_noise)
+        self._numbers.append(number)
+        numbers = self._since_change([*self._numbers], noise)
+        if len(numbers) < len(self._numbers):
+            self._numbers = deque(numbers, self._numbers.maxlen)
+        self.now = Estimate(median(numbers), SURE * OF_MEDIAN * noise / math.sqrt(len(numbers)))
+
+    def _since_change(self, numbers: list[float], noise: float) -> list[float]:
+        for count in (self._window, 2 * self._window, 4 * self._window):
+            if len(numbers) < count:
+                break
+            latest, off = numbers[-count:], SURE * noise * math.sqrt(self._window / count)
+            old = median(numbers[:-count]) if len(numbers) >= 2 * count else self.now.value
+            new = median(latest)
+            if abs(new - old) <= off:
+                continue
+            alike = [x for x in latest if abs(x - new) <= math.sqrt(2) * SURE * noise]
+            if sum((x - old) * math.copysign(1, new - old) > off for x in alike) > count // 2:
+                return alike[-(count // 2 + 1) :]
+        return numbers
+
+
+def median(numbers: Sequence[float] | deque[float]) -> float:
+    """The median of at least one number."""
+    ordered, half = sorted(numbers), len(numbers) // 2
+    return ordered[half] if len(numbers) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+class Controller:
+    """Says which route of a profile should run.
+
+    A route is kept while conditions are those that it was chosen for, up to noise. When they get worse and it may be
+    over a limit, the best route with room to every limit takes its place at once. When they have eased and a better
+    route has room, that one is taken as soon as enough was measured and the last switch is ``dwell_s`` ago; if this is
+    soon undone, the next step up waits twice as long, as the profile may not know the better route well. A new budget
+    acts at once. Where no route has room the cheapest runs, and the decision says whether it fits.
+
+    Limits on costs that nobody measures, such as MACs, are exact and need no room. As the best route with room is
+    taken, only those on the Pareto front of the score and the limited costs ever are.
+
+    Args:
+        profile: routes with costs and scores.
+        budget: the limits to begin with.
+        score: what makes a route better. Where no route has it, more MACs do.
+        margin: room, as a share of what a route costs. More is kept where measurements scatter widely.
+        dwell_s: seconds.
+        window: measurements of which fewer than half may be far off without effect. A clear change is known after
+            more than half as many.
+
+    Raises:
+        BudgetError: the profile is empty, or does not hold a cost that the budget limits.
+        ValueError: an option is out of range, or a latency or memory in the profile is not from ``LEAST`` to ``MOST``.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        budget: Budget,
+        *,
+        score: str = "accuracy",
+        margin: float = 0.1,
+        dwell_s: float = 2.0,
+        window: int = 5,
+    ) -> None:
+        numbers = all(_is_number(number) for number in (margin, dwell_s)) and isinstance(window, int)
+        if not (numbers and 0 < margin <= MOST_MARGIN and dwell_s >= 0 and 3 <= window <= MOST_WINDOW):
+            raise ValueError(
+                f"{margin=} must be above 0 and at most {MOST_MARGIN:g}, {dwell_s=} at least 0 and finite, and "
+                f"{window=} a whole number from 3 to {MOST_WINDOW}"
+            )
+        if not profile.routes:
+            raise BudgetError("the profile is empty; profile the model again")
+        self.score, self.margin, self.dwell_s, self.window = score, margin, dwell_s, window
+        self._rows = list(profile.routes)
+        self._scored = any(score in row.scores for row in self._rows)
+        self._levels = {cost: self._level(cost) for cost in SCALES if all(cost in r.costs for r in self._rows)}
+        self._now = self._switched_at = -math.inf
+        self._wait, self._stepped_up, self._measured = dwell_s, False, 0
+        self._limit(budget)
+        self._row = self._with_room() or self._cheapest()
+        self._checked = self._worst = self._estimates()
+
+    def _level(self, cost: str) -> Level:
+        for row in self._rows:
+            if not LEAST <= row.costs[cost] <= MOST:
+                raise ValueError(
+                    f"'{row.route}' has {cost}={row.costs[cost]}, not from {LEAST:g} to {MOST:g}; profile the model "
+                    "again"
+                )
+        least = min(self._rows, key=lambda row: row.costs[cost])
+        scale, _ = SCALES[cost]
+        floor, room = (scale(least.costs[cost] * (1 + x)) - scale(least.costs[cost]) for x in (FLOOR, self.margin))
+        return Level(self.window, max(floor, room / 2), floor)
+
+    def _limit(self, budget: Budget) -> None:
+        for cost in budget.limits:
+            if not all(cost in row.costs for row in self._rows):
+                known = sorted(set.intersection(*(set(row.costs) for row in self._rows)))
+                raise BudgetError(f"the profile holds no {cost} for its routes, only {known}; profile the model again")
+        self.budget, self._limits = budget, budget.limits
+        self._followed = [cost for cost in budget.limits if cost in self._levels]
+        self._rows = sorted(self._rows, key=lambda row: (-self._worth(row), [row.costs[c] for c in budget.limits]))
+
+    @property
+    def route(self) -> Route:
+        """The route that should run."""
+        return self._row.route
+
+    @property
+    def load(self) -> float:
+        """How many times longer routes take than the profile says; 1 until a latency is measured."""
+        return math.exp(self._levels["latency_ms"].now.value) if "latency_ms" in self._levels else 1.0
+
+    def observe(self, now: float, latency_ms: float | None = None, memory_mb: float | None = None) -> Decision:
+        """Take in what was measured while `route` ran, and say what should run.
+
+        A cost that the profile does not hold for all routes is left out, as there is nothing to compare it with.
+
+        Args:
+            now: seconds of a clock that does not go back, such as `time.monotonic`.
+            latency_ms: milliseconds for one image.
+            memory_mb: megabytes, of the same kind as the budget's limit.
+
+        Raises:
+            ValueError: the clock went back, or a measurement is not from ``LEAST`` to ``MOST``. Nothing is taken in.
+        """
+        measured = {"latency_ms": latency_ms, "memory_mb": memory_mb}
+        given = {cost: value for cost, value in measured.items() if value is not None}
+        for cost, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not LEAST <= value <= MOST:
+                raise ValueError(
+                    f"measured {cost}={value!r} must be a number from {LEAST:g} to {MOST:g}; leave out what failed"
+                )
+        self._tick(now)
+        for cost, value in given.items():
+            if cost in self._levels:
+                scale, _ = SCALES[cost]
+                self._levels[cost].add(scale(value) - scale(self._row.costs[cost]))
+        self._measured += bool(given)
+        return self._decide(at_once=False)
+
+    def set_budget(self, now: float, budget: Budget) -> Decision:
+        """Take a new budget, which acts at once, and say what should run.
+
+        Args:
+            now: see `observe`.
+            budget: takes the place of the one before.
+
+        Raises:
+            BudgetError: the profile does not hold a cost that it limits; the budget before stays.
+            ValueError: the clock went back.
+        """
+        self._tick(now)
+        self._limit(budget)
+        return self._decide(at_once=True)
+
+    def _tick(self, now: float) -> None:
+        if not _is_number(now) or now < self._now:
+            raise ValueError(f"now={now} must be finite and not before {self._now}; take it from time.monotonic()")
+        self._now = now
+
+    def _decide(self, at_once: bool) -> Decision:
+        before = after = self._row
+        now, followed = self._estimates(), self._followed
+        worse = at_once or any(now[cost].above(self._checked[cost]) for cost in followed)
+        if worse and not self._fits(before, UNNOTICED):
+            after = self._with_room() or self._cheapest()
+            why = f"'{before.route}' may be over {self.budget}"
+        elif at_once or any(self._worst[cost].above(now[cost]) for cost in followed):
+            better = self._with_room()
+            if better is None or self._worth(better) <= self._worth(before):
+                why = "no better route has room"
+            elif wait := None if at_once else self._reason_to_wait():
+                why = f"'{better.route}' has room, but {wait}"
+            else:
+                after, why = better, f"there is room for more than '{before.route}'"
+        else:
+            why = "conditions are those it was chosen for, as far as noise shows"
+        if after is not before:
+            self._switch(after, at_once)
+        elif worse:
+            self._checked, self._worst = now, {cost: max(self._worst[cost], now[cost]) for cost in now}
+        if not (fits := self._fits(after)) and not any(map(self._fits, self._rows)):
+            why = f"no route fits {self.budget}, so the cheapest runs"
+        costs = ", ".join(f"{cost}={self._expected(after, cost):.4g}" for cost in self._limits)
+        runs = "goes on" if after is before else "runs now"
+        return Decision(after.route, after is not before, fits, f"{why}; '{after.route}' {runs} with {costs}")
+
+    def _switch(self, after: ProfiledRoute, at_once: bool) -> None:
+        up = self._worth(after) > self._worth(self._row)
+        if not up:
+            soon = self._measured <= REMEMBERED * self.window or self._now <= self._switched_at + self._wait
+            self._wait = 2 * self._wait if self._stepped_up and soon else self.dwell_s
+        self._row, self._stepped_up, self._measured, self._switched_at = after, up and not at_once, 0, self._now
+        self._checked = self._worst = self._estimates()
+
+    def _estimates(self) -> dict[str, Estimate]:
+        return {cost: level.now for cost, level in self._levels.items()}
+
+    def _reason_to_wait(self) -> str | None:
+        if not all(self._levels[cost].settled for cost in self._followed):
+            return "too little was measured since conditions changed"
+        if (left := self._switched_at + self._wait - self._now) > 0:
+            return f"the last switch is too recent by {left:.3g} s"
+        return None
+
+    def _worth(self, row: ProfiledRoute) -> float:
+        return row.scores.get(self.score, -math.inf) if self._scored else row.costs.get("macs", 0.0)
+
+    def _with_room(self) -> ProfiledRoute | None:
+        """The best route with the margin to every limit, and with room for any change that would go unnoticed."""
+        for row in self._rows:
+            if self._fits(row, UNNOTICED) and all(
+                self._expected(row, cost) * (1 + self.margin) <= self._limits[cost] for cost in self._followed
+            ):
+                return row
+        return None
+
+    def _cheapest(self) -> ProfiledRoute:
+        """The route that is least over the limit that it is most over."""
+        return min(
+            self._rows, key=lambda row: max(self._expected(row, c) / limit for c, limit in self._limits.items())
+        )
+
+    def _fits(self, row: ProfiledRoute, errors: float = 0.0) -> bool:
+        return all(self._expected(row, cost, errors) <= limit for cost, limit in self._limits.items())
+
+    def _expected(self, row: ProfiledRoute, cost: str, errors: float = 0.0) -> float:
+        """What a route costs now, were the level so many times its error higher than it seems."""
+        if cost not in self._levels:
+            return row.costs[cost]
+        (scale, back), now = SCALES[cost], self._levels[cost].now
+        return back(scale(row.costs[cost]) + now.value + errors * now.error)
+
+
+def _is_number(value: float) -> bool:
+    """Whether it is a number that is finite as a float."""
+    return isinstance(value, Real) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST

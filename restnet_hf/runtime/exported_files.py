@@ -1,0 +1,222 @@
+"""The files of an exported folder, which is untrusted: checked before anything of them is used."""
+
+import json
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from restnet_hf.errors import quote, shorten
+from restnet_hf.files import SHA256, checksums, sha256_of
+from restnet_hf.limits import read_json as read_limited
+from restnet_hf.routes.profile import Profile
+from restnet_hf.routes.route import Route
+from restnet_hf.runtime.runners import RUNNERS, MissingRuntimeError
+
+
+PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
+MAX_SIDE = 4096  # pixels of an image; published classifiers take up to 1,024, and 4,096 are 200 MB in float32
+MAX_BATCH = 4096  # images in a run; programs for any number of images take up to 1,024
+VALUES = (1e-6, 1e6)  # of std, and the most of mean: pixels from 0 to 1 stay finite and apart in float32
+MAX_NAME = 255  # bytes of a file's name on the usual file systems
+MAX_MESSAGE = 500  # characters of what a file or a runtime adds to an error
+FIELDS = {  # what an entry of profile.json has to say for a runtime of ours, as regular expressions
+    "onnx": {"file": r".+\.onnx"},
+    "openvino": {"file": r".+\.xml", "weights": r".+\.bin", "compute": "f32|f16|bf16"},
+    "executorch": {"file": r".+\.pte", "method": r"\w+"},
+    "torch": {"file": r".+\.pt2", "compute": "float32|float16|bfloat16|float64"},
+}
+
+
+@contextmanager
+def documented_errors(what: str) -> Iterator[None]:
+    """Errors of the block as OSError, ValueError or MissingRuntimeError, with `MAX_MESSAGE` of their text at most.
+
+    Args:
+        what: the file, or what was done, for the message.
+    """
+    try:
+        yield
+    except (OSError, MissingRuntimeError):
+        raise
+    except Exception as error:  # runtimes and parsers have errors of no common kind
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what}: {kind}{shorten(str(error), MAX_MESSAGE)}") from (
+            error if len(str(error)) <= MAX_MESSAGE else None
+        )
+
+
+def checked_path(folder: Path, name: Any) -> Path:
+    """The path of a file that lies in the folder itself.
+
+    Files of a snapshot in the cache of the Hub are links into that cache, which are followed; no others are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the name leads elsewhere, or what it names is no file.
+    """
+    plain = isinstance(name, str) and 0 < len(name.encode()) <= MAX_NAME and "\0" not in name
+    if not plain or name in (".", "..") or Path(name).name != name:
+        raise ValueError(f"{folder} names the file {quote(name)}, which is not in the folder")
+    path = folder / name
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would not end
+        raise ValueError(f"{path} is not a file")
+    places = {folder.resolve()}
+    for parent in folder.absolute().parents:
+        if parent.name == "snapshots":
+            places.add((parent.parent / "blobs").resolve())
+    if path.resolve().parent not in places:
+        raise ValueError(f"{path} is a link to {path.resolve()}, which is not in the folder")
+    return path
+
+
+def read_json(folder: Path, name: str, kind: type) -> Any:
+    """What a file of the folder holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON of that kind, or too large.
+    """
+    path = checked_path(folder, name)
+    try:
+        value = read_limited(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} must hold a {kind.__name__}, not a {type(value).__name__}")
+    return value
+
+
+def read_profile(folder: Path) -> Profile:
+    """The profile of the folder, whose metadata say how to run it: all of it checked, except the files' contents.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not the profile of an exported folder.
+    """
+    data = read_json(folder, PROFILE, dict)
+    with documented_errors(str(folder / PROFILE)):
+        profile = Profile.from_dict(data)
+        about = profile.metadata
+        runtime = about.get("runtime")
+        if not isinstance(runtime, str) or runtime not in RUNNERS:
+            raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNNERS)}")
+        if not isinstance(about.get("precision"), str):
+            raise ValueError(f"precision={about.get('precision')!r} must be text")
+        for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
+            _check_count(key, about.get(key), most)
+        entries = about.get("files")
+        if not isinstance(entries, dict) or not entries:
+            raise ValueError("it does not name a file for each of its routes; export them again")
+        for name, entry in entries.items():
+            _check_entry(folder, name, entry, runtime)
+        if {row.route for row in profile.routes} != set(map(Route.parse, entries)):
+            raise ValueError("it does not name a file for each of its routes; export them again")
+    return profile
+
+
+def _check_count(name: str, value: Any, most: int) -> None:
+    """Raise ValueError where a value is neither None nor a whole number in range."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+        raise ValueError(f"{name}={value!r} must be null or a whole number from 1 to {most}")
+
+
+def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise ValueError(f"the entry of route {quote(name)} must hold names and text, not {quote(entry)}")
+    for key in sorted({"file", "weights"} & entry.keys()):
+        checked_path(folder, entry[key])
+    for key, pattern in FIELDS.get(runtime, {"file": ".+"}).items():
+        if not re.fullmatch(pattern, entry.get(key, "")):
+            raise ValueError(
+                f"the entry of route {quote(name)} has {key}={quote(entry.get(key))}, which must be of the "
+                f"form {pattern} for runtime '{runtime}'"
+            )
+
+
+def read_labels(folder: Path) -> list[str]:
+    """The names of classes.
+
+    Raises:
+        OSError: they cannot be read.
+        ValueError: they are not a list of text.
+    """
+    labels = read_json(folder, LABELS, list)
+    for label in labels:
+        if not isinstance(label, str):
+            raise ValueError(f"{folder / LABELS} has {quote(label)} among its labels, which must be text")
+    if not labels:
+        raise ValueError(f"{folder / LABELS} has no labels")
+    return labels
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """How images are prepared, as `prepare_image` reads it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a field is missing or not what it should be.
+    """
+    how = read_json(folder, PREPROCESSING, dict)
+    with documented_errors(str(folder / PREPROCESSING)):
+        for name, value in (("resize", how.get("resize")), ("crop", how.get("crop"))):
+            single = name == "resize" and _is_side(value)
+            none = name == "crop" and value is None
+            pair = isinstance(value, list) and len(value) == 2 and all(map(_is_side, value))
+            if not (single or none or pair):
+                raise ValueError(f"{name}={value!r} must be height and width, each from 1 to {MAX_SIDE} pixels")
+        names = [each.name.lower() for each in Image.Resampling]
+        if not isinstance(how.get("resample"), str) or how["resample"].lower() not in names:
+            raise ValueError(f"resample={how.get('resample')!r} is not one of {names}")
+        for name, least in (("mean", -VALUES[1]), ("std", VALUES[0])):
+            values = how.get(name)
+            listed = isinstance(values, list) and len(values) == 3
+            if not listed or not all(_is_number(value) and least <= value <= VALUES[1] for value in values):
+                raise ValueError(f"{name}={values!r} must be three numbers from {least:g} to {VALUES[1]:g}")
+    return how
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def image_size(how: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of prepared images; None where they depend on the picture."""
+    size = how["crop"] if how["crop"] is not None else how["resize"]
+    return None if isinstance(size, int) else (size[0], size[1])
+
+
+def known_checksums(profile: bytes) -> dict[str, str]:
+    """SHA-256 of each file that `ExportedModel` reads, as `PROFILE` says; folders of earlier versions have none."""
+    return {
+        name: digest for name, digest in checksums(profile).items() if name != EXAMPLE
+    }  # people change their scripts
+
+
+def verify(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> None:
+    """Compare files with their checksums.
+
+    Args:
+        folder: of the files.
+        names: of the files; those without a checksum are left out.
+        known: checksums by name.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is not as it was exported.
+    """
+    for name in names:
+        if name in known and sha256_of(checked_path(folder, name)) != known[name]:
+            raise ValueError(
+                f"{folder / name} is not the file that was exported: it is damaged, or of another export. Export or "
+                f"copy the folder again, or if you changed the file yourself, remove its entry in '{SHA256}' of "
+                f"{PROFILE}"
+            )

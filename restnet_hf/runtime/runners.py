@@ -1,0 +1,163 @@
+"""RUNNERS: an exported route as a function from images to logits, run by its own runtime. No torch of our own."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
+
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""Images (N, 3, H, W) in float32 to logits (N, classes).
+
+It may have an attribute ``input_shape``: the four sizes that the model takes, None for those that are free.
+"""
+TELEMETRY = "openvino_telemetry"
+
+
+class MissingRuntimeError(ImportError):
+    """A runtime, or what exports to it, is not installed."""
+
+
+def need(package: str, runtime: str) -> Any:
+    """A module by name.
+
+    Raises:
+        MissingRuntimeError: it is not installed; the message says how to install it.
+    """
+    try:
+        with without_telemetry():
+            return importlib.import_module(package)
+    except ImportError as error:
+        name = package.partition(".")[0]
+        raise MissingRuntimeError(
+            f"runtime '{runtime}' needs {name}, which cannot be imported ({error}); pip install {name}, or all that "
+            f"exporting takes: pip install 'restnet-hf[{runtime}]'"
+        ) from error
+
+
+@contextmanager
+def without_telemetry() -> Iterator[None]:
+    """OpenVINO and NNCF, imported or called in the block, report nothing and write nothing in the home folder.
+
+    Both of them report by a package that they do without where it is not installed, and which no setting of a process
+    switches off: when they are imported it writes an identity into the home folder, and each quantisation is reported.
+    """
+    package = sys.modules.get(TELEMETRY)
+    try:
+        reporter = None if package is None else package.Telemetry()  # the only one, if something was imported before
+    except RuntimeError:  # it was never configured
+        reporter = None
+    agreed = getattr(reporter, "consent", False)
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        if reporter is not None:
+            reporter.consent = False
+        yield
+    finally:
+        if reporter is not None:
+            reporter.consent = agreed
+        sys.modules.pop(TELEMETRY, None)
+        if package is not None:
+            sys.modules[TELEMETRY] = package
+
+
+class _Shaped:
+    """A function from images to logits that knows which images it takes."""
+
+    def __init__(self, run: Run, shape: Sequence[Any]) -> None:
+        self._run = run
+        self.input_shape = tuple(size if isinstance(size, int) else None for size in shape)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._run(images)
+
+
+def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
+    """A session of ONNX Runtime on the processor."""
+    onnxruntime = need("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(folder / entry["file"], options, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    return _Shaped(lambda images: session.run(None, {given.name: images})[0], given.shape)
+
+
+@cache
+def openvino_core() -> Any:
+    """The only core of OpenVINO in this process.
+
+    A core gives the thread a stack for signals and, when it goes, brings back the one that it found. Of two cores that
+    go in the order in which they came the first one's stack is brought back after it was freed, and the next signal
+    ends the process. One that never goes also spares loading its plugins again.
+    """
+    return need("openvino", "openvino").Core()
+
+
+def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
+    """A compiled model of OpenVINO on the processor, in the precision it was exported for."""
+    # left to itself, a processor that has bfloat16 computes in it
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": entry["compute"], "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    core = openvino_core()
+    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if entry["compute"] == "bf16" and "BF16" not in able:
+        raise ValueError(f"this processor does not compute in bfloat16 (OpenVINO lists {able}); choose fp32 or int8")
+    model = core.read_model(folder / entry["file"], folder / entry["weights"])
+    compiled = core.compile_model(model, "CPU", config)
+    sizes = [size.get_length() if size.is_static else None for size in compiled.input().partial_shape]
+    return _Shaped(lambda images: compiled(images)[0], sizes)
+
+
+def run_executorch(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
+    """A method of an ExecuTorch program. Its Python package needs torch; its C++ and mobile ones do not."""
+    runtime = need("executorch.runtime", "executorch")
+    torch = need("torch", "executorch")
+    if threads is not None:
+        need("executorch.extension.pybindings.portable_lib", "executorch")._unsafe_reset_threadpool(threads)
+    method = runtime.Runtime.get().load_program(folder / entry["file"]).load_method(entry["method"])
+    sizes = method.metadata.input_tensor_meta(0).sizes()
+    return _Shaped(lambda images: method.execute([torch.from_numpy(images)])[0].numpy(), sizes)
+
+
+def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
+    """A program of torch.export, from which all that may run code was left out, unless it is trusted."""
+    torch = need("torch", "torch")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    file = folder / entry["file"]
+    try:
+        program = torch.export.load(file if trust_remote_code else safe_archive(file))
+    except UntrustedProgramError as error:
+        raise UntrustedProgramError(
+            f"{error}, so that loading it could run code of whoever made it; if you trust them, give "
+            "trust_remote_code=True"
+        ) from error
+    module, dtype = program.module(), getattr(torch, entry["compute"])
+    (given,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(images).to(dtype)).float().numpy()
+
+    return _Shaped(run, given.meta["val"].shape)
+
+
+RUNNERS: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
+    "onnx": run_onnx,
+    "openvino": run_openvino,
+    "executorch": run_executorch,
+    "torch": run_torch,
+}
+TRUSTING: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
+    "torch": partial(run_torch, trust_remote_code=True)
+}
+"""Those of RUNNERS that load more of a file whose author is trusted."""

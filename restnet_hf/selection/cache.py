@@ -1,0 +1,68 @@
+"""Similarities found before: kept on disk by anchors, images and settings."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import cached_assets_path
+
+from restnet_hf.files import written_whole
+from restnet_hf.hashing import code_sha256, package_versions
+from restnet_hf.selection.ranking import Similarity
+
+
+LIBRARIES = ("torch", "transformers", "timm")
+CODE = ("data", "anchors", "stitches", "steps.py", "selection")  # rooms and files that similarities depend on
+logger = logging.getLogger(__name__)
+
+
+def kept_file(about: Mapping[str, Any]) -> Path | None:
+    """Where the similarity lies, or will, that depends on ``about``; None where nothing can be kept.
+
+    The files lie in ``HF_HOME/assets/restnet_hf`` and can be deleted.
+    """
+    software = [package_versions(LIBRARIES), code_sha256(*CODE)]
+    key = [json.dumps(each, sort_keys=True, default=str) for each in (about, software)]
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    try:
+        return cached_assets_path("restnet_hf", "similarities") / f"{name}.npz"
+    except (OSError, ValueError) as error:  # a file in the way is a ValueError there
+        logger.info("similarities cannot be kept: %s", error)
+        return None
+
+
+def read_similarity(file: Path | None, front: str, end: str) -> Similarity | None:
+    """What `write_similarity` wrote; None where there is nothing, or nothing sound."""
+    try:
+        if file is None or not file.exists():
+            return None
+        with file.open("rb") as raw, np.load(raw, allow_pickle=False) as data:
+            settings = json.loads(str(data["settings"]))
+            return Similarity(front, end, np.ma.masked_array(data["values"], data["mask"]), settings)
+    except Exception as error:  # whatever is wrong with it, computing it again will put it right
+        logger.info("%s cannot be read: %s", file, error)
+        return None
+
+
+def write_similarity(similarity: Similarity, path: Path) -> None:
+    """Write values, mask and settings as npz."""
+    values = similarity.values
+    with written_whole(path) as temporary:
+        np.savez(
+            temporary,
+            values=values.filled(np.nan),
+            mask=np.ma.getmaskarray(values),
+            settings=json.dumps(dict(similarity.settings)),
+        )
+
+
+def keep_similarity(similarity: Similarity, path: Path) -> None:
+    """As `write_similarity`, but where nothing can be written, on a full disk say, nothing is kept."""
+    try:
+        write_similarity(similarity, path)
+    except OSError as error:
+        logger.info("similarities cannot be kept: %s", error)

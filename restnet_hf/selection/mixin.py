@@ -1,0 +1,279 @@
+"""SelectionMixin: compare the anchors of a model, and choose where to join them."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.config_entry import present
+from restnet_hf.data.datasets import data_fingerprint
+from restnet_hf.distributed import this_process
+from restnet_hf.profiling.macs import MacsTable
+from restnet_hf.routes.blocks import Blocks
+from restnet_hf.routes.families import WITHIN, family, within_budget
+from restnet_hf.routes.profile import Budget
+from restnet_hf.routes.route import Route
+from restnet_hf.selection.cache import keep_similarity, kept_file, read_similarity
+from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
+from restnet_hf.selection.samples import Pair, Seen
+from restnet_hf.selection.selectors import compare
+from restnet_hf.steps import Step
+from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
+from restnet_hf.stitches.pruning import prunable
+
+
+MOST, DRAWN = 50_000, 20  # routes whose costs are compared: all, or drawn for each one that is wanted
+
+
+class SelectionMixin:
+    """What a stitched model does to find its stitches."""
+
+    # What the model has
+    config: Any
+    anchors: Mapping[str, Anchor]
+    stitches: MutableMapping[str, Stitch]
+    dtype: torch.dtype
+    device: torch.device
+    images_for: Callable[[str, Tensor], Tensor]
+    finish: Callable[[str], nn.Module]
+    steps: Callable[[Route], Sequence[Step]]
+    route_costs: Callable[..., Callable[[Route], dict[str, float]]]
+    add_stitch: Callable[..., Route]
+    add_stitches: Callable[..., list[Route]]
+    set_route: Callable[[Route], Route]
+    weights_sha256: Callable[..., dict[str, str]]
+    _checked: Callable[..., Iterator[dict[str, Tensor]]]
+
+    similarity: Similarity | None
+    ranking: list[RankedRoute]
+
+    def _seen(self, data: Any, batch_size: int) -> Iterator[Seen]:
+        """Batches for selectors."""
+        front, *_, end = self.anchors
+        anchors = {name: self.anchors[name] for name in (front, end)}
+        finish = {name: self.finish(name) for name in anchors}
+        start = 0
+        for batch in self._checked(data, batch_size, "calibration"):
+            images = batch["pixel_values"].to(self.device)
+            each = {name: self.images_for(name, images) for name in anchors}
+            yield Seen(start, each, anchors, finish, batch.get("labels"))
+            start += len(images)
+
+    def compare(
+        self,
+        calibration: Any,
+        methods: Iterable[str] | Mapping[str, Mapping[str, Any]] = ("cka",),
+        order: str = "given",
+        config: StitchConfig | None = None,
+        batch_size: int = 64,
+        kept_images: int = 512,
+    ) -> dict[str, list[Similarity]]:
+        """How promising each pair of cuts of the first and the last anchor is, by one or more selectors.
+
+        All of them are served by one pass over each anchor.
+
+        Args:
+            calibration: images; see `restnet_hf.data.batches`. Labels, where there are any, are used by selectors
+                that can.
+            methods: keys of `SELECTORS`, or options by key.
+            order: ``given`` joins the first anchor to the last, ``auto`` looks at the other direction too.
+            config: how stitches would be made.
+            batch_size: for a tensor or a data set.
+            kept_images: how many images selectors that fit something keep samples of; half of these are for tests.
+
+        Returns:
+            By method, a `Similarity` for each direction.
+
+        Raises:
+            ValueError: an option is unknown, images are too few or labels are wrong, an activation is not finite
+                (named), or a selector needs heads that are not trained yet.
+        """
+        if order not in ("given", "auto"):
+            raise ValueError(f"order={order!r} is not one of ('given', 'auto')")
+        if len(self.anchors) < 2:
+            raise ValueError(
+                "there is one anchor, and similarity joins two; add_family('skip') makes routes within one"
+            )
+        options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
+        first, *_, last = self.anchors
+        ends = [first, last]
+        untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
+        if untrained and {*options} & {"kl_probe", "fitted_accuracy"}:
+            raise ValueError(f"{sorted(options)}: the new heads of {untrained} are not trained yet; train them first")
+        pairs = [
+            Pair(self.anchors[front], self.anchors[end], self.finish(end), config or StitchConfig())
+            for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
+        ]
+        files = self._files(self._about(calibration, config, batch_size, kept_images), options, pairs)
+        known = {
+            name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
+            for name in options
+        }
+        missing = {name: options[name] for name in options if None in known[name]}
+        found = compare(pairs, lambda: self._seen(calibration, batch_size), missing, kept_images) if missing else {}
+        for name, each in found.items():
+            for similarity in each:
+                file = files[name, similarity.front]
+                if file is not None and this_process().is_main_process:
+                    keep_similarity(similarity, file)
+        return {name: found.get(name) or [each for each in known[name] if each is not None] for name in options}
+
+    def _files(
+        self, about: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
+    ) -> dict[tuple[str, str], Path | None]:
+        """Where similarities are kept, by method and front; None where they cannot be."""
+        fronts = [(name, pair.front.name) for name in options for pair in pairs]
+        if about is None:
+            return dict.fromkeys(fronts)
+        return {
+            (name, front): kept_file({**about, "front": front, "method": name, "options": dict(options[name])})
+            for name, front in fronts
+        }
+
+    def _about(
+        self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int
+    ) -> dict[str, Any] | None:
+        """All that similarities depend on besides the selector.
+
+        None where the images have no fingerprint, and under several processes: one may remember what another does not.
+        """
+        images = data_fingerprint(data)
+        if images is None or this_process().num_processes > 1:
+            return None
+        settings = {"config": asdict(config or StitchConfig()), "batch_size": batch_size, "kept_images": kept_images}
+        return {**self.identity(), "images": images, **settings}
+
+    def identity(self) -> dict[str, Any]:
+        """All that the anchors' activations and logits depend on besides the images, fit for JSON."""
+        entries = [present(*pair) for pair in zip(self.config.anchors, self.anchors.values(), strict=True)]
+        keys = ("name", "fingerprint", "preprocessing", "granularity")
+        anchors = [{key: entry[key] for key in keys} for entry in entries]
+        heads = {key: value for key, value in self.weights_sha256(entries).items() if key.startswith("heads.")}
+        return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype)}
+
+    def family(
+        self, kind: str = "nearest", pairs: str = "adjacent", directions: str = "up", **options: Any
+    ) -> Iterator[Route]:
+        """The routes by which a published method joins these anchors, one at a time; each anchor alone comes first.
+
+        Stages are runs of cuts of equal layout. Anchors are in order of their MACs, the cheapest first.
+
+        Args:
+            kind: a key of `FAMILIES`, or of `WITHIN` for routes that skip blocks of one anchor.
+            pairs, directions: see `restnet_hf.routes.families.family`.
+            **options: of that kind.
+
+        Raises:
+            ValueError: an option is unknown, or the anchors' stages do not fit each other.
+        """
+        table = MacsTable()
+        alone = {name: table.macs(self.steps(Route.alone(name))) for name in self.anchors}
+        blocks = [
+            Blocks.alike(name, [cut.layout for cut in self.anchors[name].cuts])
+            for name in sorted(self.anchors, key=alone.__getitem__)
+        ]
+        if kind in WITHIN and options.get("prune"):
+            options = {"prunable": {name: self._prunable(name) for name in self.anchors}, **options}
+        return family(blocks, kind, pairs, directions, **options)
+
+    def _prunable(self, name: str) -> list[int]:
+        """The cuts before the blocks of an anchor that can be pruned."""
+        anchor = self.anchors[name]
+        return [cut - 1 for cut in range(2, anchor.depth + 1) if prunable(anchor, cut)]
+
+    def add_family(
+        self,
+        kind: str = "nearest",
+        config: StitchConfig | None = None,
+        *,
+        budget: Mapping[str, float] | None = None,
+        max_routes: int | None = None,
+        **options: Any,
+    ) -> list[Route]:
+        """Add the routes of a family, and the stitches that they need; routes that share a stitch share its memory.
+
+        Args:
+            kind, **options: see `family`.
+            config: of the stitches; by default ``branch`` for routes within an anchor, else ``linear``.
+            budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
+            max_routes: so many, spread evenly over the range of MACs; all by default.
+
+        Returns:
+            The routes with stitches.
+
+        Raises:
+            ValueError: see `family`; or no route is left.
+        """
+        config = config or StitchConfig(BRANCH if kind in WITHIN else "linear")
+        if options.get("prune") and config.kind != BRANCH:
+            raise ValueError(f"prune makes copies of blocks, stitches of kind {BRANCH!r}, not {config.kind!r}")
+        routes: Iterator[Route] = (route for route in self.family(kind, **options) if route.stitch_points)
+        if budget is not None or max_routes is not None:
+            costs = self.route_costs(config)
+            if budget is not None:
+                routes = within_budget(routes, costs, Budget(**budget))
+            if max_routes is not None:
+                some = dict.fromkeys(islice(routes, MOST + 1 if options.get("seed") is None else DRAWN * max_routes))
+                if len(some) > MOST:
+                    raise ValueError(f"the family has more than {MOST} routes; with seed= skip draws some at random")
+                routes = iter(spread({route: costs(route)["macs"] for route in some}, max_routes))
+        added = self.add_stitches(routes, config)
+        if not added:
+            raise ValueError(
+                f"no route of family {kind!r} with {options} is within {budget}; allow more, or other options"
+            )
+        return added
+
+    def select_stitches(
+        self,
+        calibration: Any,
+        method: str = "cka",
+        max_routes: int = 8,
+        config: StitchConfig | None = None,
+        batch_size: int = 64,
+        *,
+        order: str = "given",
+        budget: Mapping[str, float] | None = None,
+        kept_images: int = 512,
+        per_part: int = 1,
+        **options: Any,
+    ) -> list[Route]:
+        """Choose where to join the first anchor to the last, from a few hundred images, and add those stitches.
+
+        The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
+        more than any anchor alone are left out if there are others. All values are kept in `similarity`, all routes in
+        `ranking`. The best route becomes the active one.
+
+        Args:
+            calibration: images; see `restnet_hf.data.batches`.
+            method: a key of `SELECTORS`.
+            max_routes: into how many parts the range of MACs is divided.
+            config: how the stitches are made.
+            batch_size: for a tensor or a data set.
+            order: ``given`` joins the first anchor to the last; ``auto`` also considers the last in front, and takes
+                whichever has the higher score in each part of the range.
+            budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
+            kept_images: see `compare`.
+            per_part: how many routes of each part to add; the best two nearly always hold the best one.
+            **options: of the selector.
+
+        Raises:
+            ValueError: see `compare`; or no route fits the budget.
+        """
+        found = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
+        limits, costs = None if budget is None else Budget(**budget), self.route_costs(config)
+        ranking = rank_routes(found, costs, limits)
+        self.similarity, self.ranking = found[0], ranking
+        most = max(costs(Route.alone(name))["macs"] for name in self.anchors)
+        chosen = choose_routes(
+            [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part
+        )
+        for row in chosen:
+            self.add_stitch(row.route, config)
+        self.set_route(max(chosen, key=lambda row: row.score).route)
+        return [row.route for row in chosen]

@@ -1,0 +1,95 @@
+"""A race of routes: those that cannot win are not run on all images."""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from restnet_hf.data.datasets import Batch
+from restnet_hf.routes.route import Route
+from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
+
+
+@dataclass(frozen=True)
+class Raced:
+    """What `race_routes` found.
+
+    Args:
+        scores: accuracy of the routes that ran on all images.
+        stopped: accuracy of the others on the images that they ran on, and how many these were.
+        images: how many there are.
+    """
+
+    scores: dict[Route, float]
+    stopped: dict[Route, tuple[float, int]]
+    images: int
+
+
+@torch.no_grad()
+def race_routes(
+    walks: Sequence[Walk],
+    batches: Iterable[Batch],
+    device: torch.device,
+    rivals: Iterable[Collection[Route]] | None = None,
+    error: float = 0.01,
+) -> Raced:
+    """Accuracy of each route on the same images, without going on with those that cannot win.
+
+    A route is stopped when, among each group of rivals that it belongs to, there is one that is better by more than
+    chance: by a sign test on the images on which just one of the two is right, after each batch, its level divided
+    among routes and batches so that the best of a group is stopped with a probability of at most ``error``. What the
+    other routes get is exactly what `score_routes` gives.
+
+    Args:
+        walks: routes with their steps.
+        batches: of labelled images in the model's preprocessing.
+        device: where to run.
+        rivals: groups of routes of which the best one is wanted, such as all that fit a budget; one of all by default.
+        error: from 0 (none is ever stopped) to below 1.
+
+    Raises:
+        ValueError: a batch has no labels, or ``error`` is out of range.
+    """
+    if not 0 <= error < 1:
+        raise ValueError(f"error={error} must be at least 0 and below 1")
+    groups = [set(group) for group in (rivals if rivals is not None else [[route for route, _ in walks]])]
+    right: dict[Route, list[np.ndarray]] = {route: [] for route, _ in walks}
+    alive, images = list(walks), 0
+    shared = split_at_shared_cuts(alive)
+    for look, batch in enumerate(batches, 1):
+        if "labels" not in batch:
+            raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
+        labels = batch["labels"].cpu()
+        for route, logits in walk_tree(batch["pixel_values"].to(device), shared):
+            right[route].append((logits.argmax(-1).cpu() == labels).numpy())
+        images += len(labels)
+        hits = {route: np.concatenate(right[route]) for route, _ in alive}
+        level = error / (len(walks) * look * (look + 1))
+        behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups, level)}
+        if behind:
+            alive = [walk for walk in alive if walk[0] not in behind]
+            shared = split_at_shared_cuts(alive)
+    every = {route: np.concatenate(found) for route, found in right.items() if found}
+    scores = {route: float(every[route].mean()) for route, _ in alive}
+    stopped = {route: (float(hits.mean()), len(hits)) for route, hits in every.items() if route not in scores}
+    return Raced(scores, stopped, images)
+
+
+def _cannot_win(
+    route: Route, hits: dict[Route, np.ndarray], groups: Sequence[Collection[Route]], level: float
+) -> bool:
+    """Whether every group of a route has one that is better by more than chance."""
+    for group in (group for group in groups if route in group):
+        best = max((rival for rival in hits if rival in group), key=lambda rival: hits[rival].sum())
+        more, less = (int((a & ~b).sum()) for a, b in ((hits[best], hits[route]), (hits[route], hits[best])))
+        if _sign_test(more, less) > level:
+            return False
+    return True
+
+
+def _sign_test(more: int, less: int) -> float:
+    """How probable it is that of so many coins in all at least ``more`` show heads."""
+    count = more + less
+    return sum(math.comb(count, heads) for heads in range(more, count + 1)) / 2**count

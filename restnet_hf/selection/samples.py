@@ -1,0 +1,327 @@
+"""What one pass keeps of two anchors: a sample of their activations, to fit and test stitches and probes on."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitch
+
+
+POSITIONS = 4  # of every map, drawn at random for each image
+BATCH = 64  # images that are tested at a time
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two anchors that may be joined.
+
+    Args:
+        front: anchor whose activations come in.
+        end: anchor whose activations would be replaced.
+        finish: what turns the end's output into the model's logits: a new head, an order of labels, or nothing.
+        config: how stitches are made.
+    """
+
+    front: Anchor
+    end: Anchor
+    finish: Callable[[Tensor], Tensor]
+    config: StitchConfig = field(default_factory=StitchConfig)
+
+
+class Seen:
+    """One batch as both anchors see it; activations are computed when they are first asked for.
+
+    Args:
+        start: number of its first image in the whole data.
+        images: (N, 3, H, W) as each anchor wants them, by its name.
+        anchors: by name.
+        finish: what turns each anchor's output into the model's logits, by name.
+        labels: (N,), None where there are none.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        images: Mapping[str, Tensor],
+        anchors: Mapping[str, Anchor],
+        finish: Mapping[str, Callable[[Tensor], Tensor]],
+        labels: Tensor | None = None,
+    ) -> None:
+        self.start, self.images, self.labels = start, images, labels
+        self.size = len(next(iter(images.values())))
+        self._anchors, self._finish = anchors, finish
+
+        self._last: dict[str, Tensor] = {}
+
+    def visit(self, see: Callable[[Anchor, int, Tensor], None]) -> None:
+        """Run each anchor once, and show every activation as it comes; none of them is kept but the last."""
+        for name, anchor in self._anchors.items():
+
+            def look(cut: int, activation: Tensor, anchor: Anchor = anchor) -> None:
+                see(anchor, cut, activation)
+                if cut == anchor.depth:
+                    self._last[anchor.name] = activation
+
+            anchor.capture(self.images[name], _cuts(anchor), see=look)
+
+    @cached_property
+    def logits(self) -> dict[str, Tensor]:
+        """Logits (N, classes) of each anchor alone, in the model's classes; after `visit`."""
+        ends = {name: anchor(self._last[name], anchor.depth) for name, anchor in self._anchors.items()}
+        return {name: self._finish[name](end) for name, end in ends.items()}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A stitch's least-squares problem solved: weight (D, C), bias (D,), and R² on images that were held out."""
+
+    weight: Tensor
+    bias: Tensor
+    r2: float
+
+
+class Samples:
+    """A sample of both anchors' activations on the first images: every other image is held out for tests.
+
+    Nothing is kept before a selector asks for it, and what is kept does not grow with the data.
+
+    Args:
+        pair: the anchors.
+        images: how many to keep samples of.
+    """
+
+    def __init__(self, pair: Pair, images: int = 512) -> None:
+        self.pair, self.images = pair, images
+        self.chunks: list[dict[Any, Tensor]] = []
+        self.problems: dict[tuple[int, int], list[Problem]] = {}
+        self._readers: dict[tuple[str, int], dict[Hashable, tuple[Problem, Any]]] = {}
+        self._chunk: dict[Any, Tensor] = {}
+        self.wants_pooled = self.wants_images = False
+
+    def keep_rows(self) -> None:
+        """Keep what stitches are fitted on: activations at a few positions of each image."""
+        if not self.problems:
+            front, end = self.pair.front, self.pair.end
+            front.search()
+            end.search()
+            with torch.device("meta"):  # their shapes are all that is needed
+                stitches = {(i, j): self._stitch(i, j) for i in _cuts(front) for j in _cuts(end)}
+            self.problems = {cuts: stitch.problems() for cuts, stitch in stitches.items()}
+            for (i, j), problems in self.problems.items():
+                for problem in problems:
+                    self._readers.setdefault((front.name, i), {})["in", i, problem.key_in] = problem, problem.inputs
+                    self._readers.setdefault((end.name, j), {})["out", j, problem.key_out] = problem, problem.outputs
+
+    def keep_pooled(self) -> None:
+        """Keep each activation's mean over positions."""
+        self.wants_pooled = True
+
+    def keep_images(self) -> None:
+        """Keep the held-out images themselves."""
+        self.wants_images = True
+
+    def _stitch(self, i: int, j: int) -> Stitch:
+        return make_stitch(self.pair.front.layout(i), self.pair.end.layout(j), self.pair.config)
+
+    def read(self, anchor: Anchor, cut: int, activation: Tensor, seen: Seen) -> None:
+        """Look at one activation of a batch."""
+        n = min(seen.size, self.images - seen.start)
+        if n <= 0 or not self.wanted:
+            return
+        if self.wants_pooled:
+            spatial = anchor.layout(cut).split(activation[:n])[0]
+            self._chunk["pooled", anchor.name, cut] = _finite(spatial.mean((2, 3)), anchor, cut)
+        for key, (problem, rows) in self._readers.get((anchor.name, cut), {}).items():
+            chosen = problem.chosen(n, POSITIONS, seen.start)
+            self._chunk[key] = _finite(rows(activation[:n], chosen), anchor, cut)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a selector has asked for anything."""
+        return bool(self.problems) or self.wants_pooled
+
+    def update(self, seen: Seen) -> None:
+        """Close a batch, all of whose activations were read."""
+        n = min(seen.size, self.images - seen.start)
+        if n <= 0 or not self.wanted:
+            return
+        chunk, self._chunk = self._chunk, {}
+        chunk["number"] = torch.arange(seen.start, seen.start + n)
+        chunk |= {("logits", name): logits[:n].float().cpu() for name, logits in seen.logits.items()}
+        if seen.labels is not None:
+            chunk["labels"] = seen.labels[:n].cpu()
+        if self.wants_images:
+            images = seen.images[self.pair.front.name][:n]
+            chunk["images"] = images[(chunk["number"] % 2 == 1).to(images.device)]
+        self.chunks.append(chunk)
+
+    def state(self) -> list[dict[Any, Tensor]]:
+        """What this process has kept."""
+        return self.chunks
+
+    def absorb(self, states: Iterable[list[dict[Any, Tensor]]]) -> None:
+        """Take what all processes have kept."""
+        self.chunks = sorted((c for state in states for c in state), key=lambda chunk: int(chunk["number"][0]))
+
+    def _all(self, key: Hashable) -> Tensor:
+        if not self.chunks:
+            raise ValueError("there were no images to fit anything on")
+        return torch.cat([chunk[key] for chunk in self.chunks])
+
+    @property
+    def held(self) -> Tensor:
+        """Which of the kept images are held out (N,), as booleans."""
+        held = self._all("number") % 2 == 1
+        if not held.any():
+            raise ValueError("at least 2 images are needed, one to fit on and one to test on")
+        return held
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all kept images have labels."""
+        return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
+
+    def settings(self) -> dict[str, Any]:
+        """How many images were kept, and how many of them held out."""
+        held = self.held
+        return {"images": len(held), "held_out": int(held.sum())}
+
+    def solve(self, ridge: float) -> Iterator[tuple[tuple[int, int], list[Solution]]]:
+        """Each pair of cuts with its stitch's problems solved, on a sample of rows.
+
+        Args:
+            ridge: relative to the mean variance of the features.
+        """
+        held = self.held
+        for i in _cuts(self.pair.front):
+            mine = [(j, number, p) for (k, j), ps in self.problems.items() if k == i for number, p in enumerate(ps)]
+            solved: dict[tuple[int, int], Solution] = {}
+            for key in dict.fromkeys(problem.key_in for _, _, problem in mine):
+                same = [(j, number, problem) for j, number, problem in mine if problem.key_in == key]
+                outputs = [self._all(("out", j, problem.key_out)) for j, _, problem in same]
+                solutions = _regress(self._all(("in", i, key)), outputs, held, ridge)
+                solved |= {(j, number): solution for (j, number, _), solution in zip(same, solutions, strict=True)}
+            for j in _cuts(self.pair.end):
+                yield (i, j), [solved[j, number] for number in range(len(self.problems[i, j]))]
+
+    def stitches(self, ridge: float) -> dict[tuple[int, int], Stitch]:
+        """The fitted stitch of every pair of cuts."""
+        like, found = next(self.pair.end.parameters()), {}
+        for (i, j), solutions in self.solve(ridge):
+            stitch = self._stitch(i, j).to(like.device, like.dtype).eval()
+            for problem, solution in zip(stitch.problems(), solutions, strict=True):
+                problem.assign(solution.weight, solution.bias)
+            found[i, j] = stitch
+        return found
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of the held-out images as the front wants them, and what is right for each (N,)."""
+        right = self._all("labels") if self.labelled else self._teacher().argmax(-1)
+        images, held = self._all("images"), self.held
+        for batch, answers in zip(images.split(BATCH), right[held].split(BATCH), strict=True):
+            yield batch, answers.to(batch.device)
+
+    def _teacher(self) -> Tensor:
+        larger = max((self.pair.front, self.pair.end), key=Anchor.num_parameters)
+        return self._all(("logits", larger.name))
+
+    def log_probabilities(self, anchor: Anchor) -> Tensor:
+        """Log-probabilities (N, classes) that the anchor itself gives the held-out images."""
+        return log_softmax(self._all(("logits", anchor.name))[self.held], dim=-1)
+
+    def probes(self, anchor: Anchor, weight_decay: float) -> list[Tensor]:
+        """For each cut the log-probabilities (N, classes) that a linear probe gives the held-out images.
+
+        Probes learn the labels, or where there are none what the larger anchor says.
+
+        Raises:
+            ValueError: there are fewer than three images.
+        """
+        held, teacher = self.held, self._teacher()
+        if (count := len(held)) < 3:
+            raise ValueError(
+                f"{count} images came, and probes need 3: two to learn on and one to test; give some hundreds"
+            )
+        targets = (
+            one_hot(self._all("labels").long(), teacher.shape[1]).float() if self.labelled else softmax(teacher, -1)
+        )
+        found = []
+        for cut in _cuts(anchor):
+            x = self._all(("pooled", anchor.name, cut)).float()
+            x = (x - x[~held].mean(0)) / x[~held].std(0).clamp_min(1e-6)
+            weight, bias = _softmax_regression(x[~held].to(targets.device), targets[~held], weight_decay)
+            found.append(log_softmax(x[held] @ weight + bias, dim=-1))
+        return found
+
+
+def _cuts(anchor: Anchor) -> range:
+    return range(1, anchor.depth + 1)
+
+
+def not_finite(anchor: Anchor, cut: int) -> ValueError:
+    """The error of activations that hold NaN or infinite values."""
+    name = anchor.cuts[cut - 1].name
+    return ValueError(f"activations of '{anchor.name}' at cut {cut} ({name}) hold NaN or infinite values")
+
+
+def _finite(x: Tensor, anchor: Anchor, cut: int) -> Tensor:
+    if not x.isfinite().all():
+        raise not_finite(anchor, cut)
+    return x.float().cpu()
+
+
+def _regress(x: Tensor, ys: list[Tensor], held: Tensor, ridge: float) -> list[Solution]:
+    """Affine regression of each of several rows (N, P, D) on rows (N, P, C), with R² on the held-out images."""
+    (fit, test), c = (x[mask].flatten(0, 1).double() for mask in (~held, held)), x.shape[2]
+    mean = fit.mean(0)
+    fit, test = (fit - mean).float(), (test - mean).float()
+    y = torch.cat([each[~held].flatten(0, 1) for each in ys], dim=1).double()
+    y_mean = y.mean(0)
+    y = (y - y_mean).float()
+    weight = _ridge(fit, y, ridge) if c else y.new_zeros(0, y.shape[1])
+    guesses, found, at = test @ weight, [], 0
+    for each in ys:
+        part = slice(at, at + each.shape[2])
+        truth = (each[held].flatten(0, 1).double() - y_mean[part]).float()
+        total = truth.square().sum().item()
+        r2 = 1 - (truth - guesses[:, part]).square().sum().item() / total if total else 1.0
+        bias = y_mean[part] - (mean @ weight[:, part].double() if c else 0)
+        found.append(Solution(weight[:, part].T, bias, r2))
+        at = part.stop
+    return found
+
+
+def _ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:
+    """Weight (C, D) of the centred rows; by the smaller of the two systems of equations."""
+    wide = x.shape[1] > x.shape[0]
+    matrix = x @ x.T if wide else x.T @ x
+    scale = x.square().sum() / x.shape[1]
+    if not scale > 0:
+        return x.new_zeros(x.shape[1], y.shape[1])
+    factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * torch.eye(len(matrix), device=x.device))
+    if failed:
+        return _ridge(x, y, 10 * ridge)
+    return x.T @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(x.T @ y, factor)
+
+
+def _softmax_regression(x: Tensor, targets: Tensor, weight_decay: float) -> tuple[Tensor, Tensor]:
+    """Weight (C, classes) and bias of multinomial logistic regression on (soft) targets (N, classes)."""
+    weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)
+    bias = x.new_zeros(targets.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=60, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = cross_entropy(x @ weight + bias, targets) + weight_decay * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return weight.detach(), bias.detach()

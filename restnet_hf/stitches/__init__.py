@@ -1,0 +1,1 @@
+"""Stitches and what else of a route can be trained."""

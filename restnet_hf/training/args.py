@@ -1,0 +1,132 @@
+"""TrainArgs: the options of training, and what it returns."""
+
+from dataclasses import dataclass as plain_dataclass
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from restnet_hf.stitches.tuning import HIGHEST
+from restnet_hf.training.samplers import SAMPLERS
+
+
+NOT_SETTINGS = {  # of what is learned
+    "output_dir",
+    "save_steps",
+    "resume_from_checkpoint",
+    "logging_steps",
+    "log_with",
+    "cache_dir",
+    "dataloader_num_workers",
+}
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class TrainArgs:
+    """Options of `train`; names as in ``transformers.TrainingArguments`` and PEFT where they have them.
+
+    Args:
+        output_dir: where checkpoints and the log go; None for none.
+        least_squares_images: first fit the stitches by least squares on so many images; needs no labels.
+        matching_epochs: then let each route's features match the end anchor's own on the same image, for so many
+            passes over the data; needs no labels (arXiv 2603.12433).
+        match: ``final`` matches what the end's classifier takes, ``later`` all of its later cuts too (arXiv
+            2505.20142), ``stitch`` what each stitch of a route replaces, on the route's own path (AdaptiveNet, arXiv
+            2303.07129).
+        num_train_epochs: then passes over the data with labels, distillation or both; 0 for none.
+        max_steps: stop after so many steps of both kinds together; needed for data that streams.
+        batch_size: images in a step, over all processes.
+        gradient_accumulation_steps: run a step's images in so many parts, to save memory; the result is the same.
+        auto_find_batch_size: where memory runs out, run a step's images in smaller parts.
+        learning_rate: the highest, after the warm-up; it falls to zero as a cosine.
+        weight_decay: of AdamW.
+        warmup_ratio: share of the steps in which the learning rate rises.
+        max_grad_norm: the gradient of each stitch and head is clipped to this norm.
+        distillation: weight of the distillation from the largest anchor; the rest is cross-entropy. 1 needs no
+            labels. A new head of that anchor must have been trained before, with 0.
+        temperature: of the distillation (Hinton et al., arXiv 1503.02531).
+        train_head: train new heads too; None does if the model has any.
+        tuning: what trains besides: ``stitch`` nothing; ``norm`` each route's own copy of the affine parameters of the
+            end's norms, with BatchNorm statistics that make up for the stitch; ``lora`` low-rank updates of both
+            anchors that all routes share, with biases of the end for each route (ESTA, arXiv 2311.17352); ``full``
+            copies of all weights that all routes share (SN-Net, arXiv 2302.06586). The anchors alone stay what they
+            were.
+        anchor_learning_rate: of what trains inside anchors; by default ``learning_rate``, a tenth of it for ``full``.
+        r, lora_alpha: rank and scale of the low-rank updates.
+        sampler: key of `SAMPLERS`: which routes train at a step.
+        cache_dir: keep what frozen networks say of each image there, and never run them again.
+        cache_dtype: of activations in it.
+        save_steps: steps between checkpoints; None for one at the end of each epoch.
+        resume_from_checkpoint: go on from the last checkpoint in ``output_dir``, if there is one.
+        logging_steps: steps between entries for the trackers.
+        log_with: trackers, as in ``Accelerator``; by default ``log.jsonl`` in ``output_dir``.
+        mixed_precision: as in ``Accelerator``.
+        channels_last: run convolutions on maps whose channels lie together.
+        torch_compile: compile the ends of the routes, where nothing in them trains.
+        torch_compile_backend: as in ``torch.compile``.
+        activation_checkpointing: keep activations at cuts alone, and compute the others again on the way back.
+        dataloader_num_workers: as in ``DataLoader``.
+        seed: of the order of the data and of the draws of the sampler.
+    """
+
+    output_dir: str | None = None
+    least_squares_images: int | None = Field(default=None, gt=0)
+    matching_epochs: int = Field(default=0, ge=0)
+    match: Literal["final", "later", "stitch"] = "final"
+    num_train_epochs: int = Field(default=3, ge=0)
+    max_steps: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    auto_find_batch_size: bool = False
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    distillation: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=2.0, gt=0)
+    train_head: bool | None = None
+    tuning: Literal["stitch", "norm", "lora", "full"] = "stitch"
+    anchor_learning_rate: float | None = Field(default=None, gt=0)
+    r: int = Field(default=8, gt=0, le=HIGHEST)
+    lora_alpha: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    sampler: str = "all"
+    cache_dir: str | None = None
+    cache_dtype: Literal["float16", "bfloat16"] = "float16"
+    save_steps: int | None = Field(default=None, gt=0)
+    resume_from_checkpoint: bool = False
+    logging_steps: int = Field(default=10, gt=0)
+    log_with: Any = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    channels_last: bool = False
+    torch_compile: bool = False
+    torch_compile_backend: str = "inductor"
+    activation_checkpointing: bool = False
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainArgs":
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler={self.sampler!r} is not one of {sorted(SAMPLERS)}")
+        if self.cache_dir is not None and self.tuning in ("lora", "full"):
+            raise ValueError(f"tuning={self.tuning!r} changes the front at every step, so cache_dir cannot keep it")
+        if self.torch_compile and self.tuning != "stitch":
+            raise ValueError("torch_compile needs ends in which nothing trains: tuning='stitch'")
+        if self.least_squares_images is None and not self.matching_epochs + self.num_train_epochs:
+            raise ValueError(
+                "there is nothing to do: least_squares_images, matching_epochs and num_train_epochs are all off"
+            )
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the card should know."""
+        return {key: value for key, value in vars(self).items() if key not in NOT_SETTINGS}
+
+
+@plain_dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns: steps done, seconds taken, and each route's mean loss over the last epoch."""
+
+    steps: int
+    seconds: float
+    losses: dict[str, float]

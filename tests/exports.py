@@ -1,0 +1,38 @@
+"""Exported folders, and images for them."""
+
+import json
+
+import numpy as np
+from conftest import SIZE, Plain, spread
+
+from restnet_hf import Anchor, StitchedModelForImageClassification, export_routes
+from restnet_hf.data.preprocessing import Preprocessing
+
+
+ROUTES = ["a[:1] + b[1:]", "a[:2] + b[2:]"]
+
+
+def export(folder, runtime, **options):
+    """Two routes of tiny networks."""
+    anchors = [Anchor(spread(Plain(), seed), name, Preprocessing((SIZE, SIZE))) for seed, name in enumerate("ab")]
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given")
+    for route in ROUTES:
+        model.add_stitch(route)
+    export_routes(model, folder / runtime, ROUTES, runtime=runtime, **options)
+    return folder / runtime
+
+
+def changed_json(folder, name, change):
+    data = json.loads((folder / name).read_text())
+    change(data)
+    (folder / name).write_text(json.dumps(data))
+
+
+def without_checksums(folder):
+    """As an untrusted author, or an earlier version, writes it."""
+    changed_json(folder, "profile.json", lambda data: data.pop("sha256"))
+    return folder
+
+
+def images(count=2):
+    return np.random.default_rng(0).standard_normal((count, 3, SIZE, SIZE)).astype(np.float32)

@@ -1,0 +1,211 @@
+"""The arithmetic by which benchmarks judge; the benchmarks themselves are run by hand."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from restnet_hf import TrainArgs
+from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
+from restnet_hf.recipe import load_recipe, prepare
+
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+def benchmark(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location("benchmark", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # it takes its own folder off
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def selectors(monkeypatch):
+    return benchmark("selectors", monkeypatch)
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    return benchmark("accuracy", monkeypatch)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    return benchmark("training", monkeypatch)
+
+
+def result(values):
+    """Four routes in two halves of the range of costs; the dearer of each half is the better one by two points."""
+    routes = {"a[:1] + b[1:]": [10e6, 0.70], "a[:2] + b[1:]": [19e6, 0.72], "a[:3] + b[1:]": [21e6, 0.80]}
+    routes |= {"a[:4] + b[1:]": [30e6, 0.82]}
+    named = {name: dict(zip(routes, each, strict=True)) for name, each in values.items()}
+    anchors = {"a[:]": [40e6, 0.9], "b[:]": [5e6, 0.6]}
+    return {"routes": routes, "anchors": anchors, "values": named, "seconds": dict.fromkeys(named, 1.0),
+            "least_squares": dict.fromkeys(routes, 0.5), "images": 1000}  # fmt: skip
+
+
+def test_verdicts(selectors):
+    found = selectors.judge(result({"right": [1, 2, 3, 4], "wrong": [4, 3, 2, 1], "half": [1, 2, 4, 3]}), buckets=2)
+    assert found["right"]["spearman"] == pytest.approx(1) and found["wrong"]["spearman"] == pytest.approx(-1)
+    assert [found[name]["recovered"] for name in ("right", "wrong", "half", "oracle")] == [1.0, 0.0, 0.5, 1.0]
+    assert [found[name]["recovered by two"] for name in ("right", "wrong", "oracle")] == [1.0, 1.0, 1.0]
+    assert found["random"]["recovered"] == pytest.approx(0.5, abs=0.05)
+    assert found["random"]["spearman"] == pytest.approx(0, abs=0.05)
+    # budgets from 5 to 40 million: 0.6 to 19, then 0.72 to 30, 0.82 to 40, where the larger anchor begins
+    assert found["right"]["area"] == pytest.approx((14 * 0.6 + 11 * 0.72 + 10 * 0.82) / 35, abs=2e-3)
+    assert found["oracle"]["area"] == pytest.approx(
+        (5 * 0.6 + 9 * 0.70 + 2 * 0.72 + 9 * 0.80 + 10 * 0.82) / 35, abs=2e-3
+    )
+    assert found["oracle"]["area"] > found["right"]["area"] > found["wrong"]["area"] - 0.1
+
+
+def test_half_a_point_is_as_good(selectors):
+    near = result({"other": [2, 1, 4, 3]})
+    near["routes"]["a[:1] + b[1:]"][1] = 0.7151
+    near["routes"]["a[:3] + b[1:]"][1] = 0.8149
+    assert selectors.judge(near, buckets=2)["other"]["recovered"] == 0.5
+
+
+def test_area(accuracy, selectors):
+    anchors, routes = [[5e6, 0.6], [40e6, 0.9]], [[19e6, 0.72], [10e6, 0.7], [30e6, 0.65]]
+    both = (5 * 0.6 + 9 * 0.7 + 21 * 0.72) / 35  # the dearest route is worse than a cheaper one
+    assert accuracy.area([*routes, *anchors], 5e6, 40e6) == pytest.approx(both)
+    assert accuracy.area(routes, 0, 40e6) == pytest.approx((9 * 0.7 + 21 * 0.72) / 30)  # from 10 million on
+    assert accuracy.area([[5e6, 0.8]], 0, 40e6) == pytest.approx(0.8)
+    assert accuracy.area([[45e6, 0.8], [50e6, 0.9]], 0, 40e6) == 0.8  # too dear, and no division by nothing
+    dice = np.random.default_rng(0)
+    for _ in range(20):  # as the sum over a thousand budgets
+        points = np.c_[dice.uniform(1e6, 50e6, 6), dice.random(6)].tolist()
+        expected = selectors.area([*map(tuple, points)], anchors)
+        assert accuracy.area([*points, *anchors], 5e6, 40e6) == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("before, step", [(0.5, 0.01), (0.0, 2.0), (30.0, 1.0)])
+def test_pace(accuracy, before, step):
+    made = []
+
+    def run(steps):
+        made.append(steps)
+        return (10.0 if len(made) == 1 else 0.0) + before + steps * step
+
+    assert accuracy.pace(run, 3.0) == pytest.approx((before, step))
+    assert (made[-1] - 1) * step >= 3.0 and sum(made) * step < 100
+    made.clear()
+    assert accuracy.pace(run, 3.0, cold=True) == pytest.approx((before + 10, step))
+
+
+@pytest.mark.parametrize("taken, expected", [([11.0, 10.0], 11.0), ([30.0, 7.0, 13.5, 10.0], 7.0), ([30.0, 9.0], 9.0)])
+def test_runs_that_miss_their_time(accuracy, taken, expected):
+    left = iter(taken)
+    found = accuracy.in_time(lambda: {"seconds": next(left), "steps": [5]}, 10.0)
+    assert found["seconds"] == expected
+
+
+def test_least_squares_alone_takes_what_it_takes(accuracy):
+    left = iter([0.5])
+    assert accuracy.in_time(lambda: {"seconds": next(left), "steps": []}, 10.0)["seconds"] == 0.5
+
+
+def test_summary_over_seeds(accuracy):
+    def run(low, high, seconds):
+        return {"points": {"a": [10e6, low], "b": [20e6, high]}, "seconds": seconds, "steps": [3, 4], "paces": []}
+
+    runs = {"two": {"0": run(0.5, 0.7, 9.0), "1": run(0.6, 0.9, 11.0)}, "one": {"0": run(0.5, 0.5, 10.0)}}
+    found = accuracy.summary({"anchors": {"s[:]": [5e6, 0.4], "l[:]": [25e6, 0.95]}, "runs": runs})
+    assert found["two"]["accuracy"]["a"] == pytest.approx([0.55, np.std([0.5, 0.6], ddof=1)])
+    assert found["two"]["seconds"] == pytest.approx([10, 2**0.5]) and found["two"]["steps"] == [7, 0]
+    areas = [(5 * 0.4 + 10 * 0.5 + 5 * 0.7) / 20, (5 * 0.4 + 10 * 0.6 + 5 * 0.9) / 20]
+    assert found["two"]["area"] == pytest.approx([np.mean(areas), np.std(areas, ddof=1)])
+    alone = [(10 * 0.5 + 5 * 0.7) / 15, (10 * 0.6 + 5 * 0.9) / 15]
+    assert found["two"]["area alone"] == pytest.approx([np.mean(alone), np.std(alone, ddof=1)])
+    assert found["one"]["accuracy"] == {"a": [0.5, None], "b": [0.5, None]}
+
+
+def test_results_are_of_one_kind(accuracy, tmp_path):
+    settings = {"seconds": 2.0, "recipe": {"front": "a"}}
+    run = {"points": {"a": [10e6, 0.5]}, "seconds": 2.0, "steps": [3], "paces": []}
+    anchors = {"s[:]": [5e6, 0.4], "l[:]": [25e6, 0.95]}
+    out = tmp_path / "found.json"
+    assert accuracy.read_known(out, settings) is None and accuracy.read_known(None, settings) is None
+    result = {"settings": settings, "pair": "l to s", "anchors": anchors, "runs": {"norm": {"0": run}}}
+    accuracy.write(result, out)
+    known = accuracy.read_known(out, settings)
+    assert known["runs"] == result["runs"] and known["ratios"]["l to s, 2 s, norm: area alone"] == 0.5
+    known["runs"]["lora"] = known["runs"]["norm"]
+    accuracy.write(known, out)  # gone on from
+    assert "l to s, 2 s, lora: area" in json.loads(out.read_text())["ratios"]
+    with pytest.raises(ValueError, match="other recipe, seconds"):
+        accuracy.read_known(out, {"seconds": 60.0, "recipe": {"front": "b"}})
+
+
+def test_a_run_is_what_the_package_does(accuracy):
+    job = load_recipe(RECIPE, front=str(FRONT), end=str(END), dataset=str(DATA))
+    job = dataclasses.replace(job, train_images=48, eval_images=40, calibration_images=32)
+    pair = accuracy.set_up(job, None, False)
+    found = accuracy.choose(pair, 2, "position")
+    pair.routes, pair.anchors = ([pair.model.route(text) for text in found[key]] for key in ("routes", "anchors"))
+    run = accuracy.run_method(pair, accuracy.METHODS["least squares"], 0, 0.1)
+    learned = accuracy.run_method(pair, accuracy.METHODS["full, sandwich"], 0, 0.01)
+    again = accuracy.run_method(pair, accuracy.METHODS["least squares"], 1, 0.1)
+    peer = accuracy.run_peer(pair, 0.5, 0, 0.01)
+
+    model, train_set, eval_set = prepare(job)
+    for route in found["routes"]:
+        model.add_stitch(route)
+    model.fit_stitches(train_set.select(range(32)))
+    profile = {str(row.route): [row.costs["macs"], row.scores["accuracy"]] for row in model.profile(eval_set).routes}
+    assert run["points"] == again["points"] == {route: profile[route] for route in found["routes"]}
+    assert found["anchors"] == {route: profile[route] for route in ("vit_fashion[:]", "resnet_fashion[:]")}
+    assert learned["points"].keys() == run["points"].keys() and learned["steps"][0] >= 1
+    assert list(peer["points"]) == ["vit_fashion[:]"] and peer["points"]["vit_fashion[:]"][0] == 5157936
+    weights = {name: anchor.fingerprint() for name, anchor in pair.model.anchors.items()}
+    assert weights == {name: anchor.fingerprint() for name, anchor in model.anchors.items()}  # no method changes them
+
+
+def test_peers_train_on(accuracy):
+    job = load_recipe(RECIPE, front=str(FRONT), end=str(END), dataset=str(DATA))
+    pair = accuracy.set_up(dataclasses.replace(job, train_images=64, eval_images=8), None, False)
+    pair.anchors = [pair.model.route(text) for text in ("vit_fashion[:]", "resnet_fashion[:]")]
+    images = next(iter(torch.utils.data.DataLoader(pair.train_set, batch_size=64)))
+
+    def loss(network):
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(network(images["pixel_values"]), images["labels"]).item()
+
+    assert loss(accuracy.further(pair, 0.0, 12, 0)) < loss(pair.model.bake("vit_fashion[:]")) - 0.05
+
+
+def test_methods_name_options_of_training(accuracy):
+    for method in accuracy.METHODS.values():
+        TrainArgs(**method.options)
+        assert set(method.stages) <= {"final", "later", "task"}
+
+
+def test_ten_epochs_out_of_steps(training):
+    """1,000 images in batches of 20 are 50 steps; a cache that holds 80 images is filled 12.5 times."""
+    taken = {"front + end": [1.0, 1.0, 1.0], "end alone": [0.5, 0.5, 0.5], "stitch-only": [1.1, 1.3, 1.2],
+             "cached": [0.5, 0.6, 0.8], "naive": [2.2, 2.6, 2.4], "full fine-tuning": [3.0, 3.0, 3.0],
+             "filling the cache": [4.0, 8.0, 4.0]}  # fmt: skip
+    found = training.time_ratios("DeiT-S to DeiT-Ti", taken, batch=20)
+    said = {name.removeprefix("DeiT-S to DeiT-Ti, "): ratio for name, ratio in found.items()}
+    full = 10 * 50 * 3.0
+    cached = [12.5 * 4 + 500 * 0.5, 12.5 * 8 + 500 * 0.6, 12.5 * 4 + 500 * 0.8]  # 300, 400, 450
+    assert said == pytest.approx({
+        "stitch-only over front + end: time": 1.2, "stitch-only over front + end: time (of minima)": 1.1,
+        "cached over end alone: time": 1.2, "cached over end alone: time (of minima)": 1.0,
+        "naive over stitch-only: time": 2.0, "naive over stitch-only: time (of minima)": 2.0,
+        "full fine-tuning over stitch-only: time": 2.5, "full fine-tuning over stitch-only: time (of minima)": 3 / 1.1,
+        "full fine-tuning over cached: time": 5.0, "full fine-tuning over cached: time (of minima)": 6.0,
+        "10 epochs, full fine-tuning over cached: time": full / sorted(cached)[1],
+        "10 epochs, full fine-tuning over cached: time (of minima)": full / min(cached),
+        "10 epochs, full fine-tuning over stitch-only: time": 2.5,
+        "10 epochs, full fine-tuning over stitch-only: time (of minima)": 3 / 1.1,
+    })  # fmt: skip
+    assert all(any(name.endswith(limit) for name in found) for limit in training.LIMITS)

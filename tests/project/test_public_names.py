@@ -1,0 +1,78 @@
+"""The public names are exactly these, and the Auto classes know ours in any order of imports."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+import restnet_hf
+
+
+NAMES = {
+    *("Anchor", "Budget", "BudgetError", "Controller", "DisagreementError", "ExportedModel", "FoundAdapter"),
+    *("MissingRuntimeError", "Preprocessing", "Profile", "ProfiledRoute", "RestNetConfig", "Route", "Segment"),
+    *("StitchConfig", "StitchedModelForImageClassification", "TrainArgs", "UnsupportedExportError"),
+    *("UntrustedProgramError", "WeightsError", "adapt", "export_routes", "find_adapters", "load_anchor"),
+    *("load_images", "train", "with_pixel_values"),
+}
+
+
+def test_the_public_names_are_these():
+    assert {*restnet_hf.__all__} == NAMES
+    assert {*dir(restnet_hf)} >= NAMES
+    for name in NAMES:
+        assert getattr(restnet_hf, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Stitch'"):
+        restnet_hf.Stitch  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names(package):
+    """The imports for type checkers and the table of modules are the same."""
+    tree = ast.parse((package / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"restnet_hf.{module}" for name, module in restnet_hf.MODULES.items()}
+
+
+def test_every_error_of_ours_is_public(package):
+    errors = {
+        node.name
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        if any(getattr(base, "id", "").endswith(("Error", "Exception")) for base in node.bases)
+    }
+    assert errors <= NAMES
+    assert all(name.endswith("Error") for name in errors)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import restnet_hf",
+        "import restnet_hf, transformers.image_processing_utils",
+        "from restnet_hf import Profile\nfrom transformers import ViTForImageClassification, pipeline",
+        "from transformers import AutoConfig, AutoModelForImageClassification\nimport restnet_hf",
+        "from transformers import AutoConfig\nimport restnet_hf",
+        "import restnet_hf.cli",
+    ],
+)
+def test_auto_classes_know_ours(first):
+    code = (
+        f"{first}\n"
+        "from transformers import AutoConfig, AutoModelForImageClassification\n"
+        "config = AutoConfig.for_model('restnet')\n"
+        "print(type(AutoModelForImageClassification.from_config(config)).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "StitchedModelForImageClassification\n", done.stderr
+
+
+def test_importing_brings_nothing_heavy():
+    code = (
+        "import sys, restnet_hf\n"
+        "restnet_hf.Profile, restnet_hf.Budget, restnet_hf.Route\n"
+        "assert not {'torch', 'transformers', 'timm', 'datasets', 'numpy'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

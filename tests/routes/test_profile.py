@@ -1,0 +1,192 @@
+"""Budgets choose; profiles survive JSON and refuse what is none."""
+
+import contextlib
+import copy
+import json
+import traceback
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mutations import HUGE, JSON, places, put
+
+from restnet_hf.errors import BudgetError
+from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+from restnet_hf.routes.route import Route
+
+
+def row(cut, macs, accuracy=None, **costs):
+    scores = {} if accuracy is None else {"accuracy": accuracy}
+    return ProfiledRoute(Route.parse(f"a[:{cut}] + b[1:]"), {"macs": macs, **costs}, scores)
+
+
+PROFILE = Profile((row(1, 10, 0.5), row(2, 20, 0.7), row(3, 30, 0.6), row(4, 40, 0.9)), {"device": "cpu"})
+
+
+@pytest.mark.parametrize(("macs", "cut"), [(10, 1), (25, 2), (39, 2), (40, 4), (1e9, 4)])
+def test_best(macs, cut):
+    assert str(PROFILE.best(Budget(macs=macs)).route) == f"a[:{cut}] + b[1:]"
+
+
+def test_nothing_fits_names_the_cheapest():
+    with pytest.raises(BudgetError, match=r"no route fits macs<=9; the cheapest is 'a\[:1\] \+ b\[1:\]' with macs=10"):
+        PROFILE.best(Budget(macs=9))
+
+
+def test_unmeasured_cost():
+    with pytest.raises(BudgetError, match=r"no latency_ms for its routes, only \['macs'\]"):
+        PROFILE.best(Budget(latency_ms=3))
+
+
+def test_without_scores_the_largest_that_fits():
+    assert Profile((row(1, 10), row(2, 20))).best(Budget(macs=50)).costs["macs"] == 20
+
+
+@pytest.mark.parametrize("limits", [{}, {"macs": 0}, {"params": -1}, {"latency_ms": float("nan")}, {"macs": "1"}])
+def test_bad_budget(limits):
+    with pytest.raises(ValueError, match="budget"):
+        Budget(**limits)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=12))
+def test_pareto_is_what_no_other_beats(points):
+    rows = tuple(row(i + 1, macs, accuracy) for i, (macs, accuracy) in enumerate(points))
+    front = Profile(rows).pareto()
+
+    def beaten(a):
+        x = a.costs["macs"], a.scores["accuracy"]
+        others = [(b.costs["macs"], b.scores["accuracy"]) for b in rows]
+        return any(m <= x[0] and s >= x[1] and (m, s) != x for m, s in others)
+
+    assert {(r.costs["macs"], r.scores["accuracy"]) for r in front} == {
+        (r.costs["macs"], r.scores["accuracy"]) for r in rows if not beaten(r)
+    }
+
+
+def test_json_round_trip(tmp_path):
+    PROFILE.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == PROFILE
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"routes": 3, "metadata": {}}', '{"routes": [{"route": "a", "costs": {}, "scores": {}}]}']
+    + ['{"routes": [{"route": "a[:]", "costs": {"macs": "many"}, "scores": {}}], "metadata": {}}'],
+)
+def test_not_a_profile(tmp_path, text):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ValueError, match=r"p\.json"):
+        Profile.load(tmp_path / "p.json")
+
+
+def test_dict_is_json():
+    assert Profile.from_dict(json.loads(json.dumps(PROFILE.to_dict()))) == PROFILE
+
+
+RUNTIME = {
+    "device": "cpu",
+    "runtime": "onnx",
+    "precision": "int8",
+    "threads": 2,
+    "routes": {"a[:]": {"latency_ms": 3}},
+}
+
+
+def whole():
+    return {**PROFILE.to_dict(), "metadata": {"device": "cpu", "runtimes": [copy.deepcopy(RUNTIME)]}}
+
+
+@given(st.data())
+def test_any_json_is_a_profile_or_a_value_error(data):
+    """Anything in any place; the message is short whatever came, and what is read can be used and written again."""
+    value = data.draw(JSON)
+    place = data.draw(st.sampled_from([(), *places(whole())]))
+    changed = put(whole(), place, value) if place else value
+    try:
+        profile = Profile.from_dict(changed)
+    except ValueError as error:
+        assert len(str(error)) < 500
+        return
+    json.dumps(profile.to_dict())
+    for budget in (Budget(macs=1e300), Budget(latency_ms=1e-300), Budget(macs=3, energy_j=1)):
+        with contextlib.suppress(BudgetError):
+            profile.best(budget)
+
+
+@pytest.mark.parametrize(
+    "value", [HUGE, -HUGE, float("nan"), float("inf"), True, None, "1", [1]], ids=lambda value: repr(value)[:9]
+)
+def test_costs_are_finite_numbers(value):
+    for key in ("costs", "scores"):
+        data = whole()
+        data["routes"][1][key]["macs"] = value
+        with pytest.raises(ValueError, match="not a profile.*'macs' is"):
+            Profile.from_dict(data)
+
+
+@pytest.mark.parametrize("nested", [33, 900, 100_000])
+def test_nested_deeply(tmp_path, nested):
+    """In the file, and in what YAML or the Hub's API have read already."""
+    (tmp_path / "p.json").write_text('{"routes": [], "metadata": {"x": ' + "[" * nested + "]" * nested + "}}")
+    with pytest.raises(ValueError, match=r"p\.json: .*(deeper than 32 levels|recursion)"):
+        Profile.load(tmp_path / "p.json")
+    value: list = []
+    for _ in range(nested):
+        value = [value]
+    for data in ({"routes": [], "metadata": {"x": value}}, {"routes": [{"route": "a[:]", "costs": {"macs": value}}]}):
+        with pytest.raises(ValueError, match="not a profile"):
+            Profile.from_dict(data)
+    bottom = value
+    while bottom:  # unwound one by one, or the interpreter recurses when it is freed
+        bottom = bottom.pop()
+
+
+def test_a_message_is_short(tmp_path):
+    long = {**whole(), "routes": [{"route": "a" * 5_000_000, "costs": {}, "scores": {}}]}
+    for data in (long, {**whole(), "routes": [{"route": "a[:]", "costs": {"macs": "x" * 5_000_000}, "scores": {}}]}):
+        (tmp_path / "p.json").write_text(json.dumps(data))
+        with pytest.raises(ValueError, match=r"p\.json") as caught:
+            Profile.load(tmp_path / "p.json")
+        assert len("".join(traceback.format_exception(caught.value))) < 20_000
+
+
+def test_a_file_that_is_too_large(tmp_path):
+    """It is not read to its end, nor is a device that has none."""
+    with open(tmp_path / "p.json", "wb") as file:
+        file.truncate(2**34)
+    for path in (tmp_path / "p.json", "/dev/zero"):
+        with pytest.raises(ValueError, match="more than 16,777,216 bytes"):
+            Profile.load(path)
+    with pytest.raises(FileNotFoundError):
+        Profile.load(tmp_path / "none.json")
+
+
+def test_thousands_of_routes_fit(tmp_path):
+    many = Profile(tuple(row(cut, cut, cut / 1e5, params=cut, latency_ms=cut) for cut in range(1, 20_001)))
+    many.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == many
+
+
+@pytest.mark.parametrize("limit", [HUGE, Fraction(HUGE)], ids=["int", "fraction"])
+def test_a_budget_is_a_float(limit):
+    with pytest.raises(ValueError, match="budget macs must be at most"):
+        Budget(macs=limit)
+    assert PROFILE.best(Budget(macs=float("inf"))).costs["macs"] == 40
+
+
+def test_a_front_needs_both_numbers():
+    with pytest.raises(ValueError, match=r"'a\[:2\] \+ b\[1:\]' has no macs or no accuracy"):
+        Profile((row(1, 10, 0.5), row(2, 20))).pareto()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"threads": None}, "'threads' is None"), ({"device": 3}, "must be text"), ({}, "'latency_ms' is None")],
+)
+def test_what_an_exported_folder_must_say(changed, message):
+    about = {key: RUNTIME[key] for key in ("device", "runtime", "precision", "threads")} | changed
+    exported = Profile((row(1, 10, **({"latency_ms": 3.0} if changed else {})),), about)
+    with pytest.raises(ValueError, match=message):
+        PROFILE.with_runtime(exported)

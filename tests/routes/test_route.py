@@ -1,0 +1,108 @@
+"""Routes print, parse and refuse what leads nowhere."""
+
+import pytest
+
+from restnet_hf.routes.route import Route, Segment, StitchPoint, one_cut_routes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a[:]", "resnet50[:7] + mobilenetv2[11:]", "a[:3] + b[5:9] + a[10:]", "a-1_x[:2] + a-1_x[4:]"]
+    + ["a[:2] + a[4:4] + a[6:]", "a[:1] + b[2:2] + a[1:1] + b[3:]", "night: a[:3] + b[5:5] + a[6:]"],
+)
+def test_round_trip(text):
+    assert str(Route.parse(text)) == text
+    assert Route.parse(text.replace(" ", "")) == Route.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "via"),
+    [
+        ("small[:3] +shared large[3:]", ("shared",)),
+        ("a[:2] +prune25_2 a[3:3] + a[6:6] +w-1 a[7:]", ("prune25_2", "", "w-1")),
+        ("night: a[:3] + b[5:9] +x a[10:]", ("", "x")),
+    ],
+)
+def test_names_of_stitches(text, via):
+    route = Route.parse(text)
+    assert str(route) == text and route.via == via
+    assert Route.parse(f"  {text.replace('+', '  + ').replace(' a', '   a')} ") == route
+    assert Route(route.segments, route.adapter, via) == route != Route(route.segments, route.adapter)
+    assert [point.via for point in route.stitch_points] == list(via)
+
+
+def test_no_names_are_no_names():
+    """However it is said that no stitch has a name, the route is the same, and so is its key."""
+    bare = Route.parse("a[:1] + b[2:2] + a[3:]")
+    assert {bare, Route(bare.segments, via=("", "")), Route(bare.segments, via=())} == {bare}
+    assert bare.via == ()
+
+
+def test_names_of_shared_stitches():
+    """A name of its own replaces the cuts; which anchors it joins, and whose set it is of, stay in it."""
+    one, two = (Route.parse(f"small[:{cut}] +both large[{cut + 1}:]").stitch_points[0] for cut in (2, 3))
+    assert one.name == two.name == "small__large~both" and one != two
+    assert Route.parse("night: small[:2] +both large[3:]").stitch_points[0].name == "night:small__large~both"
+    assert Route.parse("large[:2] +both small[3:]").stitch_points[0].name == "large__small~both"
+    assert "." not in one.name, "or it could not be the key of a module"
+
+
+@pytest.mark.parametrize(
+    ("segments", "via"),
+    [
+        ((Segment("a", 0, 2), Segment("a", 4)), ("x", "y")),
+        ((Segment("a", 0, 2), Segment("a", 4, 4), Segment("a", 5)), ("x",)),
+        ((Segment("a"),), ("x",)),
+        ((Segment("a", 0, 2), Segment("a", 4)), ("two words",)),
+        ((Segment("a", 0, 2), Segment("a", 4)), ("dotted.name",)),
+        ((Segment("a", 0, 2), Segment("a", 4)), ("a:b",)),
+    ],
+)
+def test_names_that_do_not_fit(segments, via):
+    with pytest.raises(ValueError, match="the stitches' names"):
+        Route(segments, via=via)
+
+
+@pytest.mark.parametrize("text", ["a[:2] + a[4:3] + a[6:]", "a[:2] + a[4:4]", "a[:2] + a[0:0] + a[6:]"])
+def test_segments_that_hold_nothing(text):
+    with pytest.raises(ValueError, match=r"holds no block|must start at an image|must name a cut"):
+        Route.parse(text)
+
+
+def test_parts():
+    route = Route.parse("a[:3] + b[5:9] + a[10:]")
+    assert route.segments == (Segment("a", 0, 3), Segment("b", 5, 9), Segment("a", 10, None))
+    assert route.stitch_points == (StitchPoint("a", 3, "b", 5), StitchPoint("b", 9, "a", 10))
+    assert route.stitch_points[0].name == "a_3__b_5"
+
+
+def test_cuts_by_name():
+    numbers = {("a", "layer1.0"): 1, ("b", "blocks.2"): 3}
+    route = Route.parse("a[:layer1.0] + b[blocks.2:]", lambda anchor, cut: numbers[anchor, cut])
+    assert str(route) == "a[:1] + b[3:]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a", "a[3]", "a[:3]", "a[3:]", "a[:3] + b[:]", "a[:] + b[2:]", "a[:0] + b[2:]", "a[:-1] + b[2:]"]
+    + ["a[:3] + b[5:4] + a[6:]", "a[:3] + b[0:]", "a[:x] + b[1:]", "a[:3] b[1:]", "a.b[:]", "a[:3] + + b[1:]"]
+    + ["x a[:3] + b[1:]", "a[:3] +x + b[1:]", "a[:3] +x.y b[1:]", "a[:3] +x y b[1:]", "a[:3] +x: b[1:]"],
+)
+def test_refused(text):
+    with pytest.raises(ValueError, match=r"route|segment"):
+        Route.parse(text)
+
+
+def test_check():
+    route = Route.parse("a[:3] + b[5:]")
+    assert route.check({"a": 3, "b": 5}) is route
+    with pytest.raises(ValueError, match="cuts 1 to 4, not 5"):
+        route.check({"a": 3, "b": 4})
+    with pytest.raises(ValueError, match="no anchor named 'b'"):
+        route.check({"a": 3})
+
+
+def test_one_cut_routes():
+    routes = list(one_cut_routes("a", 3, "b", 4))
+    assert len(set(routes)) == 12
+    assert str(routes[0]) == "a[:1] + b[1:]" and str(routes[-1]) == "a[:3] + b[4:]"

@@ -1,0 +1,187 @@
+"""A model compares its anchors and chooses stitches: by any selector, both ways, under a budget, remembered."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, SIZE, make_anchor
+
+from restnet_hf import StitchedModelForImageClassification, TrainArgs, selecting, train
+from restnet_hf.selection.selectors import SELECTORS
+
+
+def build(**options):
+    return StitchedModelForImageClassification.from_anchors(
+        make_anchor("resnet"), make_anchor("vit", seed=1), order="given", **options
+    )
+
+
+@pytest.fixture
+def noise():
+    return torch.randn(24, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def labelled(images):
+    return [{"pixel_values": images, "labels": torch.arange(len(images)) % CLASSES}]
+
+
+@pytest.mark.parametrize("order", ["given", "auto"])
+@pytest.mark.parametrize("method", SELECTORS)
+def test_every_selector_selects(noise, method, order):
+    model = build()
+    chosen = model.select_stitches(noise, method, max_routes=4, order=order)
+    assert 1 <= len(chosen) <= 4 and list(model.routes) == chosen
+    assert [row.route for row in model.ranking if row.route == model.active_route]
+    fronts = {row.route.segments[0].anchor for row in model.ranking}
+    assert fronts == ({"resnet"} if order == "given" else {"resnet", "vit"})
+    assert model.fit_stitches(noise).keys() == set(model.stitches)
+    known = {row.route: row.costs for row in model.profile().routes}
+    ranked = [row for row in model.ranking if row.route in known]
+    assert ranked and all(row.costs.items() <= known[row.route].items() for row in ranked), "costs were foretold"
+
+
+def test_budget(noise):
+    model = build()
+    model.select_stitches(noise, "position", max_routes=3)
+    middle = np.median([row.costs["macs"] for row in model.ranking])
+    again = build()
+    chosen = again.select_stitches(noise, "position", max_routes=3, budget={"macs": middle})
+    costs = again.route_costs()
+    assert chosen and all(costs(route)["macs"] <= middle for route in chosen)
+    with pytest.raises(ValueError, match="no stitched route fits params<=10"):
+        again.select_stitches(noise, "position", budget={"params": 10})
+
+
+def test_nothing_dearer_than_the_anchors(noise):
+    model = build()
+    chosen = model.select_stitches(noise, "position", max_routes=99)
+    alone = max(row.costs["macs"] for row in model.profile(routes=["resnet[:]", "vit[:]"]).routes)
+    assert all(row.costs["macs"] <= alone for row in model.ranking if row.route in chosen)
+    assert any(row.costs["macs"] > alone for row in model.ranking), "or this shows nothing"
+
+
+def test_one_pass_serves_all(noise):
+    """All selectors at once give what each gives alone."""
+    model, batches = build(), list(noise.split(8))
+    together = model.compare(batches, list(SELECTORS), order="auto")
+    for name in SELECTORS:
+        for a, b in zip(together[name], model.compare(batches, [name], order="auto")[name], strict=True):
+            assert np.array_equal(a.values, b.values) and (a.front, a.end) == (b.front, b.end)
+
+
+def test_labels_are_used(noise):
+    model = build()
+    with_labels = model.compare(labelled(noise), ["fitted_accuracy"])["fitted_accuracy"][0]
+    without = model.compare(noise, ["fitted_accuracy"])["fitted_accuracy"][0]
+    assert with_labels.settings["labels"] and not without.settings["labels"]
+    assert not np.array_equal(with_labels.values, without.values)
+    with pytest.raises(ValueError, match="labels run from 0 to 99"):
+        model.compare([{"pixel_values": noise[:8], "labels": torch.tensor([99] + [0] * 7)}], ["cka"])
+
+
+def test_new_heads_must_be_trained_first(noise):
+    model = build(num_labels=3)
+    for name in ("kl_probe", "fitted_accuracy"):
+        with pytest.raises(ValueError, match=r"new heads of \['resnet', 'vit'\] are not trained yet"):
+            model.select_stitches(noise, name)
+    model.select_stitches(noise, "cka")
+    rows = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(noise)]
+    train(model, rows, TrainArgs(num_train_epochs=1, distillation=0.0), ["resnet[:]", "vit[:]"])
+    assert model.compare(noise, ["fitted_accuracy"])["fitted_accuracy"][0].values.shape == (6, 3)
+
+
+def test_remembered(noise, monkeypatch):
+    """The same anchors, images and settings are not looked at again; anything else is."""
+    runs, noise = [], noise + 7  # seen by no other test
+    real = selecting.compare
+    monkeypatch.setattr(
+        selecting,
+        "compare",
+        lambda pairs, images, methods, kept: runs.append(methods) or real(pairs, images, methods, kept),
+    )
+    first = build().compare(noise, ["cka", "position"])
+    assert runs == [{"cka": {}, "position": {}}]
+    again = build().compare(noise.clone(), ["cka", "position", "lstsq"])
+    assert runs[1:] == [{"lstsq": {}}], "only what is not known yet"
+    for name in first:
+        assert np.array_equal(first[name][0].values, again[name][0].values)
+        assert dict(first[name][0].settings) == dict(again[name][0].settings)
+    build().compare(noise + 1, ["cka"])
+    build().compare(noise, {"cka": {"estimator": "biased"}})
+    build().compare(noise, ["cka"], batch_size=8)
+    StitchedModelForImageClassification.from_anchors(
+        make_anchor("resnet", seed=5), make_anchor("vit", seed=1), order="given"
+    ).compare(noise, ["cka"])
+    assert len(runs) == 6
+    batches = list(noise.split(8))  # nothing tells these from other batches
+    build().compare(batches, ["cka"]), build().compare(batches, ["cka"])
+    assert len(runs) == 8
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", b"\x93NUMPY"])
+def test_a_damaged_memory_is_made_anew(noise, damage):
+    noise = noise + len(damage)  # a file for each
+    expected = build().compare(noise * 3, ["cka"])["cka"][0]
+    files = (Path(os.environ["HF_ASSETS_CACHE"]) / "restnet_hf" / "similarities").rglob("*.npz")
+    file = max(files, key=lambda file: file.stat().st_mtime)
+    file.write_bytes(damage)
+    assert np.array_equal(build().compare(noise * 3, ["cka"])["cka"][0].values, expected.values)
+    assert file.read_bytes() != damage
+
+
+def test_bad_order(noise):
+    with pytest.raises(ValueError, match="order='both' is not one of"):
+        build().compare(noise, order="both")
+
+
+def test_auto_takes_the_better_direction(noise):
+    """Of all routes of both directions that cost no more than the anchors, the one with the highest value."""
+    model = build()
+    rows = model.compare(labelled(noise), ["fitted_accuracy"], order="auto")["fitted_accuracy"]
+    (chosen,) = model.select_stitches(labelled(noise), "fitted_accuracy", max_routes=1, order="auto")
+    most = max(row.costs["macs"] for row in model.profile(routes=["resnet[:]", "vit[:]"]).routes)
+    values = [row.value(each.route) for each in model.ranking for row in rows if each.costs["macs"] <= most]
+    assert max(value for value in values if value is not None) in [row.value(chosen) for row in rows]
+
+
+PROCESSES = """
+import json, sys
+import torch
+from accelerate import PartialState
+from test_selection_mixin import build, labelled
+from conftest import SIZE
+from restnet_hf.selection.selectors import SELECTORS
+
+noise = torch.randn(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+batches = [{"pixel_values": part, "labels": torch.arange(len(part)) % 5} for part in noise.split(8)]
+found = build().compare(batches, list(SELECTORS), order="auto", kept_images=28)
+values = {f"{name} {s.front}": [s.values.tolist(), dict(s.settings)] for name, both in found.items() for s in both}
+if PartialState().is_main_process:
+    print(json.dumps([PartialState().num_processes, values]))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    (tmp_path / "job.py").write_text(PROCESSES)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    found = []
+    for command in ([sys.executable], launch):
+        done = subprocess.run(
+            [*command, "job.py"], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert [processes for processes, _ in found] == [1, 2]
+    one, two = (values for _, values in found)
+    assert one.keys() == two.keys() and len(one) == 2 * len(SELECTORS)
+    for name, (values, settings) in one.items():
+        assert settings == two[name][1]
+        assert np.allclose(values, two[name][0], atol=1e-12), name
