@@ -1,9 +1,9 @@
 """restnet_hf: one network out of two pre-trained image classifiers, cut to the size of any device."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from restnet_hf.auto_classes import register_when_imported
+from restnet_hf.public_names import imported_when_used
 
 
 if TYPE_CHECKING:
@@ -58,19 +58,6 @@ MODULES = {
     "train": "training.loop",
     "with_pixel_values": "data.datasets",
 }
-__all__ = list(MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used: most need torch, and a device that follows budgets has none."""
-    if name not in MODULES:
-        raise AttributeError(f"module 'restnet_hf' has no attribute '{name}'")
-    globals()[name] = value = getattr(import_module(f"restnet_hf.{MODULES[name]}"), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
+__getattr__, __dir__, __all__ = imported_when_used(__name__, MODULES)
 
 register_when_imported()

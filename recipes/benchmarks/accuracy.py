@@ -50,8 +50,9 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from restnet_hf import Route, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
-from restnet_hf.data import batches, this_process
+from restnet_hf.data import batches
 from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
+from restnet_hf.distributed import this_process
 from restnet_hf.files import written_whole
 from restnet_hf.profiling.accuracy import score_routes
 from restnet_hf.recipe import Recipe, hold_out, load_recipe, prepare

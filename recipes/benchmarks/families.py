@@ -32,7 +32,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from restnet_hf import Profile, Route, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
-from restnet_hf.data import this_process
+from restnet_hf.distributed import this_process
 from restnet_hf.files import written_whole
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.recipe import hold_out, load_recipe, prepare

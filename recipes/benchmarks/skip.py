@@ -33,7 +33,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from restnet_hf import Route, StitchedModelForImageClassification, TrainArgs, train
-from restnet_hf.data import this_process
+from restnet_hf.distributed import this_process
 from restnet_hf.files import written_whole
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.timing import check_latency, measure_latency

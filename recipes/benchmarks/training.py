@@ -47,7 +47,7 @@ from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, TrainArgs
-from restnet_hf.data import Batch
+from restnet_hf.data.datasets import Batch
 from restnet_hf.training.learner import Learner
 from restnet_hf.training.loaders import keep
 from restnet_hf.training.loop import _Training

@@ -1,6 +1,7 @@
 """The public names are exactly these, and the Auto classes know ours in any order of imports."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
@@ -27,12 +28,15 @@ def test_the_public_names_are_these():
         restnet_hf.Stitch  # noqa: B018
 
 
-def test_type_checkers_see_the_same_names(package):
-    """The imports for type checkers and the table of modules are the same."""
-    tree = ast.parse((package / "__init__.py").read_text())
+@pytest.mark.parametrize("room", ["", "data", "export", "runtime"])
+def test_type_checkers_see_the_same_names(package, room):
+    """The imports for type checkers and the table of modules are the same, and each name is there."""
+    tree = ast.parse((package / room / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
-    assert seen == {name: f"restnet_hf.{module}" for name, module in restnet_hf.MODULES.items()}
+    module = importlib.import_module(f"restnet_hf.{room}".rstrip("."))
+    assert seen == {name: f"restnet_hf.{where}" for name, where in module.MODULES.items()}
+    assert all(hasattr(module, name) for name in module.__all__) and {*dir(module)} >= {*module.__all__}
 
 
 def test_every_error_of_ours_is_public(package):

@@ -9,7 +9,7 @@ import pytest
 
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
-    "ground": ["auto_classes", "distributed", "errors", "files", "hashing", "limits"],
+    "ground": ["auto_classes", "distributed", "errors", "files", "hashing", "limits", "public_names"],
     "routes": ["blocks", "families", "profile", "route"],
     "runtime": ["controller", "exported_files", "exported_model", "runners", "torch_archives"],
     "data": ["augment", "datasets", "labels", "preprocessing"],
