@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -175,12 +175,16 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 @cache
-def code_sha256(*places: str) -> str:
-    """SHA-256 of our own code, so that what was computed by other code is computed again.
+def software_sha256(libraries: Sequence[str], code: Sequence[str]) -> str:
+    """SHA-256 of the software that computes a result, for caches: other software computes it again.
 
     Args:
-        *places: rooms, as folders, and files of the package.
+        libraries: names of installed packages, whose versions count.
+        code: rooms, as folders, and files of this package, whose content counts.
     """
+    digest = hashlib.sha256(repr(package_versions(libraries)).encode())
     package = Path(__file__).parent
-    files = [file for place in places for file in (sorted((package / place).rglob("*.py")) or [package / place])]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    for place in code:
+        for file in sorted((package / place).rglob("*.py")) or [package / place]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()

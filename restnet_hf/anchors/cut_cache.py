@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from restnet_hf.anchors.cut import Cut, Leaf, Made, OutputSpec
 from restnet_hf.anchors.discovery import MIN_CUTS, Cuts
 from restnet_hf.anchors.layouts import layout_from_dict
 from restnet_hf.files import written_whole
-from restnet_hf.hashing import code_sha256, package_versions
+from restnet_hf.hashing import software_sha256
 
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm")  # whose code is known by its version
@@ -74,7 +73,7 @@ def architecture(model: nn.Module, image_size: tuple[int, int], granularity: str
         changed = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
         if changed or type(module).__module__.split(".")[0] not in LIBRARIES:
             return None
-    digest = hashlib.sha256(repr((image_size, granularity, _software())).encode())
+    digest = hashlib.sha256(repr((image_size, granularity, software_sha256(LIBRARIES, CODE))).encode())
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         settings = {key: value for key, value in config.to_dict().items() if key not in NAMES}
@@ -88,12 +87,6 @@ def architecture(model: nn.Module, image_size: tuple[int, int], granularity: str
             ).encode()
         )
     return digest.hexdigest()
-
-
-@cache
-def _software() -> tuple[str, ...]:
-    """What else a search depends on: the libraries' versions, and the code of the search itself."""
-    return (repr(package_versions(LIBRARIES)), code_sha256(*CODE))
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ import numpy as np
 from huggingface_hub import cached_assets_path
 
 from restnet_hf.files import written_whole
-from restnet_hf.hashing import code_sha256, package_versions
+from restnet_hf.hashing import software_sha256
 from restnet_hf.selection.ranking import Similarity
 
 
@@ -25,9 +25,8 @@ def kept_file(about: Mapping[str, Any]) -> Path | None:
 
     The files lie in ``HF_HOME/assets/restnet_hf`` and can be deleted.
     """
-    software = [package_versions(LIBRARIES), code_sha256(*CODE)]
-    key = [json.dumps(each, sort_keys=True, default=str) for each in (about, software)]
-    name = hashlib.sha256("\n".join(key).encode()).hexdigest()
+    key = json.dumps(about, sort_keys=True, default=str) + software_sha256(LIBRARIES, CODE)
+    name = hashlib.sha256(key.encode()).hexdigest()
     try:
         return cached_assets_path("restnet_hf", "similarities") / f"{name}.npz"
     except (OSError, ValueError) as error:  # a file in the way is a ValueError there

@@ -9,12 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification, device, judging, measuring
+from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification
+from restnet_hf.adaptation import scorer
 from restnet_hf.adaptation.adapt import adapt, adapt_to, parse_budget
 from restnet_hf.adaptation.scorer import Judge
 from restnet_hf.adaptation.search import SEARCHES
 from restnet_hf.cli import app
 from restnet_hf.demo.paths import DATA, END, FRONT
+from restnet_hf.profiling import device
+from restnet_hf.profiling import timing as timing_module
 from restnet_hf.profiling.latency import LatencyTable
 
 
@@ -24,7 +27,7 @@ ROUTES = [f"resnet_fashion[:{i}] + vit_fashion[{j}:]" for i in (3, 5, 7) for j i
 @pytest.fixture(autouse=True)
 def busy(monkeypatch):
     """Other tests run beside these, and latencies scatter."""
-    monkeypatch.setattr(measuring, "HOPELESS", float("inf"))
+    monkeypatch.setattr(timing_module, "HOPELESS", float("inf"))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,7 @@ def test_a_batch_that_fits(model, clothes, monkeypatch):
         return original(self, x, *args, **kwargs)
 
     racing: list[int] = []
-    race = judging.race_routes
+    race = scorer.race_routes
 
     def watched(*args):
         racing.append(1)
@@ -106,7 +109,7 @@ def test_a_batch_that_fits(model, clothes, monkeypatch):
         finally:
             racing.clear()
 
-    monkeypatch.setattr(judging, "race_routes", watched)
+    monkeypatch.setattr(scorer, "race_routes", watched)
     monkeypatch.setattr(Anchor, "capture", small)
     found = adapt(model, images, Budget(macs=24e6), exact=True)
     assert found.best == expected.best and {32, 8} <= set(sizes)
@@ -172,7 +175,7 @@ def test_energy(model, clothes, tmp_path, monkeypatch):
     for file, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "1000000000000")):
         (domain / file).write_text(text)
     monkeypatch.setattr(device, "POWERCAP", tmp_path)
-    monkeypatch.setattr(measuring, "joules", lambda run, seconds: device.joules(run, 0.0))
+    monkeypatch.setattr(timing_module, "joules", lambda run, seconds: device.joules(run, 0.0))
 
     def spend(microjoules):
         (domain / "energy_uj").write_text(str(int((domain / "energy_uj").read_text()) + microjoules))

@@ -9,7 +9,7 @@ import transformers
 from conftest import CLASSES, MODELS, SIZE, OneBlock, assert_parts_make_the_whole, make_anchor, make_model, spread
 from torch import nn
 
-from restnet_hf import cuts
+from restnet_hf.anchors import discovery
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.layouts import JointLayout, Layout
 from restnet_hf.data.preprocessing import Preprocessing
@@ -318,7 +318,7 @@ class Fork(Cells):
 
 
 def test_no_cut_lies_beside_another_branch():
-    found = cuts.find_cuts(spread(Fork()), (16, 16))
+    found = discovery.find_cuts(spread(Fork()), (16, 16))
     names = [cut.name for cut in found.cuts]
     assert {f"blocks.{k}" for k in range(1, 5)} < set(names)
     assert not found.rejected and not any(".right" in name for name in names)
@@ -373,9 +373,9 @@ def test_a_sketch_finds_what_a_real_forward_finds(monkeypatch, anchors, name):
     def refuse(model):
         raise NotImplementedError
 
-    monkeypatch.setattr(cuts, "sketch", refuse)
+    monkeypatch.setattr(discovery, "sketch", refuse)
     model = make_model(name)
-    found = cuts.find_cuts(model, (SIZE, SIZE))
+    found = discovery.find_cuts(model, (SIZE, SIZE))
     assert [(c.name, c.aliases, c.layout) for c in found.cuts] == [
         (c.name, c.aliases, c.layout) for c in anchors[name].cuts
     ]

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from restnet_hf import Anchor, StitchedModelForImageClassification, device
+from restnet_hf import Anchor, StitchedModelForImageClassification
 from restnet_hf.data.preprocessing import Preprocessing
+from restnet_hf.profiling import device
 from restnet_hf.profiling.device import device_facts, device_name, joules
 from restnet_hf.profiling.latency import LatencyTable, Timing
 from restnet_hf.profiling.macs import MacsTable, count_macs

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor
 
-from restnet_hf import StitchedModelForImageClassification, TrainArgs, selecting, train
+from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf.selection import mixin
 from restnet_hf.selection.selectors import SELECTORS
 
 
@@ -98,9 +99,9 @@ def test_new_heads_must_be_trained_first(noise):
 def test_remembered(noise, monkeypatch):
     """The same anchors, images and settings are not looked at again; anything else is."""
     runs, noise = [], noise + 7  # seen by no other test
-    real = selecting.compare
+    real = mixin.compare
     monkeypatch.setattr(
-        selecting,
+        mixin,
         "compare",
         lambda pairs, images, methods, kept: runs.append(methods) or real(pairs, images, methods, kept),
     )

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import make_anchor
 
-from restnet_hf import least_squares
 from restnet_hf.anchors.layouts import resize
 from restnet_hf.routes.route import StitchPoint
+from restnet_hf.stitches import least_squares
 from restnet_hf.stitches.branches import BranchStitch
 from restnet_hf.stitches.layers import StitchConfig, make_stitch
 from restnet_hf.stitches.least_squares import LeastSquares, fit_stitches
