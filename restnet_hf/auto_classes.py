@@ -22,40 +22,47 @@ class _Registering(Loader):
         self._loader, self._ours = loader, ours
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The module, not executed yet; None for one of Python's own making."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, then import ours, which registers itself."""
         self._loader.exec_module(module)
         import_module(self._ours)
 
 
 class _Finder(MetaPathFinder):
-    """Finds the Auto classes as they are found anyway, and has ours registered after them."""
+    """Finds Auto classes as they are found anyway, has ours registered after them, and is gone after the last one.
 
-    def __init__(self) -> None:
-        self._looking = False
+    Args:
+        waiting: modules of transformers that are not imported yet.
+    """
+
+    def __init__(self, waiting: set[str]) -> None:
+        self._waiting = waiting
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in OURS or self._looking:
+        """The spec of an Auto class's module, with a loader that registers ours; None for any other module."""
+        if fullname not in self._waiting:
             return None
-        self._looking = True
-        try:
-            spec = find_spec(fullname)
-        finally:
-            self._looking = False
+        self._waiting.remove(fullname)
+        if not self._waiting:
+            sys.meta_path.remove(self)
+        spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _Registering(spec.loader, OURS[fullname])
         return spec
 
 
 def register_when_imported() -> None:
-    """Register our classes now with the Auto classes that are imported, and with others when they will be.
+    """Register our classes with the Auto classes that are imported already, and with the others when they will be.
 
     To import them here would take torch and seconds, which reading a profile must not.
     """
-    for theirs, ours in OURS.items():
-        if theirs in sys.modules:
-            import_module(ours)
-    sys.meta_path.insert(0, _Finder())
+    for theirs in OURS.keys() & sys.modules.keys():
+        import_module(OURS[theirs])
+    waiting = OURS.keys() - sys.modules.keys()
+    if waiting:
+        sys.meta_path.insert(0, _Finder(waiting))
