@@ -234,6 +234,7 @@ def world(tmp_path_factory):
         world = World(hub, folder)
         world.routes = world.run(PUSH, "author")
         yield world
+        world.processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from fork_server import ForkServers
 
 
 USER, TOKEN = "me", "hf_test"
@@ -296,9 +295,11 @@ import torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from restnet_hf import StitchedModelForImageClassification as Model
+torch.set_grad_enabled(False)
+"""
+WORLD = """
 folder = Path(sys.argv[1])
 images = load_file(folder / "images.safetensors")["images"]
-torch.set_grad_enabled(False)
 """
 
 
@@ -306,7 +307,7 @@ class World:
     """A Hub, a folder, and processes that talk to it, each with a cache of its own unless told."""
 
     def __init__(self, hub, folder: Path) -> None:
-        self.hub, self.folder = hub, folder
+        self.hub, self.folder, self.processes = hub, folder, ForkServers(START)
 
     def run(
         self, code: str, home: str = "home", arguments: Sequence[str] = (), whole: bool = False, **env: str
@@ -315,13 +316,7 @@ class World:
         keep = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ASSETS_CACHE")}
         keep |= {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / home), **env}
         keep |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        result = subprocess.run(
-            [sys.executable, "-c", START + code, str(self.folder), *arguments],
-            env=keep,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = self.processes.run(WORLD + code, [str(self.folder), *arguments], env=keep)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout if whole else json.loads(result.stdout.strip().splitlines()[-1])
 
