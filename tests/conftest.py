@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 import transformers
+from fork_server import ForkServers
 from hub_server import World, running
 from safetensors.torch import save_file
 from torch import nn
@@ -201,6 +202,14 @@ def saved(
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         return model, tmp_path / "adapter", images, model(images).logits
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes of their own, forked from one that has imported the package."""
+    servers = ForkServers("import restnet_hf.cli")
+    yield servers
+    servers.close()
 
 
 PARENTS = {"me/big-resnet": ("resnet", "mit"), "me/small-vit": ("vit", "apache-2.0")}

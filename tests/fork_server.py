@@ -52,7 +52,7 @@ class ForkServer:
 
     def close(self) -> None:
         self.process.kill()  # there is nothing to save, and torch takes its time to leave
-        self.process.wait()
+        self.process.communicate()
 
 
 class ForkServers:

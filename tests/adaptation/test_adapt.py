@@ -1,8 +1,6 @@
 """The best route of a model on this device, found with its own images, which never leave it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -251,7 +249,7 @@ def test_goes_on_after_an_interrupt(model, clothes, tmp_path, monkeypatch):
         adapt(model, rows, Budget(macs=40e6), state=state, **options)
 
 
-def test_by_command_and_without_any_request(adapter, tmp_path):
+def test_by_command_and_without_any_request(adapter, tmp_path, processes):
     """In a process that may not open a connection and is not told to stay offline."""
     code = (
         "import socket, sys\n"
@@ -263,8 +261,7 @@ def test_by_command_and_without_any_request(adapter, tmp_path):
         "app(sys.argv[1:])\n"
     )
     options = ["--data", str(DATA), "--split", "test", "--images", "64", "--budget", "latency_ms=10000"]
-    command = [sys.executable, "-c", code, "adapt", str(adapter), *options, "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.run(code, ["adapt", str(adapter), *options, "--out", str(tmp_path / "out")])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "chosen: " in done.stdout and "measured from end to end" in done.stdout and "worse: " in done.stdout
     assert {"profile.json", "latency.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,7 +37,7 @@ def test_auto_classes(saved):
         assert torch.equal(AutoModelForImageClassification.from_pretrained(path)(images).logits, logits)
 
 
-def test_new_process(saved, tmp_path):
+def test_new_process(saved, tmp_path, processes):
     _, path, images, logits = saved
     save_file({"images": images, "logits": logits}, tmp_path / "seen.safetensors")
     code = (
@@ -49,7 +47,8 @@ def test_new_process(saved, tmp_path):
         "model = AutoModelForImageClassification.from_pretrained(sys.argv[1])\n"
         "with torch.no_grad(): assert torch.equal(model(seen['images']).logits, seen['logits'])\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "seen.safetensors")], check=True)
+    done = processes.run(code, [str(path), str(tmp_path / "seen.safetensors")])
+    assert done.returncode == 0, done.stderr
 
 
 def test_files(saved):
@@ -526,13 +525,11 @@ print(json.dumps(found))
 """
 
 
-def test_killed_while_saving(saved):
+def test_killed_while_saving(saved, processes):
     """Wherever the process dies while it saves over an adapter, that loads as it was, or as the new one."""
     _, path, images, _ = saved
     save_file({"images": images}, path.parent / "images.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path.parent)], check=False, capture_output=True, text=True
-    )
+    done = processes.run(KILLED, [str(path.parent)])
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found[0] == ["old", signal.SIGKILL, True] and found[-1] == ["new", 0, False]
