@@ -34,9 +34,9 @@ class ForkServer:
     """
 
     def __init__(self, imports: str, env: Mapping[str, str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, __file__], env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._folder = tempfile.TemporaryDirectory()  # what imports write to a relative path is not for the others
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, __file__], env=dict(env), cwd=self._folder.name, **pipes)
         self._ask(imports)
 
     def run(self, code: str, arguments: Sequence[str] = (), cwd: str | os.PathLike[str] | None = None) -> Done:
@@ -53,6 +53,7 @@ class ForkServer:
     def close(self) -> None:
         self.process.kill()  # there is nothing to save, and torch takes its time to leave
         self.process.communicate()
+        self._folder.cleanup()
 
 
 class ForkServers:

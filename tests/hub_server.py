@@ -314,9 +314,11 @@ class World:
     ) -> Any:
         """The JSON in the last line that the code prints, or the whole text."""
         keep = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ASSETS_CACHE")}
-        keep |= {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / home), **env}
+        keep |= {"HF_ENDPOINT": self.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": "cache", **env}
         keep |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        result = self.processes.run(WORLD + code, [str(self.folder), *arguments], env=keep)
+        here = self.folder / home  # a cache at the same relative path, so that one process serves all
+        here.mkdir(exist_ok=True)
+        result = self.processes.run(WORLD + code, [str(self.folder), *arguments], here, keep)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout if whole else json.loads(result.stdout.strip().splitlines()[-1])
 

@@ -362,6 +362,7 @@ print(json.dumps([said, sorted(path.name for path in folder.iterdir())]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """What was to be saved is an OSError and leaves nothing; what was only to be cached is left out."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_ASSETS_CACHE": str(tmp_path / "assets")}

@@ -525,6 +525,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(saved, processes):
     """Wherever the process dies while it saves over an adapter, that loads as it was, or as the new one."""
     _, path, images, _ = saved

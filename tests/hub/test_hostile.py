@@ -6,6 +6,7 @@ import random
 import re
 import struct
 
+import pytest
 from mutations import ODD, Trap, places, put
 
 
@@ -23,6 +24,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.slow
 def test_hostile_repositories(world):
     """Parents on the reader's own disk, names that leave their folder, unknown stitches: refused. Code: never run."""
     files = world.hub.repos["me/adapter"].commits[-1][1]
@@ -103,6 +105,7 @@ def fuzzed(files: dict[str, bytes], dice: random.Random) -> dict[str, bytes]:
     return files | {name: text}
 
 
+@pytest.mark.slow
 def test_fuzzed_repositories(world):
     """Only documented errors come out, no code runs, no file is written outside of the cache."""
     dice, trap = random.Random(0), world.folder / "trapped"

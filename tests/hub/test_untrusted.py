@@ -444,6 +444,7 @@ def state(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_hostile_folders(original, tmp_path_factory):
     """Only documented and short errors, no code, nothing written, little memory and time, for hundreds of adapters."""
     dice = random.Random(0)

@@ -33,11 +33,13 @@ def certified(row):
     assert row.bfloat16 == "equal" or float(row.bfloat16) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [name for name in TYPES if f"transformers/{name}" not in coverage.EXCEPTIONS])
 def test_transformers(model_type):
     certified(coverage.try_model(f"transformers/{model_type}", *coverage.transformers_model(model_type)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_timm(name):
     certified(coverage.try_model(f"timm/{name}", *coverage.timm_model(name)))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fork_server import ForkServers
 
 import restnet_hf
 
@@ -51,6 +52,14 @@ def test_every_error_of_ours_is_public(package):
     assert all(name.endswith("Error") for name in errors)
 
 
+@pytest.fixture(scope="module")
+def interpreters():
+    """Processes that have imported torch, and neither transformers nor our package."""
+    servers = ForkServers("import torch, torchvision, datasets, timm")
+    yield servers
+    servers.close()
+
+
 @pytest.mark.parametrize(
     "first",
     [
@@ -62,14 +71,14 @@ def test_every_error_of_ours_is_public(package):
         "import restnet_hf.cli",
     ],
 )
-def test_auto_classes_know_ours(first):
+def test_auto_classes_know_ours(interpreters, first):
     code = (
         f"{first}\n"
         "from transformers import AutoConfig, AutoModelForImageClassification\n"
         "config = AutoConfig.for_model('restnet')\n"
         "print(type(AutoModelForImageClassification.from_config(config)).__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    done = interpreters.run(code)
     assert done.stdout == "StitchedModelForImageClassification\n", done.stderr
 
 

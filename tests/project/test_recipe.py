@@ -123,6 +123,7 @@ def test_recipes_say_how_they_are_run(path):
     assert "minutes on 2 cores" in top and "# Results: recipes/README.md" in top
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run_at_toy_size(path, new_task):
     """With tiny anchors and images in place of those it names."""
@@ -306,6 +307,7 @@ def test_routes_by_name(tmp_path):
         run_recipe(Recipe(**recipe), tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(new_task):
     """SIGTERM in the middle of training: exit status 143 and a checkpoint; resumed, the same adapter as without it."""
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
@@ -330,6 +332,7 @@ def test_a_killed_run_goes_on(new_task):
     assert not checkpoints.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """The same accuracies; weights agree to float32 rounding, and only one of the processes speaks."""
     recipe = {**TOY, "max_routes": 1, "augment": "crop", "stitches": TOY_STITCHES}
@@ -350,6 +353,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert config["training"][-1]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_as_transformers_trainer(pair, monkeypatch):
     """In the same order of images both take the same steps: weights within 1e-6, after moving by over a thousandth."""
     spec = importlib.util.spec_from_file_location("with_trainer", FOLDER / "with_trainer.py")

@@ -149,6 +149,7 @@ def traces():
     return [(trace, follow(trace)) for trace in map(Trace, range(TRACES))]
 
 
+@pytest.mark.slow
 def test_over_budget_no_longer_than_unavoidable(traces):
     """Unless only the cheapest route is left, which runs then. A new budget is followed without any measurement."""
     found = [(trace.noise, seen) for trace, worlds in traces for seen in worlds]
@@ -156,6 +157,7 @@ def test_over_budget_no_longer_than_unavoidable(traces):
     assert sum(seen.over > 0 for _, seen in found) > TRACES / 2, "nothing was put to the test"
 
 
+@pytest.mark.slow
 def test_one_switch_for_each_change(traces):
     """A step up may come late, when the next change has come: then it is counted as the answer to the one before."""
     for trace, worlds in traces:
@@ -166,6 +168,7 @@ def test_one_switch_for_each_change(traces):
     assert sum(seen.switches for _, worlds in traces for seen in worlds) > TRACES, "nothing was put to the test"
 
 
+@pytest.mark.slow
 def test_budget_is_used(traces):
     """In the end no route is better that has the margin to the limits and eight standard deviations of noise."""
     for trace, worlds in traces:
@@ -177,6 +180,7 @@ def test_budget_is_used(traces):
                 assert seen.row.scores["accuracy"] >= max(fair, default=0), (trace.worlds, seen)
 
 
+@pytest.mark.slow
 def test_dwell(traces):
     assert not any(seen.hasty for _, worlds in traces for seen in worlds)
 

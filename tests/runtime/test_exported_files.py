@@ -136,6 +136,7 @@ def snapshot(folder):
     return found
 
 
+@pytest.mark.slow
 def test_damaged_and_hostile_folders(onnx, tmp_path):
     """Documented errors alone, of bounded length; no process, pickle or file; no crash of a runtime; quickly."""
     sources = [onnx] + [export(onnx.parent, runtime) for runtime in RUNNERS if runtime != "onnx"]
@@ -393,6 +394,7 @@ assert need("onnxruntime", "onnx") and reporter.consent
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [QUIET, AGREED])
 def test_no_telemetry(tmp_path, code):
     """Exporting to OpenVINO, quantising and running report nothing and leave nothing in the home folder."""

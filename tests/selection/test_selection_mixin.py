@@ -169,6 +169,7 @@ if torch.distributed.is_initialized():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     (tmp_path / "job.py").write_text(PROCESSES)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}

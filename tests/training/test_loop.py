@@ -272,6 +272,7 @@ if torch.distributed.is_initialized():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """The images of a step are shared out; what is learned agrees to float32 rounding, the scores exactly."""
     (tmp_path / "job.py").write_text(TWO_PROCESSES)
@@ -476,6 +477,7 @@ train(build(), Rows(data()), TrainArgs(**args))
 """
 
 
+@pytest.mark.slow
 def test_stopped_from_outside(tmp_path):
     """SIGTERM saves and exits with 143; a disk that is full is an OSError; both go on exactly where they were."""
     (tmp_path / "job.py").write_text(STOPPED)
