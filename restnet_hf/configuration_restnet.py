@@ -1,7 +1,6 @@
 """What is needed to rebuild a stitched model: its anchors, stitches and routes."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, fields
@@ -19,7 +18,7 @@ from restnet_hf.errors import quote, shorten
 from restnet_hf.files import SHA256
 from restnet_hf.hashing import Piece, stored_dtype
 from restnet_hf.limits import MAX_ANCHORS, MAX_LABELS, MAX_ROUTES, check_json, read_json
-from restnet_hf.routes.route import ANCHOR_NAME, Route, StitchPoint, of_adapter
+from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, StitchPoint, TunedKey
 from restnet_hf.stitches.layers import StitchConfig
 from restnet_hf.stitches.tuning import TunedConfig
 
@@ -35,7 +34,6 @@ WORDS = {
     (list, dict): "a list of objects",
 }
 PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
-TUNED_KEY = re.compile(r"[a-z]+-[A-Za-z0-9_+:~-]+")
 
 
 class RestNetConfig(PreTrainedConfig):
@@ -118,12 +116,10 @@ class RestNetConfig(PreTrainedConfig):
     def tuned_config(self, key: str) -> TunedConfig:
         """What is tuned under a key; raises ValueError where its entry is not sound."""
         try:
-            found = TunedConfig(**(self.tuned or {})[key])
-            if found.anchor not in {entry["name"] for entry in self.anchors or []} or key.split("-")[0] != found.kind:
-                raise ValueError("it is of an anchor that is not there, or its key says another kind")
-            if not TUNED_KEY.fullmatch(key):
-                raise ValueError("its key is of no route")
-            return found
+            config, kind = TunedConfig(**(self.tuned or {})[key]), TunedKey.parse(key).kind
+            if config.anchor not in {entry["name"] for entry in self.anchors or []} or kind != config.kind:
+                raise ValueError("it is of an anchor that is not there, or its key names another kind")
+            return config
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"config.json: the entry of what is tuned as {quote(key)} is not sound: {quote(error)}"
@@ -227,7 +223,7 @@ class RestNetConfig(PreTrainedConfig):
     def head_keys(self) -> list[str]:
         """The keys of all new heads: every anchor's, and those again of every named adapter."""
         adapters = sorted({"", *(route.adapter for route in self.parsed_routes())}) if self.new_head else []
-        return [of_adapter(adapter, entry["name"]) for adapter in adapters for entry in self.anchors or []]
+        return [str(HeadKey(entry["name"], adapter)) for adapter in adapters for entry in self.anchors or []]
 
     def part_names(self) -> Iterator[str]:
         """The names of the stitches, heads and tuned parts, as the names of their tensors begin."""

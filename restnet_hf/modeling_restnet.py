@@ -35,7 +35,7 @@ from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.profiling.timing import measure_latency
 from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
-from restnet_hf.routes.route import Route, StitchPoint, of_adapter
+from restnet_hf.routes.route import HeadKey, Route, StitchPoint, TunedKey
 from restnet_hf.selection.mixin import SelectionMixin
 from restnet_hf.selection.ranking import RankedRoute, Similarity, spread
 from restnet_hf.steps import Reorder, Step, run_steps, run_with_states
@@ -88,7 +88,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             if config.new_head:
                 features = anchor.drop_classifier()
                 for key in config.head_keys():
-                    if key.rpartition(":")[2] == anchor.name:
+                    if HeadKey.parse(key).anchor == anchor.name:
                         check(f"heads.{key}", nn.Linear(features, config.num_labels, device="meta"))
                         self.heads[key] = nn.Linear(features, config.num_labels, device=like.device, dtype=like.dtype)
                 continue
@@ -319,8 +319,8 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         points = iter(route.stitch_points)
         for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
             anchor = self.anchors[segment.anchor]
-            keys = [key for key in keys if key in self.tuned]
-            name = f"{segment} with {', '.join(keys)}" if keys else str(segment)
+            tuned = {str(key): self.tuned[str(key)] for key in keys if str(key) in self.tuned}
+            name = f"{segment} with {', '.join(tuned)}" if tuned else str(segment)
             shape: tuple[int, ...] = (1, 3, *anchor.preprocessing.image_size)
             if segment.start:
                 point = next(points)
@@ -330,7 +330,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
                 steps.append(Step(point.name, stitches[point.name], shape))
                 shape = anchor.layout(segment.start).shape(1)
             if segment.start != segment.stop:  # between stitches that follow one another nothing runs
-                steps.append(Step(name, anchor, shape, segment, tuple(self.tuned[key] for key in keys)))
+                steps.append(Step(name, anchor, shape, segment, tuple(tuned.values())))
         if self.heads:
             if route.head not in self.heads:
                 raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")
@@ -385,17 +385,19 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self.config.routes = list(map(str, listed))
         for route in added if self.heads else ():
             for name in self.anchors:
-                if of_adapter(route.adapter, name) not in self.heads:
-                    self.heads[of_adapter(route.adapter, name)] = copy.deepcopy(self.heads[name])
+                key = str(HeadKey(name, route.adapter))
+                if key not in self.heads:
+                    self.heads[key] = copy.deepcopy(self.heads[name])
         return list(added)
 
-    def add_tuned(self, key: str, config: TunedConfig) -> Tuned:
-        """Put tensors in the place of an anchor's own, equal to them at first, for the routes that use that key.
+    def add_tuned(self, key: TunedKey | str, config: TunedConfig) -> Tuned:
+        """Replace tensors of an anchor, by equal ones at first, in the routes that use that key.
 
         Args:
-            key: from `tuned_keys`.
-            config: what is tuned.
+            key: one of `tuned_keys`.
+            config: kind, anchor and cuts of the tensors.
         """
+        key = str(key)
         self.tuned[key] = Tuned(self._anchor(config.anchor), config)
         self.config.tuned = {**self.config.tuned, key: asdict(config)}
         return self.tuned[key]
@@ -448,9 +450,9 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self.config.routes = list(map(str, left))
         for name in set(self.stitches) - needed:
             del self.stitches[name], self.config.stitches[name]
-        for key in set(self.tuned) - {key for other in left for keys in tuned_keys(other) for key in keys}:
+        for key in set(self.tuned) - {str(key) for other in left for keys in tuned_keys(other) for key in keys}:
             del self.tuned[key], self.config.tuned[key]
-        for name in set(self.heads) - {of_adapter(adapter, anchor) for adapter in adapters for anchor in self.anchors}:
+        for name in set(self.heads) - {str(HeadKey(name, adapter)) for adapter in adapters for name in self.anchors}:
             del self.heads[name]
         self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
         self.config.training = [
@@ -470,7 +472,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         route = self.route(route)
         steps = self.steps(route)
         if self.weight_files is not None:
-            self.weight_files.bring(self.anchors, steps)
+            self.weight_files.load(self.anchors, steps)
         self.active_route = route
         self.config.active_route = str(route)
         return route
@@ -531,7 +533,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)
         self.weight_files = WeightFiles(folder, self.anchors)
-        self.weight_files.bring(self.anchors, self.steps(self.active_route))
+        self.weight_files.load(self.anchors, self.steps(self.active_route))
 
     def fit_stitches(
         self,
@@ -622,7 +624,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         ]
         if latency is not None:
             metadata["latency"] = latency.metadata()
-        return self.keep_profile(rows, **metadata)
+        return self.record_profile(rows, **metadata)
 
     def measure_latency(
         self,
@@ -653,7 +655,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             walks, batch_size, seconds=seconds, check=[walk for walk in walks if walk[0] in checked]
         )
 
-    def keep_profile(self, rows: Iterable[ProfiledRoute], **metadata: Any) -> Profile:
+    def record_profile(self, rows: Iterable[ProfiledRoute], **metadata: Any) -> Profile:
         """Make a profile of rows, with what it must say of device, weights and versions, and keep it."""
         where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
         of = {"weights": self.weights_sha256(), "versions": package_versions()}
@@ -662,7 +664,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self.profiled = Profile(tuple(rows), {**metadata, **where, **of, **kept})
         return self.profiled
 
-    def keep_runtime(self, exported: Profile) -> Profile:
+    def record_runtime(self, exported: Profile) -> Profile:
         """Add what an exported folder's profile says to the model's own; see `Profile.with_runtime`."""
         self.profiled = (self.profile() if self.profiled is None else self.profiled).with_runtime(exported)
         return self.profiled

@@ -103,7 +103,7 @@ def adapt(
     exactly = [judge.as_measured(row) for row in found.rows]
     best, rows, checks = _confirmed(model, exactly, budget, latency, judge.score)
     where = {} if latency is None else {"latency": latency.metadata()}
-    model.keep_profile(rows, images=judge.images, score=judge.score, **where)
+    model.record_profile(rows, images=judge.images, score=judge.score, **where)
     model.set_route(best.route)
     result = replace(found, best={budget: best}, rows=tuple(rows))
     return Adapted(best, judge.score, judge.reasons(result.rejected(budget)), checks, found.finished)

@@ -125,7 +125,7 @@ def export_routes(
     job.look_at(data, chosen, calibration_images if precision.startswith(QUANTIZED) else 0)
     with folder_written_whole(out, PROFILE) as folder:
         profile = job.write(folder, chosen, min_agreement)
-    model.keep_runtime(profile)
+    model.record_runtime(profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
 
 

@@ -136,7 +136,7 @@ class AdapterHubMixin:
             self.push_to_hub(repo_id, standalone=standalone, **kwargs)
 
     def _write(self, save_directory: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
-        profile = self.sound_profile(self.config.anchors)
+        profile = self.valid_profile(self.config.anchors)
         self._tag(profile)
         with folder_written_whole(save_directory, CONFIG, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict={})  # type: ignore[misc]
@@ -183,7 +183,7 @@ class AdapterHubMixin:
         whole = self.config.standalone if standalone is None else standalone
         if not whole:
             check_parents(self.config.anchors)
-        profile = self.sound_profile()
+        profile = self.valid_profile()
         scored = profile is not None and all("accuracy" in row.scores for row in profile.routes)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "adapter"
@@ -350,7 +350,7 @@ class AdapterHubMixin:
         hashes |= {f"anchors.{entry['name']}": entry["fingerprint"] for entry in entries if entry.get("changed")}
         return hashes
 
-    def sound_profile(self, entries: Sequence[Mapping[str, Any]] | None = None) -> Profile | None:
+    def valid_profile(self, entries: Sequence[Mapping[str, Any]] | None = None) -> Profile | None:
         """The profile without the scores of routes whose stitches, heads or anchors have changed since.
 
         Args:

@@ -74,7 +74,7 @@ class WeightFiles:
             with written_whole(self.paths[name]) as temporary:
                 save_file(weights, temporary)
 
-    def bring(self, anchors: Mapping[str, Anchor], steps: Iterable[Step]) -> int:
+    def load(self, anchors: Mapping[str, Anchor], steps: Iterable[Step]) -> int:
         """Have in memory what some steps use, and nothing else; returns the bytes that were read.
 
         Raises:

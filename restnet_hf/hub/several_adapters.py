@@ -15,7 +15,7 @@ from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.hub.adapter_files import PartCheck, Parts
 from restnet_hf.routes.profile import Profile, ProfiledRoute
-from restnet_hf.routes.route import ANCHOR_NAME, Route, Segment
+from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, Segment
 from restnet_hf.stitches.branches import stitch_that_fits
 from restnet_hf.stitches.tuning import Tuned, TunedConfig, ghost_tuned, tuned_keys
 
@@ -60,10 +60,10 @@ def add_adapter(
     entries, modules = _stitches(model, config, here, routes, check)
     heads = {}
     for key in config.head_keys():
-        adapter, _, anchor = key.rpartition(":")
-        check(f"heads.{key}", model.heads[anchors[anchor]])
-        heads[key] = here(Route.alone(anchor, adapter)).head
-        modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[anchor]])
+        head = HeadKey.parse(key)
+        check(f"heads.{key}", model.heads[anchors[head.anchor]])
+        heads[key] = here(Route.alone(head.anchor, head.adapter)).head
+        modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[head.anchor]])
     tuned = _tuned(config, anchors, here)
     for key, (new, about) in tuned.items():
         check(f"tuned.{key}", ghost_tuned(model.anchors, about))
@@ -115,7 +115,8 @@ def _tuned(
     """What an adapter tunes, by its own key: the key here, and of which anchor here."""
     found = {}
     for route in config.parsed_routes():
-        for key, new in zip(*(chain.from_iterable(tuned_keys(r)) for r in (route, here(route))), strict=True):
+        pairs = zip(*(map(str, chain.from_iterable(tuned_keys(r))) for r in (route, here(route))), strict=True)
+        for key, new in pairs:
             if key in (config.tuned or {}):
                 about = config.tuned_config(key)
                 found[key] = new, replace(about, anchor=anchors[about.anchor])

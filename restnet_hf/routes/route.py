@@ -185,3 +185,74 @@ def one_cut_routes(front: str, front_cuts: int, end: str, end_cuts: int) -> Iter
     for i in range(1, front_cuts + 1):
         for j in range(1, end_cuts + 1):
             yield Route((Segment(front, 0, i), Segment(end, j)))
+
+
+TUNED_KEY = re.compile(r"([a-z]+)-([A-Za-z0-9_+:~-]+)")
+
+
+@dataclass(frozen=True, order=True)
+class HeadKey:
+    """The key of a new head, ``resnet50``, or ``night:resnet50`` where a named adapter has its own.
+
+    Args:
+        anchor: name of the anchor whose features the head classifies.
+        adapter: name of the adapter that uses the head; empty for the first.
+    """
+
+    anchor: str
+    adapter: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "HeadKey":
+        """Read a key from its string form.
+
+        Args:
+            text: ``anchor`` or ``adapter:anchor``.
+
+        Raises:
+            ValueError: the text is not the key of a head.
+        """
+        adapter, colon, anchor = text.rpartition(":")
+        if not all(map(ANCHOR_NAME.fullmatch, [adapter, anchor] if colon else [anchor])):
+            raise ValueError(
+                f"{text!r} is not the key of a head; write it 'anchor' or 'adapter:anchor', with names of letters, "
+                "digits, '_' and '-'"
+            )
+        return cls(anchor, adapter)
+
+    def __str__(self) -> str:
+        return of_adapter(self.adapter, self.anchor)
+
+
+@dataclass(frozen=True, order=True)
+class TunedKey:
+    """The key of tensors that replace an anchor's own: ``lora-resnet50`` or ``norm-vit_2__resnet50_7``.
+
+    Args:
+        kind: kind of the replacement, a key of ``TUNINGS``, in lower-case letters.
+        owner: the anchor, with its adapter in front, or the stitches of the route that uses the tensors.
+    """
+
+    kind: str
+    owner: str
+
+    @classmethod
+    def parse(cls, text: str) -> "TunedKey":
+        """Read a key from its string form.
+
+        Args:
+            text: ``kind-owner``.
+
+        Raises:
+            ValueError: the text is not a key of tuned tensors.
+        """
+        match = TUNED_KEY.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not a key of tuned tensors; write it 'kind-owner', the kind in lower-case letters, the "
+                "owner in letters, digits and any of '_+:~-'"
+            )
+        return cls(match[1], match[2])
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.owner}"

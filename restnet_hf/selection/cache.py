@@ -20,7 +20,7 @@ CODE = ("data", "anchors", "stitches", "steps.py", "selection")  # rooms and fil
 logger = logging.getLogger(__name__)
 
 
-def kept_file(about: Mapping[str, Any]) -> Path | None:
+def cache_file(about: Mapping[str, Any]) -> Path | None:
     """Where the similarity lies, or will, that depends on ``about``; None where nothing can be kept.
 
     The files lie in ``HF_HOME/assets/restnet_hf`` and can be deleted.
@@ -59,7 +59,7 @@ def write_similarity(similarity: Similarity, path: Path) -> None:
         )
 
 
-def keep_similarity(similarity: Similarity, path: Path) -> None:
+def cache_similarity(similarity: Similarity, path: Path) -> None:
     """As `write_similarity`, but where nothing can be written, on a full disk say, nothing is kept."""
     try:
         write_similarity(similarity, path)

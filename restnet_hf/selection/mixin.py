@@ -18,7 +18,7 @@ from restnet_hf.routes.blocks import Blocks
 from restnet_hf.routes.families import WITHIN, family, within_budget
 from restnet_hf.routes.profile import Budget
 from restnet_hf.routes.route import Route
-from restnet_hf.selection.cache import keep_similarity, kept_file, read_similarity
+from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, Seen
 from restnet_hf.selection.selectors import compare
@@ -120,7 +120,7 @@ class SelectionMixin:
             for similarity in each:
                 file = files[name, similarity.front]
                 if file is not None and this_process().is_main_process:
-                    keep_similarity(similarity, file)
+                    cache_similarity(similarity, file)
         return {name: found.get(name) or [each for each in known[name] if each is not None] for name in options}
 
     def _files(
@@ -131,7 +131,7 @@ class SelectionMixin:
         if about is None:
             return dict.fromkeys(fronts)
         return {
-            (name, front): kept_file({**about, "front": front, "method": name, "options": dict(options[name])})
+            (name, front): cache_file({**about, "front": front, "method": name, "options": dict(options[name])})
             for name, front in fronts
         }
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.segments import outside, own_modules
-from restnet_hf.routes.route import Route, of_adapter
+from restnet_hf.routes.route import Route, TunedKey, of_adapter
 from restnet_hf.stitches.norms import is_norm
 
 
@@ -160,7 +160,7 @@ TUNINGS: dict[str, Callable[[nn.Module], Named]] = {"full": _full, "lora": _lora
 SHARED = ("full", "lora")
 
 
-def tuned_keys(route: Route) -> list[list[str]]:
+def tuned_keys(route: Route) -> list[list[TunedKey]]:
     """For each segment of a route the keys under which a model keeps what is tuned of it.
 
     An anchor alone stays what it was: nothing is ever tuned of it.
@@ -173,7 +173,7 @@ def tuned_keys(route: Route) -> list[list[str]]:
     for index, segment in enumerate(route.segments):
         shared = of_adapter(route.adapter, segment.anchor)
         last = index == len(route.segments) - 1
-        found.append([f"{kind}-{shared if kind in SHARED else own}" for kind in TUNINGS if last or kind in SHARED])
+        found.append([TunedKey(kind, shared if kind in SHARED else own) for kind in TUNINGS if last or kind in SHARED])
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.routes.route import Route
+from restnet_hf.routes.route import Route, TunedKey
 from restnet_hf.steps import Step, run_steps
 from restnet_hf.stitches.norms import recalibrate
 from restnet_hf.stitches.tuning import SHARED, Tuned, TunedConfig, tunable, tuned_keys
@@ -86,17 +86,16 @@ class Learner:
         for route in self.routes:
             for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
                 for key in keys:
-                    kind = key.split("-")[0]
-                    if kind not in kinds:
+                    if key.kind not in kinds or str(key) in model.tuned:
                         continue
-                    if key not in model.tuned:
-                        span = (0, None) if kind in SHARED else (segment.start, None)
-                        if kind == "bias" and not tunable(model.anchors[segment.anchor], kind, *span):
-                            continue
-                        config = TunedConfig(kind, segment.anchor, *span, r=args.r, lora_alpha=args.lora_alpha)
-                        new.append(model.add_tuned(key, config))
-        weights = {key.split("-", 1)[1] for key in model.tuned if key.startswith("lora-")}
-        both = sorted(weights & {key.split("-", 1)[1] for key in model.tuned if key.startswith("full-")})
+                    span = (0, None) if key.kind in SHARED else (segment.start, None)
+                    if key.kind == "bias" and not tunable(model.anchors[segment.anchor], key.kind, *span):
+                        continue
+                    config = TunedConfig(key.kind, segment.anchor, *span, r=args.r, lora_alpha=args.lora_alpha)
+                    new.append(model.add_tuned(key, config))
+        tuned = [*map(TunedKey.parse, model.tuned)]
+        low_rank, full = ({key.owner for key in tuned if key.kind == kind} for kind in ("lora", "full"))
+        both = sorted(low_rank & full)
         if both:
             raise ValueError(f"{both} were tuned in full or by low-rank updates before; the two cannot be combined")
         return new
@@ -109,7 +108,7 @@ class Learner:
             ends = {route.head for route in self.routes}
             modules |= {f"heads.{name}": head for name, head in model.heads.items() if name in ends}
         if self.args.tuning != "stitch":
-            used = {key for route in self.routes for keys in tuned_keys(route) for key in keys}
+            used = {str(key) for route in self.routes for keys in tuned_keys(route) for key in keys}
             modules |= {f"tuned.{key}": tuned for key, tuned in model.tuned.items() if key in used}
         return modules
 
@@ -229,7 +228,7 @@ class Learner:
     def saliency(self, route: Route) -> float:
         """Mean |gradient x weight| over what a route alone trains (ESTA, arXiv 2311.17352)."""
         own = {f"stitches.{point.name}" for point in route.stitch_points}
-        own |= {f"tuned.{key}" for key in tuned_keys(route)[-1] if key.split("-")[0] not in SHARED}
+        own |= {f"tuned.{key}" for key in tuned_keys(route)[-1] if key.kind not in SHARED}
         products = [
             (p.grad * p).detach().abs().flatten()
             for key in own & self.modules.keys()

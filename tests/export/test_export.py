@@ -187,7 +187,7 @@ def bundle(tmp_path_factory):
     )
     routes = [model.add_stitch(f"vit[:{cut}] + resnet[{cut}:]") for cut in (1, 2)]
     for seed, route in enumerate(routes):
-        key = next(key for key in tuned_keys(route)[-1] if key.startswith("norm-"))
+        key = next(key for key in tuned_keys(route)[-1] if key.kind == "norm")
         tuned = model.add_tuned(key, TunedConfig("norm", "resnet", route.segments[-1].start))
         with torch.no_grad():
             for parameter in tuned.parameters():

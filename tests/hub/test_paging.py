@@ -98,9 +98,9 @@ def test_paged(model, images, tmp_path):
 def test_only_what_differs_is_read(model, tmp_path):
     before, after, both = (used(model, *routes) for routes in (TEXTS[:1], TEXTS[1:2], TEXTS[:2]))
     model.page_to(tmp_path)
-    read = model.weight_files.bring(model.anchors, model.steps(model.route(TEXTS[1])))
+    read = model.weight_files.load(model.anchors, model.steps(model.route(TEXTS[1])))
     assert read == sum(both[name] - before[name] for name in both) and 0 < read < sum(after.values())
-    assert model.weight_files.bring(model.anchors, model.steps(model.route(TEXTS[1]))) == 0
+    assert model.weight_files.load(model.anchors, model.steps(model.route(TEXTS[1]))) == 0
     with safe_open(tmp_path / "resnet.safetensors", "pt") as file:
         assert set(file.keys()) == {name for name, _ in model.anchors["resnet"].model.named_parameters()}
 

@@ -121,7 +121,7 @@ def original(tmp_path_factory):
     routes = [model.add_stitch(route, StitchConfig(kind)) for route, kind in zip(ROUTES, kinds, strict=True)]
     model.set_route(routes[0])
     for key in tuned_keys(routes[0])[-1]:
-        model.add_tuned(key, TunedConfig(key.split("-")[0], "vit", 1, None))
+        model.add_tuned(key, TunedConfig(key.kind, "vit", 1, None))
     model.profile()
     model.save_pretrained(folder / "good")
     model.save_pretrained(folder / "whole", standalone=True)

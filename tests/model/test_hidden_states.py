@@ -99,7 +99,7 @@ def test_branches(images):
 def test_tuned_anchors(pair, images, kind):
     """Pieces from cut to cut run with what is tuned, as the whole does."""
     before = pair(images).logits
-    key = next(key for key in tuned_keys(pair.active_route)[-1] if key.startswith(f"{kind}-"))
+    key = next(key for key in tuned_keys(pair.active_route)[-1] if key.kind == kind)
     tuned = pair.add_tuned(key, TunedConfig(kind, "vit", 0 if kind in SHARED else 2))
     for parameter in tuned.parameters():
         parameter.add_(0.1)

@@ -1,8 +1,10 @@
 """Routes print, parse and refuse what leads nowhere."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from restnet_hf.routes.route import Route, Segment, StitchPoint, one_cut_routes
+from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, Segment, StitchPoint, TunedKey, one_cut_routes
 
 
 @pytest.mark.parametrize(
@@ -106,3 +108,39 @@ def test_one_cut_routes():
     routes = list(one_cut_routes("a", 3, "b", 4))
     assert len(set(routes)) == 12
     assert str(routes[0]) == "a[:1] + b[1:]" and str(routes[-1]) == "a[:3] + b[4:]"
+
+
+NAMES = st.from_regex(ANCHOR_NAME, fullmatch=True)
+KINDS, OWNERS = st.from_regex(r"[a-z]+", fullmatch=True), st.from_regex(r"[A-Za-z0-9_+:~-]+", fullmatch=True)
+
+
+@given(st.builds(HeadKey, NAMES, NAMES | st.just("")))
+def test_keys_of_heads_round_trip(key):
+    assert HeadKey.parse(str(key)) == key
+    assert str(key) == Route.alone(key.anchor, key.adapter).head
+
+
+@given(st.builds(TunedKey, KINDS, OWNERS))
+def test_keys_of_tuned_tensors_round_trip(key):
+    assert TunedKey.parse(str(key)) == key
+
+
+@given(st.text(alphabet="ab-:+~_. [\n0Zé"))
+def test_a_key_that_parses_prints_as_it_was(text):
+    for kind, message in ((HeadKey, "is not the key of a head"), (TunedKey, "is not a key of tuned tensors")):
+        try:
+            assert str(kind.parse(text)) == text
+        except ValueError as error:
+            assert message in str(error) and "write it" in str(error)
+
+
+def test_keys():
+    assert HeadKey.parse("vit") == HeadKey("vit") and HeadKey.parse("night:a-1_x") == HeadKey("a-1_x", "night")
+    assert TunedKey.parse("lora-night:a-1_x") == TunedKey("lora", "night:a-1_x")
+    assert TunedKey.parse("norm-night:a_2__b_1+night:b__a~w") == TunedKey("norm", "night:a_2__b_1+night:b__a~w")
+    for text in ("", ":", ":vit", "night:", "a:b:c", "a.b", "a b", "vit\n"):
+        with pytest.raises(ValueError, match="is not the key of a head; write it 'anchor' or 'adapter:anchor'"):
+            HeadKey.parse(text)
+    for text in ("", "lora", "lora-", "-vit", "Lora-vit", "lora2-vit", "lora-a.b", "lora-a b", "lora-vit\n"):
+        with pytest.raises(ValueError, match="is not a key of tuned tensors; write it 'kind-owner'"):
+            TunedKey.parse(text)

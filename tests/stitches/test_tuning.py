@@ -10,6 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from restnet_hf import Route, StitchedModelForImageClassification
+from restnet_hf.routes.route import TunedKey
 from restnet_hf.stitches.norms import is_norm, recalibrate
 from restnet_hf.stitches.tuning import LAYERS, SHARED, TUNINGS, Tuned, TunedConfig, tuned_keys
 
@@ -30,7 +31,7 @@ def moved(tuned):
 def tune(model, route, kind):
     """One kind, for the last segment of a route."""
     route = model.route(route)
-    key = next(key for key in tuned_keys(route)[-1] if key.startswith(f"{kind}-"))
+    key = next(key for key in tuned_keys(route)[-1] if key.kind == kind)
     last = route.segments[-1]
     return model.add_tuned(key, TunedConfig(kind, last.anchor, 0 if kind in SHARED else last.start))
 
@@ -159,7 +160,10 @@ def test_keys():
     route = Route.parse("night: a[:2] + b[1:3] + a[4:]")
     own = "night:a_2__b_1+night:b_3__a_4"
     shared = [["full-night:a", "lora-night:a"], ["full-night:b", "lora-night:b"], ["full-night:a", "lora-night:a"]]
-    assert tuned_keys(route) == [*shared[:2], [*shared[2], f"bias-{own}", f"norm-{own}"]]
+    assert [[*map(str, keys)] for keys in tuned_keys(route)] == [
+        *shared[:2],
+        [*shared[2], f"bias-{own}", f"norm-{own}"],
+    ]
     assert tuned_keys(Route.parse("a[:]")) == [[]]
 
 
@@ -217,7 +221,7 @@ def test_scores_are_of_what_was_measured(tuned_model, images):
     model = tuned_model
     model.profile([(images, torch.zeros(len(images), dtype=torch.long))])
     moved(model.tuned["norm-" + model.route(ROUTE).stitch_points[0].name])
-    rows = {str(row.route): row.scores for row in model.sound_profile().routes}
+    rows = {str(row.route): row.scores for row in model.valid_profile().routes}
     assert [name for name, scores in rows.items() if not scores] == [ROUTE]
 
 
@@ -225,7 +229,7 @@ def test_deleted_with_the_last_route(tuned_model):
     model = tuned_model
     model.set_route("resnet[:]")
     model.delete_stitch(ROUTE)
-    assert sorted(key.split("-")[0] for key in model.tuned) == ["bias", "lora", "norm"]
+    assert sorted(TunedKey.parse(key).kind for key in model.tuned) == ["bias", "lora", "norm"]
     model.delete_stitch("resnet[:3] + vit[2:]")
     model.delete_stitch(BACK)
     assert not model.tuned and model.config.tuned == {}

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from trainings import FAST, ROUTES, build, data, trained
 
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf.routes.route import TunedKey
 from restnet_hf.stitches.layers import STITCHES, StitchConfig
 from restnet_hf.training.frozen import FrozenPart, first_segment
 from restnet_hf.training.learner import KINDS, Learner
@@ -32,7 +33,7 @@ def test_what_trains(tuning, images):
     frozen = {key: value.clone() for key, value in model.anchors.state_dict().items()}
     start = trained(model)
     train(model, data(), TrainArgs(tuning=tuning, **FAST))
-    kinds = {key.split("-")[0] for key in model.tuned}
+    kinds = {TunedKey.parse(key).kind for key in model.tuned}
     wanted = set(KINDS[tuning]) - ({"bias"} if tuning == "lora" and not model.tuned else set())
     assert kinds == wanted
     after = trained(model)
