@@ -43,7 +43,7 @@ from restnet_hf.stitches import least_squares as fitting
 from restnet_hf.stitches.branches import stitch_at, stitch_that_fits
 from restnet_hf.stitches.layers import Stitch, StitchConfig
 from restnet_hf.stitches.least_squares import RIDGE
-from restnet_hf.stitches.tuning import Tuned, TunedConfig, ghost_tuned, tuned_keys
+from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_meta
 
 
 logger = logging.get_logger(__name__)
@@ -105,7 +105,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             point, *_, options = config.stitch_parts(name)
             self.stitches[name] = stitch_that_fits(point, self.anchors, options, partial(check, f"stitches.{name}"))
         for key in config.tuned or {}:
-            check(f"tuned.{key}", ghost_tuned(self.anchors, config.tuned_config(key)))
+            check(f"tuned.{key}", tuned_on_meta(self.anchors, config.tuned_config(key)))
             self.add_tuned(key, config.tuned_config(key))
         self.profiled: Profile | None = None
         self.weight_files: WeightFiles | None = None
@@ -591,7 +591,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         def costs(route: Route) -> dict[str, float]:
             for point in route.stitch_points:
                 if point.name not in ghosts:  # its shapes are all that is needed
-                    ghosts[point.name] = stitch_at(point, self.anchors, config or StitchConfig(), ghost=True)
+                    ghosts[point.name] = stitch_at(point, self.anchors, config or StitchConfig(), shapes_only=True)
             return table.costs(self.steps(route, ghosts))
 
         return costs

@@ -17,7 +17,7 @@ from restnet_hf.hub.adapter_files import PartCheck, Parts
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, Segment
 from restnet_hf.stitches.branches import stitch_that_fits
-from restnet_hf.stitches.tuning import Tuned, TunedConfig, ghost_tuned, tuned_keys
+from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_meta
 
 
 EVERYWHERE = ("macs", "params")  # costs that are the same on every device
@@ -66,7 +66,7 @@ def add_adapter(
         modules[f"heads.{key}"] = heads[key], copy.deepcopy(model.heads[anchors[head.anchor]])
     tuned = _tuned(config, anchors, here)
     for key, (new, about) in tuned.items():
-        check(f"tuned.{key}", ghost_tuned(model.anchors, about))
+        check(f"tuned.{key}", tuned_on_meta(model.anchors, about))
         modules[f"tuned.{key}"] = new, Tuned(model.anchors[about.anchor], about)
     for key, (_, module) in modules.items():
         module.load_state_dict({k: weights[f"{key}.{k}"] for k in module.state_dict()})

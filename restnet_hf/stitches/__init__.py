@@ -1,1 +1,1 @@
-"""Stitches and what else of a route can be trained."""
+"""Stitches, and the other parts of a route that can be trained."""

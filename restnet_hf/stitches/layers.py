@@ -1,4 +1,4 @@
-"""Stitches: small adapters from one anchor's activation to another's, of several kinds."""
+"""Stitches: small adapters that map one anchor's activation to another's, of several kinds."""
 
 import copy
 import math
@@ -14,10 +14,10 @@ from torch.nn.functional import pad, relu
 from restnet_hf.anchors.layouts import AnyLayout, JointLayout, Layout, resize, resize_matrix
 
 
-WIDEST = 16384
-BRANCH = "branch"  # the kind that is no map of channels but a block of an anchor; see `BranchStitch`
+MAX_WIDTH = 16384
+BRANCH = "branch"  # the kind that copies a block of an anchor instead of mapping channels; see `BranchStitch`
 CLASS_TOKENS = ("pool", "learn", "drop", "add")
-MOST = torch.finfo(torch.float32).max  # json.loads gives infinity, and whole numbers that no float can hold
+MAX_FLOAT = torch.finfo(torch.float32).max  # json.loads also returns infinity, and integers too large for a float
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class StitchConfig:
     """How stitches are made; the counterpart of a PEFT config.
 
     Args:
-        kind: a key of `STITCHES`, or ``branch`` for a copy of an anchor's own block from one of its cuts to a later
-            one (AdaptiveNet, arXiv 2303.07129).
-        class_token: what becomes of prefix tokens that one side has and the other lacks. Those that the target has
-            more are computed from the mean of the source's grid (``pool``, the default), or a constant is fitted
-            (``learn``), which tells nothing of the image to a late cut. Those that the source has more are left out
-            (``drop``, the default), or mapped and added to every position (``add``; the readout of DPT,
-            arXiv 2103.13413, section 3). Each value decides for its own direction.
-        r: rank of the update of kind ``lora``, at least 1.
-        lora_alpha: its update is scaled by ``lora_alpha / r``, as in PEFT.
+        kind: kind of stitch: a key of `STITCHES`, or ``branch`` for a trainable copy of one of an anchor's own blocks
+            from one of its cuts to a later one (AdaptiveNet, arXiv 2303.07129).
+        class_token: treatment of prefix tokens that only one side has. Tokens that only the target has are computed
+            from the mean of the source's grid (``pool``, the default), or are fitted constants (``learn``), which
+            give a late cut no information on the image. Tokens that only the source has are left out (``drop``, the
+            default), or mapped and added to every position (``add``; the readout of DPT, arXiv 2103.13413, section
+            3). Each value applies to its own direction.
+        r: rank of the low-rank update of kind ``lora``, at least 1.
+        lora_alpha: scale of the update of kind ``lora``: it is multiplied by ``lora_alpha / r``, as in PEFT.
         hidden: width of the hidden layer of kind ``mlp``; the target's channels by default.
-        prune: share of the hidden channels that the copy of kind ``branch`` goes without.
+        prune: share of the hidden channels that the copy of kind ``branch`` leaves out.
 
     Raises:
-        ValueError: an option is not one of those, or a number is out of range.
+        ValueError: an option is not one of the values above, or a number is out of range.
     """
 
     kind: str = "linear"
@@ -54,9 +54,9 @@ class StitchConfig:
         if self.class_token not in CLASS_TOKENS:
             raise ValueError(f"class_token={self.class_token!r} is not one of {CLASS_TOKENS}")
         for name, value in (("r", self.r), ("hidden", 1 if self.hidden is None else self.hidden)):
-            if type(value) is not int or not 1 <= value <= WIDEST:  # a config of a stranger must not fill the memory
-                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {WIDEST}")
-        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha <= MOST:
+            if type(value) is not int or not 1 <= value <= MAX_WIDTH:  # an untrusted config must not exhaust memory
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {MAX_WIDTH}")
+        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha <= MAX_FLOAT:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number above 0")
         if type(self.prune) not in (int, float) or not 0 <= self.prune < 1 or (self.prune and self.kind != BRANCH):
             raise ValueError(f"prune={self.prune!r} must be at least 0, below 1, and 0 for other kinds than 'branch'")
@@ -67,17 +67,17 @@ Chosen = Tensor | None  # positions (N, P) of each image, None for all
 
 @dataclass(frozen=True)
 class Problem:
-    """A least-squares problem.
+    """A least-squares problem whose solution sets weights of a stitch.
 
-    Of images with more positions than are asked for a sample is taken, the same of inputs and of outputs.
+    If images have more positions than are wanted, a sample is drawn, the same for inputs and outputs.
 
     Args:
-        inputs: rows (N, P, C) of the source's activation.
-        outputs: rows (N, P, D) of the target's.
-        assign: where the solution, weight (D, C) and bias (D,), goes.
-        positions: P, where all are taken.
-        key_in: equal for equal rows of the same activation.
-        key_out: likewise.
+        inputs: function that returns rows (N, P, C) of the source's activation at the chosen positions.
+        outputs: function that returns rows (N, P, D) of the target's activation at the chosen positions.
+        assign: function that takes the solution, weight (D, C) and bias (D,).
+        positions: number of positions P of an image.
+        key_in: value that is equal for problems with equal input rows.
+        key_out: value that is equal for problems with equal output rows.
     """
 
     inputs: Callable[[Tensor, Chosen], Tensor]
@@ -88,17 +88,23 @@ class Problem:
     key_out: Hashable
 
     def chosen(self, images: int, most: int, seed: int) -> Chosen:
-        """At most so many of the positions of each image (N, P), drawn at random; None for all of them."""
+        """Draw positions (N, P) of each image at random; None if all are to be used.
+
+        Args:
+            images: number of images N.
+            most: largest number of positions of an image.
+            seed: seed of the random numbers.
+        """
         if self.positions <= most:
             return None
-        dice = torch.Generator().manual_seed(1_000_003 * seed + self.positions)
-        return torch.rand(images, self.positions, generator=dice).argsort(1)[:, :most]
+        rng = torch.Generator().manual_seed(1_000_003 * seed + self.positions)
+        return torch.rand(images, self.positions, generator=rng).argsort(1)[:, :most]
 
 
 class Stitch(nn.Module, ABC):
-    """A module from an activation in one layout to one in another, whose weights least squares can set.
+    """A module that maps an activation in one layout to one in another, and whose weights least squares can set.
 
-    ``target_cut`` is the cut whose activation its problems aim at, where that is not the one that it leads to.
+    ``target_cut`` is the cut whose activation its problems fit, if that is not the cut that the stitch leads to.
     """
 
     target_cut: int | None = None
@@ -108,21 +114,21 @@ class Stitch(nn.Module, ABC):
         """The least-squares problems whose solutions are this stitch's weights."""
 
     def bake(self) -> nn.Module:
-        """A plain module of its own that does the same."""
+        """A plain module that computes the same, with copies of the weights."""
         return copy.deepcopy(self)
 
 
 class LinearStitch(Stitch):
     """One affine map of channels for every position: a 1x1 convolution on maps, a linear layer on tokens.
 
-    Between different grids the map is resized on the cheaper side of the affine map (the two commute). Prefix tokens
-    that both sides have go through the same map, as in SN-Net (arXiv 2302.06586, section 3.2); for the others see
-    ``class_token`` of `StitchConfig`.
+    Between different grids the activation is resized on the cheaper side of the affine map (the two commute). Prefix
+    tokens that both sides have go through the same map, as in SN-Net (arXiv 2302.06586, section 3.2); for the others
+    see ``class_token`` of `StitchConfig`.
 
     Args:
-        source: layout that comes in.
-        target: layout that goes out.
-        config: see `StitchConfig`.
+        source: layout of the input.
+        target: layout of the output.
+        config: options of the stitch.
     """
 
     def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
@@ -144,17 +150,17 @@ class LinearStitch(Stitch):
             self.added = nn.Linear(self.spare * source.channels, target.channels, bias=False)
 
     def _layer(self, channels_in: int, channels_out: int, bias: bool = True) -> nn.Conv2d | nn.Linear:
-        """A new map of channels, of the form that the source's layout asks for."""
+        """A new map of channels: a convolution for maps, a linear layer for tokens."""
         if self.source.kind == "NCHW":
             return nn.Conv2d(channels_in, channels_out, 1, bias=bias)
         return nn.Linear(channels_in, channels_out, bias=bias)
 
     def _map(self, x: Tensor) -> Tensor:
-        """The channels of every position mapped; they stand where those of `_layer` do."""
+        """Map the channels of every position; the axes are those that `_layer` takes."""
         return self.proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """An activation in the source's layout as one in the target's."""
+        """Map an activation in the source's layout to one in the target's."""
         spatial, prefix = self.source.split(x)
         pooled = spatial.mean((2, 3)) if self.pool is not None else None
         if self.shrinks:
@@ -167,10 +173,10 @@ class LinearStitch(Stitch):
         return self.target.join(spatial, self._prefix(prefix, pooled, x.shape[0]))
 
     def _project(self, spatial: Tensor) -> Tensor:
-        if self.source.kind == "NCHW":  # not by the layer's class: PEFT puts its own in its place
+        if self.source.kind == "NCHW":  # not by the layer's class, which PEFT replaces by its own
             return self._map(spatial)
         mapped = self._map(spatial.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        # convolutions after it would all run on channels that lie together, which is slower for networks not made so
+        # channels-last memory would slow down the convolutions of networks that were not made for it
         return mapped.contiguous() if self.target.kind == "NCHW" else mapped
 
     def _prefix(self, prefix: Tensor | None, pooled: Tensor | None, batch: int) -> Tensor | None:
@@ -184,24 +190,25 @@ class LinearStitch(Stitch):
         return torch.cat(tokens, dim=1) if tokens else None
 
     def problems(self) -> list[Problem]:
+        """The problem of the map of positions and, for tokens that only the target has, one of those tokens."""
         places = self.shared + math.prod(self.target.grid)
         rows_in, rows_out = ("rows", self.target.grid, self.shared, self.spare), ("rows", self.shared)
-        found = [Problem(self._rows_in, self._rows_out, self._set_projection, places, rows_in, rows_out)]
+        problems = [Problem(self._rows_in, self._rows_out, self._set_projection, places, rows_in, rows_out)]
         missing = ("missing", self.shared)
         if self.prefix is not None:
-            found.append(Problem(self._nothing_in, self._missing_out, self._set_prefix, 1, "nothing", missing))
+            problems.append(Problem(self._nothing_in, self._missing_out, self._set_prefix, 1, "nothing", missing))
         elif self.pool is not None:
-            found.append(Problem(self._mean_in, self._missing_out, self._set_pool, 1, "mean", missing))
-        return found
+            problems.append(Problem(self._mean_in, self._missing_out, self._set_pool, 1, "mean", missing))
+        return problems
 
     def _rows_in(self, x: Tensor, chosen: Chosen) -> Tensor:
         spatial, prefix = self.source.split(x)
         if chosen is None or self.shrinks:
             rows = self._at(resize(spatial, self.target.grid), chosen)
-        else:  # what grows is never made as a whole
+        else:  # the enlarged map is never computed as a whole
             matrix = resize_matrix(self.source.grid, self.target.grid).to(x.device, x.dtype)
             rows = matrix[(chosen.to(x.device) - self.shared).clamp_min(0)] @ spatial.flatten(2).transpose(1, 2)
-        if self.spare and prefix is not None:  # what is added to every position is an input of every position
+        if self.spare and prefix is not None:  # tokens that are added to every position are inputs of every position
             tokens = prefix[:, self.shared :].flatten(1)[:, None].expand(-1, rows.shape[1], -1)
             rows = torch.cat([rows, tokens], dim=2)
         return self._with_prefix(rows, prefix, chosen)
@@ -219,7 +226,7 @@ class LinearStitch(Stitch):
         return rows.gather(1, at[..., None].expand(-1, -1, rows.shape[2]))
 
     def _with_prefix(self, rows: Tensor, prefix: Tensor | None, chosen: Chosen) -> Tensor:
-        """Rows with those of the shared prefix tokens before them, or in the places that were chosen for them."""
+        """Rows with the shared prefix tokens in front, or at the chosen positions below ``shared``."""
         if not self.shared or prefix is None:
             return rows
         tokens = pad(prefix[:, : self.shared], (0, rows.shape[2] - prefix.shape[2]))
@@ -258,21 +265,25 @@ class LinearStitch(Stitch):
 
 
 class LowRankStitch(LinearStitch):
-    """A linear stitch that learns by an update of low rank: W x + b + (lora_alpha / r) B A x (SN-Netv2).
+    """A linear stitch that trains a low-rank update: W x + b + (lora_alpha / r) B A x (SN-Netv2).
 
-    SN-Netv2 (arXiv 2307.00154) found it steadier to train than the whole weight. W is kept as least squares sets it
-    and has no gradient; A, B, the bias and what maps tokens that one side lacks train. B is zero after a fit, as in
-    PEFT, so the stitch starts as the linear one. Resizing commutes with it, too.
+    SN-Netv2 (arXiv 2307.00154) found this more stable to train than the whole weight. W stays as least squares sets it
+    and has no gradient; A, B, the bias and the maps of prefix tokens train. B is zero after a fit, as in PEFT, so the
+    stitch starts as the linear one. Resizing commutes with the update, too.
 
     Args:
-        source, target, config: see `LinearStitch`; ``r`` and ``lora_alpha`` are of this kind.
+        source: layout of the input.
+        target: layout of the output.
+        config: options of the stitch, with the rank ``r`` and the scale ``lora_alpha``.
     """
 
     def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
         super().__init__(source, target, config)
         self.proj.weight.requires_grad_(False)
         self.scaling, self.config = config.lora_alpha / config.r, config
-        self.A = self._layer(source.channels, config.r, bias=False)  # not lora_A: PEFT takes such tensors for its own
+        self.A = self._layer(
+            source.channels, config.r, bias=False
+        )  # not named lora_A, which PEFT would take for its own tensor
         self.B = self._layer(config.r, target.channels, bias=False)
         nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.B.weight)
@@ -282,7 +293,7 @@ class LowRankStitch(LinearStitch):
 
     @torch.no_grad()
     def merged(self) -> LinearStitch:
-        """A linear stitch that does the same, up to rounding; PEFT's ``merge_and_unload``."""
+        """A linear stitch that computes the same up to rounding, like PEFT's ``merge_and_unload``."""
         merged = LinearStitch(self.source, self.target, self.config)
         merged.load_state_dict({key: value for key, value in self.state_dict().items() if key[:2] not in ("A.", "B.")})
         update = self.B.weight.flatten(1) @ self.A.weight.flatten(1)
@@ -291,18 +302,21 @@ class LowRankStitch(LinearStitch):
 
     def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
         super()._set_projection(weight, bias)
-        nn.init.zeros_(self.B.weight)  # the solution is that of the affine map alone
+        nn.init.zeros_(self.B.weight)  # the solution is for the affine map alone
 
 
 class MLPStitch(LinearStitch):
-    """A two-layer perceptron for every position beside the affine map: W x + b + V relu(U x + c).
+    """A two-layer perceptron for every position in addition to the affine map: W x + b + V relu(U x + c).
 
     An MLP is the best of the forms that arXiv 2603.12433 compares. V is zero after a fit, so the stitch starts as the
-    linear one. Between different grids the map is resized where the linear stitch does it, on the cheaper side, but
-    the two do not commute here: what shrinks is averaged before the ReLU, what grows is interpolated after V.
+    linear one. Between different grids the activation is resized where the linear stitch resizes it, on the cheaper
+    side, but the two do not commute here: a map that shrinks is averaged before the ReLU, one that grows is
+    interpolated after V.
 
     Args:
-        source, target, config: see `LinearStitch`; ``hidden`` is of this kind.
+        source: layout of the input.
+        target: layout of the output.
+        config: options of the stitch, with the width ``hidden``.
     """
 
     def __init__(self, source: AnyLayout, target: Layout, config: StitchConfig) -> None:
@@ -317,7 +331,7 @@ class MLPStitch(LinearStitch):
 
     def _set_projection(self, weight: Tensor, bias: Tensor) -> None:
         super()._set_projection(weight, bias)
-        nn.init.zeros_(self.out.weight)  # the solution is that of the affine map alone
+        nn.init.zeros_(self.out.weight)  # the solution is for the affine map alone
 
 
 STITCHES: dict[str, Callable[[AnyLayout, Layout, StitchConfig], Stitch]] = {
@@ -328,12 +342,12 @@ STITCHES: dict[str, Callable[[AnyLayout, Layout, StitchConfig], Stitch]] = {
 
 
 class JointStitch(Stitch):
-    """A stitch for each tensor of an activation of several.
+    """A stitch for each tensor of an activation that consists of several.
 
     Args:
-        source: layout that comes in.
-        target: layout that goes out.
-        config: of each.
+        source: layout of the input.
+        target: layout of the output, with a part for each tensor.
+        config: options of each part's stitch.
     """
 
     def __init__(self, source: AnyLayout, target: JointLayout, config: StitchConfig) -> None:
@@ -342,24 +356,34 @@ class JointStitch(Stitch):
         self.parts = nn.ModuleList(STITCHES[config.kind](source, part, config) for part in target.parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        """An activation in the source's layout as one in the target's."""
+        """Map an activation in the source's layout to one in the target's."""
         return torch.cat([part(x).flatten(1) for part in self.parts], dim=1)
 
     def problems(self) -> list[Problem]:
-        found = []
+        """The least-squares problems of all parts."""
+        problems = []
         for index, part in enumerate(self.parts):
             assert isinstance(part, Stitch)
             for problem in part.problems():
                 outputs = partial(self._outputs, index, problem.outputs)
-                found.append(replace(problem, outputs=outputs, key_out=(index, problem.key_out)))
-        return found
+                problems.append(replace(problem, outputs=outputs, key_out=(index, problem.key_out)))
+        return problems
 
     def _outputs(self, index: int, outputs: Callable[[Tensor, Chosen], Tensor], y: Tensor, chosen: Chosen) -> Tensor:
         return outputs(self.target.unpack(y)[index], chosen)
 
 
 def make_stitch(source: AnyLayout, target: AnyLayout, config: StitchConfig) -> Stitch:
-    """A new stitch of the kind that ``config`` names, a key of `STITCHES`."""
+    """Make a new stitch between two layouts.
+
+    Args:
+        source: layout of the input.
+        target: layout of the output.
+        config: options of the stitch; its kind must be a key of `STITCHES`.
+
+    Raises:
+        ValueError: the kind does not map layouts.
+    """
     if config.kind not in STITCHES:
         raise ValueError(f"a stitch of kind {config.kind!r} does not map layouts; choose one of {sorted(STITCHES)}")
     if isinstance(target, JointLayout):

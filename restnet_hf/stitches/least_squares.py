@@ -13,16 +13,16 @@ from restnet_hf.routes.route import StitchPoint
 from restnet_hf.stitches.layers import Stitch
 
 
-ROWS = 16384  # of float64 features at a time
-POSITIONS = 256  # of each image that a stitch is fitted on; more of a map tell little new and cost as much each
-RIDGE = 1e-6  # of the mean variance: far below what real features carry, far above float64 rounding
+ROWS_AT_ONCE = 16384  # rows of float64 features that are processed at a time
+MAX_POSITIONS = 256  # of each image that a stitch is fitted on; more add little information at the same cost each
+RIDGE = 1e-6  # relative to the mean variance: far below that of real features, far above float64 rounding
 
 
 class LeastSquares:
     """Affine regression of rows Y (M, D) on rows X (M, C) that arrive in batches.
 
-    Keeps the means and the centred second moments in float64 and merges batches by the pairwise update of Chan, Golub
-    and LeVeque (1983), so an offset of the features costs no digits and memory does not grow with the data.
+    The means and the centred second moments are accumulated in float64 by the pairwise update of Chan, Golub and
+    LeVeque (1983), so an offset of the features costs no digits and memory does not grow with the data.
     """
 
     def __init__(self) -> None:
@@ -30,8 +30,8 @@ class LeastSquares:
         self.moments: Any = None
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add rows."""
-        for rows_x, rows_y in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        """Add rows x (M, C) and y (M, D)."""
+        for rows_x, rows_y in zip(x.split(ROWS_AT_ONCE), y.split(ROWS_AT_ONCE), strict=True):
             self._merge(rows_x.double(), rows_y.double())
 
     def _merge(self, x: Tensor, y: Tensor) -> None:
@@ -57,7 +57,7 @@ class LeastSquares:
         """Weight (D, C) and bias (D,) in float64, and R², the share of Y's variance that they explain.
 
         Args:
-            ridge: added to the diagonal of XᵀX, relative to its mean.
+            ridge: value added to the diagonal of XᵀX, relative to the diagonal's mean.
 
         Raises:
             ValueError: there were no rows, or the features were not finite.
@@ -68,7 +68,7 @@ class LeastSquares:
         if not (xx.isfinite().all() and xy.isfinite().all() and yy.isfinite().all()):
             raise ValueError("features hold NaN or infinite values")
         total = yy.sum().item()
-        if xx.numel() == 0 or not xx.diagonal().any():  # a constant is all that can be fitted
+        if xx.numel() == 0 or not xx.diagonal().any():  # only a constant can be fitted
             return xy.T.new_zeros(len(yy), len(xx)), mean_y, 0.0
         weight = _solve_spd(xx, xy, ridge * xx.diagonal().mean().item())
         residual = total - 2 * (weight * xy).sum().item() + (weight * (xx @ weight)).sum().item()
@@ -77,7 +77,7 @@ class LeastSquares:
 
 
 def _solve_spd(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solve by Cholesky; where the matrix is singular to rounding, with ten times the ridge until it is not."""
+    """Solve by Cholesky, with ten times the ridge as long as the matrix is singular to rounding."""
     eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     floor = len(matrix) * torch.finfo(matrix.dtype).eps * matrix.diagonal().max().item()
     while True:
@@ -96,14 +96,14 @@ def fit_stitches(
 ) -> dict[str, float]:
     """Set the weights of stitches to the least-squares solution, all of them in one pass over each anchor.
 
-    Each stitch is to give the activation that it replaces (SN-Net, arXiv 2302.06586, equation 3). One that serves
-    several places is fitted on what all of them hold.
+    Each stitch is fitted to the activation that it replaces (SN-Net, arXiv 2302.06586, equation 3). A stitch at
+    several points is fitted on the activations of all of them.
 
     Args:
-        stitches: to fit, by where they sit.
-        anchors: by name.
-        images: batches; each holds the same images as every anchor wants them, by anchor.
-        ridge: see `LeastSquares.solve`.
+        stitches: stitches to fit, by stitch point.
+        anchors: anchors by name.
+        images: batches of images by anchor name, each anchor's in its own preprocessing.
+        ridge: regularisation relative to the mean variance; see `LeastSquares.solve`.
 
     Returns:
         R² of each stitch's map of positions on the calibration images, by stitch name.
@@ -111,27 +111,27 @@ def fit_stitches(
     Raises:
         ValueError: no images, or features that are not finite (the message names the stitch).
     """
-    places: dict[str, list[StitchPoint]] = {}
+    points: dict[str, list[StitchPoint]] = {}
     for point, stitch in stitches.items():
-        aim = point.target_cut if stitch.target_cut is None else stitch.target_cut
+        target_cut = point.target_cut if stitch.target_cut is None else stitch.target_cut
         if stitch.problems():
-            places.setdefault(point.name, []).append(replace(point, target_cut=aim))
+            points.setdefault(point.name, []).append(replace(point, target_cut=target_cut))
     jobs = [
         (name, problem, LeastSquares())
         for name, stitch in {point.name: stitch for point, stitch in stitches.items()}.items()
         for problem in stitch.problems()
     ]
-    wanted: dict[str, set[int | None]] = {}
-    for point in chain.from_iterable(places.values()):
-        wanted.setdefault(point.source, set()).add(point.source_cut)
-        wanted.setdefault(point.target, set()).add(point.target_cut)
+    cuts: dict[str, set[int | None]] = {}
+    for point in chain.from_iterable(points.values()):
+        cuts.setdefault(point.source, set()).add(point.source_cut)
+        cuts.setdefault(point.target, set()).add(point.target_cut)
     start = 0
     for batch in images:
-        features = {name: anchors[name].capture(batch[name], cuts) for name, cuts in wanted.items()}
-        for point, problem, sums in ((point, *job[1:]) for job in jobs for point in places[job[0]]):
+        features = {name: anchors[name].capture(batch[name], some) for name, some in cuts.items()}
+        for point, problem, sums in ((point, *job[1:]) for job in jobs for point in points[job[0]]):
             source = features[point.source][point.source_cut]
             target = features[point.target][point.target_cut]
-            chosen = problem.chosen(len(source), POSITIONS, start)
+            chosen = problem.chosen(len(source), MAX_POSITIONS, start)
             sums.update(problem.inputs(source, chosen).flatten(0, 1), problem.outputs(target, chosen).flatten(0, 1))
         start += len(next(iter(batch.values())))
     r2: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Pruning: what is left of a block's tensors when the weakest of its hidden channels are taken out."""
+"""Pruning: the tensors of a block without the weakest of its hidden channels."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from restnet_hf.anchors.segments import outside, own_modules
 from restnet_hf.stitches.norms import is_norm
 
 
-EXACT = 1e-4  # of the range of an output: float32 may add up in another order, a wrong channel is off by far more
-AT_LEAST = 8  # channels are kept, and a multiple of them, as kernels like it
+TOLERANCE = 1e-4  # of an output's range: above the rounding of float32 sums, far below the effect of a wrong channel
+CHANNEL_MULTIPLE = 8  # the number of channels is a multiple of it, for which kernels are fast
 
 
 def prunable(anchor: Anchor, block: int) -> bool:
-    """Whether the piece that ends in cut ``block`` has hidden channels that a copy can go without."""
+    """Whether the block that ends in cut ``block`` has hidden channels that a copy can leave out."""
     try:
         return bool(pruned(anchor, block, 0.5))
     except ValueError:
@@ -25,7 +25,7 @@ def prunable(anchor: Anchor, block: int) -> bool:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """Channels that live between two layers only: who makes, who carries and who takes them, by name."""
+    """Channels between two layers only: names of the layers that make or carry them, and of those that take them."""
 
     makers: tuple[str, ...]
     takers: tuple[str, ...]
@@ -33,20 +33,20 @@ class _Hidden:
 
 @torch.no_grad()
 def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
-    """The tensors of a piece that become smaller when its hidden channels of the smallest weights are left out.
+    """The smaller tensors of a block whose weakest hidden channels are left out.
 
-    Hidden channels are those of a 1x1 convolution or linear layer that only depthwise convolutions, BatchNorm and
-    squeeze-and-excite gates touch before the next such layer takes them: the wide middle of an inverted residual, or
-    of a perceptron. A channel's weight is the norm over all that makes and takes it. Each group is certified: with
-    the channels taken out, the piece gives what it gives with their weights at zero.
+    Hidden channels are those of a 1x1 convolution or linear layer that pass only through depthwise convolutions,
+    BatchNorm and squeeze-and-excite gates before the next such layer takes them: the wide middle of an inverted
+    residual, or of a perceptron. The strength of a channel is the norm of all weights that make and take it. Each
+    group of channels is verified: without them the block computes what it computes with their weights at zero.
 
     Args:
-        anchor: whose piece it is.
-        block: the cut that it ends in, from 2 on.
-        share: of the channels, from 0 to 1.
+        anchor: anchor that holds the block; it is not changed.
+        block: number of the cut at the end of the block, from 2 on.
+        share: share of the channels to leave out, above 0 and below 1.
 
     Raises:
-        ValueError: the piece has no such channels or, on the meta device, no weights; or the share is none.
+        ValueError: the block has no such channels or, on the meta device, no weights; or the share is out of range.
     """
     if not 0 < share < 1:
         raise ValueError(f"a share of channels to leave out must be above 0 and below 1, not {share}")
@@ -56,7 +56,7 @@ def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
             f"which channels of '{anchor.name}' a pruned copy keeps depends on its weights, and it has none on the "
             "meta device; build the model on another device, and move it after"
         )
-    kept: dict[str, dict[int, Tensor]] = {}  # of each tensor, by dimension
+    kept: dict[str, dict[int, Tensor]] = {}  # indices by tensor name and dimension
     for hidden in _hidden(anchor, block, x):
         keep = _strongest(hidden, modules, share)
         group = {
@@ -78,7 +78,7 @@ def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
 
 
 def _strongest(hidden: "_Hidden", modules: Mapping[str, nn.Module], share: float) -> Tensor:
-    """Numbers of the channels that stay."""
+    """Indices of the channels that stay."""
     makers, takers = (
         [
             modules[name].get_parameter("weight").detach().double()
@@ -90,26 +90,26 @@ def _strongest(hidden: "_Hidden", modules: Mapping[str, nn.Module], share: float
     weights = [weight.flatten(1) for weight in makers if weight.dim() > 1]
     weights += [weight.transpose(0, 1).flatten(1) for weight in takers]
     strength = torch.stack([weight.square().sum(1) for weight in weights]).sum(0)
-    below = (len(strength) - 1) // AT_LEAST  # some go whatever the share, so that all shares prune the same blocks
-    count = AT_LEAST * max(1, min(below, round((1 - share) * len(strength) / AT_LEAST)))
+    below = (len(strength) - 1) // CHANNEL_MULTIPLE  # some go at any share, so that all shares prune the same blocks
+    count = CHANNEL_MULTIPLE * max(1, min(below, round((1 - share) * len(strength) / CHANNEL_MULTIPLE)))
     return strength.topk(min(len(strength), count)).indices.sort().values
 
 
 def _slim(anchor: Anchor, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, dims in kept.items():
         path, _, leaf = name.rpartition(".")
         old = tensor = getattr(anchor.model.get_submodule(path), leaf)
         for dim, keep in dims.items():
             tensor = tensor.index_select(dim, keep)
-        found[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
-    return found
+        tensors[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(old, nn.Parameter) else tensor
+    return tensors
 
 
 def _same(
     anchor: Anchor, block: int, x: Tensor, group: Mapping[str, Mapping[int, Tensor]], taken: Iterable[str]
 ) -> bool:
-    """Whether the piece gives the same without some channels as with zeros where they are taken."""
+    """Whether the block computes the same without some channels as with zero weights where they are taken."""
     zeroed = {}
     for name in taken:
         weight = anchor.model.get_parameter(name)
@@ -123,27 +123,27 @@ def _same(
         return anchor(start, block - 1, block, lambda *span: tensors)
 
     try:
-        found = run(_slim(anchor, group))
-    except (RuntimeError, ValueError, IndexError):  # shapes do not fit: others use these channels, too
+        output = run(_slim(anchor, group))
+    except (RuntimeError, ValueError, IndexError):  # shapes do not fit: other layers use these channels, too
         return False
     wanted = run(zeroed)
-    near = found.shape == wanted.shape and (found - wanted).abs().max() <= EXACT * (wanted.max() - wanted.min())
+    near = output.shape == wanted.shape and (output - wanted).abs().max() <= TOLERANCE * (wanted.max() - wanted.min())
     return bool(near)
 
 
 def _single(anchor: Anchor, block: int) -> dict[str, Tensor]:
-    """The tensors of a piece in float32: half a float's rounding would hide a wrong channel."""
+    """The tensors of a block in float32: the rounding of half precision would hide a wrong channel."""
     own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
-    found = {
+    tensors = {
         f"{path}.{leaf}" if path else leaf: tensor
         for module, path in own.items()
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     }
-    return {name: tensor.float() for name, tensor in found.items() if tensor.is_floating_point()}
+    return {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def _hidden(anchor: Anchor, block: int, x: Tensor) -> Iterator[_Hidden]:
-    """Groups that look like hidden channels, by the order in which layers run."""
+    """Groups of layers that look like those of hidden channels, by the order in which layers run."""
     order: dict[nn.Module, str] = {}
     own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
     layers = {module: name for module, name in own.items() if _ends(module) or is_norm(module)}
@@ -159,12 +159,12 @@ def _hidden(anchor: Anchor, block: int, x: Tensor) -> Iterator[_Hidden]:
         if ends is None or ends[0] == 0:
             continue
         makers, takers, width = [order[first]], list[str](), ends[1]
-        gates: set[int] = set()  # widths of squeezed channels that come back
+        gates: set[int] = set()  # widths of squeezed channels that are widened again
         for layer in run[index + 1 :]:
             ends = _ends(layer)
             if ends is None or ends == (0, width) or (ends[0] in gates and ends[1] == width):
                 makers.append(order[layer])
-            elif ends[0] == width and _comes_back(run[run.index(layer) + 1 :], ends[1], width):
+            elif ends[0] == width and _is_gate(run[run.index(layer) + 1 :], ends[1], width):
                 takers.append(order[layer])
                 gates.add(ends[1])
             elif ends[0] == width:
@@ -174,10 +174,10 @@ def _hidden(anchor: Anchor, block: int, x: Tensor) -> Iterator[_Hidden]:
                 break
 
 
-def _comes_back(later: list[nn.Module], squeezed: int, width: int) -> bool:
+def _is_gate(later: list[nn.Module], squeezed: int, width: int) -> bool:
     """Whether a layer widens squeezed channels again, and another takes the wide ones after it."""
-    ends = [found for module in later if (found := _ends(module)) is not None]
-    return ends[:1] == [(squeezed, width)] and any(found[0] == width for found in ends[1:])
+    ends = [channels for module in later if (channels := _ends(module)) is not None]
+    return ends[:1] == [(squeezed, width)] and any(channels[0] == width for channels in ends[1:])
 
 
 def _ends(module: nn.Module) -> tuple[int, int] | None:
@@ -194,8 +194,8 @@ def _ends(module: nn.Module) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def activation(anchor: Anchor, cut: int) -> Tensor:
-    """What there is at a cut for an image of noise."""
+    """The activation at a cut for an image of noise."""
     like = next(anchor.parameters())
     rng, size = torch.Generator().manual_seed(0), anchor.preprocessing.image_size
-    images = torch.randn(1, 3, *size, generator=rng, device="cpu")  # whatever torch.device() the caller is in
+    images = torch.randn(1, 3, *size, generator=rng, device="cpu")  # even inside a context of torch.device()
     return anchor(images.to(like.device, like.dtype), 0, cut)

@@ -1,4 +1,4 @@
-"""TUNINGS: what routes put in the place of an anchor's own weights while they run; the anchor itself never changes."""
+"""TUNINGS: tensors that replace an anchor's own while a route runs; the anchor itself never changes."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -13,23 +13,24 @@ from restnet_hf.routes.route import Route, TunedKey, of_adapter
 from restnet_hf.stitches.norms import is_norm
 
 
-HIGHEST = 4096  # rank: a config of a stranger must not fill the memory
-LAYERS = (nn.Linear, nn.Conv2d)
+MAX_RANK = 4096  # an untrusted config must not exhaust memory
+WEIGHTED_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class TunedConfig:
-    """What is tuned.
+    """Which tensors of an anchor are tuned, and how.
 
     Args:
-        kind: a key of `TUNINGS`.
-        anchor: name of the anchor whose weights are replaced.
-        start, stop: cuts between which they are.
+        kind: kind of tuning, a key of `TUNINGS`.
+        anchor: name of the anchor whose tensors are replaced.
+        start: cut after which tensors are replaced; 0 for the image.
+        stop: cut up to which tensors are replaced; None for the logits.
         r: rank of low-rank updates.
-        lora_alpha: their scale is ``lora_alpha / r``, as in PEFT.
+        lora_alpha: scale of low-rank updates, which are multiplied by ``lora_alpha / r``, as in PEFT.
 
     Raises:
-        ValueError: there is no such kind, or a number is not above zero.
+        ValueError: the kind is unknown, or a number is out of range.
     """
 
     kind: str
@@ -43,25 +44,25 @@ class TunedConfig:
         if self.kind not in TUNINGS:
             raise ValueError(f"kind={self.kind!r} is not one of {sorted(TUNINGS)}")
         alpha, stop = self.lora_alpha, 1 if self.stop is None else self.stop
-        if type(self.r) is not int or not 1 <= self.r <= HIGHEST or not 0 < alpha <= sys.float_info.max:
-            raise ValueError(f"r={self.r} must be from 1 to {HIGHEST}, and lora_alpha={alpha} finite and above 0")
+        if type(self.r) is not int or not 1 <= self.r <= MAX_RANK or not 0 < alpha <= sys.float_info.max:
+            raise ValueError(f"r={self.r} must be from 1 to {MAX_RANK}, and lora_alpha={alpha} finite and above 0")
         if type(self.start) is not int or type(stop) is not int or min(self.start, stop) < 0:
-            raise ValueError(f"start={self.start} and stop={self.stop} must be numbers of cuts")
+            raise ValueError(f"start={self.start} and stop={self.stop} must be numbers of cuts, 0 or more")
 
 
 class Tuned(nn.Module):
-    """Tensors for a segment's own: copies that train, or low-rank updates.
+    """Tensors that replace a segment's own: copies that train, or low-rank updates.
 
     Args:
-        anchor: whose weights are replaced; it is neither held nor changed.
-        config: see `TunedConfig`.
-        ghost: one of which only shapes are needed, and which takes no memory.
+        anchor: anchor whose tensors are replaced; it is neither changed nor registered as a submodule.
+        config: kind, cuts and rank of the tensors.
+        shapes_only: whether only shapes are needed, so that the tensors are on the meta device.
 
     Raises:
-        ValueError: the segment has nothing of that kind.
+        ValueError: the segment has no tensors of that kind.
     """
 
-    def __init__(self, anchor: Anchor, config: TunedConfig, ghost: bool = False) -> None:
+    def __init__(self, anchor: Anchor, config: TunedConfig, shapes_only: bool = False) -> None:
         super().__init__()
         self.config = config
         self.own = nn.ParameterDict()
@@ -73,7 +74,7 @@ class Tuned(nn.Module):
             )
         for name in names:
             tensor, key = _tensor(anchor.model, name), name.replace(".", "/")
-            if ghost:
+            if shapes_only:
                 like = torch.empty_like(tensor, device="meta")
                 tensor = nn.Parameter(like) if isinstance(tensor, nn.Parameter) else like
             if config.kind == "lora":
@@ -87,32 +88,38 @@ class Tuned(nn.Module):
         self._inside: dict[tuple[int, int | None], list[str]] = {(config.start, config.stop): names}
 
     def tensors(self, anchor: Anchor, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
-        """What to put in the place of the segment's weights and buffers, by name.
+        """The tensors that replace weights and buffers of a segment, by name.
 
-        A low-rank update is ``W + lora_alpha / r · B A`` (Hu et al., arXiv 2106.09685).
+        A low-rank update gives ``W + lora_alpha / r · B A`` (Hu et al., arXiv 2106.09685).
+
+        Args:
+            anchor: anchor of the segment, for the weights that low-rank updates add to.
+            start: cut at which the segment begins.
+            stop: cut at which the segment ends; None for the logits.
         """
         if (start, stop) not in self._inside:
-            there = set(self._inside[self.config.start, self.config.stop])
+            tuned = set(self._inside[self.config.start, self.config.stop])
             names = tunable(anchor, self.config.kind, start, stop)
-            self._inside[start, stop] = [name for name in names if name in there]
-        found = {}
+            self._inside[start, stop] = [name for name in names if name in tuned]
+        tensors = {}
         for name in self._inside[start, stop]:
             key = name.replace(".", "/")
             if key in self.A:
                 weight = _tensor(anchor.model, name)
                 update = (self.B[key] @ self.A[key]).view_as(weight)
-                found[name] = weight + update * (self.config.lora_alpha / self.config.r)
+                tensors[name] = weight + update * (self.config.lora_alpha / self.config.r)
             else:
-                found[name] = self.own[key] if key in self.own else getattr(self, key)
-        return found
+                tensors[name] = self.own[key] if key in self.own else getattr(self, key)
+        return tensors
 
     def extra_repr(self) -> str:
+        """Kind and anchor, for ``repr``."""
         return f"kind={self.config.kind!r}, anchor={self.config.anchor!r}"
 
 
-def ghost_tuned(anchors: Mapping[str, Anchor], config: TunedConfig) -> Tuned:
-    """What would be tuned of one of several anchors, with shapes alone."""
-    return Tuned(anchors[config.anchor], config, ghost=True)
+def tuned_on_meta(anchors: Mapping[str, Anchor], config: TunedConfig) -> Tuned:
+    """Tuned tensors of one of several anchors, on the meta device."""
+    return Tuned(anchors[config.anchor], config, shapes_only=True)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
@@ -121,7 +128,14 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def tunable(anchor: Anchor, kind: str, start: int = 0, stop: int | None = None) -> list[str]:
-    """Names in the network of the tensors of a segment that a kind replaces, each tensor once."""
+    """Names, in the anchor's network, of the tensors of a segment that a kind replaces, each tensor once.
+
+    Args:
+        anchor: anchor of the segment.
+        kind: kind of tuning, a key of `TUNINGS`.
+        start: cut at which the segment begins.
+        stop: cut at which the segment ends; None for the logits.
+    """
     last = None if stop is None else anchor.cut(stop)
     names, seen = [], set()
     for module, path in own_modules(anchor.model, outside(anchor.cut(start), last, anchor.classifier)).items():
@@ -142,12 +156,12 @@ def _norm(module: nn.Module) -> Named:
 
 
 def _bias(module: nn.Module) -> Named:
-    if isinstance(module, LAYERS) and module.bias is not None:
+    if isinstance(module, WEIGHTED_LAYERS) and module.bias is not None:
         yield "bias", module.bias
 
 
 def _lora(module: nn.Module) -> Named:
-    if isinstance(module, LAYERS):
+    if isinstance(module, WEIGHTED_LAYERS):
         yield "weight", module.weight
 
 
@@ -155,28 +169,42 @@ def _full(module: nn.Module) -> Named:
     return module.named_parameters(recurse=False)
 
 
-# What each kind replaces of a module. The first two are shared by the routes of an adapter, the others a route's own.
+# The tensors of a module that each kind replaces. Routes of an adapter share those of the first two kinds; each route
+# has its own of the others.
 TUNINGS: dict[str, Callable[[nn.Module], Named]] = {"full": _full, "lora": _lora, "bias": _bias, "norm": _norm}
-SHARED = ("full", "lora")
+SHARED_KINDS = ("full", "lora")
 
 
 def tuned_keys(route: Route) -> list[list[TunedKey]]:
-    """For each segment of a route the keys under which a model keeps what is tuned of it.
+    """The keys of tensors that a model may tune, for each segment of a route.
 
-    An anchor alone stays what it was: nothing is ever tuned of it.
+    An anchor alone has none: it always runs with its own weights.
     """
     points = route.stitch_points
     if not points:
         return [[]]
     own = "+".join(point.name for point in points)
-    found = []
+    keys = []
     for index, segment in enumerate(route.segments):
         shared = of_adapter(route.adapter, segment.anchor)
         last = index == len(route.segments) - 1
-        found.append([TunedKey(kind, shared if kind in SHARED else own) for kind in TUNINGS if last or kind in SHARED])
-    return found
+        keys.append(
+            [
+                TunedKey(kind, shared if kind in SHARED_KINDS else own)
+                for kind in TUNINGS
+                if last or kind in SHARED_KINDS
+            ]
+        )
+    return keys
 
 
 def tuned_tensors(parts: Iterable[Tuned], anchor: Anchor, start: int, stop: int | None) -> Mapping[str, Tensor]:
-    """All that a route replaces in a segment; of the same tensor the last one counts."""
+    """All tensors that replace a segment's own, by name; of several for one name the last counts.
+
+    Args:
+        parts: tuned tensors that the route uses.
+        anchor: anchor of the segment.
+        start: cut at which the segment begins.
+        stop: cut at which the segment ends; None for the logits.
+    """
     return {name: tensor for part in parts for name, tensor in part.tensors(anchor, start, stop).items()}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from restnet_hf.stitches.tuning import HIGHEST
+from restnet_hf.stitches.tuning import MAX_RANK
 from restnet_hf.training.samplers import SAMPLERS
 
 
@@ -87,7 +87,7 @@ class TrainArgs:
     train_head: bool | None = None
     tuning: Literal["stitch", "norm", "lora", "full"] = "stitch"
     anchor_learning_rate: float | None = Field(default=None, gt=0)
-    r: int = Field(default=8, gt=0, le=HIGHEST)
+    r: int = Field(default=8, gt=0, le=MAX_RANK)
     lora_alpha: float = Field(default=8.0, gt=0, allow_inf_nan=False)
     sampler: str = "all"
     cache_dir: str | None = None

@@ -12,7 +12,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, TunedKey
 from restnet_hf.steps import Step, run_steps
 from restnet_hf.stitches.norms import recalibrate
-from restnet_hf.stitches.tuning import SHARED, Tuned, TunedConfig, tunable, tuned_keys
+from restnet_hf.stitches.tuning import SHARED_KINDS, Tuned, TunedConfig, tunable, tuned_keys
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.frozen import TEACHER, FrozenPart, first_segment, goal_name
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
@@ -88,7 +88,7 @@ class Learner:
                 for key in keys:
                     if key.kind not in kinds or str(key) in model.tuned:
                         continue
-                    span = (0, None) if key.kind in SHARED else (segment.start, None)
+                    span = (0, None) if key.kind in SHARED_KINDS else (segment.start, None)
                     if key.kind == "bias" and not tunable(model.anchors[segment.anchor], key.kind, *span):
                         continue
                     config = TunedConfig(key.kind, segment.anchor, *span, r=args.r, lora_alpha=args.lora_alpha)
@@ -228,7 +228,7 @@ class Learner:
     def saliency(self, route: Route) -> float:
         """Mean |gradient x weight| over what a route alone trains (ESTA, arXiv 2311.17352)."""
         own = {f"stitches.{point.name}" for point in route.stitch_points}
-        own |= {f"tuned.{key}" for key in tuned_keys(route)[-1] if key.kind not in SHARED}
+        own |= {f"tuned.{key}" for key in tuned_keys(route)[-1] if key.kind not in SHARED_KINDS}
         products = [
             (p.grad * p).detach().abs().flatten()
             for key in own & self.modules.keys()

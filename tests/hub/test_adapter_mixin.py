@@ -323,10 +323,10 @@ def test_pipeline(demo_model, tmp_path):
 
 def jiggled(model, seed=0):
     """Other stitches than those that are made."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in model.stitches.state_dict().values():
-            tensor.add_(0.05 * torch.rand(tensor.shape, generator=dice))
+            tensor.add_(0.05 * torch.rand(tensor.shape, generator=rng))
     return model
 
 

@@ -89,17 +89,17 @@ print("\\n" + json.dumps([seen, said, inside]))  # transformers may have asked a
 ODD += [["a"], {"a": 1}, "resnet[:]", "me/big-resnet", 0.5]
 
 
-def fuzzed(files: dict[str, bytes], dice: random.Random) -> dict[str, bytes]:
+def fuzzed(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     """An adapter's files with one of them changed at random."""
-    name = dice.choice(["config.json"] * 4 + ["profile.json", "preprocessor_config.json", "header", "bytes"])
+    name = rng.choice(["config.json"] * 4 + ["profile.json", "preprocessor_config.json", "header", "bytes"])
     raw = files["model.safetensors"]
     length = struct.unpack("<Q", raw[:8])[0]
     if name == "bytes":
-        cut, flip = dice.randrange(1, len(raw)), dice.randrange(len(raw))
-        changed = raw[:flip] + bytes([raw[flip] ^ dice.randrange(1, 256)]) + raw[flip + 1 :]
-        return files | {"model.safetensors": changed[:cut] if dice.random() < 0.5 else changed}
+        cut, flip = rng.randrange(1, len(raw)), rng.randrange(len(raw))
+        changed = raw[:flip] + bytes([raw[flip] ^ rng.randrange(1, 256)]) + raw[flip + 1 :]
+        return files | {"model.safetensors": changed[:cut] if rng.random() < 0.5 else changed}
     whole = json.loads(raw[8 : 8 + length] if name == "header" else files[name])
-    text = json.dumps(put(whole, dice.choice(places(whole)), dice.choice(ODD))).encode()
+    text = json.dumps(put(whole, rng.choice(places(whole)), rng.choice(ODD))).encode()
     if name == "header":
         return files | {"model.safetensors": struct.pack("<Q", len(text)) + text + raw[8 + length :]}
     return files | {name: text}
@@ -108,14 +108,14 @@ def fuzzed(files: dict[str, bytes], dice: random.Random) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_fuzzed_repositories(world):
     """Only documented errors come out, no code runs, no file is written outside of the cache."""
-    dice, trap = random.Random(0), world.folder / "trapped"
+    rng, trap = random.Random(0), world.folder / "trapped"
     code = f"open({str(trap)!r}, 'w').write('ran')\n".encode()
     traps = {name: code for name in ("modeling_restnet.py", "configuration_restnet.py", "__init__.py", "setup.py")}
     traps |= {name: pickle.dumps(Trap(str(trap))) for name in ("pytorch_model.bin", "training_args.bin")}
     files = world.hub.repos["me/adapter"].commits[-1][1]
     names = [f"evil/fuzz-{index:03}" for index in range(40)]
     for name in names:
-        world.hub.put(name, fuzzed(files, dice) | traps)
+        world.hub.put(name, fuzzed(files, rng) | traps)
     before = {path for path in world.folder.rglob("*") if "fuzzed" not in path.parts}
     seen, said, inside = world.run(WATCHED, "fuzzed", arguments=[json.dumps(names)])
     for name in names:

@@ -135,11 +135,11 @@ def write(path: Path, data: Any) -> None:
 def odd_json(name: str) -> Callable[[Path, random.Random], None]:
     """Put an odd value at a random place of a JSON file."""
 
-    def change(folder: Path, dice: random.Random) -> None:
+    def change(folder: Path, rng: random.Random) -> None:
         file = folder / name
         data = json.loads(file.read_text())
-        for _ in range(dice.choice((1, 1, 1, 3))):
-            data = put(data, dice.choice(places(data)), dice.choice(ODD))
+        for _ in range(rng.choice((1, 1, 1, 3))):
+            data = put(data, rng.choice(places(data)), rng.choice(ODD))
             if not places(data):
                 break
         write(file, data)
@@ -147,41 +147,41 @@ def odd_json(name: str) -> Callable[[Path, random.Random], None]:
     return change
 
 
-def odd_key(folder: Path, dice: random.Random) -> None:
+def odd_key(folder: Path, rng: random.Random) -> None:
     data = json.loads((folder / "adapter/config.json").read_text())
-    write(folder / "adapter/config.json", data | {dice.choice(KEYS): dice.choice(ODD)})
+    write(folder / "adapter/config.json", data | {rng.choice(KEYS): rng.choice(ODD)})
 
 
 def odd_header(name: str) -> Callable[[Path, random.Random], None]:
-    def change(folder: Path, dice: random.Random) -> None:
+    def change(folder: Path, rng: random.Random) -> None:
         raw = (folder / name).read_bytes()
         length = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8 : 8 + length])
-        text = json.dumps(put(header, dice.choice(places(header)), dice.choice([*ODD, "F8_E4M3", "I64", "BF16"])))
+        text = json.dumps(put(header, rng.choice(places(header)), rng.choice([*ODD, "F8_E4M3", "I64", "BF16"])))
         (folder / name).write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :])
 
     return change
 
 
 def odd_bytes(name: str) -> Callable[[Path, random.Random], None]:
-    def change(folder: Path, dice: random.Random) -> None:
+    def change(folder: Path, rng: random.Random) -> None:
         raw = bytearray((folder / name).read_bytes())
-        for _ in range(dice.choice((1, 20))):
-            raw[dice.randrange(dice.choice((8, 2000, len(raw))))] = dice.randrange(256)
-        (folder / name).write_bytes(raw[: dice.randrange(len(raw))] if dice.random() < 0.4 else raw)
+        for _ in range(rng.choice((1, 20))):
+            raw[rng.randrange(rng.choice((8, 2000, len(raw))))] = rng.randrange(256)
+        (folder / name).write_bytes(raw[: rng.randrange(len(raw))] if rng.random() < 0.4 else raw)
 
     return change
 
 
-def odd_files(folder: Path, dice: random.Random) -> None:
+def odd_files(folder: Path, rng: random.Random) -> None:
     """Links, pickles and code in the place of files, or beside them."""
-    file = folder / dice.choice(
+    file = folder / rng.choice(
         ["adapter/config.json", f"adapter/{WEIGHTS}", "adapter/profile.json", "vit/config.json"]
     )
     precious = folder.parent / "precious"
-    kind = dice.choice(["zero", "pipe", "self", "gone", "folder", "other", "pickle", "missing", "text", "lora"])
+    kind = rng.choice(["zero", "pipe", "self", "gone", "folder", "other", "pickle", "missing", "text", "lora"])
     if kind == "lora":
-        lora = {"peft_type": "LORA", "r": dice.choice([4, 4096, 10**9]), "target_modules": ["q_proj"]}
+        lora = {"peft_type": "LORA", "r": rng.choice([4, 4096, 10**9]), "target_modules": ["q_proj"]}
         write(file.parent / "adapter_config.json", lora | {"base_model_name_or_path": str(folder / "adapter")})
         return
     file.unlink()
@@ -190,18 +190,16 @@ def odd_files(folder: Path, dice: random.Random) -> None:
     elif kind == "pickle":
         file.write_bytes(pickle.dumps(Trap(precious / "trap")))
     elif kind == "text":
-        write(
-            file, dice.choice(["", "[]", "null", "{", '"x"', "[" * 50_000, "{}", '{"a":' * 2000, "\x00", "1" * 9999])
-        )
+        write(file, rng.choice(["", "[]", "null", "{", '"x"', "[" * 50_000, "{}", '{"a":' * 2000, "\x00", "1" * 9999]))
     elif kind != "missing":
         to = {"zero": Path("/dev/zero"), "self": file, "gone": folder / "gone", "folder": folder}
         file.symlink_to(to.get(kind, precious / "notes.json"))
 
 
-def odd_anchor(folder: Path, dice: random.Random) -> None:
+def odd_anchor(folder: Path, rng: random.Random) -> None:
     """Anchors that hold only pickles, and adapters that name themselves or each other."""
     anchor, config = folder / "vit", json.loads((folder / "adapter/config.json").read_text())
-    kind = dice.choice(["bin", "timm", "self", "other", "lora", "index"])
+    kind = rng.choice(["bin", "timm", "self", "other", "lora", "index"])
     if kind in ("self", "other"):
         config["anchors"][1]["repo_id"] = str(folder / ("adapter" if kind == "self" else "resnet"))
         write(folder / "adapter/config.json", config)
@@ -249,10 +247,10 @@ def copied(folder: Path, original: Path, name: str) -> None:
     file.write_text(file.read_text().replace(f"{original}/", f"{folder}/"))
 
 
-def hostile(folder: Path, original: Path, dice: random.Random, kind: str) -> None:
+def hostile(folder: Path, original: Path, rng: random.Random, kind: str) -> None:
     """A copy of an adapter and its anchors with something changed, and traps beside it."""
-    copied(folder, original, "whole" if dice.random() < 0.25 else "good")
-    CHANGES[kind][0](folder, dice)
+    copied(folder, original, "whole" if rng.random() < 0.25 else "good")
+    CHANGES[kind][0](folder, rng)
     trap = folder.parent / "precious" / "trap"
     for name in ("configuration_restnet.py", "setup.py", "__init__.py", "modeling_vit.py"):
         write(folder / "adapter" / name, f"open({str(trap)!r}, 'w')")
@@ -447,13 +445,13 @@ def state(folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_hostile_folders(original, tmp_path_factory):
     """Only documented and short errors, no code, nothing written, little memory and time, for hundreds of adapters."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     (original / "precious").mkdir(exist_ok=True)
     write(original / "precious/notes.json", {"mine": True})
     kinds = [kind for kind, (_, weight) in CHANGES.items() for _ in range(weight)]
     names = [f"{index:03}-{kinds[index % len(kinds)]}" for index in range(AMOUNT)]
     for name in names:
-        hostile(original / name, original, dice, name[4:].lstrip("0123456789-"))
+        hostile(original / name, original, rng, name[4:].lstrip("0123456789-"))
     for name in ASKS:
         asking(original / f"asks-{name}", original, name)
     for name in FILES:

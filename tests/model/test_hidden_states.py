@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from restnet_hf import StitchConfig, StitchedModelForImageClassification
 from restnet_hf.steps import run_steps, split_at_cuts
-from restnet_hf.stitches.tuning import SHARED, TunedConfig, tuned_keys
+from restnet_hf.stitches.tuning import SHARED_KINDS, TunedConfig, tuned_keys
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_tuned_anchors(pair, images, kind):
     """Pieces from cut to cut run with what is tuned, as the whole does."""
     before = pair(images).logits
     key = next(key for key in tuned_keys(pair.active_route)[-1] if key.kind == kind)
-    tuned = pair.add_tuned(key, TunedConfig(kind, "vit", 0 if kind in SHARED else 2))
+    tuned = pair.add_tuned(key, TunedConfig(kind, "vit", 0 if kind in SHARED_KINDS else 2))
     for parameter in tuned.parameters():
         parameter.add_(0.1)
     out = pair(images, output_hidden_states=True)

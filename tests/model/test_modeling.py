@@ -318,10 +318,10 @@ def elastic(name, **options):
 
 def jiggle(model, seed=0):
     """Other stitches than those that are made."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.stitches.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=dice))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
     return model
 
 
@@ -381,15 +381,15 @@ def images_or_activation(anchor, cut):
 
 
 def test_costs_of_routes_that_skip():
-    """Sums by hand; foretold by ghosts, profiled, and what the baked route holds."""
+    """Sums by hand; predicted before there are stitches, profiled, and of the baked route."""
     model = elastic("resnet")
-    foretold = build(make_anchor("resnet"), make_anchor("vit"), order="given").route_costs(StitchConfig("branch"))
+    predicted = build(make_anchor("resnet"), make_anchor("vit"), order="given").route_costs(StitchConfig("branch"))
     profile = model.profile()
     assert len(profile.routes) == 13
     for row in profile.routes:
         macs, params = by_hand(model.anchors["resnet"], row.route, model.stitches)
         known = {name: row.costs[name] for name in ("macs", "params")}
-        assert known == {"macs": macs, "params": params} == foretold(row.route)
+        assert known == {"macs": macs, "params": params} == predicted(row.route)
         assert sum(p.numel() for p in model.bake(row.route).parameters()) == params
     whole, *others = profile.routes
     assert all(row.costs["macs"] < whole.costs["macs"] for row in others)

@@ -114,8 +114,8 @@ def race(hits, **options):
 
 
 def test_a_race_stops_what_cannot_win():
-    dice = torch.Generator().manual_seed(0)
-    hits = torch.rand(500, 4, generator=dice) < torch.tensor([0.9, 0.88, 0.5, 0.2])
+    rng = torch.Generator().manual_seed(0)
+    hits = torch.rand(500, 4, generator=rng) < torch.tensor([0.9, 0.88, 0.5, 0.2])
     (best, near, worse, worst), found, ran = race(hits)
     exact = hits.double().mean(0).tolist()
     assert found.scores == {best: pytest.approx(exact[0]), near: pytest.approx(exact[1])} and found.images == 500
@@ -134,10 +134,10 @@ def test_a_race_stops_what_cannot_win():
 
 def test_a_race_hardly_ever_stops_the_best():
     """Two hundred races of ten equal routes: the one that is best in the end was stopped in at most 1 %, by chance."""
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     lost = 0
     for _ in range(200):
-        hits = torch.rand(200, 10, generator=dice) < 0.7
+        hits = torch.rand(200, 10, generator=rng) < 0.7
         routes, found, _ = race(hits, error=0.01)
         top = hits.sum(0).max()
         lost += not any(routes[column] in found.scores for column in range(10) if hits[:, column].sum() == top)

@@ -43,7 +43,7 @@ def test_every_selector_selects(noise, method, order):
     assert model.fit_stitches(noise).keys() == set(model.stitches)
     known = {row.route: row.costs for row in model.profile().routes}
     ranked = [row for row in model.ranking if row.route in known]
-    assert ranked and all(row.costs.items() <= known[row.route].items() for row in ranked), "costs were foretold"
+    assert ranked and all(row.costs.items() <= known[row.route].items() for row in ranked), "costs were predicted"
 
 
 def test_budget(noise):

@@ -44,11 +44,11 @@ def make(name):
     """A tiny anchor of timm, random, BatchNorm statistics too."""
     model, options = NETWORKS[name]
     network = spread(timm.create_model(model, num_classes=CLASSES, **options))
-    dice = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(0, 0.1, generator=dice)
-            module.running_var.uniform_(0.5, 2, generator=dice)
+            module.running_mean.normal_(0, 0.1, generator=rng)
+            module.running_var.uniform_(0.5, 2, generator=rng)
     return Anchor(network, name, Preprocessing((SIZE, SIZE)))
 
 
@@ -84,10 +84,10 @@ CASES = [pytest.param(name, *case, id=f"{name}-{case[0][0]}-{case[0][1]}") for n
 
 def moved(branch, seed=0):
     """The same branch with other weights, and statistics, than the anchor's."""
-    dice = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in branch.state_dict().values():
-            tensor.add_(0.05 * torch.rand(tensor.shape, generator=dice))
+            tensor.add_(0.05 * torch.rand(tensor.shape, generator=rng))
     return branch
 
 
@@ -200,11 +200,11 @@ def test_ghosts_take_no_memory(timm_anchors, name):
     anchor = timm_anchors[name]
     before = {key: value.clone() for key, value in anchor.state_dict().items()}
     point = StitchPoint(name, 2, name, 4)
-    ghost, real = (stitch_at(point, {name: anchor}, BRANCH, ghost=ghost) for ghost in (True, False))
+    shapes, real = (stitch_at(point, {name: anchor}, BRANCH, shapes_only=each) for each in (True, False))
     own = {tensor.data_ptr() for tensor in (*anchor.parameters(), *anchor.buffers())}
-    assert {tensor.data_ptr() for tensor in ghost.own.values()} <= own
+    assert {tensor.data_ptr() for tensor in shapes.own.values()} <= own
     assert not {tensor.data_ptr() for tensor in real.own.values()} & own
-    assert [t.shape for t in ghost.state_dict().values()] == [t.shape for t in real.state_dict().values()]
+    assert [t.shape for t in shapes.state_dict().values()] == [t.shape for t in real.state_dict().values()]
     assert all(torch.equal(value, before[key]) for key, value in anchor.state_dict().items())
 
 
@@ -341,6 +341,6 @@ def test_least_squares_lead_into_a_branch():
 def test_what_cannot_be_made_leaves_nothing_behind():
     """The second stitch of a route fails: the first is not left without a route."""
     model = StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), make_anchor("vit", 1))
-    with pytest.raises(ValueError, match="a branch stands for blocks of one anchor"):
+    with pytest.raises(ValueError, match="a branch replaces blocks of one anchor"):
         model.add_stitch("resnet[:1] + resnet[3:4] + vit[2:]", StitchConfig("branch"))
     assert not model.routes and not model.config.stitches and not len(model.stitches)

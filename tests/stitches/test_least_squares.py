@@ -192,7 +192,7 @@ def test_large_maps_are_fitted_on_a_sample(monkeypatch):
     every = torch.cat([batch["resnet"] for batch in images])
     errors, r2 = [], []
     for positions in (10_000, 64, 16):
-        monkeypatch.setattr(least_squares, "POSITIONS", positions)
+        monkeypatch.setattr(least_squares, "MAX_POSITIONS", positions)
         stitch = make_stitch(front.layout(2), end.layout(1), StitchConfig())
         r2 += fit_stitches({point: stitch}, {"resnet": front, "mobilenet": end}, images).values()
         with torch.no_grad():

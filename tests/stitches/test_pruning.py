@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.preprocessing import Preprocessing
-from restnet_hf.stitches.pruning import AT_LEAST, activation, prunable, pruned
+from restnet_hf.stitches.pruning import CHANNEL_MULTIPLE, activation, prunable, pruned
 
 
 def anchor_of(network, name="net"):
@@ -22,8 +22,8 @@ def tiny(name, **options):
 
 def kept(width, share):
     """So many channels stay: a multiple of eight, at least eight, and fewer than there were."""
-    nearest = AT_LEAST * round((1 - share) * width / AT_LEAST)
-    return max(AT_LEAST, min(nearest, AT_LEAST * ((width - 1) // AT_LEAST)))
+    nearest = CHANNEL_MULTIPLE * round((1 - share) * width / CHANNEL_MULTIPLE)
+    return max(CHANNEL_MULTIPLE, min(nearest, CHANNEL_MULTIPLE * ((width - 1) // CHANNEL_MULTIPLE)))
 
 
 def strongest(count, *weights):
@@ -169,7 +169,7 @@ def test_all_shares_prune_the_same_blocks(share):
             for key, tensor in pruned(anchor, block, share).items():
                 path, _, leaf = key.rpartition(".")
                 old = getattr(anchor.model.get_submodule(path), leaf)
-                assert tensor.numel() < old.numel() and max(tensor.shape) >= AT_LEAST
+                assert tensor.numel() < old.numel() and max(tensor.shape) >= CHANNEL_MULTIPLE
         else:
             with pytest.raises(ValueError, match="no hidden channels"):
                 pruned(anchor, block, share)

@@ -12,7 +12,7 @@ from torch import nn
 from restnet_hf import Route, StitchedModelForImageClassification
 from restnet_hf.routes.route import TunedKey
 from restnet_hf.stitches.norms import is_norm, recalibrate
-from restnet_hf.stitches.tuning import LAYERS, SHARED, TUNINGS, Tuned, TunedConfig, tuned_keys
+from restnet_hf.stitches.tuning import SHARED_KINDS, TUNINGS, WEIGHTED_LAYERS, Tuned, TunedConfig, tuned_keys
 
 
 ROUTE = "resnet[:2] + vit[1:]"
@@ -33,7 +33,7 @@ def tune(model, route, kind):
     route = model.route(route)
     key = next(key for key in tuned_keys(route)[-1] if key.kind == kind)
     last = route.segments[-1]
-    return model.add_tuned(key, TunedConfig(kind, last.anchor, 0 if kind in SHARED else last.start))
+    return model.add_tuned(key, TunedConfig(kind, last.anchor, 0 if kind in SHARED_KINDS else last.start))
 
 
 @pytest.mark.parametrize("kind", TUNINGS)
@@ -69,7 +69,7 @@ def test_what_each_kind_takes():
         modules = dict(anchor.model.named_modules())
         layers = {key for key, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
         norms = {key for key, module in modules.items() if "Norm" in type(module).__name__}
-        assert norms == {key for key, module in modules.items() if is_norm(module)} and LAYERS == (
+        assert norms == {key for key, module in modules.items() if is_norm(module)} and WEIGHTED_LAYERS == (
             nn.Linear,
             nn.Conv2d,
         )
@@ -266,7 +266,7 @@ def test_gradients_through_checkpoints(tuned_model, images):
     "change",
     [{"kind": "magic"}, {"anchor": "other"}, {"r": 0}, {"strange": 1}, {"kind": "bias"}],
 )
-def test_config_that_is_not_sound(tuned_model, tmp_path, change):
+def test_invalid_config(tuned_model, tmp_path, change):
     tuned_model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     key = next(key for key in config["tuned"] if key.startswith("norm"))
