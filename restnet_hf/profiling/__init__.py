@@ -1,1 +1,1 @@
-"""What routes cost, and what they give."""
+"""Costs and accuracy of routes."""

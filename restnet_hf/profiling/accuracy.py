@@ -1,4 +1,4 @@
-"""Accuracy of every route on the same images, shared beginnings run once."""
+"""Accuracy of every route on the same images; what routes have in common runs once."""
 
 from collections.abc import Iterable, Sequence
 
@@ -16,14 +16,14 @@ from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
 def predict_routes(
     walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
 ) -> tuple[dict[Route, Tensor], Tensor]:
-    """The class that each route gives each image, and the images' labels, (images,) each.
+    """Predict the class of each image by each route; returns predictions and labels, (images,) each.
 
-    Under several processes each takes every n-th batch, and all get the whole result.
+    With several processes each takes every n-th batch, and all return the whole result.
 
     Args:
         walks: routes with their steps.
-        batches: of images in the model's preprocessing, the same on every process.
-        device: where to run.
+        batches: batches of labelled images in the model's preprocessing, the same on every process.
+        device: device to run on.
 
     Raises:
         ValueError: a batch has no labels.
@@ -46,7 +46,13 @@ def predict_routes(
 def score_routes(
     walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
 ) -> tuple[dict[Route, float], int]:
-    """Accuracy of each route, and on how many images; see `predict_routes`."""
+    """Accuracy of each route, and the number of images; see `predict_routes`.
+
+    Args:
+        walks: routes with their steps.
+        batches: batches of labelled images in the model's preprocessing, the same on every process.
+        device: device to run on.
+    """
     from restnet_hf.profiling.metric import Accuracy
 
     predictions, labels = predict_routes(walks, batches, device)
@@ -60,16 +66,16 @@ def score_routes(
 
 @torch.no_grad()
 def mean_probabilities(walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device) -> dict[Route, float]:
-    """How probable each route holds the labels to be, from 0 to 1: of a few images it tells more than the accuracy.
+    """Mean probability of the labels by each route, from 0 to 1; on few images less noisy than accuracy.
 
     Args:
         walks: routes with their steps.
-        batches: of labelled images in the model's preprocessing; none give no route a value.
-        device: where to run.
+        batches: batches of labelled images in the model's preprocessing; without any, the result is empty.
+        device: device to run on.
     """
-    shared, held = split_at_shared_cuts(walks), dict[Route, list[Tensor]]()
+    shared, probabilities = split_at_shared_cuts(walks), dict[Route, list[Tensor]]()
     for batch in batches:
         labels = batch["labels"].to(device)[:, None]
         for route, logits in walk_tree(batch["pixel_values"].to(device), shared):
-            held.setdefault(route, []).append(logits.float().softmax(-1).gather(1, labels).cpu())
-    return {route: torch.cat(each).mean().item() for route, each in held.items()}
+            probabilities.setdefault(route, []).append(logits.float().softmax(-1).gather(1, labels).cpu())
+    return {route: torch.cat(chunks).mean().item() for route, chunks in probabilities.items()}

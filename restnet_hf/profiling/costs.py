@@ -9,10 +9,10 @@ from restnet_hf.steps import Step
 
 
 class CostTable:
-    """The costs of every piece of the routes it has met, each counted once.
+    """Costs of routes, with each piece counted once.
 
     Args:
-        latency: latencies of the pieces on this device; without it ``latency_ms`` and ``energy_j`` are left out.
+        latency: latencies of the pieces on this device; without them ``latency_ms`` and ``energy_j`` are left out.
         memory: whether to count ``memory_mb``.
     """
 

@@ -1,4 +1,4 @@
-"""What this device is and what it uses: name, threads, clock rate, and joules where the system counts them."""
+"""Facts on this device: name, threads, clock rate, and energy where the system counts it."""
 
 import datetime
 import platform
@@ -27,12 +27,12 @@ def device_name(device: torch.device) -> str:
 
 
 def processor_name() -> str:
-    """Name of the processor, as the system tells it."""
+    """Name of the processor, as the system reports it."""
     return [*_cpuinfo("model name"), *_cpuinfo("Model"), platform.processor() or platform.machine()][0]
 
 
 def device_facts() -> dict[str, Any]:
-    """Machine, threads, clock rate (MHz, None where the system does not tell), date and versions."""
+    """Machine, threads, clock rate (MHz, None if the system does not report it), date and versions."""
     return {
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -43,7 +43,7 @@ def device_facts() -> dict[str, Any]:
 
 
 def clock_mhz() -> float | None:
-    """Clock rate of the processor now, as the system tells it."""
+    """Current clock rate of the processor in MHz; None if the system does not report it."""
     if CPUFREQ.exists():
         return int(CPUFREQ.read_text()) / 1000  # kHz
     rates = [float(rate) for rate in _cpuinfo("cpu MHz")]
@@ -56,27 +56,32 @@ def _cpuinfo(key: str) -> list[str]:
 
 
 def energy_counters(powercap: Path | None = None) -> dict[Path, int]:
-    """Energy counters of the processor's packages (Intel RAPL), in microjoules; empty where none can be read.
+    """Energy counters of the processor's packages (Intel RAPL), in microjoules; empty if none can be read.
 
     Many systems let only root read them.
+
+    Args:
+        powercap: folder of the counters; that of Linux by default.
     """
-    found = {}
+    counters = {}
     for domain in sorted((powercap or POWERCAP).glob("intel-rapl:*")):
         try:
-            if (domain / "name").read_text().startswith("package"):  # their parts and the platform would count twice
-                found[domain] = int((domain / "energy_uj").read_text())
+            if (
+                (domain / "name").read_text().startswith("package")
+            ):  # parts of a package and the platform would count twice
+                counters[domain] = int((domain / "energy_uj").read_text())
         except (OSError, ValueError):
             return {}
-    return found
+    return counters
 
 
 def joules(run: Callable[[], object], seconds: float = 1.0, powercap: Path | None = None) -> float | None:
-    """Joules that a run takes, of all that the processor uses meanwhile; None where the system does not count them.
+    """Energy of one run in joules, of all that the processor does meanwhile; None if the system does not count it.
 
     Args:
-        run: is repeated.
-        seconds: for at least so long, as the counters move about once a millisecond.
-        powercap: folder of the counters.
+        run: function to repeat.
+        seconds: least time to repeat it for, as the counters move about once a millisecond.
+        powercap: folder of the counters; that of Linux by default.
     """
     before = energy_counters(powercap)
     if not before:
@@ -90,6 +95,6 @@ def joules(run: Callable[[], object], seconds: float = 1.0, powercap: Path | Non
 
 
 def _used(domain: Path, before: Mapping[Path, int], after: Mapping[Path, int]) -> int:
-    """Microjoules since; a counter begins again at zero when it is full."""
+    """Microjoules between two readings; a full counter begins again at zero."""
     used = after[domain] - before[domain]
     return used if used >= 0 else used + int((domain / "max_energy_range_uj").read_text())

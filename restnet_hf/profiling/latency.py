@@ -1,4 +1,4 @@
-"""How long routes take on a device: a table of the times of their pieces, from which that of any route adds up."""
+"""Latency of routes on a device: a table with the times of their pieces, whose sum predicts that of any route."""
 
 import json
 import os
@@ -18,70 +18,98 @@ from restnet_hf.steps import Step
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and interquartile range of the times of a piece, in milliseconds."""
+    """Median and interquartile range of the times of a piece, in milliseconds.
+
+    Args:
+        ms: median in milliseconds.
+        spread_ms: interquartile range in milliseconds.
+    """
 
     ms: float
     spread_ms: float
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Timing":
-        """Of at least two times."""
+        """Summarise times in milliseconds.
+
+        Args:
+            samples: at least two times.
+        """
         low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(middle, high - low)
 
 
 @dataclass(frozen=True)
 class LatencyCheck:
-    """What the table says a route takes beside what it took from end to end, in milliseconds a batch."""
+    """Predicted and measured latency of a route for one batch.
+
+    Args:
+        predicted_ms: sum over the pieces of the route, in milliseconds.
+        measured: time of runs from end to end.
+        joules: energy of a batch, None if the system does not count it.
+    """
 
     predicted_ms: float
     measured: Timing
-    joules: float | None = None  # a batch, where the system counts them
+    joules: float | None = None
 
     @property
     def error(self) -> float:
-        """Of the prediction, relative to the median measured."""
+        """Error of the prediction, relative to the measured median."""
         return self.predicted_ms / self.measured.ms - 1
 
 
-def entering(anchor: str, start: int, order: str = "") -> str:
-    """From the begin of a run that enters at a cut to the next cut; after the last cut, to the end of the run."""
-    return f"enter {anchor}[{start}:]" + _given(order)
+def entry_piece(anchor: str, start: int, order: str = "") -> str:
+    """Name of the piece from the start of a run that enters at a cut to the next cut, or to the end after the last.
+
+    Args:
+        anchor: name of the anchor.
+        start: cut at which the run enters.
+        order: order of the axes in memory of the activation, if it is not the anchor's own.
+    """
+    return f"enter {anchor}[{start}:]" + _order_suffix(order)
 
 
-def passing(anchor: str, start: int, depth: int, order: str = "") -> str:
-    """From a cut to the next in a run that goes through both; after the last cut, to the end of the run."""
-    return f"through {Segment(anchor, start, None if start == depth else start + 1)}" + _given(order)
+def inner_piece(anchor: str, start: int, depth: int, order: str = "") -> str:
+    """Name of the piece from a cut to the next in a run through both, or to the end after the last.
+
+    Args:
+        anchor: name of the anchor.
+        start: cut at which the piece starts.
+        depth: number of cuts of the anchor.
+        order: order of the axes in memory of the run's first activation, if it is not the anchor's own.
+    """
+    return f"through {Segment(anchor, start, None if start == depth else start + 1)}" + _order_suffix(order)
 
 
-def leaving(anchor: str, stop: int) -> str:
-    """From a cut to the end of a run that stops there."""
+def exit_piece(anchor: str, stop: int) -> str:
+    """Name of the piece from a cut to the end of a run that stops there."""
     return f"leave {anchor}[:{stop}]"
 
 
-def making(step: Step) -> str:
-    """To make the tensors that take the place of the anchor's own."""
+def weights_piece(step: Step) -> str:
+    """Name of the piece that computes the tensors which replace the anchor's own."""
     return f"weights of {step.name}"
 
 
-def _given(order: str) -> str:
+def _order_suffix(order: str) -> str:
     return f" given axes {order}" if order else ""
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Times of the pieces of routes on one device and runtime; what a route takes is the sum over its pieces.
+    """Times of the pieces of routes on one device and runtime; the latency of a route is the sum over its pieces.
 
     Args:
-        device: name of the processor, and how many threads.
-        runtime: what runs the routes, in which precision and batch size.
-        batch_size: images in a run.
-        depths: number of cuts of each anchor, 0 where it only ran alone.
-        entries: by name of the piece.
-        orders: of stitches whose activations lie in memory in another order of axes than the anchor's own, that order;
-            a network may take longer or shorter for it, up to its end.
-        checks: of routes that were run from end to end in the same rounds.
-        facts: clock rate, date, versions, ``watts`` (see there) and more, as JSON holds it.
+        device: name of the processor, with the number of threads.
+        runtime: name of the runtime, with precision and batch size.
+        batch_size: number of images in a run.
+        depths: number of cuts of each anchor, 0 if it only ran alone.
+        entries: times by name of the piece.
+        orders: order of the axes in memory by stitch, for stitches whose output has another order than the anchor's
+            own activation; it can change the latency of the network up to its end.
+        checks: comparison with runs from end to end in the same rounds, by route.
+        facts: clock rate, date, versions, ``watts`` and other facts that JSON can hold.
     """
 
     device: str
@@ -97,10 +125,10 @@ class LatencyTable:
         """Milliseconds that a route takes for one batch.
 
         Args:
-            steps: of a route over the anchors and stitches that were measured, in any order and number.
+            steps: steps of a route over measured anchors and stitches, in any order and number.
 
         Raises:
-            ValueError: a piece of it was not measured.
+            ValueError: a piece of the route was not measured.
         """
         before = (None, *steps[:-1])
         return sum(
@@ -121,35 +149,43 @@ class LatencyTable:
         if step.segment is None:
             return [step.name]
         anchor, start, stop = step.segment.anchor, step.segment.start, step.segment.stop
-        tuned = [making(step)] if step.tuned else []
+        tuned = [weights_piece(step)] if step.tuned else []
         if step.segment == Segment(anchor):
             return [*tuned, str(step.segment)]
         depth = self.depths.get(anchor, 0)
         inner = range(start + 1, depth + 1 if stop is None else stop)
-        end = [] if stop is None else [leaving(anchor, stop)]
-        return [*tuned, entering(anchor, start, order), *(passing(anchor, k, depth, order) for k in inner), *end]
+        end = [] if stop is None else [exit_piece(anchor, stop)]
+        return [
+            *tuned,
+            entry_piece(anchor, start, order),
+            *(inner_piece(anchor, k, depth, order) for k in inner),
+            *end,
+        ]
 
     def metadata(self) -> dict[str, Any]:
-        """What a profile records of the device and runtime that latencies are of."""
+        """Device, runtime and facts, for the metadata of a profile."""
         return {"device": self.device, "runtime": self.runtime, **self.facts}
 
     @property
     def watts(self) -> float | None:
-        """What the processor uses while routes run, in the median of the checks; None where it is not counted."""
-        found = self.facts.get("watts")
-        return None if found is None else _number(found)
+        """Power of the processor while routes run, the median of the checks; None if it is not counted."""
+        watts = self.facts.get("watts")
+        return None if watts is None else _number(watts)
 
     @property
     def spread(self) -> float:
-        """The widest of the anchors: interquartile range of the times of whole runs over their median."""
+        """Interquartile range of the times of an anchor's whole runs over their median, the largest of all anchors."""
         wholes = [self.entries[str(Segment(anchor))] for anchor in self.depths]
         return max(timing.spread_ms / timing.ms if timing.ms else 0.0 for timing in wholes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, beside those of other devices and runtimes that the file has.
+        """Write the table as JSON, and keep the tables of other devices and runtimes in the file.
+
+        Args:
+            path: file to write or extend.
 
         Raises:
-            ValueError: there is a file that is not of latency tables.
+            ValueError: the file exists and does not hold latency tables.
         """
         tables = _read(path) if os.path.exists(path) else {}
         tables.setdefault(self.device, {})[self.runtime] = {
@@ -170,32 +206,32 @@ class LatencyTable:
         """Read a table that `save` wrote.
 
         Args:
-            path: of the file.
-            device: as `device_name` gives it; that of the processor here by default.
-            runtime: of the table; may be left out where the device has one table.
+            path: file that `save` wrote.
+            device: name of the device as `device_name` returns it; this machine's processor by default.
+            runtime: name of the table's runtime; may be left out if the device has one table.
 
         Raises:
-            ValueError: the file is not of latency tables, or has none of that device and runtime.
+            ValueError: the file does not hold latency tables, or has none of that device and runtime.
         """
         tables = _read(path)
         device = device or device_name(torch.device("cpu"))
-        there = tables.get(device, {})
-        runtime = runtime or (next(iter(there)) if len(there) == 1 else "")
-        if runtime not in there:
-            known = [f"{name}; {each}" for name, of in tables.items() for each in of]
-            raise ValueError(f"{os.fspath(path)} has no table of '{device}; {runtime}', only of {known}; measure one")
-        found = there[runtime]
+        runtimes = tables.get(device, {})
+        runtime = runtime or (next(iter(runtimes)) if len(runtimes) == 1 else "")
+        if runtime not in runtimes:
+            names = [f"{name}; {each}" for name, entries in tables.items() for each in entries]
+            raise ValueError(f"{os.fspath(path)} has no table of '{device}; {runtime}', only of {names}; measure one")
+        data = runtimes[runtime]
         try:
             return cls(
                 device,
                 runtime,
-                int(_number(found["batch_size"])),
-                {name: int(_number(depth)) for name, depth in found["depths"].items()},
-                {name: Timing(*map(_number, pair)) for name, pair in found["entries"].items()},
-                {str(name): str(order) for name, order in found["orders"].items()},
+                int(_number(data["batch_size"])),
+                {name: int(_number(depth)) for name, depth in data["depths"].items()},
+                {name: Timing(*map(_number, pair)) for name, pair in data["entries"].items()},
+                {str(name): str(order) for name, order in data["orders"].items()},
                 {name: LatencyCheck(_number(p), Timing(_number(m), _number(s)))
-                 for name, (p, m, s) in found["checks"].items()},
-                dict(found["facts"]),
+                 for name, (p, m, s) in data["checks"].items()},
+                dict(data["facts"]),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)}: not a latency table: {error!r}") from error
@@ -206,8 +242,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         tables = json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
-    if not isinstance(tables, dict) or not all(isinstance(of, dict) for of in tables.values()):
-        raise ValueError(f"{os.fspath(path)} is not a file of latency tables; give the name of another one")
+    if not isinstance(tables, dict) or not all(isinstance(entries, dict) for entries in tables.values()):
+        raise ValueError(f"{os.fspath(path)} is not a file of latency tables; give the path of another file")
     return tables
 
 

@@ -1,4 +1,4 @@
-"""What a route costs: multiply-accumulates from one count per block, and parameters."""
+"""Multiply-accumulates of routes, from one count per block, and parameters."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -17,7 +17,11 @@ from restnet_hf.steps import Step
 def count_macs(run: Callable[[Tensor], object], x: Tensor) -> int:
     """Multiply-accumulates of ``run(x)``: matrix products and convolutions, half of what torch counts as FLOPs.
 
-    Attention is counted as the two matrix products that it is, whichever fused kernel would compute it.
+    Attention counts as its two matrix products, whichever fused kernel would compute it.
+
+    Args:
+        run: function to count.
+        x: input of the function.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run(x)
@@ -25,7 +29,7 @@ def count_macs(run: Callable[[Tensor], object], x: Tensor) -> int:
 
 
 class MacsTable:
-    """MACs of every block of the anchors it has met, each counted once, so that a segment is a sum."""
+    """MACs of routes, with each block of an anchor counted once, so that a segment is a sum."""
 
     def __init__(self) -> None:
         self._blocks: dict[Anchor, list[int]] = {}
@@ -61,7 +65,7 @@ def _zeros(shape: tuple[int, ...], module: torch.nn.Module) -> Tensor:
 
 
 class ParamsTable:
-    """Parameters of every segment that it has met, looked up once."""
+    """Parameters of routes, with those of each segment collected once."""
 
     def __init__(self) -> None:
         self._segments: dict[tuple[Anchor, Segment], frozenset[torch.nn.Parameter]] = {}

@@ -1,4 +1,4 @@
-"""How much memory routes take: weights, and the peak of what is alive while they run, from one count of each piece."""
+"""Memory of routes: weights, and the peak of live tensors while a route runs, from one count of each piece."""
 
 import math
 import weakref
@@ -21,88 +21,100 @@ MB = 2**20
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within the context, and the most that were alive at once.
+    """Counts the bytes of tensors that are made within the context, ``live`` now and at the ``peak``.
 
-    Tensors are counted by storage, views once, for as long as anything holds them. What an operator allocates and
-    frees within itself is not seen.
+    Tensors are counted by storage, views once, for as long as anything refers to them. Memory that an operator
+    allocates and frees itself is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._storages: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
-                self._made(x.untyped_storage())
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs:
+                self._add(x.untyped_storage())
         return result
 
-    def _made(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
+        if key not in self._storages:
+            self._storages.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._gone, key, size).atexit = False
+            weakref.finalize(storage, self._remove, key, size).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
+    def _remove(self, key: int, size: int) -> None:
+        self._storages.discard(key)
         self.live -= size
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a step has alive at once, without its input, and what is left of it after it: its output. Bytes."""
+class StepMemory:
+    """Memory of a step beside its input.
+
+    Args:
+        peak: most bytes alive at once.
+        left: bytes alive after the step, those of its output.
+        passes_on: whether the output lies in the memory of the input.
+    """
 
     peak: int
     left: int
-    passes_on: bool = False  # the output lies in the memory of the input
+    passes_on: bool = False
 
 
 class MemoryTable:
-    """Peak memory of every piece of the routes it has met, each counted once, so that a route is put together of them.
+    """Peak memory of routes, with each piece counted once.
 
-    Anchors are run once from each cut at which a route enters them, which tells of all cuts at which it can leave.
-    Only storages of tensors count; work space that an operator frees again does not.
+    An anchor runs once from each cut at which a route enters it; that run gives the memory up to every later cut.
+    Only storages of tensors count, not the workspace that an operator frees again.
 
     Args:
-        batch_size: images in a run.
+        batch_size: number of images in a run.
     """
 
     def __init__(self, batch_size: int = 1) -> None:
         self.batch_size = batch_size
-        self._segments: dict[tuple[Anchor, int], dict[int | None, Held]] = {}
-        self._steps: dict[str, Held] = {}
+        self._segments: dict[tuple[Anchor, int], dict[int | None, StepMemory]] = {}
+        self._steps: dict[str, StepMemory] = {}
 
     def memory_mb(self, steps: Sequence[Step]) -> float:
-        """Megabytes (2**20 bytes) that a route takes: its weights, the images, and what is alive beside them at most.
+        """Megabytes (2**20 bytes) of a route: its weights, the images, and the peak of all other live tensors.
 
         Args:
-            steps: of the route.
+            steps: steps of the route.
         """
         return (weight_bytes(steps) + self.activation_bytes(steps)) / MB
 
     def activation_bytes(self, steps: Sequence[Step]) -> int:
-        """The peak of the images and of what is made while the route runs."""
+        """Peak bytes of the images and of all tensors made while the route runs.
+
+        Args:
+            steps: steps of the route.
+        """
         like = _like(steps)
         images = self.batch_size * math.prod(steps[0].shape) * like.element_size()
-        before = peak = 0  # what comes into a step, beside the images
+        before = peak = 0  # bytes of the step's input, beside the images
         for step in steps:
-            held = self._held(step, like)
-            peak = max(peak, before + held.peak)
-            before = held.left + (before if held.passes_on else 0)
+            memory = self._memory(step, like)
+            peak = max(peak, before + memory.peak)
+            before = memory.left + (before if memory.passes_on else 0)
         return images + peak
 
-    def _held(self, step: Step, like: Tensor) -> Held:
+    def _memory(self, step: Step, like: Tensor) -> StepMemory:
         segment, anchor = step.segment, step.module
-        if segment is None or step.tuned or segment == Segment(segment.anchor):  # the last needs no cuts
+        if segment is None or step.tuned or segment == Segment(segment.anchor):  # a whole anchor needs no cuts
             if step.name not in self._steps:
-                device = next((p.device for p in step.parameters()), like.device)  # a stitch to be may be on meta
+                device = next(
+                    (p.device for p in step.parameters()), like.device
+                )  # a stitch that does not exist yet is on meta
                 self._steps[step.name] = _count(step, _zeros(step.shape, self.batch_size, like).to(device))
             return self._steps[step.name]
         assert isinstance(anchor, Anchor)
@@ -113,29 +125,29 @@ class MemoryTable:
 
 
 @torch.no_grad()
-def _count(step: Step, x: Tensor) -> Held:
+def _count(step: Step, x: Tensor) -> StepMemory:
     with LiveBytes() as counted:
         y = step(x)
-        return Held(counted.peak, counted.live, _same_memory(y, x))
+        return StepMemory(counted.peak, counted.live, _same_memory(y, x))
 
 
 @torch.no_grad()
-def _count_segments(anchor: Anchor, start: int, x: Tensor) -> dict[int | None, Held]:
-    """What each segment from a cut holds, by where it stops, from one run to the logits."""
-    found: dict[int | None, Held] = {}
+def _count_segments(anchor: Anchor, start: int, x: Tensor) -> dict[int | None, StepMemory]:
+    """Memory of each segment from a cut, by the cut where it stops, from one run to the logits."""
+    segments: dict[int | None, StepMemory] = {}
 
-    def see(stop: int, y: Tensor) -> None:
+    def record(stop: int, y: Tensor) -> None:
         cut = anchor.cuts[stop - 1]
         left = y.untyped_storage().nbytes()
-        if len(cut.tensors) == 1 and cut.tensors[0].modified:  # a segment that stops here gives a copy
-            found[stop] = Held(max(counted.peak, counted.live + y.nbytes), y.nbytes)
+        if len(cut.tensors) == 1 and cut.tensors[0].modified:  # a segment that stops here returns a copy
+            segments[stop] = StepMemory(max(counted.peak, counted.live + y.nbytes), y.nbytes)
         else:
-            found[stop] = Held(counted.peak, left, _same_memory(y, x))
+            segments[stop] = StepMemory(counted.peak, left, _same_memory(y, x))
 
     with LiveBytes() as counted:
-        logits = anchor.capture(x, [*range(start + 1, anchor.depth + 1), None], start, see)[None]
-        found[None] = Held(counted.peak, counted.live, _same_memory(logits, x))
-    return found
+        logits = anchor.capture(x, [*range(start + 1, anchor.depth + 1), None], start, record)[None]
+        segments[None] = StepMemory(counted.peak, counted.live, _same_memory(logits, x))
+    return segments
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
@@ -143,7 +155,7 @@ def _same_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def _like(steps: Iterable[Step]) -> Tensor:
-    """A weight of an anchor: routes compute in its precision, on its device."""
+    """A weight of an anchor, for the dtype and device of the route."""
     anchor = next(step.module for step in steps if isinstance(step.module, Anchor))
     return next(p for p in anchor.parameters() if p.is_floating_point())
 
@@ -153,7 +165,11 @@ def _zeros(shape: tuple[int, ...], batch_size: int, like: Tensor) -> Tensor:
 
 
 def weight_bytes(steps: Iterable[Step]) -> int:
-    """Bytes of the parameters and buffers that a route uses, each once, and of what it puts in their place."""
+    """Bytes of the parameters and buffers that a route uses, each once, and of the tensors that replace them.
+
+    Args:
+        steps: steps of the route.
+    """
     tensors = {id(tensor): tensor for step in steps for tensor in _tensors(step)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -175,22 +191,26 @@ def _tensors(step: Step) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def measure_memory(steps: Sequence[Step], batch_size: int = 1) -> float:
-    """Megabytes (2**20 bytes) that a route takes, from one run from end to end.
+    """Megabytes (2**20 bytes) of a route, from one run from end to end.
 
-    An accelerator's allocator tells its own peak, with work space and what it rounds up. On a processor the tensors
-    are counted: the resident size of a process holds the libraries and what the allocator keeps, and moves by more
-    than a route takes.
+    An accelerator's allocator reports its own peak, with workspace and rounding. On a processor the tensors are
+    counted: the resident size of a process includes libraries and cached memory, and varies by more than a route
+    takes.
+
+    Args:
+        steps: steps of the route.
+        batch_size: number of images in the run.
     """
     like = _like(steps)
     x = _zeros(steps[0].shape, batch_size, like)
     if like.device.type == "cpu":
         with LiveBytes() as counted:
             run_steps(x, steps)
-        most = counted.peak
+        peak = counted.peak
     else:
         before = torch.accelerator.memory_allocated(like.device)
         torch.accelerator.reset_peak_memory_stats(like.device)
         run_steps(x, steps)
         torch.accelerator.synchronize(like.device)
-        most = torch.accelerator.max_memory_allocated(like.device) - before
-    return (weight_bytes(steps) + x.nbytes + most) / MB
+        peak = torch.accelerator.max_memory_allocated(like.device) - before
+    return (weight_bytes(steps) + x.nbytes + peak) / MB

@@ -1,4 +1,4 @@
-"""Accuracy as a metric of evaluate, which takes a second to import and is therefore imported when it is needed."""
+"""Accuracy as a metric of evaluate; imported only when needed, as evaluate takes a second to import."""
 
 from typing import Any
 

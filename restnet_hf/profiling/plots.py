@@ -1,6 +1,6 @@
-"""The figure of accuracy against cost."""
+"""Plot of accuracy against cost."""
 
-from __future__ import annotations  # matplotlib takes long to import, and is imported when something is drawn
+from __future__ import annotations  # matplotlib takes long to import, and is imported only to draw
 
 import os
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profile | None = None) -> None:
-    """Accuracy against MACs of every route, anchors marked, with the Pareto front.
+    """Plot accuracy against MACs of every route, with the anchors marked and the Pareto front.
 
     Args:
-        profile: with MACs and accuracies.
-        path: of the picture.
-        before: the same routes before training, drawn pale.
+        profile: profile whose routes have MACs and accuracy.
+        path: file of the picture.
+        before: profile of the same routes before training, drawn pale.
 
     Raises:
         ValueError: a route has no MACs or no accuracy.
@@ -68,5 +68,6 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a file, which is replaced only once it is whole."""
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -1,4 +1,4 @@
-"""Time the pieces of routes on this device, for the table of latencies, and whole routes to check it."""
+"""Measure the pieces of routes on this device for the latency table, and whole routes to check it."""
 
 import logging
 import statistics
@@ -15,25 +15,34 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.profiling.device import device_facts, device_name, joules
-from restnet_hf.profiling.latency import LatencyCheck, LatencyTable, Timing, entering, leaving, making, passing
+from restnet_hf.profiling.latency import (
+    LatencyCheck,
+    LatencyTable,
+    Timing,
+    entry_piece,
+    exit_piece,
+    inner_piece,
+    weights_piece,
+)
 from restnet_hf.routes.route import Route, Segment
 from restnet_hf.steps import Step, Walk, run_steps
 
 
 WARM_UP = 2  # rounds that are not counted
-LEAST = 5  # rounds that are, however long they take
-WIDE, HOPELESS = 0.2, 1.0  # interquartile range of an anchor's whole runs over their median
+MIN_ROUNDS = 5  # rounds that are counted, however long they take
+# Interquartile range of an anchor's whole runs over their median: from here on a warning, and an error.
+WARN_SPREAD, MAX_SPREAD = 0.2, 1.0
 logger = logging.getLogger(__name__)
 
 
 class _Watch:
-    """Marks in time, on the time line of the device: an accelerator runs behind the processor that sends it work."""
+    """Takes times on the device itself: an accelerator runs behind the processor that sends it work."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
         self.device, self.clock = device, clock
 
     def mark(self) -> Any:
-        """Now."""
+        """The time now: seconds on a processor, an event on an accelerator."""
         if self.device.type == "cpu":
             return self.clock()
         event = torch.Event(self.device, enable_timing=True)
@@ -41,7 +50,7 @@ class _Watch:
         return event
 
     def idle(self) -> None:
-        """Wait until all that was sent is done."""
+        """Wait until the device has done all its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
@@ -53,7 +62,7 @@ class _Watch:
         return {name: first.elapsed_time(last) for name, (first, last) in marks.items()}
 
     def time(self, name: str, run: Callable[[], object]) -> dict[str, float]:
-        """Of one run."""
+        """Milliseconds of one run, by its name."""
         self.idle()
         began = self.mark()
         run()
@@ -61,25 +70,25 @@ class _Watch:
 
     @contextmanager
     def at_cuts(self, anchor: Anchor) -> Iterator[dict[int, Any]]:
-        """Marks of when the network last came past each of its cuts."""
+        """Record when the network last passed each of its cuts."""
         marks: dict[int, Any] = {}
 
-        def note(index: int, *_: Any) -> None:
+        def record(index: int, *_: Any) -> None:
             marks[index] = self.mark()
 
         self.idle()
         with ExitStack() as stack:
             for index, cut in enumerate(anchor.cuts, 1):
                 for path in cut.paths:
-                    hook = anchor.model.get_submodule(path).register_forward_hook(partial(note, index))
+                    hook = anchor.model.get_submodule(path).register_forward_hook(partial(record, index))
                     stack.callback(hook.remove)
             yield marks
 
 
 class _AnchorRuns:
-    """The runs of one anchor that are timed: whole, and from each cut to the next as a segment of its own.
+    """The runs of one anchor that are timed: one whole, and one from each cut to the next.
 
-    A whole run tells what a block takes within a segment, a short one what it is to enter and to leave there.
+    The whole run gives the time of each block within a segment, the short ones that of entering and leaving.
     """
 
     def __init__(self, anchor: Anchor, watch: _Watch, inputs: Mapping[int, Tensor], order: str = "") -> None:
@@ -88,7 +97,7 @@ class _AnchorRuns:
         self.cut = len(inputs) > 1 or self.first > 0
 
     def runs(self) -> list[Callable[[], dict[str, float]]]:
-        """Each gives the times of some pieces."""
+        """Functions that run and return the times of some pieces."""
         if not self.cut:
             return [partial(self.watch.time, str(Segment(self.name)), partial(self.anchor, self.inputs[0]))]
         return [self._whole, *(partial(self._short, start) for start in self.inputs)]
@@ -100,10 +109,11 @@ class _AnchorRuns:
             self.anchor(self.inputs[self.first], self.first)
             ended = self.watch.mark()
         marks = [at[index] for index in range(self.first + 1, depth + 1)] + [ended]
-        found = {
-            passing(self.name, k, depth, self.order): pair for k, pair in enumerate(pairwise(marks), self.first + 1)
+        spans = {
+            inner_piece(self.name, k, depth, self.order): pair
+            for k, pair in enumerate(pairwise(marks), self.first + 1)
         }
-        return self.watch.ms(found if self.first else {str(Segment(self.name)): (began, ended), **found})
+        return self.watch.ms(spans if self.first else {str(Segment(self.name)): (began, ended), **spans})
 
     def _short(self, start: int) -> dict[str, float]:
         stop = None if start == self.anchor.depth else start + 1
@@ -112,10 +122,10 @@ class _AnchorRuns:
             self.anchor(self.inputs[start], start, stop)
             ended = self.watch.mark()
         reached = ended if stop is None else at[stop]
-        found = {entering(self.name, start, self.order): (began, reached)}
+        spans = {entry_piece(self.name, start, self.order): (began, reached)}
         if stop is not None and not self.order:
-            found[leaving(self.name, stop)] = (reached, ended)
-        return self.watch.ms(found)
+            spans[exit_piece(self.name, stop)] = (reached, ended)
+        return self.watch.ms(spans)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -134,14 +144,14 @@ def _order(x: Tensor) -> str:
 
 
 def _reordered(x: Tensor, order: str) -> Tensor:
-    """The same values in another order in memory."""
+    """The same values with the axes in another order in memory."""
     axes = [d for d in range(x.dim()) if str(d) not in order] + [int(d) for d in order]
     back = sorted(range(x.dim()), key=axes.__getitem__)
     return x.permute(axes).contiguous().permute(back)
 
 
 class _Pieces:
-    """What is to be timed of some walks."""
+    """The pieces of some walks that are to be timed."""
 
     def __init__(self, walks: Sequence[Walk], batch_size: int, watch: _Watch) -> None:
         segments = {s.segment: s.module for _, walk in walks for s in walk if s.segment}
@@ -153,39 +163,39 @@ class _Pieces:
             image = _noise((batch_size, 3, *anchor.preprocessing.image_size), anchor)
             self.inputs[name] = {0: image}
             if name in cut:
-                found = anchor.capture(image, range(1, anchor.depth + 1))
-                self.inputs[name] |= {cut: x for cut, x in found.items() if cut is not None}
+                activations = anchor.capture(image, range(1, anchor.depth + 1))
+                self.inputs[name] |= {cut: x for cut, x in activations.items() if cut is not None}
         self.depths = {name: len(inputs) - 1 for name, inputs in self.inputs.items()}
         self.orders: dict[str, str] = {}
         self.modules: dict[str, Callable[[], object]] = {}
-        self.entered: dict[tuple[str, str], int] = {}  # in which other orders anchors are entered, and the first cut
+        self.entered: dict[tuple[str, str], int] = {}  # first cut by anchor and order of axes in memory
         for _, walk in walks:
             for last, step, following in zip((None, *walk[:-1]), walk, (*walk[1:], None), strict=True):
                 if step.segment is None:
                     self._add_module(last, step, following.segment if following else None)
                 elif step.tuned:
-                    made = partial(step.replaced, step.segment.start, step.segment.stop)
-                    self.modules[making(step)] = made
+                    compute = partial(step.replaced, step.segment.start, step.segment.stop)
+                    self.modules[weights_piece(step)] = compute
 
     def _add_module(self, last: Step | None, step: Step, target: Segment | None) -> None:
         if step.name not in self.modules:
             x = self._input(last, step)
             self.modules[step.name] = partial(step, x)
-            given = _order(step(x)) if target and target.start else ""
-            if target and given and given != _order(self.inputs[target.anchor][target.start]):
-                self.orders[step.name] = given
+            order = _order(step(x)) if target and target.start else ""
+            if target and order and order != _order(self.inputs[target.anchor][target.start]):
+                self.orders[step.name] = order
         if target and step.name in self.orders:
             key = target.anchor, self.orders[step.name]
             self.entered[key] = min(self.entered.get(key, target.start), target.start)
 
     def _input(self, last: Step | None, step: Step) -> Tensor:
-        """What the step gets in a route: an anchor's own activation for a stitch."""
+        """The input of a step in a route: an anchor's own activation for a stitch, else noise."""
         if last is not None and last.segment is not None and last.segment.stop is not None:
             return self.inputs[last.segment.anchor][last.segment.stop]
         return _noise((self.batch_size, *step.shape[1:]), next(iter(self.anchors.values())))
 
     def runs(self) -> list[Callable[[], dict[str, float]]]:
-        """Those of different networks and stitches, one after the other."""
+        """Functions that return the times of pieces, for each network, then each other module."""
         runs = [_AnchorRuns(anchor, self.watch, self.inputs[name]) for name, anchor in self.anchors.items()]
         for (name, order), first in self.entered.items():
             inputs = {k: _reordered(x, order) for k, x in self.inputs[name].items() if k >= first}
@@ -195,7 +205,7 @@ class _Pieces:
 
 
 def _whole_routes(walks: Iterable[Walk], batch_size: int, watch: _Watch) -> list[Callable[[], dict[str, float]]]:
-    """Routes from end to end."""
+    """Functions that run routes from end to end and return their times."""
     runs: list[Callable[[], dict[str, float]]] = []
     for route, steps in walks:
         x = _noise((batch_size, *steps[0].shape[1:]), _first_anchor(steps))
@@ -210,11 +220,11 @@ def _first_anchor(steps: Iterable[Step]) -> Anchor:
 def _rounds(
     jobs: Sequence[Callable[[], dict[str, float]]], repeats: int, seconds: float
 ) -> tuple[dict[str, Timing], int]:
-    """Times of all that jobs give by name, and the number of rounds."""
+    """Run jobs in turn; returns the times that they report by name, and the number of rounds."""
     samples: dict[str, list[float]] = {}
     began = time.monotonic()
     number = 0
-    while number < WARM_UP + repeats and (number < WARM_UP + LEAST or time.monotonic() - began < seconds):
+    while number < WARM_UP + repeats and (number < WARM_UP + MIN_ROUNDS or time.monotonic() - began < seconds):
         for job in jobs:
             for name, ms in job().items():
                 samples.setdefault(name, []).append(ms)
@@ -228,13 +238,13 @@ def time_runs(
     seconds: float = 40.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Times of runs on the processor, in turn, round by round.
+    """Time functions on the processor, in turn, round by round.
 
     Args:
-        runs: by name.
-        repeats: rounds, at least 5.
-        seconds: no round begins after them, except for the first 5.
-        clock: seconds.
+        runs: functions to time, by name.
+        repeats: number of rounds, at least 5.
+        seconds: time after which no further round begins, except for the first 5.
+        clock: function that returns the time in seconds.
     """
     watch = _Watch(torch.device("cpu"), clock)
     return _rounds([partial(watch.time, name, run) for name, run in runs.items()], repeats, seconds)[0]
@@ -249,27 +259,28 @@ def measure_latency(
     check: Iterable[Walk] = (),
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyTable:
-    """Time every piece of the routes on the device where the model is.
+    """Time every piece of the routes on the model's device.
 
     Every piece runs in turn, round by round, so that a device that slows down does so for all. In each round a network
     runs twice, once whole and once from cut to cut, and each stitch, conversion and head once; the first rounds warm
-    up. Noise is fed where no anchor's activation fits.
+    up. Modules that take no anchor's activation get noise.
 
     Args:
         walks: routes with their steps, as ``[(route, model.steps(route)), ...]``.
-        batch_size: images in a run.
-        repeats: rounds, at least 5.
-        seconds: no round begins after them, except for the first 5.
+        batch_size: number of images in a run.
+        repeats: number of rounds, at least 5.
+        seconds: time after which no further round begins, except for the first 5.
         check: routes that also run from end to end in each round, for the table's ``checks``.
-        clock: seconds; not used on an accelerator.
+        clock: function that returns the time in seconds; not used on an accelerator.
 
     Raises:
         ValueError: ``repeats`` or ``batch_size`` is out of range, or there are no routes.
-        RuntimeError: half of the runs lie so far apart that no time can be given.
+        RuntimeError: the times of an anchor's runs vary so much that no latency can be given.
     """
-    if repeats < LEAST or batch_size < 1 or not walks:
+    if repeats < MIN_ROUNDS or batch_size < 1 or not walks:
         raise ValueError(
-            f"repeats={repeats}, batch_size={batch_size} and {len(walks)} routes must be at least {LEAST}, 1 and 1"
+            f"repeats={repeats}, batch_size={batch_size} and {len(walks)} routes must be at least "
+            f"{MIN_ROUNDS}, 1 and 1"
         )
     weight = _weight(_first_anchor(walks[0][1]))
     watch, checked = _Watch(weight.device, clock), list(dict(check).items())
@@ -282,61 +293,70 @@ def measure_latency(
     table = LatencyTable(device_name(weight.device), runtime, batch_size, pieces.depths, timings, pieces.orders)
     checks = {str(route): LatencyCheck(table.latency_ms(steps), whole[str(route)]) for route, steps in checked}
     table = replace(table, checks=checks, facts=facts)
-    _judge(table)
+    _check_spread(table)
     return table
 
 
 def _watts(checked: Iterable[Walk], batch_size: int, whole: Mapping[str, Timing]) -> float | None:
-    """Median over routes of what the processor uses while they run; None where it is not counted."""
-    spent = {str(route): joules_per_image(steps, batch_size) for route, steps in checked}
-    found = [used * batch_size / whole[name].ms * 1e3 for name, used in spent.items() if used is not None]
-    return statistics.median(found) if found else None
+    """Median over routes of the processor's power while they run; None if it is not counted."""
+    energies = {str(route): joules_per_image(steps, batch_size) for route, steps in checked}
+    watts = [energy * batch_size / whole[name].ms * 1e3 for name, energy in energies.items() if energy is not None]
+    return statistics.median(watts) if watts else None
 
 
-def _judge(table: LatencyTable) -> None:
-    said = (
+def _check_spread(table: LatencyTable) -> None:
+    """Warn, or raise RuntimeError, if the times of an anchor's runs vary too much."""
+    message = (
         f"half of the runs of a network differ by {table.spread:.0%} on {table.device}: close other programs, fix the "
         "clock rate, use fewer threads than there are cores (torch.set_num_threads), or raise repeats and seconds"
     )
-    if table.spread > HOPELESS:
-        raise RuntimeError(f"no latency can be given: {said}")
-    if table.spread > WIDE:
-        logger.warning("latencies are uncertain: %s", said)
+    if table.spread > MAX_SPREAD:
+        raise RuntimeError(f"no latency can be given: {message}")
+    if table.spread > WARN_SPREAD:
+        logger.warning("latencies are uncertain: %s", message)
 
 
 @torch.no_grad()
 def check_latency(
     table: LatencyTable, walks: Sequence[Walk], repeats: int = 20, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Route, LatencyCheck]:
-    """Run routes from end to end, in turn, and compare what they take now with what a table says.
+    """Run routes from end to end, in turn, and compare their latency now with that of a table.
 
-    A device that has become slower since, or busy, shows here; for the error of the sum alone see ``check`` of
-    `measure_latency`.
+    The error includes any change of the device since, such as other load; for the error of the sum alone see ``check``
+    of `measure_latency`.
 
     Args:
-        table: of this device.
+        table: latencies on this device.
         walks: routes with their steps.
-        repeats: rounds, at least 5.
-        clock: seconds; not used on an accelerator.
+        repeats: number of rounds, at least 5.
+        clock: function that returns the time in seconds; not used on an accelerator.
 
     Raises:
         ValueError: ``repeats`` is out of range, or a piece of a route was not measured.
     """
-    if repeats < LEAST:
-        raise ValueError(f"repeats={repeats} must be at least {LEAST}")
+    if repeats < MIN_ROUNDS:
+        raise ValueError(f"repeats={repeats} must be at least {MIN_ROUNDS}")
     predicted = {route: table.latency_ms(steps) for route, steps in walks}
     watch = _Watch(_weight(_first_anchor(walks[0][1])).device, clock)
     timings, _ = _rounds(_whole_routes(walks, table.batch_size, watch), repeats, float("inf"))
-    spent = {route: joules_per_image(steps, table.batch_size) for route, steps in walks}
+    energies = {route: joules_per_image(steps, table.batch_size) for route, steps in walks}
     return {
-        route: LatencyCheck(predicted[route], timings[f"route {route}"], used and used * table.batch_size)
-        for route, used in spent.items()
+        route: LatencyCheck(predicted[route], timings[f"route {route}"], energy and energy * table.batch_size)
+        for route, energy in energies.items()
     }
 
 
 @torch.no_grad()
 def joules_per_image(steps: Sequence[Step], batch_size: int = 1, seconds: float = 1.0) -> float | None:
-    """Energy that a route takes, of all that the processor uses meanwhile; None where the system does not count it."""
+    """Energy of a route in joules for one image; None if the system does not count it.
+
+    Other work of the processor at the same time is included.
+
+    Args:
+        steps: steps of the route.
+        batch_size: number of images in a run.
+        seconds: least time to repeat the run for.
+    """
     x = _noise((batch_size, *steps[0].shape[1:]), _first_anchor(steps))
-    used = joules(partial(run_steps, x, steps), seconds)
-    return None if used is None else used / batch_size
+    energy = joules(partial(run_steps, x, steps), seconds)
+    return None if energy is None else energy / batch_size

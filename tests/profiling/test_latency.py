@@ -128,7 +128,7 @@ ROUTES = ["a[:]", "b[:]", "a[:2] + b[2:]", "b[:1] + a[3:]", "a[:1] + b[1:3] + a[
 
 
 def test_by_hand():
-    """Each segment pays for entering, whatever comes before it; checks run the whole routes."""
+    """Each segment pays for entering it, whatever comes before it; checks run the whole routes."""
     clock, model = slow_pair()
     walks = [(route, model.steps(route)) for route in (*model.all_routes, *map(model.route, ROUTES))]
     table = measure_latency(walks, repeats=5, check=walks, clock=clock)
