@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from restnet_hf import Anchor, Preprocessing
-from restnet_hf.selection.samples import Pair, Seen
+from restnet_hf.selection.samples import Pair, SelectionBatch
 from restnet_hf.selection.selectors import compare
 
 
@@ -59,7 +59,7 @@ def networks(pair: tuple[str, str]) -> list[Anchor]:
 def ours(anchors: list[Anchor], images: list[Tensor], features: str) -> None:
     """Our own."""
     by_name, same = {anchor.name: anchor for anchor in anchors}, {anchor.name: nn.Identity() for anchor in anchors}
-    seen = (Seen(i * BATCH, dict.fromkeys(by_name, batch), by_name, same) for i, batch in enumerate(images))
+    seen = (SelectionBatch(i * BATCH, dict.fromkeys(by_name, batch), by_name, same) for i, batch in enumerate(images))
     compare([Pair(*anchors, nn.Identity())], lambda: seen, {"cka": {"features": features}})
 
 

@@ -13,7 +13,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
 from restnet_hf.routes.profile import ProfiledRoute
 from restnet_hf.routes.route import Route
-from restnet_hf.selection.racing import Raced, race_routes
+from restnet_hf.selection.racing import RaceResult, race_routes
 from restnet_hf.selection.selectors import SELECTORS
 from restnet_hf.steps import Walk, run_steps
 
@@ -93,7 +93,7 @@ class Judge:
 
     def __call__(self, routes: Sequence[Route]) -> dict[Route, float]:
         walks, rivals = self._walks(routes), [set(routes) & {*self.fits}]
-        found: Raced = self._with_memory(
+        found: RaceResult = self._with_memory(
             lambda: race_routes(walks, self._labelled(), self.model.device, rivals, self.error)
         )
         self.images = found.images

@@ -1,1 +1,1 @@
-"""Where to join two anchors."""
+"""Choice of the cuts at which to join two anchors."""

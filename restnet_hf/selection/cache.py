@@ -1,4 +1,4 @@
-"""Similarities found before: kept on disk by anchors, images and settings."""
+"""Cache of similarities on disk, by anchors, images and settings."""
 
 import hashlib
 import json
@@ -21,34 +21,47 @@ logger = logging.getLogger(__name__)
 
 
 def cache_file(about: Mapping[str, Any]) -> Path | None:
-    """Where the similarity lies, or will, that depends on ``about``; None where nothing can be kept.
+    """Path of the cached similarity that depends on ``about``; None if there can be no cache.
 
-    The files lie in ``HF_HOME/assets/restnet_hf`` and can be deleted.
+    The files are in ``HF_HOME/assets/restnet_hf`` and can be deleted.
+
+    Args:
+        about: everything the similarity depends on besides our code and the libraries, fit for JSON.
     """
     key = json.dumps(about, sort_keys=True, default=str) + software_sha256(LIBRARIES, CODE)
     name = hashlib.sha256(key.encode()).hexdigest()
     try:
         return cached_assets_path("restnet_hf", "similarities") / f"{name}.npz"
     except (OSError, ValueError) as error:  # a file in the way is a ValueError there
-        logger.info("similarities cannot be kept: %s", error)
+        logger.info("similarities cannot be cached: %s", error)
         return None
 
 
 def read_similarity(file: Path | None, front: str, end: str) -> Similarity | None:
-    """What `write_similarity` wrote; None where there is nothing, or nothing sound."""
+    """Read a file that `write_similarity` wrote; None if there is none, or it is damaged.
+
+    Args:
+        file: path of the file; None for no cache.
+        front: name of the front anchor.
+        end: name of the end anchor.
+    """
     try:
         if file is None or not file.exists():
             return None
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as data:
             settings = json.loads(str(data["settings"]))
             return Similarity(front, end, np.ma.masked_array(data["values"], data["mask"]), settings)
-    except Exception as error:  # whatever is wrong with it, computing it again will put it right
+    except Exception as error:  # whatever is wrong with the file, the similarity is computed again
         logger.info("%s cannot be read: %s", file, error)
         return None
 
 
 def write_similarity(similarity: Similarity, path: Path) -> None:
-    """Write values, mask and settings as npz."""
+    """Write values, mask and settings of a similarity as npz.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     values = similarity.values
     with written_whole(path) as temporary:
         np.savez(
@@ -60,8 +73,8 @@ def write_similarity(similarity: Similarity, path: Path) -> None:
 
 
 def cache_similarity(similarity: Similarity, path: Path) -> None:
-    """As `write_similarity`, but where nothing can be written, on a full disk say, nothing is kept."""
+    """Write a similarity to the cache; one that cannot be written, on a full disk say, is not cached."""
     try:
         write_similarity(similarity, path)
     except OSError as error:
-        logger.info("similarities cannot be kept: %s", error)
+        logger.info("similarities cannot be cached: %s", error)

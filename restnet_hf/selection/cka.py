@@ -10,7 +10,7 @@ from torch import Tensor
 ESTIMATORS = ("unbiased", "biased")
 KERNELS = ("linear", "rbf")
 AVERAGES = ("sum", "mean")
-COLUMNS = 16384  # of a flattened feature at a time
+COLUMNS_AT_ONCE = 16384  # of a flattened feature
 
 
 class HSIC:
@@ -20,18 +20,18 @@ class HSIC:
     3), or averaged over the batches' own ratios, with the unbiased estimator of Song et al. (JMLR 2012, equation 5) or
     the biased one of Gretton et al. (2005).
 
-    Batches weigh by their images, and one of less than half the images of the first is left out: what it says is
-    noise, and the biased estimate depends on the size of the batch.
+    Batches are weighted by their images. A batch of less than half the images of the first is left out, as its
+    estimate is noisy and the biased estimate depends on the batch size.
 
     Args:
-        estimator: ``unbiased`` (batches of at least 4 images) or ``biased`` (at least 2).
-        average: ``sum`` of the criterion, or ``mean`` of the ratios.
+        estimator: estimator of the criterion, ``unbiased`` (batches of at least 4 images) or ``biased`` (at least 2).
+        average: average over batches, ``sum`` for the ratio of sums or ``mean`` for the mean of ratios.
     """
 
     def __init__(self, estimator: str = "unbiased", average: str = "sum") -> None:
-        for name, value, known in (("estimator", estimator, ESTIMATORS), ("average", average, AVERAGES)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {known}")
+        for name, value, allowed in (("estimator", estimator, ESTIMATORS), ("average", average, AVERAGES)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {allowed}")
         self.estimator, self.average = estimator, average
         self.least = 4 if estimator == "unbiased" else 2
         self.images = self.first = 0
@@ -40,7 +40,12 @@ class HSIC:
         self.yy: Any = 0.0
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add one batch of Gram matrices (cuts, N, N) of centred features, float64; too small a batch is left out."""
+        """Add one batch of Gram matrices; a batch that is too small is left out.
+
+        Args:
+            x: Gram matrices (cuts, N, N) of the front's centred features, float64.
+            y: Gram matrices (cuts, N, N) of the end's centred features, float64.
+        """
         n = x.shape[-1]
         if n < self.least or 2 * n < self.first:
             return
@@ -49,14 +54,14 @@ class HSIC:
         scale = (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2 / n  # n times the estimate
         self.images += n
         xy, xx, yy = (x @ y.T / scale).cpu(), (x.square().sum(1) / scale).cpu(), (y.square().sum(1) / scale).cpu()
-        if self.average == "mean":  # ratios, each as heavy as its images
+        if self.average == "mean":  # ratios, weighted by images
             norm = (xx[:, None] * yy[None, :]).sqrt()
             self.xy += torch.where(norm > torch.finfo(norm.dtype).tiny, n * xy / norm, torch.nan)
             return
         self.xy, self.xx, self.yy = self.xy + xy, self.xx + xx, self.yy + yy
 
     def add(self, other: "HSIC") -> None:
-        """Add what another has summed over other batches."""
+        """Add the sums over other batches."""
         self.images, self.first = self.images + other.images, self.first or other.first
         self.xy, self.xx, self.yy = self.xy + other.xy, self.xx + other.xx, self.yy + other.yy
 
@@ -72,7 +77,7 @@ class HSIC:
         return gram - torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
 
     def cka(self) -> np.ma.MaskedArray:
-        """Centered kernel alignment of every pair, masked where one of the two has no variation.
+        """Centered kernel alignment of every pair of cuts, masked where a feature has no variation.
 
         Raises:
             ValueError: there was no batch of enough images.
@@ -88,18 +93,18 @@ class HSIC:
 
 
 def gram(feature: Tensor, kernel: str = "linear") -> Tensor:
-    """Gram matrix (N, N) in float64 of features (N, ...), flattened and centred over the batch before it is formed.
+    """Gram matrix (N, N) in float64 of features that are flattened and centred over the batch.
 
-    Done in blocks of columns: a second copy of the whole feature is never made.
+    It is summed over blocks of columns, so that the whole feature is never copied.
 
     Args:
-        feature: of a batch.
-        kernel: ``linear``, or ``rbf`` with the median distance of the batch as its width (Kornblith et al., arXiv
-            1905.00414, section 3).
+        feature: features (N, ...) of a batch.
+        kernel: kernel of the Gram matrix, ``linear``, or ``rbf`` with the median distance of the batch as its width
+            (Kornblith et al., arXiv 1905.00414, section 3).
     """
     flat = feature.flatten(1)
     total = flat.new_zeros(len(flat), len(flat), dtype=torch.float64)
-    for block in flat.split(COLUMNS, dim=1):
+    for block in flat.split(COLUMNS_AT_ONCE, dim=1):
         centred = block.double() if block.shape[1] <= 4096 else block.float()
         centred = centred - centred.mean(0)
         total += (centred @ centred.T).double()

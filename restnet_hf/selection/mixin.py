@@ -1,4 +1,4 @@
-"""SelectionMixin: compare the anchors of a model, and choose where to join them."""
+"""SelectionMixin: compare the anchors of a model, and choose the cuts at which to join them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
@@ -20,20 +20,21 @@ from restnet_hf.routes.profile import Budget
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
-from restnet_hf.selection.samples import Pair, Seen
+from restnet_hf.selection.samples import Pair, SelectionBatch
 from restnet_hf.selection.selectors import compare
 from restnet_hf.steps import Step
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
 from restnet_hf.stitches.pruning import prunable
 
 
-MOST, DRAWN = 50_000, 20  # routes whose costs are compared: all, or drawn for each one that is wanted
+MAX_ROUTES = 50_000  # whose costs are compared
+DRAWN_PER_ROUTE = 20  # routes that are drawn at random for each one that is wanted
 
 
 class SelectionMixin:
-    """What a stitched model does to find its stitches."""
+    """Methods of a stitched model that compare anchors and choose stitches."""
 
-    # What the model has
+    # Attributes of the model
     config: Any
     anchors: Mapping[str, Anchor]
     stitches: MutableMapping[str, Stitch]
@@ -52,16 +53,16 @@ class SelectionMixin:
     similarity: Similarity | None
     ranking: list[RankedRoute]
 
-    def _seen(self, data: Any, batch_size: int) -> Iterator[Seen]:
-        """Batches for selectors."""
+    def _selection_batches(self, data: Any, batch_size: int) -> Iterator[SelectionBatch]:
+        """Batches of images for selectors."""
         front, *_, end = self.anchors
         anchors = {name: self.anchors[name] for name in (front, end)}
         finish = {name: self.finish(name) for name in anchors}
         start = 0
         for batch in self._checked(data, batch_size, "calibration"):
             images = batch["pixel_values"].to(self.device)
-            each = {name: self.images_for(name, images) for name in anchors}
-            yield Seen(start, each, anchors, finish, batch.get("labels"))
+            inputs = {name: self.images_for(name, images) for name in anchors}
+            yield SelectionBatch(start, inputs, anchors, finish, batch.get("labels"))
             start += len(images)
 
     def compare(
@@ -73,21 +74,21 @@ class SelectionMixin:
         batch_size: int = 64,
         kept_images: int = 512,
     ) -> dict[str, list[Similarity]]:
-        """How promising each pair of cuts of the first and the last anchor is, by one or more selectors.
+        """Rate each pair of cuts of the first and the last anchor by one or more selectors.
 
-        All of them are served by one pass over each anchor.
+        All selectors share one pass over each anchor.
 
         Args:
-            calibration: images; see `restnet_hf.data.batches`. Labels, where there are any, are used by selectors
-                that can.
-            methods: keys of `SELECTORS`, or options by key.
-            order: ``given`` joins the first anchor to the last, ``auto`` looks at the other direction too.
-            config: how stitches would be made.
-            batch_size: for a tensor or a data set.
-            kept_images: how many images selectors that fit something keep samples of; half of these are for tests.
+            calibration: images, in any form that `restnet_hf.data.batches` takes; some selectors use labels if there
+                are any.
+            methods: keys of `SELECTORS`, or a mapping from keys to options.
+            order: directions to rate: ``given`` for the first anchor in front only, ``auto`` for both.
+            config: options of the stitches; by default those of `StitchConfig`.
+            batch_size: images in a batch, if the images are a tensor or a data set.
+            kept_images: number of images that selectors which fit something keep samples of; half are for tests.
 
         Returns:
-            By method, a `Similarity` for each direction.
+            A list with a `Similarity` for each direction, by method.
 
         Raises:
             ValueError: an option is unknown, images are too few or labels are wrong, an activation is not finite
@@ -110,23 +111,27 @@ class SelectionMixin:
             for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
         ]
         files = self._files(self._about(calibration, config, batch_size, kept_images), options, pairs)
-        known = {
+        cached = {
             name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
             for name in options
         }
-        missing = {name: options[name] for name in options if None in known[name]}
-        found = compare(pairs, lambda: self._seen(calibration, batch_size), missing, kept_images) if missing else {}
-        for name, each in found.items():
-            for similarity in each:
+        missing = {name: options[name] for name in options if None in cached[name]}
+        computed = (
+            compare(pairs, lambda: self._selection_batches(calibration, batch_size), missing, kept_images)
+            if missing
+            else {}
+        )
+        for name, similarities in computed.items():
+            for similarity in similarities:
                 file = files[name, similarity.front]
                 if file is not None and this_process().is_main_process:
                     cache_similarity(similarity, file)
-        return {name: found.get(name) or [each for each in known[name] if each is not None] for name in options}
+        return {name: computed.get(name) or [each for each in cached[name] if each is not None] for name in options}
 
     def _files(
         self, about: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
     ) -> dict[tuple[str, str], Path | None]:
-        """Where similarities are kept, by method and front; None where they cannot be."""
+        """Paths of cached similarities, by method and front; None where there is no cache."""
         fronts = [(name, pair.front.name) for name in options for pair in pairs]
         if about is None:
             return dict.fromkeys(fronts)
@@ -138,9 +143,9 @@ class SelectionMixin:
     def _about(
         self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int
     ) -> dict[str, Any] | None:
-        """All that similarities depend on besides the selector.
+        """Everything that similarities depend on besides the selector, fit for JSON.
 
-        None where the images have no fingerprint, and under several processes: one may remember what another does not.
+        None if the images have no fingerprint, and with several processes, whose caches may differ.
         """
         images = data_fingerprint(data)
         if images is None or this_process().num_processes > 1:
@@ -149,7 +154,7 @@ class SelectionMixin:
         return {**self.identity(), "images": images, **settings}
 
     def identity(self) -> dict[str, Any]:
-        """All that the anchors' activations and logits depend on besides the images, fit for JSON."""
+        """Everything that the anchors' activations and logits depend on besides the images, fit for JSON."""
         entries = [present(*pair) for pair in zip(self.config.anchors, self.anchors.values(), strict=True)]
         keys = ("name", "fingerprint", "preprocessing", "granularity")
         anchors = [{key: entry[key] for key in keys} for entry in entries]
@@ -159,14 +164,15 @@ class SelectionMixin:
     def family(
         self, kind: str = "nearest", pairs: str = "adjacent", directions: str = "up", **options: Any
     ) -> Iterator[Route]:
-        """The routes by which a published method joins these anchors, one at a time; each anchor alone comes first.
+        """Generate the routes by which a published method joins these anchors, after each anchor alone.
 
         Stages are runs of cuts of equal layout. Anchors are in order of their MACs, the cheapest first.
 
         Args:
-            kind: a key of `FAMILIES`, or of `WITHIN` for routes that skip blocks of one anchor.
-            pairs, directions: see `restnet_hf.routes.families.family`.
-            **options: of that kind.
+            kind: kind of the family: a key of `FAMILIES`, or of `WITHIN` for routes that skip blocks of one anchor.
+            pairs: pairs of anchors to join, as in `restnet_hf.routes.families.family`.
+            directions: directions in which to join them, as in `restnet_hf.routes.families.family`.
+            **options: options of the kind.
 
         Raises:
             ValueError: an option is unknown, or the anchors' stages do not fit each other.
@@ -198,10 +204,11 @@ class SelectionMixin:
         """Add the routes of a family, and the stitches that they need; routes that share a stitch share its memory.
 
         Args:
-            kind, **options: see `family`.
-            config: of the stitches; by default ``branch`` for routes within an anchor, else ``linear``.
+            kind: kind of the family; see `family`.
+            config: options of the stitches; by default ``branch`` within an anchor, else ``linear``.
             budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
-            max_routes: so many, spread evenly over the range of MACs; all by default.
+            max_routes: number of routes, spread evenly over the range of MACs; all by default.
+            **options: further arguments of `family`.
 
         Returns:
             The routes with stitches.
@@ -218,9 +225,13 @@ class SelectionMixin:
             if budget is not None:
                 routes = within_budget(routes, costs, Budget(**budget))
             if max_routes is not None:
-                some = dict.fromkeys(islice(routes, MOST + 1 if options.get("seed") is None else DRAWN * max_routes))
-                if len(some) > MOST:
-                    raise ValueError(f"the family has more than {MOST} routes; with seed= skip draws some at random")
+                some = dict.fromkeys(
+                    islice(routes, MAX_ROUTES + 1 if options.get("seed") is None else DRAWN_PER_ROUTE * max_routes)
+                )
+                if len(some) > MAX_ROUTES:
+                    raise ValueError(
+                        f"the family has more than {MAX_ROUTES} routes; with seed= skip draws some at random"
+                    )
                 routes = iter(spread({route: costs(route)["macs"] for route in some}, max_routes))
         added = self.add_stitches(routes, config)
         if not added:
@@ -243,32 +254,32 @@ class SelectionMixin:
         per_part: int = 1,
         **options: Any,
     ) -> list[Route]:
-        """Choose where to join the first anchor to the last, from a few hundred images, and add those stitches.
+        """Choose cuts at which to join the first anchor to the last, from a few hundred images, and add the stitches.
 
         The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
-        more than any anchor alone are left out if there are others. All values are kept in `similarity`, all routes in
-        `ranking`. The best route becomes the active one.
+        more than any anchor alone are left out if there are others. `similarity` then has all values, `ranking` all
+        routes. The best route becomes the active one.
 
         Args:
-            calibration: images; see `restnet_hf.data.batches`.
-            method: a key of `SELECTORS`.
-            max_routes: into how many parts the range of MACs is divided.
-            config: how the stitches are made.
-            batch_size: for a tensor or a data set.
-            order: ``given`` joins the first anchor to the last; ``auto`` also considers the last in front, and takes
-                whichever has the higher score in each part of the range.
+            calibration: images, in any form that `restnet_hf.data.batches` takes.
+            method: selector, a key of `SELECTORS`.
+            max_routes: number of parts that the range of MACs is divided into.
+            config: options of the stitches; by default those of `StitchConfig`.
+            batch_size: images in a batch, if the images are a tensor or a data set.
+            order: directions to consider: ``given`` joins the first anchor to the last; ``auto`` also joins the last
+                to the first, and takes the route with the higher score in each part of the range.
             budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
-            kept_images: see `compare`.
-            per_part: how many routes of each part to add; the best two nearly always hold the best one.
-            **options: of the selector.
+            kept_images: number of images that selectors which fit something keep samples of.
+            per_part: number of routes to add from each part; the best two nearly always include the best one.
+            **options: options of the selector.
 
         Raises:
             ValueError: see `compare`; or no route fits the budget.
         """
-        found = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
+        similarities = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
         limits, costs = None if budget is None else Budget(**budget), self.route_costs(config)
-        ranking = rank_routes(found, costs, limits)
-        self.similarity, self.ranking = found[0], ranking
+        ranking = rank_routes(similarities, costs, limits)
+        self.similarity, self.ranking = similarities[0], ranking
         most = max(costs(Route.alone(name))["macs"] for name in self.anchors)
         chosen = choose_routes(
             [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part

@@ -1,10 +1,9 @@
-"""The heat map of a similarity."""
+"""Heat map of a similarity."""
 
-from __future__ import annotations  # matplotlib takes long to import, and is imported when something is drawn
+from __future__ import annotations  # matplotlib takes long to import, and is imported only to draw
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,12 +12,14 @@ from restnet_hf.routes.route import Route
 from restnet_hf.selection.ranking import Similarity
 
 
-if TYPE_CHECKING:
-    pass
-
-
 def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str | os.PathLike[str]) -> None:
-    """Heat map of the similarity of two anchors, with the cuts that the routes join."""
+    """Plot the similarity of two anchors as a heat map, with the cuts that the routes join.
+
+    Args:
+        similarity: values for every pair of cuts.
+        routes: routes whose stitches are circled.
+        path: file of the picture.
+    """
     from matplotlib.figure import Figure
 
     rows, columns = similarity.values.shape
@@ -44,6 +45,6 @@ def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str |
 
 
 def _least(similarity: Similarity) -> float:
-    """0, or where values are below it, their 10th percentile: a few bad pairs hide nothing."""
+    """Lower end of the colours: 0, or the 10th percentile if it is below, so that a few outliers hide nothing."""
     values = similarity.values.compressed()
     return min(0.0, float(np.percentile(values, 10))) if len(values) else 0.0

@@ -1,4 +1,4 @@
-"""A race of routes: those that cannot win are not run on all images."""
+"""Race of routes: those that cannot be the best do not run on all images."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -13,13 +13,13 @@ from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
 
 
 @dataclass(frozen=True)
-class Raced:
-    """What `race_routes` found.
+class RaceResult:
+    """Result of `race_routes`.
 
     Args:
-        scores: accuracy of the routes that ran on all images.
-        stopped: accuracy of the others on the images that they ran on, and how many these were.
-        images: how many there are.
+        scores: accuracy of each route that ran on all images.
+        stopped: accuracy and number of images of each route that was stopped before.
+        images: number of all images.
     """
 
     scores: dict[Route, float]
@@ -34,20 +34,20 @@ def race_routes(
     device: torch.device,
     rivals: Iterable[Collection[Route]] | None = None,
     error: float = 0.01,
-) -> Raced:
-    """Accuracy of each route on the same images, without going on with those that cannot win.
+) -> RaceResult:
+    """Measure the accuracy of routes on the same images, and stop those that cannot be the best.
 
-    A route is stopped when, among each group of rivals that it belongs to, there is one that is better by more than
-    chance: by a sign test on the images on which just one of the two is right, after each batch, its level divided
-    among routes and batches so that the best of a group is stopped with a probability of at most ``error``. What the
-    other routes get is exactly what `score_routes` gives.
+    A route is stopped once each group of rivals that it belongs to has a significantly better one. After each batch a
+    sign test is made on the images on which just one of the two is right; its level is divided among routes and
+    batches, so that the best of a group is stopped with a probability of at most ``error``. The accuracy of the other
+    routes is exactly that of `score_routes`.
 
     Args:
         walks: routes with their steps.
-        batches: of labelled images in the model's preprocessing.
-        device: where to run.
-        rivals: groups of routes of which the best one is wanted, such as all that fit a budget; one of all by default.
-        error: from 0 (none is ever stopped) to below 1.
+        batches: batches of labelled images in the model's preprocessing.
+        device: device to run on.
+        rivals: groups of routes of which the best is wanted, such as all within a budget; one group by default.
+        error: largest probability of stopping the best of a group, from 0 (no route is stopped) to below 1.
 
     Raises:
         ValueError: a batch has no labels, or ``error`` is out of range.
@@ -58,7 +58,7 @@ def race_routes(
     right: dict[Route, list[np.ndarray]] = {route: [] for route, _ in walks}
     alive, images = list(walks), 0
     shared = split_at_shared_cuts(alive)
-    for look, batch in enumerate(batches, 1):
+    for number, batch in enumerate(batches, 1):
         if "labels" not in batch:
             raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
         labels = batch["labels"].cpu()
@@ -66,21 +66,21 @@ def race_routes(
             right[route].append((logits.argmax(-1).cpu() == labels).numpy())
         images += len(labels)
         hits = {route: np.concatenate(right[route]) for route, _ in alive}
-        level = error / (len(walks) * look * (look + 1))
+        level = error / (len(walks) * number * (number + 1))
         behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups, level)}
         if behind:
             alive = [walk for walk in alive if walk[0] not in behind]
             shared = split_at_shared_cuts(alive)
-    every = {route: np.concatenate(found) for route, found in right.items() if found}
+    every = {route: np.concatenate(hits) for route, hits in right.items() if hits}
     scores = {route: float(every[route].mean()) for route, _ in alive}
     stopped = {route: (float(hits.mean()), len(hits)) for route, hits in every.items() if route not in scores}
-    return Raced(scores, stopped, images)
+    return RaceResult(scores, stopped, images)
 
 
 def _cannot_win(
     route: Route, hits: dict[Route, np.ndarray], groups: Sequence[Collection[Route]], level: float
 ) -> bool:
-    """Whether every group of a route has one that is better by more than chance."""
+    """Whether every group of a route has a significantly better one."""
     for group in (group for group in groups if route in group):
         best = max((rival for rival in hits if rival in group), key=lambda rival: hits[rival].sum())
         more, less = (int((a & ~b).sum()) for a, b in ((hits[best], hits[route]), (hits[route], hits[best])))
@@ -90,6 +90,6 @@ def _cannot_win(
 
 
 def _sign_test(more: int, less: int) -> float:
-    """How probable it is that of so many coins in all at least ``more`` show heads."""
+    """Probability that of ``more + less`` fair coins at least ``more`` show heads."""
     count = more + less
     return sum(math.comb(count, heads) for heads in range(more, count + 1)) / 2**count

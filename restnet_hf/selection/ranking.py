@@ -1,4 +1,4 @@
-"""Which routes are worth it: matrices over pairs of cuts, ranked under a budget and spread over the range of costs."""
+"""Ranking of routes: similarities of pairs of cuts, ranked within a budget and spread over the range of costs."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,13 +14,13 @@ from restnet_hf.routes.route import Route, Segment
 
 @dataclass(frozen=True)
 class Similarity:
-    """What a selector says of every cut of ``front`` (rows, cut 1 first) and every cut of ``end`` (columns).
+    """Values of a selector for every cut of ``front`` (rows, from cut 1) and every cut of ``end`` (columns).
 
     Args:
-        front: name of the anchor whose activation comes in.
-        end: name of the anchor whose activation at that cut a stitch would replace.
-        values: the higher the better; masked where a value is not defined (a constant feature, say).
-        settings: how they were computed, and from how many images.
+        front: name of the anchor whose activation a stitch would take.
+        end: name of the anchor whose activation a stitch would replace.
+        values: matrix of values, the higher the better; masked where undefined, as for a constant feature.
+        settings: method, options and number of images of the values.
     """
 
     front: str
@@ -29,17 +29,24 @@ class Similarity:
     settings: Mapping[str, Any]
 
     def value(self, route: Route) -> float | None:
-        """The value of a route of one stitch between these anchors; None for any other, or where it is not defined."""
+        """The value of a route with one stitch between these anchors; None for other routes, or if it is undefined."""
         points = [p for p in route.stitch_points if (p.source, p.target) == (self.front, self.end)]
         if len(points) != 1 or len(route.segments) != 2:
             return None
-        found = self.values[points[0].source_cut - 1, points[0].target_cut - 1]
-        return None if found is np.ma.masked else float(found)
+        value = self.values[points[0].source_cut - 1, points[0].target_cut - 1]
+        return None if value is np.ma.masked else float(value)
 
 
 @dataclass(frozen=True)
 class RankedRoute:
-    """A route with its score, its costs, and whether a cheaper route has a score as high."""
+    """A route with its score and costs.
+
+    Args:
+        route: route with one stitch.
+        score: value of the selector, the higher the better.
+        costs: costs by name.
+        dominated: whether a cheaper route has a score as high.
+    """
 
     route: Route
     score: float
@@ -52,34 +59,34 @@ def rank_routes(
     costs: Callable[[Route], Mapping[str, float]] | None = None,
     budget: Budget | None = None,
 ) -> list[RankedRoute]:
-    """Every route of one stitch, the best score first; of equals, the cheaper in MACs.
+    """Rank every route with one stitch, the best score first; of equal scores, the cheaper in MACs.
 
     Args:
-        similarities: by one selector, one for each direction that is considered.
-        costs: of a route.
-        budget: routes over it are left out.
+        similarities: similarities by one selector, one for each direction to consider.
+        costs: function that returns the costs of a route.
+        budget: limits on the costs; routes over them are left out.
 
     Raises:
         ValueError: no score is defined, or no route fits the budget.
     """
-    found = []
+    rows = []
     for similarity in similarities:
         for (i, j), value in np.ndenumerate(similarity.values.filled(np.nan)):
             if np.isfinite(value):
                 route = Route((Segment(similarity.front, 0, i + 1), Segment(similarity.end, j + 1)))
-                found.append(RankedRoute(route, float(value), costs(route) if costs is not None else {}))
-    if not found:
+                rows.append(RankedRoute(route, float(value), costs(route) if costs is not None else {}))
+    if not rows:
         raise ValueError("no pair of cuts has a defined score")
     if budget is not None:
-        least = min(found, key=lambda row: max(row.costs[cost] / limit for cost, limit in budget.limits.items()))
-        found = [row for row in found if all(row.costs[cost] <= limit for cost, limit in budget.limits.items())]
-        if not found:
-            costs_then = ", ".join(f"{cost}={least.costs[cost]:g}" for cost in budget.limits)
-            raise ValueError(f"no stitched route fits {budget}; the cheapest is '{least.route}' with {costs_then}")
-    return sorted(_marked(found), key=lambda row: (-row.score, row.costs.get("macs", 0.0)))
+        least = min(rows, key=lambda row: max(row.costs[cost] / limit for cost, limit in budget.limits.items()))
+        rows = [row for row in rows if all(row.costs[cost] <= limit for cost, limit in budget.limits.items())]
+        if not rows:
+            lowest = ", ".join(f"{cost}={least.costs[cost]:g}" for cost in budget.limits)
+            raise ValueError(f"no stitched route fits {budget}; the cheapest is '{least.route}' with {lowest}")
+    return sorted(_mark_dominated(rows), key=lambda row: (-row.score, row.costs.get("macs", 0.0)))
 
 
-def _marked(rows: Sequence[RankedRoute]) -> list[RankedRoute]:
+def _mark_dominated(rows: Sequence[RankedRoute]) -> list[RankedRoute]:
     best, marked = -np.inf, []
     for row in sorted(rows, key=lambda row: (row.costs.get("macs", 0.0), -row.score)):
         marked.append(replace(row, dominated=bool(row.costs) and row.score <= best))
@@ -90,13 +97,13 @@ def _marked(rows: Sequence[RankedRoute]) -> list[RankedRoute]:
 def choose_routes(
     ranked: Sequence[RankedRoute], max_routes: int, cost: str = "macs", per_part: int = 1
 ) -> list[RankedRoute]:
-    """The best route of each part of the range of costs, the cheapest first (KLAS, arXiv 2605.29259, buckets).
+    """Choose the best routes of each part of the range of costs, the cheapest first (KLAS, arXiv 2605.29259, buckets).
 
     Args:
-        ranked: from `rank_routes`, with that cost.
-        max_routes: into how many parts of equal width the range is divided; parts without a route are left out.
-        cost: a key of the costs.
-        per_part: how many routes of each part are taken; with more than one, training and a profile decide.
+        ranked: routes from `rank_routes` that have the cost.
+        max_routes: number of parts of equal width that the range is divided into; parts without a route are left out.
+        cost: name of the cost.
+        per_part: number of routes to take from each part; with more than one, training and a profile decide.
 
     Raises:
         ValueError: ``max_routes`` or ``per_part`` is below 1.
@@ -112,16 +119,16 @@ def choose_routes(
 
 
 def spread(macs: Mapping[Route, float], count: int) -> list[Route]:
-    """So many routes, taken in turn from parts of equal width of the range of MACs, the cheapest first.
+    """Choose routes in turn from parts of equal width of the range of MACs; the cheapest is returned first.
 
-    Each is the one of its part whose stitches are the least used by those before; of equals, that of fewest stitches.
+    Each is the route of its part whose stitches the chosen ones use least; of equals, the one with fewest stitches.
 
     Args:
-        macs: of the routes to choose from.
-        count: of parts, and of routes at most.
+        macs: MACs of the routes to choose from.
+        count: number of parts, and largest number of routes.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: ``count`` is below 1.
     """
     if count < 1:
         raise ValueError(f"max_routes={count} must be at least 1")

@@ -1,4 +1,4 @@
-"""What one pass keeps of two anchors: a sample of their activations, to fit and test stitches and probes on."""
+"""Samples of two anchors' activations from one pass, to fit and test stitches and probes on."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitc
 
 
 POSITIONS = 4  # of every map, drawn at random for each image
-BATCH = 64  # images that are tested at a time
+TEST_BATCH = 64  # images that are tested at a time
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Pair:
     """Two anchors that may be joined.
 
     Args:
-        front: anchor whose activations come in.
-        end: anchor whose activations would be replaced.
-        finish: what turns the end's output into the model's logits: a new head, an order of labels, or nothing.
-        config: how stitches are made.
+        front: anchor whose activations stitches take.
+        end: anchor whose activations stitches replace.
+        finish: function from the end's output to the model's logits: a new head, an order of labels, or identity.
+        config: options of the stitches.
     """
 
     front: Anchor
@@ -34,15 +34,15 @@ class Pair:
     config: StitchConfig = field(default_factory=StitchConfig)
 
 
-class Seen:
-    """One batch as both anchors see it; activations are computed when they are first asked for.
+class SelectionBatch:
+    """One batch of images for both anchors.
 
     Args:
-        start: number of its first image in the whole data.
-        images: (N, 3, H, W) as each anchor wants them, by its name.
-        anchors: by name.
-        finish: what turns each anchor's output into the model's logits, by name.
-        labels: (N,), None where there are none.
+        start: index of the first image in the whole data.
+        images: images (N, 3, H, W) by anchor name, each anchor's in its own preprocessing.
+        anchors: anchors by name.
+        finish: functions from each anchor's output to the model's logits, by name.
+        labels: labels (N,); None if there are none.
     """
 
     def __init__(
@@ -56,30 +56,39 @@ class Seen:
         self.start, self.images, self.labels = start, images, labels
         self.size = len(next(iter(images.values())))
         self._anchors, self._finish = anchors, finish
-
         self._last: dict[str, Tensor] = {}
 
-    def visit(self, see: Callable[[Anchor, int, Tensor], None]) -> None:
-        """Run each anchor once, and show every activation as it comes; none of them is kept but the last."""
+    def run(self, hook: Callable[[Anchor, int, Tensor], None]) -> None:
+        """Run each anchor once; only its last activation is kept.
+
+        Args:
+            hook: function that is called with an anchor, a cut and the activation there, for every cut.
+        """
         for name, anchor in self._anchors.items():
 
-            def look(cut: int, activation: Tensor, anchor: Anchor = anchor) -> None:
-                see(anchor, cut, activation)
+            def record(cut: int, activation: Tensor, anchor: Anchor = anchor) -> None:
+                hook(anchor, cut, activation)
                 if cut == anchor.depth:
                     self._last[anchor.name] = activation
 
-            anchor.capture(self.images[name], _cuts(anchor), see=look)
+            anchor.capture(self.images[name], _cuts(anchor), see=record)
 
     @cached_property
     def logits(self) -> dict[str, Tensor]:
-        """Logits (N, classes) of each anchor alone, in the model's classes; after `visit`."""
+        """Logits (N, classes) of each anchor alone, in the model's classes; after `run`."""
         ends = {name: anchor(self._last[name], anchor.depth) for name, anchor in self._anchors.items()}
         return {name: self._finish[name](end) for name, end in ends.items()}
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A stitch's least-squares problem solved: weight (D, C), bias (D,), and R² on images that were held out."""
+    """Solution of a least-squares problem.
+
+    Args:
+        weight: weight (D, C).
+        bias: bias (D,).
+        r2: R² on the held-out images.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -87,13 +96,13 @@ class Solution:
 
 
 class Samples:
-    """A sample of both anchors' activations on the first images: every other image is held out for tests.
+    """Samples of both anchors' activations on the first images; every other image is held out for tests.
 
-    Nothing is kept before a selector asks for it, and what is kept does not grow with the data.
+    Nothing is kept before a selector asks for it, and the memory does not grow with the data.
 
     Args:
-        pair: the anchors.
-        images: how many to keep samples of.
+        pair: anchors to join.
+        images: number of images to keep samples of.
     """
 
     def __init__(self, pair: Pair, images: int = 512) -> None:
@@ -105,12 +114,12 @@ class Samples:
         self.wants_pooled = self.wants_images = False
 
     def keep_rows(self) -> None:
-        """Keep what stitches are fitted on: activations at a few positions of each image."""
+        """Keep activations at a few positions of each image, to fit stitches on."""
         if not self.problems:
             front, end = self.pair.front, self.pair.end
             front.search()
             end.search()
-            with torch.device("meta"):  # their shapes are all that is needed
+            with torch.device("meta"):  # only shapes are needed
                 stitches = {(i, j): self._stitch(i, j) for i in _cuts(front) for j in _cuts(end)}
             self.problems = {cuts: stitch.problems() for cuts, stitch in stitches.items()}
             for (i, j), problems in self.problems.items():
@@ -129,16 +138,16 @@ class Samples:
     def _stitch(self, i: int, j: int) -> Stitch:
         return make_stitch(self.pair.front.layout(i), self.pair.end.layout(j), self.pair.config)
 
-    def read(self, anchor: Anchor, cut: int, activation: Tensor, seen: Seen) -> None:
-        """Look at one activation of a batch."""
-        n = min(seen.size, self.images - seen.start)
+    def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:
+        """Take samples of one activation of a batch."""
+        n = min(batch.size, self.images - batch.start)
         if n <= 0 or not self.wanted:
             return
         if self.wants_pooled:
             spatial = anchor.layout(cut).split(activation[:n])[0]
             self._chunk["pooled", anchor.name, cut] = _finite(spatial.mean((2, 3)), anchor, cut)
         for key, (problem, rows) in self._readers.get((anchor.name, cut), {}).items():
-            chosen = problem.chosen(n, POSITIONS, seen.start)
+            chosen = problem.chosen(n, POSITIONS, batch.start)
             self._chunk[key] = _finite(rows(activation[:n], chosen), anchor, cut)
 
     @property
@@ -146,27 +155,27 @@ class Samples:
         """Whether a selector has asked for anything."""
         return bool(self.problems) or self.wants_pooled
 
-    def update(self, seen: Seen) -> None:
-        """Close a batch, all of whose activations were read."""
-        n = min(seen.size, self.images - seen.start)
+    def update(self, batch: SelectionBatch) -> None:
+        """Finish a batch after all of its activations were read."""
+        n = min(batch.size, self.images - batch.start)
         if n <= 0 or not self.wanted:
             return
         chunk, self._chunk = self._chunk, {}
-        chunk["number"] = torch.arange(seen.start, seen.start + n)
-        chunk |= {("logits", name): logits[:n].float().cpu() for name, logits in seen.logits.items()}
-        if seen.labels is not None:
-            chunk["labels"] = seen.labels[:n].cpu()
+        chunk["number"] = torch.arange(batch.start, batch.start + n)
+        chunk |= {("logits", name): logits[:n].float().cpu() for name, logits in batch.logits.items()}
+        if batch.labels is not None:
+            chunk["labels"] = batch.labels[:n].cpu()
         if self.wants_images:
-            images = seen.images[self.pair.front.name][:n]
+            images = batch.images[self.pair.front.name][:n]
             chunk["images"] = images[(chunk["number"] % 2 == 1).to(images.device)]
         self.chunks.append(chunk)
 
     def state(self) -> list[dict[Any, Tensor]]:
-        """What this process has kept."""
+        """The samples of this process."""
         return self.chunks
 
-    def absorb(self, states: Iterable[list[dict[Any, Tensor]]]) -> None:
-        """Take what all processes have kept."""
+    def merge(self, states: Iterable[list[dict[Any, Tensor]]]) -> None:
+        """Merge the samples of all processes."""
         self.chunks = sorted((c for state in states for c in state), key=lambda chunk: int(chunk["number"][0]))
 
     def _all(self, key: Hashable) -> Tensor:
@@ -188,22 +197,24 @@ class Samples:
         return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
 
     def settings(self) -> dict[str, Any]:
-        """How many images were kept, and how many of them held out."""
+        """Number of sampled images, and of those held out."""
         held = self.held
         return {"images": len(held), "held_out": int(held.sum())}
 
     def solve(self, ridge: float) -> Iterator[tuple[tuple[int, int], list[Solution]]]:
-        """Each pair of cuts with its stitch's problems solved, on a sample of rows.
+        """Solve the problems of the stitch of each pair of cuts on the samples.
 
         Args:
-            ridge: relative to the mean variance of the features.
+            ridge: regularisation relative to the mean variance of the features.
         """
         held = self.held
         for i in _cuts(self.pair.front):
-            mine = [(j, number, p) for (k, j), ps in self.problems.items() if k == i for number, p in enumerate(ps)]
+            problems = [
+                (j, number, p) for (k, j), ps in self.problems.items() if k == i for number, p in enumerate(ps)
+            ]
             solved: dict[tuple[int, int], Solution] = {}
-            for key in dict.fromkeys(problem.key_in for _, _, problem in mine):
-                same = [(j, number, problem) for j, number, problem in mine if problem.key_in == key]
+            for key in dict.fromkeys(problem.key_in for _, _, problem in problems):
+                same = [(j, number, problem) for j, number, problem in problems if problem.key_in == key]
                 outputs = [self._all(("out", j, problem.key_out)) for j, _, problem in same]
                 solutions = _regress(self._all(("in", i, key)), outputs, held, ridge)
                 solved |= {(j, number): solution for (j, number, _), solution in zip(same, solutions, strict=True)}
@@ -211,20 +222,24 @@ class Samples:
                 yield (i, j), [solved[j, number] for number in range(len(self.problems[i, j]))]
 
     def stitches(self, ridge: float) -> dict[tuple[int, int], Stitch]:
-        """The fitted stitch of every pair of cuts."""
-        like, found = next(self.pair.end.parameters()), {}
+        """The fitted stitch of every pair of cuts.
+
+        Args:
+            ridge: regularisation relative to the mean variance of the features.
+        """
+        like, stitches = next(self.pair.end.parameters()), {}
         for (i, j), solutions in self.solve(ridge):
             stitch = self._stitch(i, j).to(like.device, like.dtype).eval()
             for problem, solution in zip(stitch.problems(), solutions, strict=True):
                 problem.assign(solution.weight, solution.bias)
-            found[i, j] = stitch
-        return found
+            stitches[i, j] = stitch
+        return stitches
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the held-out images as the front wants them, and what is right for each (N,)."""
+        """Batches of the held-out images, in the front's preprocessing, and their right classes (N,)."""
         right = self._all("labels") if self.labelled else self._teacher().argmax(-1)
         images, held = self._all("images"), self.held
-        for batch, answers in zip(images.split(BATCH), right[held].split(BATCH), strict=True):
+        for batch, answers in zip(images.split(TEST_BATCH), right[held].split(TEST_BATCH), strict=True):
             yield batch, answers.to(batch.device)
 
     def _teacher(self) -> Tensor:
@@ -232,13 +247,17 @@ class Samples:
         return self._all(("logits", larger.name))
 
     def log_probabilities(self, anchor: Anchor) -> Tensor:
-        """Log-probabilities (N, classes) that the anchor itself gives the held-out images."""
+        """Log-probabilities (N, classes) of the anchor itself on the held-out images."""
         return log_softmax(self._all(("logits", anchor.name))[self.held], dim=-1)
 
     def probes(self, anchor: Anchor, weight_decay: float) -> list[Tensor]:
-        """For each cut the log-probabilities (N, classes) that a linear probe gives the held-out images.
+        """Log-probabilities (N, classes) of a linear probe on the held-out images, for each cut.
 
-        Probes learn the labels, or where there are none what the larger anchor says.
+        Probes learn the labels or, without labels, the outputs of the larger anchor.
+
+        Args:
+            anchor: anchor whose activations the probes take.
+            weight_decay: weight decay of the probes.
 
         Raises:
             ValueError: there are fewer than three images.
@@ -251,13 +270,13 @@ class Samples:
         targets = (
             one_hot(self._all("labels").long(), teacher.shape[1]).float() if self.labelled else softmax(teacher, -1)
         )
-        found = []
+        outputs = []
         for cut in _cuts(anchor):
             x = self._all(("pooled", anchor.name, cut)).float()
             x = (x - x[~held].mean(0)) / x[~held].std(0).clamp_min(1e-6)
             weight, bias = _softmax_regression(x[~held].to(targets.device), targets[~held], weight_decay)
-            found.append(log_softmax(x[held] @ weight + bias, dim=-1))
-        return found
+            outputs.append(log_softmax(x[held] @ weight + bias, dim=-1))
+        return outputs
 
 
 def _cuts(anchor: Anchor) -> range:

@@ -1,4 +1,4 @@
-"""SELECTORS: how promising a stitch is at every pair of cuts of two anchors, all of them from one pass over each."""
+"""SELECTORS: values of stitches at every pair of cuts of two anchors, all from one pass over each anchor."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -16,59 +16,69 @@ from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.distributed import this_process
 from restnet_hf.selection.cka import HSIC, KERNELS, gram
 from restnet_hf.selection.ranking import Similarity
-from restnet_hf.selection.samples import Pair, Samples, Seen, not_finite
+from restnet_hf.selection.samples import Pair, Samples, SelectionBatch, not_finite
 
 
 FEATURES = ("pooled", "flattened", "tokens")
-TOKENS = 3  # of a side of the grid whose positions are samples of their own
+TOKENS = 3  # on each side of the grid whose positions are samples of their own
 
 
 class Selector(ABC):
-    """Sees batches of both anchors' activations and gives every pair of cuts a value, the higher the better.
+    """Reads batches of both anchors' activations and gives every pair of cuts a value, the higher the better.
+
+    Subclasses may take options of their own as keyword arguments.
 
     Args:
-        pair: the anchors.
-        samples: what one pass keeps for all selectors that ask for it.
-        **options: of each selector.
+        pair: anchors to join.
+        samples: samples of activations that all selectors share.
     """
 
-    cuts = True  # whether it needs activations at all
-    symmetric = False  # whether the other direction has the transposed values
+    cuts = True  # whether the selector needs activations
+    symmetric = False  # whether the values of the other direction are the transpose
 
     def __init__(self, pair: Pair, samples: Samples) -> None:
         self.pair, self.samples = pair, samples
 
-    def read(self, anchor: Anchor, cut: int, activation: Tensor, seen: Seen) -> None:  # noqa: B027
-        """Look at one activation of a batch, which is gone afterwards."""
+    def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:  # noqa: B027
+        """Read one activation of a batch, which is not kept.
 
-    def update(self, seen: Seen) -> None:  # noqa: B027
-        """Close a batch, all of whose activations were read."""
+        Args:
+            anchor: anchor that computed the activation.
+            cut: number of the cut.
+            activation: activation in the layout of the cut.
+            batch: images, labels and logits of the batch.
+        """
+
+    def update(self, batch: SelectionBatch) -> None:  # noqa: B027
+        """Finish a batch after all of its activations were read."""
 
     def state(self) -> Any:
-        """What this process has summed up, for the others."""
+        """The state of this process, for the others."""
         return None
 
-    def absorb(self, states: Iterable[Any]) -> None:  # noqa: B027
-        """Take what all processes have summed up, in their order."""
+    def merge(self, states: Iterable[Any]) -> None:  # noqa: B027
+        """Merge the states of all processes, in their order."""
 
     @abstractmethod
     def values(self) -> np.ma.MaskedArray:
-        """One value for each cut of the front (rows) and of the end (columns)."""
+        """Values (front cuts, end cuts), masked where undefined."""
 
     def settings(self) -> dict[str, Any]:
-        """What the values depend on."""
+        """Settings that the values depend on."""
         return {}
 
 
 class CKA(Selector):
-    """Centered kernel alignment (Kornblith et al., arXiv 1905.00414): ReStNet's choice.
+    """Centered kernel alignment (Kornblith et al., arXiv 1905.00414), the selector of ReStNet.
 
     Args:
-        pair, samples: see `Selector`.
-        estimator, average: see `HSIC`.
-        kernel: see `gram`.
-        features: ``pooled`` takes the mean over positions, ``flattened`` keeps every position as a feature, ``tokens``
-            takes the positions of a coarse grid as samples of their own.
+        pair: anchors to join.
+        samples: samples of activations that all selectors share.
+        estimator: estimator of the criterion, ``unbiased`` or ``biased``; see `HSIC`.
+        average: average over batches, ``sum`` or ``mean``; see `HSIC`.
+        kernel: kernel of the Gram matrices, ``linear`` or ``rbf``; see `gram`.
+        features: features of an activation: ``pooled`` is the mean over positions, ``flattened`` takes every position
+            as a feature, ``tokens`` takes the positions of a coarse grid as samples of their own.
     """
 
     symmetric = True
@@ -84,15 +94,16 @@ class CKA(Selector):
         features: str = "pooled",
     ) -> None:
         super().__init__(pair, samples)
-        for name, value, known in (("features", features, FEATURES), ("kernel", kernel, KERNELS)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {known}")
+        for name, value, allowed in (("features", features, FEATURES), ("kernel", kernel, KERNELS)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {allowed}")
         self.kernel, self.features = kernel, features
         self.sums = HSIC(estimator, average)
         self.batch_size = 0
         self._grams: dict[tuple[str, int], Tensor] = {}
 
-    def read(self, anchor: Anchor, cut: int, activation: Tensor, seen: Seen) -> None:
+    def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:
+        """Add the Gram matrix of one activation of a batch."""
         feature = activation
         if self.features != "flattened":
             feature = anchor.layout(cut).split(feature)[0]
@@ -105,8 +116,9 @@ class CKA(Selector):
             raise not_finite(anchor, cut)
         self._grams[anchor.name, cut] = matrix
 
-    def update(self, seen: Seen) -> None:
-        self.batch_size = max(self.batch_size, seen.size)
+    def update(self, batch: SelectionBatch) -> None:
+        """Add the Gram matrices of a batch to the sums."""
+        self.batch_size = max(self.batch_size, batch.size)
         front, end = (
             torch.stack([self._grams.pop((anchor.name, cut)) for cut in range(1, anchor.depth + 1)])
             for anchor in (self.pair.front, self.pair.end)
@@ -114,18 +126,22 @@ class CKA(Selector):
         self.sums.update(front, end)
 
     def state(self) -> HSIC:
+        """The sums of this process."""
         return self.sums
 
-    def absorb(self, states: Iterable[HSIC]) -> None:
+    def merge(self, states: Iterable[HSIC]) -> None:
+        """Add up the sums of all processes."""
         total = HSIC(self.sums.estimator, self.sums.average)
         for state in states:
             total.add(state)
         self.sums = total
 
     def values(self) -> np.ma.MaskedArray:
+        """Values (front cuts, end cuts), masked where undefined."""
         return self.sums.cka()
 
     def settings(self) -> dict[str, Any]:
+        """Settings that the values depend on."""
         samples = TOKENS**2 if self.features == "tokens" else 1
         about = {"estimator": self.sums.estimator, "average": self.sums.average, "kernel": self.kernel}
         return {
@@ -137,23 +153,25 @@ class CKA(Selector):
 
 
 class Position(Selector):
-    """How near the two cuts are in relative depth: SN-Net's rule (arXiv 2302.06586, section 3.3), without any data."""
+    """Closeness of the two cuts in relative depth, without any data: SN-Net's rule (arXiv 2302.06586, section 3.3)."""
 
     cuts = False
     symmetric = True
 
     def values(self) -> np.ma.MaskedArray:
+        """Values (front cuts, end cuts), masked where undefined."""
         depths = [np.arange(1, anchor.depth + 1) / (anchor.depth + 1) for anchor in (self.pair.front, self.pair.end)]
         return np.ma.masked_array(1 - np.abs(depths[0][:, None] - depths[1][None, :]))
 
 
 class LeastSquaresR2(Selector):
-    """Share of the replaced activation's variance that the fitted stitch explains, on images that are held out.
+    """Share of the replaced activation's variance that the fitted stitch explains on held-out images.
 
     Args:
-        pair, samples: see `Selector`.
-        ridge: of the fit, relative to the mean variance of the features; larger than that of `fit_stitches`, as it is
-            made from a sample of positions.
+        pair: anchors to join.
+        samples: samples of activations that all selectors share.
+        ridge: regularisation of the fit, relative to the mean variance of the features; larger than in `fit_stitches`,
+            as the fit uses a sample of positions.
     """
 
     def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
@@ -162,23 +180,26 @@ class LeastSquaresR2(Selector):
         self.ridge = ridge
 
     def values(self) -> np.ma.MaskedArray:
-        found = np.full((self.pair.front.depth, self.pair.end.depth), np.nan)
+        """Values (front cuts, end cuts), masked where undefined."""
+        values = np.full((self.pair.front.depth, self.pair.end.depth), np.nan)
         for (i, j), (first, *_) in self.samples.solve(self.ridge):
-            found[i - 1, j - 1] = first.r2
-        return np.ma.masked_invalid(found)
+            values[i - 1, j - 1] = first.r2
+        return np.ma.masked_invalid(values)
 
     def settings(self) -> dict[str, Any]:
+        """Settings that the values depend on."""
         return {"ridge": self.ridge, **self.samples.settings()}
 
 
 class FittedAccuracy(Selector):
-    """How often the route through the fitted, untrained stitch is right, on images that it was not fitted on.
+    """Accuracy of the route with the fitted, untrained stitch on held-out images.
 
-    Right is the label, or where there are no labels what the larger anchor says.
+    Without labels, the predictions of the larger anchor count as right.
 
     Args:
-        pair, samples: see `Selector`.
-        ridge: as of `LeastSquaresR2`.
+        pair: anchors to join.
+        samples: samples of activations that all selectors share.
+        ridge: regularisation of the fit, relative to the mean variance of the features.
     """
 
     def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
@@ -188,6 +209,7 @@ class FittedAccuracy(Selector):
         self.ridge = ridge
 
     def values(self) -> np.ma.MaskedArray:
+        """Values (front cuts, end cuts), masked where undefined."""
         stitches = self.samples.stitches(self.ridge)
         right = torch.zeros(self.pair.front.depth, self.pair.end.depth, dtype=torch.float64)
         state = this_process()
@@ -202,19 +224,21 @@ class FittedAccuracy(Selector):
         return np.ma.masked_array((total / int(self.samples.held.sum())).numpy())
 
     def settings(self) -> dict[str, Any]:
+        """Settings that the values depend on."""
         return {"ridge": self.ridge, "labels": self.samples.labelled, **self.samples.settings()}
 
 
 class ProbeKL(Selector):
-    """How much less a linear probe loses from one cut to the other than the end loses in its next block.
+    """Loss of information of a linear probe between the two cuts, compared to that in the end's next block.
 
     A softmax classifier is trained on the pooled features of each cut. With Θ the mean Kullback-Leibler divergence of
     two probes' outputs on images that they were not trained on, and g(j+1) the end's next cut (its logits, after the
     last one), the ratio is Θ(f(i) || g(j)) / Θ(g(j) || g(j+1)) (KLAS, arXiv 2605.29259). The value is 1 / (1 + ratio).
 
     Args:
-        pair, samples: see `Selector`.
-        weight_decay: of the probes.
+        pair: anchors to join.
+        samples: samples of activations that all selectors share.
+        weight_decay: weight decay of the probes.
     """
 
     def __init__(self, pair: Pair, samples: Samples, *, weight_decay: float = 1e-2) -> None:
@@ -223,6 +247,7 @@ class ProbeKL(Selector):
         self.weight_decay = weight_decay
 
     def values(self) -> np.ma.MaskedArray:
+        """Values (front cuts, end cuts), masked where undefined."""
         front, end = (self.samples.probes(a, self.weight_decay) for a in (self.pair.front, self.pair.end))
         last = self.samples.log_probabilities(self.pair.end)
         steps = torch.stack([_divergence(a, b) for a, b in zip(end, [*end[1:], last], strict=True)])
@@ -230,6 +255,7 @@ class ProbeKL(Selector):
         return np.ma.masked_invalid((1 / (1 + across / steps.clamp_min(1e-9))).numpy())
 
     def settings(self) -> dict[str, Any]:
+        """Settings that the values depend on."""
         return {"weight_decay": self.weight_decay, "labels": self.samples.labelled, **self.samples.settings()}
 
 
@@ -259,19 +285,19 @@ class _Run:
 @torch.no_grad()
 def compare(
     pairs: Iterable[Pair],
-    images: Callable[[], Iterable[Seen]],
+    images: Callable[[], Iterable[SelectionBatch]],
     methods: Mapping[str, Mapping[str, Any]],
     kept_images: int = 512,
 ) -> dict[str, list[Similarity]]:
-    """What selectors say of pairs of anchors, from one pass over each anchor.
+    """Compute the values of selectors for pairs of anchors, from one pass over each anchor.
 
-    Under several processes each takes every n-th batch, and all get the same result.
+    With several processes each takes every n-th batch, and all return the same result.
 
     Args:
-        pairs: one for each direction, of the same two anchors.
-        images: batches, as both anchors see them; see `Seen`.
+        pairs: pairs of the same two anchors, one for each direction.
+        images: function that returns batches for both anchors.
         methods: options by key of `SELECTORS`.
-        kept_images: how many of the images selectors that fit something may keep samples of.
+        kept_images: number of images that selectors which fit something keep samples of.
 
     Returns:
         By method, a `Similarity` for each pair.
@@ -294,32 +320,33 @@ def compare(
         runs.append(run)
     if any(selector.cuts for run in runs for selector in run.selectors.values()):
         _stream(runs, images())
-    found: dict[str, list[Similarity]] = {name: [] for name in methods}
+    similarities: dict[str, list[Similarity]] = {name: [] for name in methods}
     for run in runs:
         for name in methods:
             if name in run.selectors:
                 values = run.selectors[name].values()
                 settings: Mapping[str, Any] = {"method": name, **run.selectors[name].settings()}
             else:
-                values, settings = found[name][0].values.T, found[name][0].settings
-            found[name].append(Similarity(run.pair.front.name, run.pair.end.name, values, settings))
-    return found
+                values, settings = similarities[name][0].values.T, similarities[name][0].settings
+            similarities[name].append(Similarity(run.pair.front.name, run.pair.end.name, values, settings))
+    return similarities
 
 
-def _stream(runs: Iterable[_Run], images: Iterable[Seen]) -> None:
+def _stream(runs: Iterable[_Run], images: Iterable[SelectionBatch]) -> None:
+    """Show all batches to the samples and selectors, and merge their states over processes."""
     parts: list[Any] = [part for run in runs for part in (run.samples, *run.selectors.values())]
     state = this_process()
-    for index, seen in enumerate(images):
+    for index, batch in enumerate(images):
         if index % state.num_processes == state.process_index:
-            seen.visit(partial(_show, parts, seen))
+            batch.run(partial(_read, parts, batch))
             for part in parts:
-                part.update(seen)
+                part.update(batch)
     if state.num_processes > 1:
         states = gather_object([[part.state() for part in parts]])
         for index, part in enumerate(parts):
-            part.absorb([each[index] for each in states])
+            part.merge([each[index] for each in states])
 
 
-def _show(parts: Iterable[Any], seen: Seen, anchor: Anchor, cut: int, activation: Tensor) -> None:
+def _read(parts: Iterable[Any], batch: SelectionBatch, anchor: Anchor, cut: int, activation: Tensor) -> None:
     for part in parts:
-        part.read(anchor, cut, activation, seen)
+        part.read(anchor, cut, activation, batch)

@@ -8,7 +8,7 @@ from formulas import biased_formula, unbiased_formula
 from torch import nn
 
 from restnet_hf.selection.cka import ESTIMATORS
-from restnet_hf.selection.samples import Pair, Samples, Seen
+from restnet_hf.selection.samples import Pair, Samples, SelectionBatch
 from restnet_hf.selection.selectors import FEATURES, SELECTORS, TOKENS, ProbeKL, compare
 
 
@@ -23,7 +23,7 @@ def seen(anchors, images=IMAGES, labels=None, batch=COUNT):
     for start in range(0, len(images), batch):
         part = slice(start, start + batch)
         inputs = dict.fromkeys(by_name, images[part])
-        yield Seen(start, inputs, by_name, finish, None if labels is None else labels[part])
+        yield SelectionBatch(start, inputs, by_name, finish, None if labels is None else labels[part])
 
 
 def one(front, end, method, images=IMAGES, labels=None, batch=COUNT, **options):
@@ -80,7 +80,7 @@ def test_held_out_r2(anchors):
     samples = Samples(Pair(front, end, nn.Identity()))
     samples.keep_rows()
     for batch in seen((front, end), batch=8):
-        batch.visit(lambda *args, seen=batch: samples.read(*args, seen))
+        batch.run(lambda *args, seen=batch: samples.read(*args, seen))
         samples.update(batch)
     values = one(front, end, "lstsq", batch=8).values
     for i, j in ((1, 1), (3, 5), (front.depth, end.depth)):
@@ -106,7 +106,7 @@ def test_fitted_accuracy(anchors, names, labels):
     samples = Samples(Pair(front, end, nn.Identity()))
     samples.keep_rows()
     for batch in seen((front, end), labels=labels):
-        batch.visit(lambda *args, seen=batch: samples.read(*args, seen))
+        batch.run(lambda *args, seen=batch: samples.read(*args, seen))
         samples.update(batch)
     stitches = samples.stitches(0.01)
     larger = max((front, end), key=lambda anchor: anchor.num_parameters())
@@ -124,7 +124,7 @@ def test_probes(anchors):
     samples = Samples(Pair(front, end, nn.Identity()))
     selector = ProbeKL(samples.pair, samples, weight_decay=0.02)
     for batch in seen((front, end), labels=LABELS):
-        batch.visit(lambda *args, seen=batch: samples.read(*args, seen))
+        batch.run(lambda *args, seen=batch: samples.read(*args, seen))
         samples.update(batch)
     values = selector.values()
     maps, tokens = hooked(front), hooked(end)
@@ -216,7 +216,7 @@ def test_what_is_kept_does_not_grow(anchors):
         samples.keep_pooled()
         samples.keep_images()
         for batch in seen((front, end), IMAGES[:count], LABELS[:count], batch=8):
-            batch.visit(lambda *args, seen=batch, into=samples: into.read(*args, seen))
+            batch.run(lambda *args, seen=batch, into=samples: into.read(*args, seen))
             samples.update(batch)
         sizes.append(sum(t.nbytes for chunk in samples.chunks for t in chunk.values()))
         assert samples.settings() == {"images": 10, "held_out": 5}
