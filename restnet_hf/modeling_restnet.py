@@ -28,7 +28,7 @@ from restnet_hf.errors import BudgetError
 from restnet_hf.hashing import package_versions
 from restnet_hf.hub.adapter_files import PartCheck, unchecked
 from restnet_hf.hub.mixin import AdapterHubMixin
-from restnet_hf.hub.paging import WeightFiles, hold
+from restnet_hf.hub.paging import WeightFiles, keep_weights
 from restnet_hf.profiling.accuracy import score_routes
 from restnet_hf.profiling.costs import CostTable
 from restnet_hf.profiling.latency import LatencyTable
@@ -515,7 +515,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             identify(entry, anchor)  # while all of it is there
         for anchor in self.anchors.values() if self.weight_files is None else ():
-            hold(anchor, steps)
+            keep_weights(anchor, steps)
 
     def page_to(self, folder: str | os.PathLike[str]) -> None:
         """Keep the anchors' weights in files, and in memory only those that the active route uses.

@@ -1,9 +1,9 @@
-"""The files of an adapter, read strictly, and where its weights go."""
+"""The files of an adapter, read strictly, and the model that is built from them."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -12,29 +12,43 @@ from torch import Tensor, nn
 from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import cached_file
 
+from restnet_hf.anchors.loading import at_commit
 from restnet_hf.anchors.weights import check_weights, refuse
 from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.errors import quote
 from restnet_hf.files import read_whole
 from restnet_hf.hashing import FLOATS
-from restnet_hf.hub.loading_options import STATE_DICT
+from restnet_hf.hub.loading_options import (
+    STATE_DICT,
+    Mismatched,
+    holds_anchors,
+    load_anchors,
+    load_weights,
+    override_config,
+    read_state_dict,
+)
 from restnet_hf.hub.repository import PROFILE
 from restnet_hf.limits import read_json
 from restnet_hf.routes.profile import Profile
+from restnet_hf.routes.route import Route
 
 
 CONFIG, WEIGHTS, SHIM = "config.json", "model.safetensors", "modeling_restnet.py"
 OWN_FILES = (CONFIG, WEIGHTS, PROFILE, SHIM, "preprocessor_config.json")
-AUTO_MAP = {  # without the package installed, transformers then says what to install
+AUTO_MAP = {  # with it, transformers names the package to install if it is missing
     "AutoConfig": "modeling_restnet.RestNetConfig",
     "AutoModelForImageClassification": "modeling_restnet.StitchedModelForImageClassification",
 }
-MAX_HEADER = 2**23  # bytes, of some eighty thousand tensors
+MAX_HEADER = 2**23  # bytes, enough for some eighty thousand tensors
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
 
 
 def read_weights(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The stitches' (and new heads') tensors of an adapter in a local folder or on the Hub, memory-mapped.
+    """Read the tensors of an adapter, memory-mapped.
+
+    Args:
+        path_or_id: local folder or Hub id of the adapter.
+        hub_kwargs: options of huggingface_hub, with ``revision`` and ``subfolder``.
 
     Raises:
         OSError: there is no such file, or it is damaged.
@@ -48,9 +62,13 @@ def read_weights(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, An
 
 
 def check_header(file: str | os.PathLike[str]) -> None:
-    """Raise ValueError where the header of a safetensors file, which is read whole, is longer than that of any model.
+    """Raise ValueError if the header of a safetensors file is longer than that of any model.
 
-    It is the length in eight bytes, little-endian, before the header itself; only the number is looked at.
+    Loading reads the whole header into memory. Its length is in the first eight bytes, little-endian; only these are
+    read here.
+
+    Args:
+        file: path of the file.
     """
     with Path(file).open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -59,10 +77,14 @@ def check_header(file: str | os.PathLike[str]) -> None:
 
 
 def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, Any]) -> Profile | None:
-    """The adapter's profile, None where it has none.
+    """Read the profile of an adapter; None if it has none.
+
+    Args:
+        path_or_id: local folder or Hub id of the adapter.
+        hub_kwargs: options of huggingface_hub, with ``revision`` and ``subfolder``.
 
     Raises:
-        ValueError: the file holds none.
+        ValueError: the file does not hold a profile.
     """
     file = cached_file(path_or_id, PROFILE, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if file is None:
@@ -74,36 +96,36 @@ def read_profile(path_or_id: str | os.PathLike[str], hub_kwargs: Mapping[str, An
         raise ValueError(f"{file}: {error}") from error
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with a prefix, by the rest of their names."""
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and none in the memory of another, as a safetensors file holds them."""
+def separate_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous and without shared memory, as a safetensors file holds them."""
     seen: set[int] = set()
-    found: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
-        found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        separate[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
-    return found
+    return separate
 
 
 PartCheck = Callable[[str, nn.Module], None]
 
 
 def unchecked(name: str, module: nn.Module) -> None:
-    """For modules of a config that is trusted."""
+    """Accept any module, for a config that is trusted."""
 
 
 class Parts:
-    """The tensors of an adapter by the module they are for, to be compared with it before it takes memory.
+    """The tensors of an adapter by module, to check each module before it takes memory.
 
     Args:
-        weights: of stitches, heads and what is tuned, by name.
-        names: of the modules that config.json asks for, such as ``stitches.resnet_2__vit_1``.
-        where: they come from, for errors.
+        weights: tensors of stitches, heads and tuned parts, by name.
+        names: names of the modules that config.json asks for, such as ``stitches.resnet_2__vit_1``.
+        where: folder or Hub id of the adapter, for errors.
 
     Raises:
         WeightsError: there are tensors for other modules.
@@ -125,17 +147,25 @@ class Parts:
         )
 
     def check(self, name: str, module: nn.Module) -> None:
-        """Raise WeightsError unless the tensors are those of a module, which may be one on the meta device."""
+        """Raise WeightsError unless the tensors fit a module.
+
+        Args:
+            name: name of the module, such as ``stitches.resnet_2__vit_1``.
+            module: module with the expected names and shapes; it may be on the meta device.
+        """
         check_weights(
             self.tensors.get(name, {}), {f"{name}.{k}": v for k, v in module.state_dict().items()}, self.where
         )
 
 
-def whole_device(device_map: Any) -> torch.device:
+def single_device(device_map: Any) -> torch.device:
     """The one device that a ``device_map`` of transformers names; the CPU for None.
 
+    Args:
+        device_map: name or number of a device, ``auto``, or a mapping with one device for the whole model.
+
     Raises:
-        ValueError: it names several, or none that there is.
+        ValueError: the map names several devices, or an unknown one.
     """
     placed = check_and_set_device_map(dict(device_map) if isinstance(device_map, Mapping) else device_map)
     if placed is None:
@@ -154,18 +184,21 @@ def whole_device(device_map: Any) -> torch.device:
     )
 
 
-def weights_dtype(wanted: Any) -> torch.dtype:
-    """A type of weights from itself or its name; float32 for None.
+def resolve_dtype(wanted: Any) -> torch.dtype:
+    """The dtype of weights from itself or its name; float32 for None.
+
+    Args:
+        wanted: dtype or its name.
 
     Raises:
-        ValueError: there is no such type, or no network runs in it.
+        ValueError: there is no such dtype, or no network runs in it.
     """
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
-    if not isinstance(found, torch.dtype) or found not in FLOATS.values():
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted or torch.float32
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS.values():
         raise ValueError(
             f"dtype={quote(wanted)} is not the name of a type of weights, such as 'float32', or no network runs in it"
         )
-    return found
+    return dtype
 
 
 def read_adapter(
@@ -174,7 +207,14 @@ def read_adapter(
     config: RestNetConfig | str | os.PathLike[str] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
-    """Config, profile and weights of an adapter, all of one save, but for what the caller has already."""
+    """Read config, profile and weights of an adapter, all from one save, except those that the caller has.
+
+    Args:
+        where: local folder or Hub id of the adapter, or `STATE_DICT`.
+        at: options of huggingface_hub, with ``revision`` and ``subfolder``.
+        config: config in place of the adapter's own, or a folder or Hub id of one.
+        state_dict: tensors in place of those in the file.
+    """
     if not isinstance(config, RestNetConfig | None):
         config = read_config(os.fspath(config), {k: v for k, v in at.items() if k not in ("revision", "subfolder")})
     if where == STATE_DICT:
@@ -182,11 +222,102 @@ def read_adapter(
             raise ValueError("without a folder or Hub id, from_pretrained needs config= and state_dict=")
         return config, None, {}
 
-    def read(source: str, at: Mapping[str, Any]) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
-        found = read_config(source, at) if config is None else config
-        return found, read_profile(source, at), read_weights(source, at) if state_dict is None else {}
+    def read_all(source: str, at: Mapping[str, Any]) -> tuple[RestNetConfig, Profile | None, dict[str, Tensor]]:
+        read = read_config(source, at) if config is None else config
+        return read, read_profile(source, at), read_weights(source, at) if state_dict is None else {}
 
     if not os.path.isdir(where):
-        return read(where, at)
+        return read_all(where, at)
     inside = {**at, "subfolder": ""}
-    return read_whole(Path(where, at["subfolder"]), CONFIG, lambda folder: read(os.fspath(folder), inside))
+    return read_whole(Path(where, at["subfolder"]), CONFIG, lambda folder: read_all(os.fspath(folder), inside))
+
+
+class Checkpoint(NamedTuple):
+    """What was read of an adapter, with the options of the caller applied.
+
+    Args:
+        where: local folder or Hub id of the adapter, or `STATE_DICT`.
+        config: config of the model, checked.
+        profile: profile of the adapter; None if it has none.
+        weights: tensors by name, those of the anchors included if the checkpoint has them.
+        standalone: whether the anchors' weights are among the tensors.
+    """
+
+    where: str
+    config: RestNetConfig
+    profile: Profile | None
+    weights: dict[str, Tensor]
+    standalone: bool
+
+
+def read_checkpoint(
+    path_or_id: str | os.PathLike[str] | None,
+    revision: str | None,
+    subfolder: str,
+    config: RestNetConfig | str | os.PathLike[str] | None,
+    state_dict: Mapping[str, Tensor] | None,
+    options: Mapping[str, Any],
+    hub_kwargs: Mapping[str, Any],
+) -> Checkpoint:
+    """Read an adapter and apply the options of a caller.
+
+    Args:
+        path_or_id: local folder or Hub id of the adapter; None with ``config`` and ``state_dict``.
+        revision: branch, tag or commit of the adapter.
+        subfolder: folder of the adapter in its repository.
+        config: config in place of the adapter's own, or a folder or Hub id of one.
+        state_dict: tensors in place of those in the file.
+        options: keyword arguments of ``from_pretrained``, of which those of the config are used.
+        hub_kwargs: options of huggingface_hub.
+
+    Raises:
+        OSError: a file is missing or damaged.
+        ValueError: the config is invalid, or the state dict does not fit it.
+    """
+    where, at = STATE_DICT, {**hub_kwargs, "subfolder": subfolder}
+    if path_or_id is not None:
+        where = os.fspath(path_or_id)
+        at["revision"] = at_commit(where, revision, hub_kwargs)
+    config, profile, weights = read_adapter(where, at, config, state_dict)
+    config = override_config(config, options)
+    if state_dict is not None:
+        weights = read_state_dict(state_dict, config, where)
+    standalone = config.standalone if state_dict is None else holds_anchors(weights)
+    return Checkpoint(where, config.check(), profile, weights, standalone)
+
+
+def build_model(
+    model_class: Callable[..., Any],
+    checkpoint: Checkpoint,
+    anchors: Mapping[str, nn.Module | str],
+    routes: Sequence[Route],
+    dtype: torch.dtype | str | None,
+    options: Mapping[str, Any],
+    ignore_mismatched_sizes: bool,
+) -> tuple[Any, Mismatched]:
+    """Build a model from a checkpoint; returns it and the tensors that were left out for their shape.
+
+    Args:
+        model_class: class of the model.
+        checkpoint: files of the adapter.
+        anchors: modules or folders by anchor name, in place of those that the config names.
+        routes: routes whose weights are checked at once.
+        dtype: dtype of the weights; None or ``auto`` for that of the config.
+        options: options of `load_anchor`.
+        ignore_mismatched_sizes: whether tensors of another shape than the model's are left out.
+
+    Raises:
+        WeightsError: the tensors do not fit the config.
+        ValueError: an anchor is not the one the adapter was made for.
+    """
+    where, config, profile, weights, standalone = checkpoint
+    dtype = resolve_dtype(config.dtype if dtype in (None, "auto") else dtype)
+    adapter = {k: v for k, v in weights.items() if not (standalone and k.startswith("anchors."))}
+    parts = Parts(adapter, config.part_names(), where)  # before any network is made
+    made = load_anchors(config, weights, anchors, dtype, options, routes, where, standalone)
+    model = model_class(config, made, unchecked if ignore_mismatched_sizes else parts.check)
+    model.profiled = profile
+    mismatched = load_weights(model, adapter, where, ignore_mismatched_sizes)
+    if where != STATE_DICT:
+        model.config.name_or_path = model.name_or_path = where
+    return model, mismatched

@@ -17,21 +17,21 @@ from restnet_hf.routes.profile import Profile, ProfiledRoute
 
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-MOST = 100  # routes on a card
-LONGEST = 300  # characters of one value on a card
-# What Markdown, HTML, tables, formulas or links of bare addresses could be made of. Within a word "_" is only itself.
+MAX_ROUTES = 100  # routes on a card
+MAX_LENGTH = 300  # characters of one value on a card
+# Characters that Markdown, HTML, tables, formulas or bare links are made of. Within a word "_" has no such meaning.
 MARKUP = re.compile(
     r"[\\`*\[\]<>&|~#$]|(?<![^\W_])_|_(?![^\W_])|(?<=\S)@(?=\S)|:(?=//)|(?<=www)\.|^[-+=]|^\d(?=\d*[.)](?:\s|$))", re.I
 )
 MARK = "<!-- Written by restnet_hf. Delete this line to keep a text of your own when the adapter is pushed again. -->"
 LIBRARY, TAG, TASK = "restnet-hf", "restnet", "image-classification"
-BUCKETS = {  # upper limits by which the Hub can filter
+BUCKETS = {  # upper limits of costs, for tags that the Hub can filter by
     "macs": {"100m": 1e8, "300m": 3e8, "1g": 1e9, "3g": 3e9, "10g": 1e10, "30g": 3e10},
     "params": {"1m": 1e6, "3m": 3e6, "10m": 1e7, "30m": 3e7, "100m": 1e8, "300m": 3e8},
     "memory_mb": {"3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0, "1000": 1000.0},
     "latency_ms": {"1": 1.0, "3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0},
 }
-COLUMNS = {  # of the table: heading, factor, digits
+COLUMNS = {  # of the table of routes: heading, factor, digits
     "macs": ("MACs, M", 1e-6, 1),
     "params": ("params, M", 1e-6, 2),
     "memory_mb": ("memory, MB", 1.0, 1),
@@ -42,7 +42,7 @@ COLUMNS = {  # of the table: heading, factor, digits
 
 
 def budget_tags(profile: Profile) -> list[str]:
-    """A tag for each bucket that the cheapest route fits in, such as ``macs:le-1g``."""
+    """Tags such as ``macs:le-1g``, one for each bucket that the cheapest route is within."""
     tags = []
     for cost, buckets in BUCKETS.items():
         values = [row.costs[cost] for row in profile.routes if cost in row.costs]
@@ -51,12 +51,12 @@ def budget_tags(profile: Profile) -> list[str]:
 
 
 def adapter_tags(profile: Profile | None) -> list[str]:
-    """The tags of an adapter by which it is found."""
+    """The tags by which searches find an adapter."""
     return [TAG, *(budget_tags(profile) if profile is not None else [])]
 
 
 def filter_tags(limits: Mapping[str, float]) -> list[str]:
-    """Tags that every adapter within the limits has: the smallest bucket not below each of them."""
+    """Tags that every adapter within the limits has: for each cost the smallest bucket not below its limit."""
     tags = []
     for cost, limit in limits.items():
         names = [name for name, bound in BUCKETS.get(cost, {}).items() if bound >= limit]
@@ -65,7 +65,7 @@ def filter_tags(limits: Mapping[str, float]) -> list[str]:
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a name can be a repository of the Hub; folders and paths cannot."""
+    """Whether a name can be a Hub id, which folders and paths cannot."""
     if not name or name.count("/") != 1 or os.path.isabs(name):
         return False
     try:
@@ -86,13 +86,14 @@ def card_data(
 
     Args:
         repo_id: name of the adapter on the Hub.
-        anchors: for each ``name``, ``repo_id`` (None where others cannot fetch it) and ``license`` (None if unknown).
-        profile: routes with costs and scores, None where nothing was measured.
-        standalone: whether the repository holds the anchors' weights.
-        tags: tags beside those of the budget.
+        anchors: a mapping for each anchor, with ``name``, ``repo_id`` (None if others cannot fetch it) and ``license``
+            (None if unknown).
+        profile: routes with costs and scores; None if nothing was measured.
+        standalone: whether the repository includes the anchors' weights.
+        tags: tags in addition to those of costs.
 
     Raises:
-        ValueError: the profile is not one that JSON can hold.
+        ValueError: JSON cannot hold the profile.
     """
     profile = _as_json(profile)
     licences = {_licence_of(anchor) for anchor in anchors}
@@ -120,7 +121,7 @@ def card_data(
 
 
 def _as_json(profile: Profile | None) -> Profile | None:
-    """The profile as it is after being saved and loaded, so that all that is checked then holds here."""
+    """The profile as saving and loading would return it, so that it passes the same checks."""
     if profile is None:
         return None
     try:
@@ -134,19 +135,21 @@ def _licence_of(anchor: Mapping[str, Any]) -> str | None:
 
 
 def _shown(profile: Profile) -> Profile:
-    """The routes that a card shows: all, or where they are too many the anchors alone and those that none beats."""
-    if len(profile.routes) <= MOST:
+    """The profile with the routes that a card shows: all, or of too many the anchors alone and the Pareto front."""
+    if len(profile.routes) <= MAX_ROUTES:
         return profile
-    ahead = [row for row in profile.routes if len(row.route.segments) == 1]
+    rows = [row for row in profile.routes if len(row.route.segments) == 1]
     if all("accuracy" in row.scores and "macs" in row.costs for row in profile.routes):
-        ahead += [row for row in profile.pareto() if row not in ahead]
+        rows += [row for row in profile.pareto() if row not in rows]
     else:
-        ahead += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[:: -(-len(profile.routes) // MOST)]
-    return Profile(tuple(ahead), profile.metadata)
+        rows += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[
+            :: -(-len(profile.routes) // MAX_ROUTES)
+        ]
+    return Profile(tuple(rows), profile.metadata)
 
 
 def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
-    """The data set that routes were scored on, and those routes."""
+    """The name of the data set that routes were scored on, and those routes."""
     if profile is None:
         return None, []
     dataset = profile.metadata.get("dataset")
@@ -154,22 +157,22 @@ def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
 
 
 def eval_results(profile: Profile | None) -> list[EvalResultEntry]:
-    """The accuracies of all routes as the Hub's leaderboards read them; none where the data set is not on the Hub.
+    """The accuracies of all routes as the Hub's leaderboards read them; empty if the data set is not on the Hub.
 
     Raises:
-        ValueError: the profile is not one that JSON can hold.
+        ValueError: JSON cannot hold the profile.
     """
     profile = _as_json(profile)
     dataset, scored = _scored(profile)
     if profile is None or not dataset or not is_hub_id(dataset):
         return []
-    about = {key: profile.metadata.get(key) for key in ("date", "dataset_revision")}
-    about = {key: value for key, value in about.items() if isinstance(value, str)}
-    return [EvalResultEntry(dataset, TASK, row.scores["accuracy"], notes=str(row.route), **about) for row in scored]
+    facts = {key: profile.metadata.get(key) for key in ("date", "dataset_revision")}
+    facts = {key: value for key, value in facts.items() if isinstance(value, str)}
+    return [EvalResultEntry(dataset, TASK, row.scores["accuracy"], notes=str(row.route), **facts) for row in scored]
 
 
 def _python_text(text: str) -> str:
-    """A literal of Python in ASCII: what looks like other text, or turns its direction, is seen to be there."""
+    """A string literal of Python in ASCII, so that lookalike letters and changes of direction are visible."""
     return '"' + "".join(f"\\U{ord(c):08x}" if ord(c) > 0xFFFF else json.dumps(c)[1:-1] for c in text) + '"'
 
 
@@ -182,19 +185,24 @@ def make_card(
     tags: Iterable[str] = (),
     training: Iterable[Mapping[str, Any]] = (),
 ) -> ModelCard:
-    """The card of an adapter.
+    """Make the card of an adapter.
 
     Args:
-        repo_id, anchors, profile, standalone, tags: as of `card_data`.
-        plot: the file name of a picture.
-        training: what config.json says of how the stitches were fitted and trained.
+        repo_id: name of the adapter on the Hub.
+        anchors: a mapping for each anchor, with ``name``, ``repo_id`` (None if others cannot fetch it), ``revision``
+            and ``license`` (None if unknown).
+        profile: routes with costs and scores; None if nothing was measured.
+        standalone: whether the repository includes the anchors' weights.
+        plot: file name of a picture; None for no picture.
+        tags: tags in addition to those of costs.
+        training: entries of config.json on how the stitches were fitted and trained.
 
     Raises:
-        ValueError: the profile is not one that JSON can hold.
+        ValueError: JSON cannot hold the profile.
     """
     profile = _as_json(profile)
     data = card_data(repo_id, anchors, profile, standalone, tags)
-    said = [
+    sources = [
         (a["name"], a["repo_id"] or "in this repository", a["revision"] or "", _licence_of(a) or "not stated")
         for a in anchors
     ]
@@ -210,7 +218,7 @@ def make_card(
         number=len(anchors),
         routes=_routes(profile, plot),
         runtimes=_runtimes(profile),
-        anchors=_table(("name", "model", "commit", "licence"), [[*map(markdown, line)] for line in said]),
+        anchors=_table(("name", "model", "commit", "licence"), [[*map(markdown, line)] for line in sources]),
         training=_training(training),
         choice=_choice(profile),
         licence=_licence(data.license, anchors),
@@ -218,12 +226,12 @@ def make_card(
 
 
 def markdown(value: Any) -> str:
-    """What came from a file as one line of Markdown that shows it as it is, at most ``LONGEST`` characters of it."""
+    """One line of Markdown that shows a value of an untrusted file literally, cut to ``MAX_LENGTH`` characters."""
     return MARKUP.sub(lambda match: f"&#{ord(match[0])};", _one_line(value))
 
 
 def _code(value: Any) -> str:
-    """Likewise, in a code span of a table."""
+    """One line with a value of an untrusted file in a code span, for a table."""
     text = _one_line(value).replace("`", "'").replace("|", "\\|")
     return f"`{text or ' '}`"
 
@@ -231,9 +239,9 @@ def _code(value: Any) -> str:
 def _one_line(value: Any) -> str:
     try:
         text = str(value)
-    except (RecursionError, ValueError):  # nested too deep, or a number of too many digits
+    except (RecursionError, ValueError):  # nested too deep, or a number with too many digits
         text = type(value).__name__
-    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    text = text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]}..."
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -255,15 +263,17 @@ def _routes(profile: Profile | None, plot: str | None) -> str:
 
 
 def _runtimes(profile: Profile | None) -> str:
-    """What exported routes take, one line for each."""
+    """The table of exported routes."""
     rows = []
     for entry in () if profile is None else profile.metadata.get("runtimes", ()):
         threads = entry["threads"]
         where = f"{entry['device']}, {threads} thread{'s' if threads > 1 else ''}"
-        for route, found in entry["routes"].items():
-            shares = [f"{100 * found[score]:.1f}" if score in found else "" for score in ("agreement", "accuracy")]
-            about = map(markdown, (entry["runtime"], entry["precision"], where))
-            rows.append((_code(route), *about, f"{found['latency_ms']:.2f}", *shares))
+        for route, measured in entry["routes"].items():
+            shares = [
+                f"{100 * measured[score]:.1f}" if score in measured else "" for score in ("agreement", "accuracy")
+            ]
+            facts = map(markdown, (entry["runtime"], entry["precision"], where))
+            rows.append((_code(route), *facts, f"{measured['latency_ms']:.2f}", *shares))
     if not rows:
         return ""
     head = ("route", "runtime", "precision", "device", "latency, ms", "agreement, %", "accuracy, %")
@@ -286,26 +296,24 @@ def _printed(row: Any, name: str) -> str:
 
 
 def _measured(profile: Profile) -> str:
-    about = {key: markdown(value) for key, value in profile.metadata.items()}
-    said = (
-        [f"on {about['images']} images of {about.get('dataset', 'a data set that was not named')}"]
-        if "images" in about
-        else []
-    )
-    said += [f"on {about[key]}" for key in ("device", "date") if key in about]
+    facts = {key: markdown(value) for key, value in profile.metadata.items()}
+    parts = []
+    if "images" in facts:
+        parts.append(f"on {facts['images']} images of {facts.get('dataset', 'a data set that was not named')}")
+    parts += [f"on {facts[key]}" for key in ("device", "date") if key in facts]
     versions = profile.metadata.get("versions", {})
-    known = versions.items() if isinstance(versions, Mapping) else [("versions", versions)]
-    listed = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in known)
-    return f"Measured {', '.join(said)}{f' with {listed}' if listed else ''}. Costs are for one image."
+    pairs = versions.items() if isinstance(versions, Mapping) else [("versions", versions)]
+    listed = ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in pairs)
+    return f"Measured {', '.join(parts)}{f' with {listed}' if listed else ''}. Costs are for one image."
 
 
 def _training(stages: Iterable[Mapping[str, Any]]) -> str:
-    said = []
+    lines = []
     for stage in stages:
         settings = [(key, value) for key, value in stage.items() if key != "stage" and value is not None]
         listed = ", ".join(f"{markdown(key)} {markdown(value)}" for key, value in settings)
-        said.append(f"- {markdown(stage.get('stage', 'training'))}: {listed}")
-    return "\n".join(said) or "The stitches are as they were made: neither fitted nor trained."
+        lines.append(f"- {markdown(stage.get('stage', 'training'))}: {listed}")
+    return "\n".join(lines) or "The stitches are as they were made: neither fitted nor trained."
 
 
 def _choice(profile: Profile | None) -> str:

@@ -1,4 +1,4 @@
-"""What ``from_pretrained`` takes as transformers does, beside its own arguments, and why it refuses the rest."""
+"""Options of transformers that ``from_pretrained`` takes, and for the others the reasons why it refuses them."""
 
 import copy
 import os
@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.config_entry import embedded, identify, rebuild, reload
+from restnet_hf.anchors.loading import load_lora
 from restnet_hf.anchors.weights import check_weights
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.labels import class_names
@@ -22,9 +23,15 @@ from restnet_hf.routes.route import Route
 
 
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
-PASSED_BY_AUTO = ("_from_auto", "_from_pipeline", "adapter_kwargs", "_commit_hash", "torch_dtype")  # and by pipelines
+PASSED_BY_AUTO = (
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "_commit_hash",
+    "torch_dtype",
+)  # and passed by pipelines
 CONFIG_KEYS = ("num_labels", "id2label", "label2id", "problem_type", "output_hidden_states", "return_dict")
-SAFE = ("use_safetensors", "weights_only")  # True is what is done in any case
+SAFE = ("use_safetensors", "weights_only")  # True is the only behaviour
 _ONE_DEVICE = "the anchors, which all routes share, are on one device: name it with device_map="
 _WEIGHTS = "an adapter has one file, model.safetensors"
 _ANCHORS = "this is a setting of the anchors: load one with it, and pass anchors={name: the module}"
@@ -57,23 +64,23 @@ REFUSED = {
     "mirror": "set HF_ENDPOINT instead",
 }
 FROM_PRETRAINED = (*CONFIG_KEYS, *SAFE, "low_cpu_mem_usage")  # the last has no effect in transformers 5 either
-STATE_DICT = "the state dict"  # in the place of a folder or Hub id
+STATE_DICT = "the state dict"  # in place of a folder or Hub id
 Mismatched = set[tuple[str, tuple[int, ...], tuple[int, ...]]]  # name, shape in the file, shape in the model
-# the logger of transformers that says what was loaded and what was not, so that its verbosity applies
+# The logger with which transformers reports on loading, so that its verbosity applies.
 logger = logging.get_logger("transformers.modeling_utils")
 
 
 def hub_options(method: str, options: Mapping[str, Any], taken: Collection[str] = ()) -> dict[str, Any]:
-    """Those of huggingface_hub that are set, for its functions.
+    """The options of huggingface_hub that are set; all others are checked.
 
     Args:
-        method: name for errors.
-        options: keyword arguments of a caller.
+        method: name of the method, for errors.
+        options: keyword arguments of the caller.
         taken: names that are allowed beside those of huggingface_hub.
 
     Raises:
-        TypeError: an option is not known, or cannot apply to a stitched model.
-        ValueError: the value of one is not possible here.
+        TypeError: an option is unknown, or cannot apply to a stitched model.
+        ValueError: an option has a value that cannot apply.
     """
     for name, value in options.items():
         if name in REFUSED and value is not None and value is not False:
@@ -86,18 +93,22 @@ def hub_options(method: str, options: Mapping[str, Any], taken: Collection[str] 
     return {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
 
 
-def override(config: RestNetConfig, options: Mapping[str, Any]) -> RestNetConfig:
-    """A copy of a config with what a caller gives in place of its values.
+def override_config(config: RestNetConfig, options: Mapping[str, Any]) -> RestNetConfig:
+    """A copy of a config with the values that a caller gives.
+
+    Args:
+        config: config of the adapter.
+        options: keyword arguments of the caller, of which those of the config are used.
 
     Raises:
-        TypeError: attention is asked for.
-        ValueError: labels that contradict each other.
+        TypeError: ``output_attentions`` is set.
+        ValueError: ``id2label`` and ``label2id`` contradict each other.
     """
     config = copy.deepcopy(config)
     if config.output_attentions:  # Auto classes have set it
         raise TypeError(f"from_pretrained takes no output_attentions: {REFUSED['output_attentions']}")
-    given = {key: options[key] for key in CONFIG_KEYS if options.get(key) is not None}
-    count, by_index, by_name = (given.pop(key, None) for key in ("num_labels", "id2label", "label2id"))
+    values = {key: options[key] for key in CONFIG_KEYS if options.get(key) is not None}
+    count, by_index, by_name = (values.pop(key, None) for key in ("num_labels", "id2label", "label2id"))
     if by_index is None and by_name is not None:
         by_index = {index: name for name, index in by_name.items()}
     names = class_names(count, by_index)
@@ -105,7 +116,7 @@ def override(config: RestNetConfig, options: Mapping[str, Any]) -> RestNetConfig
         raise ValueError(f"label2id={by_name} is not the inverse of id2label={names}")
     if names and (by_index is not None or len(names) != config.num_labels):
         config.id2label, config.label2id = names, _inverse(names)
-    for key, value in given.items():
+    for key, value in values.items():
         setattr(config, key, value)
     return config
 
@@ -115,29 +126,34 @@ def _inverse(names: Mapping[int, str]) -> dict[str, int]:
 
 
 def holds_anchors(weights: Mapping[str, Tensor]) -> bool:
-    """Whether the anchors' weights are among an adapter's."""
+    """Whether an adapter's weights include those of the anchors."""
     return any(key.startswith("anchors.") for key in weights)
 
 
-def given_weights(state_dict: Mapping[str, Tensor], config: RestNetConfig, where: str) -> dict[str, Tensor]:
-    """The tensors of a caller's state dict, the anchors' as copies of their own.
+def read_state_dict(state_dict: Mapping[str, Tensor], config: RestNetConfig, where: str) -> dict[str, Tensor]:
+    """The tensors of a caller's state dict, with copies of the anchors' tensors.
 
-    A config that was never saved does not say yet which weights the anchors have; it does then.
+    A config that was never saved has no fingerprints of the anchors' weights; they are computed here.
+
+    Args:
+        state_dict: tensors by name.
+        config: config of the model; its entries of anchors may be changed.
+        where: source of the tensors, for errors.
 
     Raises:
-        ValueError: the config is not sound, or the weights are not those of its anchors.
+        ValueError: the config is invalid, or the weights are not those of its anchors.
     """
     weights = {k: v.detach().to("cpu", copy=k.startswith("anchors.")) for k, v in state_dict.items()}
     try:
         new = [entry for entry in config.anchors or [] if entry["fingerprint"] is None]
         for entry in new if holds_anchors(weights) else ():
             prefix = f"anchors.{entry['name']}.model."
-            mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            anchor = rebuild(entry, partial(_check, mine, where))
-            anchor.model.load_state_dict(mine, assign=True)
+            own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+            anchor = rebuild(entry, partial(_check, own, where))
+            anchor.model.load_state_dict(own, assign=True)
             identify(entry, anchor)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the config given with {where} is not sound: {error!r}") from error
+        raise ValueError(f"the config given with {where} is invalid: {error!r}") from error
     return weights
 
 
@@ -148,10 +164,16 @@ def _check(weights: Mapping[str, Tensor], where: str, model: nn.Module) -> None:
 def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_mismatched_sizes: bool) -> Mismatched:
     """Load an adapter's tensors into a new model; returns those that were left out for their shape.
 
-    A warning names these, and what the config and the profile said of them is forgotten.
+    A warning names these, and their entries in the config and the profile are removed.
+
+    Args:
+        model: stitched model.
+        weights: tensors by name, without those of anchors.
+        where: folder or Hub id of the adapter, for errors.
+        ignore_mismatched_sizes: whether tensors of another shape than the model's are left out.
 
     Raises:
-        WeightsError: there are not exactly the tensors that the model has.
+        WeightsError: the names or shapes are not exactly those of the model's tensors.
     """
     own = model.adapter_state_dict()
     mismatched: Mismatched = set()
@@ -168,21 +190,44 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_m
         for name, entry in config.stitches.items():
             if f"stitches.{name}" in parts:
                 entry.pop("r2", None)
-        model.profiled = None  # it was of other weights
-        said = [f"{key}: Reinit due to size mismatch, {then} there and {now} here" for key, then, now in mismatched]
-        logger.warning(f"Train what is newly initialized, since it has another shape in {where}.\n" + "\n".join(said))
+        model.profiled = None  # it was measured with other weights
+        lines = [f"{key}: Reinit due to size mismatch, {then} there and {now} here" for key, then, now in mismatched]
+        logger.warning(f"Train what is newly initialized, since it has another shape in {where}.\n" + "\n".join(lines))
     return mismatched
 
 
+def load_peft_adapter(model: Any, options: Mapping[str, Any] | None) -> None:
+    """Load the adapter that PEFT wrote on top of a stitched model, if Auto classes were given one.
+
+    Args:
+        model: stitched model.
+        options: ``adapter_kwargs`` of the Auto classes, with the path of PEFT's adapter.
+    """
+    options = dict(options or {})
+    if path := options.pop("_adapter_model_path", None):
+        load_lora(model, path, options)
+
+
 def loading_info(mismatched: Mismatched) -> dict[str, Any]:
-    """What transformers reports of loading: a model of ours has every tensor of its own, and no others."""
+    """The report of transformers on loading; a stitched model never has missing or unexpected tensors."""
     return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": mismatched, "error_msgs": []}
 
 
 def choose_route(
     config: RestNetConfig, profile: Profile | None, route: Route | str | None, budget: Mapping[str, float] | None
 ) -> tuple[Route, ...]:
-    """Make the route that was asked for the active one; returns the routes whose weights are to be checked at once."""
+    """Make the wanted route active; returns the routes whose weights are checked at once.
+
+    Args:
+        config: config of the model; its active route is changed.
+        profile: profile to choose from within a budget; None if there is none.
+        route: route to make active.
+        budget: limits such as ``{"macs": 1e9}`` on the route to make active.
+
+    Raises:
+        BudgetError: no route fits, or there is no profile.
+        ValueError: both route and budget are given, or the model has no such route.
+    """
     if route is not None and budget is not None:
         raise ValueError("give either route or budget")
     if budget is not None:
@@ -206,11 +251,26 @@ def load_anchors(
     where: str,
     whole: bool,
 ) -> list[Anchor]:
-    """The anchors that a config describes: those given, those in the checkpoint itself, or from where it names."""
+    """Load the anchors that a config describes: as given, from the checkpoint itself, or from their source.
+
+    Args:
+        config: config of the model.
+        weights: tensors of the checkpoint by name.
+        given: modules or folders by anchor name, in place of those that the config names.
+        dtype: dtype of the weights.
+        options: options of `load_anchor`.
+        used: routes whose weights are checked at once.
+        where: folder or Hub id of the adapter, or `STATE_DICT`.
+        whole: whether the checkpoint has the anchors' weights.
+
+    Raises:
+        OSError: an anchor cannot be loaded.
+        ValueError: an anchor is not one of the config, or not the one the adapter was made for.
+    """
     entries = config.anchors or []
-    strangers = sorted(given.keys() - {entry["name"] for entry in entries})
-    if strangers:
-        raise ValueError(f"anchors= names {strangers}, which the adapter does not have")
+    unknown = sorted(given.keys() - {entry["name"] for entry in entries})
+    if unknown:
+        raise ValueError(f"anchors= names {unknown}, which the adapter does not have")
     if where != STATE_DICT and not os.path.isdir(where) and not whole:
         elsewhere = [e["name"] for e in entries if e["name"] not in given and not is_hub_id(e["repo_id"])]
         if elsewhere:

@@ -1,4 +1,4 @@
-"""AdapterHubMixin: save, push and load a model as an adapter that names its anchors, or as a whole checkpoint."""
+"""AdapterHubMixin: save, push and load a model as an adapter that names its anchors, or as a standalone checkpoint."""
 
 import os
 import tempfile
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.config_entry import present, saved_entry
-from restnet_hf.anchors.loading import at_commit, load_lora
+from restnet_hf.anchors.loading import at_commit
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.errors import hub_errors, short_errors
 from restnet_hf.files import folder_written_whole
@@ -26,26 +26,20 @@ from restnet_hf.hub.adapter_files import (
     SHIM,
     SHIM_TEXT,
     WEIGHTS,
-    Parts,
-    apart,
-    below,
+    build_model,
     read_adapter,
-    unchecked,
-    weights_dtype,
-    whole_device,
+    read_checkpoint,
+    select_prefix,
+    separate_tensors,
+    single_device,
 )
 from restnet_hf.hub.cards import BUCKETS, adapter_tags, is_hub_id
 from restnet_hf.hub.loading_options import (
     FROM_PRETRAINED,
-    STATE_DICT,
     choose_route,
-    given_weights,
-    holds_anchors,
     hub_options,
-    load_anchors,
-    load_weights,
+    load_peft_adapter,
     loading_info,
-    override,
 )
 from restnet_hf.hub.repository import PLOT, PROFILE, check_parents, push_folder
 from restnet_hf.hub.several_adapters import add_adapter
@@ -57,9 +51,9 @@ from restnet_hf.stitches.tuning import Tuned, tuned_keys
 
 
 class AdapterHubMixin:
-    """What a stitched model does with files, on disk and on the Hub."""
+    """Methods of a stitched model that save, load and push it."""
 
-    # What the model has
+    # Attributes of the model
     config: Any
     anchors: Mapping[str, Anchor]
     stitches: MutableMapping[str, Stitch]
@@ -72,11 +66,11 @@ class AdapterHubMixin:
     state_dict: Callable[[], dict[str, Tensor]]
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """The tensors that are saved: those of the stitches and new heads."""
+        """The tensors of an adapter: those of stitches, new heads and tuned parts, without the anchors."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("anchors.")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch; a state dict without the anchors, such as a checkpoint's, is whole."""
+        """Load tensors as in torch, except that those of the anchors may be missing."""
         result = super().load_state_dict(state_dict, strict=False, assign=assign)  # type: ignore[misc]
         result.missing_keys[:] = [key for key in result.missing_keys if not key.startswith("anchors.")]
         if strict and (result.missing_keys or result.unexpected_keys):
@@ -95,16 +89,17 @@ class AdapterHubMixin:
         """Write the adapter: config, stitches (and heads), profile, image processor; anchors are named, not copied.
 
         Args:
-            save_directory: a folder; its other files stay.
-            is_main_process: whether this process is to write.
-            state_dict: instead of the model's own.
-            push_to_hub: push it too, to ``repo_id`` or a repository of the folder's name.
-            standalone: write the anchors' weights too, so that the folder needs no parents; None as it was loaded.
-            **kwargs: of `push_to_hub`.
+            save_directory: folder to write to; its other files stay.
+            is_main_process: whether this process writes the files.
+            state_dict: tensors to save in place of the model's own.
+            push_to_hub: whether to push the adapter too, to ``repo_id`` or a repository of the folder's name.
+            standalone: whether to write the anchors' weights too, so that loading needs no other repository; None for
+                the way the model was loaded.
+            **kwargs: further arguments of `push_to_hub`.
 
         Raises:
             ValueError: weights of an anchor have changed, which only ``standalone=True`` saves; or a standalone anchor
-                was made in code, so that no config could rebuild it, or is not all there.
+                was made in code, so that no config can rebuild it, or not all of its weights are in memory.
         """
         if not is_main_process:
             return
@@ -121,7 +116,9 @@ class AdapterHubMixin:
                 anchor.check_present()
         self.config.active_route = str(self.active_route)
         entries = [
-            saved_entry(entry, anchor, whole, None if state_dict is None else below(f"anchors.{name}.model.", state))
+            saved_entry(
+                entry, anchor, whole, None if state_dict is None else select_prefix(f"anchors.{name}.model.", state)
+            )
             for entry, (name, anchor) in zip(self.config.anchors, self.anchors.items(), strict=True)
         ]
         self.config.auto_map = AUTO_MAP
@@ -140,7 +137,7 @@ class AdapterHubMixin:
         self._tag(profile)
         with folder_written_whole(save_directory, CONFIG, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict={})  # type: ignore[misc]
-            save_file(apart(weights), folder / WEIGHTS, {"format": "pt"})
+            save_file(separate_tensors(weights), folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)
             if profile is not None:
                 profile.save(folder / PROFILE)
@@ -148,11 +145,11 @@ class AdapterHubMixin:
                 self.image_processor.save_pretrained(folder)
 
     def _tag(self, profile: Profile | None) -> None:
-        """Tags for cards that others write: ``Trainer`` puts them on the one that it pushes."""
-        known = {entry["repo_id"] for entry in self.config.anchors if is_hub_id(entry["repo_id"])}
-        mine = [*adapter_tags(profile), *(f"base_model:{repo_id}" for repo_id in sorted(known))]
+        """Set tags for cards that others write, such as the one that ``Trainer`` pushes."""
+        parents = {entry["repo_id"] for entry in self.config.anchors if is_hub_id(entry["repo_id"])}
+        own = [*adapter_tags(profile), *(f"base_model:{repo_id}" for repo_id in sorted(parents))]
         others = [tag for tag in self.model_tags or () if not any(tag.startswith(f"{cost}:le-") for cost in BUCKETS)]
-        self.model_tags = list(dict.fromkeys([*mine, *others]))
+        self.model_tags = list(dict.fromkeys([*own, *others]))
 
     def push_to_hub(
         self,
@@ -171,14 +168,19 @@ class AdapterHubMixin:
         """Push the adapter with a card made from its profile; nothing is committed where nothing changed.
 
         Args:
-            repo_id: where to; the repository is made if there is none.
-            commit_message, commit_description, private, token, revision, create_pr: as in transformers.
-            max_shard_size: taken as transformers passes it; an adapter is one file.
-            tags: for the card, beside those that make the adapter findable by budget.
-            standalone: push the anchors' weights too; see `save_pretrained`.
+            repo_id: repository to push to; it is created if there is none.
+            commit_message: summary line of the commit.
+            commit_description: description of the commit below its summary line.
+            private: whether a new repository is private.
+            token: access token of the Hub, or whether to use the stored one.
+            revision: branch to commit to.
+            create_pr: whether to open a pull request in place of a commit.
+            max_shard_size: ignored, as an adapter is one file; transformers passes it.
+            tags: tags of the card, in addition to those for searches by budget.
+            standalone: whether to push the anchors' weights too; see `save_pretrained`.
 
         Raises:
-            ValueError: an anchor is not on the Hub, so that others could not fetch it.
+            ValueError: an anchor is not on the Hub, so that others cannot fetch it.
         """
         whole = self.config.standalone if standalone is None else standalone
         if not whole:
@@ -217,33 +219,34 @@ class AdapterHubMixin:
         subfolder: str = "",
         **hub_kwargs: Any,
     ) -> list[Route]:
-        """Add another adapter on the same anchors, from a local folder or the Hub, beside those that are there.
+        """Add another adapter on the same anchors, from a local folder or the Hub.
 
         Its routes have the name in front, ``night: resnet50[:7] + mobilenetv2[11:]``: `set_route` switches to them,
-        ``delete_stitch("night")`` removes them. Costs and accuracies come along where they were measured on the same
-        device and images.
+        ``delete_stitch("night")`` removes them. Costs and accuracies are added to the profile if they were measured on
+        the same device and images.
 
         Args:
             repo_id: Hub id or local folder of the adapter.
-            name: for it; letters, digits, ``_`` and ``-``.
-            revision: of it.
-            subfolder: of it in its repository.
-            **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in `from_pretrained`.
+            name: name for the adapter, of letters, digits, ``_`` and ``-``.
+            revision: branch, tag or commit of the adapter.
+            subfolder: folder of the adapter in its repository.
+            **hub_kwargs: options of huggingface_hub: ``token``, ``cache_dir``, ``local_files_only``, ...
 
         Returns:
             The routes that were added.
 
         Raises:
             OSError: a file is missing or damaged.
-            TypeError: an option is not known.
+            TypeError: an option is unknown.
             ValueError: the name is taken, or the adapter is for other anchors, images or classes.
         """
         hub = hub_options("load_stitch", hub_kwargs)
         where = os.fspath(repo_id)
         at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
         config, profile, weights = read_adapter(where, at)
-        mine = {key: value for key, value in weights.items() if not key.startswith("anchors.")}
-        return add_adapter(self, config, profile, mine if config.standalone else weights, name, where)
+        if config.standalone:
+            weights = {key: value for key, value in weights.items() if not key.startswith("anchors.")}
+        return add_adapter(self, config, profile, weights, name, where)
 
     @classmethod
     @short_errors()
@@ -271,74 +274,57 @@ class AdapterHubMixin:
 
         Args:
             pretrained_model_name_or_path: folder or Hub id of the adapter; None with ``config`` and ``state_dict``.
-            config: instead of the adapter's own, or a folder or Hub id of one.
+            config: config in place of the adapter's own, or a folder or Hub id of one.
             anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
-            route: to make active. Only the weights that it uses are read, the others when another route needs them.
+            route: route to make active. Only its weights are read now, the others when another route needs them.
             budget: limits such as ``{"macs": 1e9}``, to make the best route of the profile within them active.
-            revision: of the adapter.
-            subfolder: of the adapter in its repository.
-            dtype: of the weights; as saved by default.
-            device_map: a device for the whole model, as in transformers; ``auto`` takes the accelerator, if any.
-            trust_remote_code: run anchors' code from the Hub.
-            state_dict: tensors instead of those in the file. Anchors come from it too where it has their weights.
-            attn_implementation: ``eager``, ``sdpa``, ...: see `set_attn_implementation`.
-            ignore_mismatched_sizes: keep freshly made stitches and heads, with a warning, where those in the file have
-                another shape: the heads for another number of classes.
-            output_loading_info: return the loading info too.
-            **kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in transformers. ``num_labels``,
-                ``id2label``, ``label2id``, ``problem_type``, ``output_hidden_states`` and ``return_dict`` in place of
-                what the config says; another number of classes needs new heads, and ``ignore_mismatched_sizes``.
-                ``use_safetensors`` and ``weights_only`` can be True only, and ``low_cpu_mem_usage`` changes nothing,
-                as in transformers 5. Of its other options an error says why they do not apply.
+            revision: branch, tag or commit of the adapter.
+            subfolder: folder of the adapter in its repository.
+            dtype: dtype of the weights; as saved by default.
+            device_map: device for the whole model, as in transformers; ``auto`` takes the accelerator, if any.
+            trust_remote_code: whether to run anchors' code from the Hub.
+            state_dict: tensors in place of those in the file, the anchors' included if it has them.
+            attn_implementation: ``eager``, ``sdpa``, ... for the anchors; see `set_attn_implementation`.
+            ignore_mismatched_sizes: whether to keep new stitches and heads, with a warning, where those in the file
+                have another shape, as heads for another number of classes do.
+            output_loading_info: whether to return the loading info too.
+            **kwargs: options of transformers: ``token``, ``cache_dir``, ``local_files_only``, ...; ``num_labels``,
+                ``id2label``, ``label2id``, ``problem_type``, ``output_hidden_states`` and ``return_dict`` override
+                the config, where another number of classes needs new heads and ``ignore_mismatched_sizes``;
+                ``use_safetensors`` and ``weights_only`` can only be True, and ``low_cpu_mem_usage`` has no effect, as
+                in transformers 5. Any other option raises an error that gives the reason.
 
         Returns:
             The model in evaluation mode. With ``output_loading_info``, the model and a dict with ``missing_keys`` and
-            ``unexpected_keys`` (empty: others than the model's are an error), ``mismatched_keys`` and ``error_msgs``.
+            ``unexpected_keys`` (both always empty), ``mismatched_keys`` and ``error_msgs``.
 
         Raises:
             OSError: a file is missing or damaged.
-            TypeError: an option is not known, or cannot apply to a stitched model.
+            TypeError: an option is unknown, or cannot apply to a stitched model.
             ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
             BudgetError: no route fits, or the adapter has no profile.
         """
         dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
-        device = whole_device(device_map)
-        hub = hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
-        where, at = STATE_DICT, {**hub, "subfolder": subfolder}
-        if pretrained_model_name_or_path is not None:
-            where = os.fspath(pretrained_model_name_or_path)
-            at["revision"] = at_commit(where, revision, hub)
-        config, profile, weights = read_adapter(where, at, config, state_dict)
-        config = override(config, kwargs)
-        if state_dict is not None:
-            weights = given_weights(state_dict, config, where)
-        config.check()
-        used = choose_route(config, profile, route, budget)
-        whole = config.standalone if state_dict is None else holds_anchors(weights)
-        wanted = weights_dtype(config.dtype if dtype in (None, "auto") else dtype)
+        device, hub = single_device(device_map), hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
+        source = pretrained_model_name_or_path
+        checkpoint = read_checkpoint(source, revision, subfolder, config, state_dict, kwargs, hub)
+        routes = choose_route(checkpoint.config, checkpoint.profile, route, budget)
         options = {"trust_remote_code": trust_remote_code, **hub}
-        adapter = {k: v for k, v in weights.items() if not (whole and k.startswith("anchors."))}
-        parts = Parts(adapter, config.part_names(), where)  # before any network is made
-        made = load_anchors(config, weights, dict(anchors or {}), wanted, options, used, where, whole)
-        model: Any = cls(config, made, unchecked if ignore_mismatched_sizes else parts.check)  # type: ignore[call-arg]
-        model.profiled = profile
-        mismatched = load_weights(model, adapter, where, ignore_mismatched_sizes)
-        if pretrained_model_name_or_path is not None:
-            model.config.name_or_path = model.name_or_path = where
-        lora = dict(kwargs.get("adapter_kwargs") or {})
-        if tuned := lora.pop("_adapter_model_path", None):  # Auto classes were given what PEFT wrote on top of this
-            load_lora(model, tuned, lora)
+        model, mismatched = build_model(
+            cls, checkpoint, dict(anchors or {}), routes, dtype, options, ignore_mismatched_sizes
+        )
+        load_peft_adapter(model, kwargs.get("adapter_kwargs"))
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         model = model.to(device).eval()
-        # transformers too says that this is a model, for all who do not ask for more
+        # annotated as in transformers, for the usual case without loading info
         return cast("Self", (model, loading_info(mismatched)) if output_loading_info else model)
 
     def weights_sha256(self, entries: Sequence[Mapping[str, Any]] | None = None) -> dict[str, str]:
-        """SHA-256 of the weights of each stitch and new head, of all that is tuned, and of anchors that changed.
+        """SHA-256 of the weights of each stitch, new head and tuned part, and of anchors that changed.
 
         Args:
-            entries: what config.json is to say of the anchors, where that is known.
+            entries: the anchors' entries of config.json, if they were computed before.
         """
         parts: dict[str, nn.Module] = {f"stitches.{name}": stitch for name, stitch in self.stitches.items()}
         parts |= {f"heads.{name}": head for name, head in self.heads.items()}
@@ -351,10 +337,10 @@ class AdapterHubMixin:
         return hashes
 
     def valid_profile(self, entries: Sequence[Mapping[str, Any]] | None = None) -> Profile | None:
-        """The profile without the scores of routes whose stitches, heads or anchors have changed since.
+        """The profile without scores of routes whose stitches, heads, tuned parts or anchors have changed since.
 
         Args:
-            entries: as of `weights_sha256`.
+            entries: the anchors' entries of config.json, if they were computed before.
         """
         if self.profiled is None:
             return None
@@ -370,7 +356,7 @@ class AdapterHubMixin:
             return {f"heads.{route.head}"} | anchors | stitches | tuned
 
         rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
-        about = {**self.profiled.metadata, "weights": now}
-        if changed and "runtimes" in about:  # what was exported was of other weights
-            del about["runtimes"]
-        return Profile(tuple(rows), about)
+        metadata = {**self.profiled.metadata, "weights": now}
+        if changed and "runtimes" in metadata:  # the exported routes have other weights
+            del metadata["runtimes"]
+        return Profile(tuple(rows), metadata)

@@ -1,4 +1,4 @@
-"""The Hub: pushing an adapter whose anchors others can fetch, and finding adapters by what they cost and give."""
+"""The Hub: push adapters whose anchors others can fetch, and find adapters by costs and accuracy."""
 
 import re
 import warnings
@@ -20,15 +20,19 @@ from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CARD, PLOT, PROFILE, RESULTS = "README.md", "tradeoff.png", "profile.json", ".eval_results"
-STALE = (PLOT, PROFILE, f"{RESULTS}/*")  # of ours: on the Hub, but no longer in what is pushed
-OF_TRAINER = "generated_from_trainer"  # the tag on a card that transformers' Trainer wrote
-NAMED = 3  # repositories in a warning about those that cannot be read
-# What the client makes of odd cards: it passes their keys on as arguments, and trusts what JSON and YAML hold.
-ODD_CARD = (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError)
+DELETED_IF_MISSING = (PLOT, PROFILE, f"{RESULTS}/*")  # files of ours that are deleted on the Hub if a push has none
+TRAINER_TAG = "generated_from_trainer"  # tag of a card that transformers' Trainer wrote
+MAX_NAMED = 3  # repositories that a warning names
+# Errors of the client on malformed cards: it passes their keys on as arguments, and trusts JSON and YAML.
+CARD_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError)
 
 
 def check_parents(entries: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError where others could not fetch an anchor that config.json describes, at its very commit."""
+    """Raise ValueError if others cannot fetch an anchor at its commit.
+
+    Args:
+        entries: the anchors' entries of config.json.
+    """
     for entry in entries:
         name, repo_id = entry["name"], entry["repo_id"]
         if not is_hub_id(repo_id):
@@ -42,35 +46,40 @@ def check_parents(entries: Iterable[Mapping[str, Any]]) -> None:
 
 
 def parents_on_card(entries: Iterable[Mapping[str, Any]], api: HfApi) -> list[dict[str, Any]]:
-    """What a card says of the anchors that config.json describes; their licences are asked of the Hub."""
-    found = []
+    """The anchors for a card, with their licences from the Hub.
+
+    Args:
+        entries: the anchors' entries of config.json.
+        api: client of the Hub.
+    """
+    parents = []
     for entry in entries:
-        known = is_hub_id(entry["repo_id"]) and bool(entry["revision"])
-        found.append(
+        public = is_hub_id(entry["repo_id"]) and bool(entry["revision"])
+        parents.append(
             {
                 "name": entry["name"],
-                "repo_id": entry["repo_id"] if known else None,
-                "revision": entry["revision"] if known else None,
-                "license": _licence(entry["repo_id"], entry["revision"], api) if known else None,
+                "repo_id": entry["repo_id"] if public else None,
+                "revision": entry["revision"] if public else None,
+                "license": _licence(entry["repo_id"], entry["revision"], api) if public else None,
             }
         )
-    return found
+    return parents
 
 
 def _licence(repo_id: str, revision: str, api: HfApi) -> str | None:
-    """The licence, or the licences, that a card on the Hub states; None where it states none that can be read."""
+    """The licence or licences that a card on the Hub states; None if it states none that can be read."""
     try:
-        stated = _of_card(api.model_info(repo_id, revision=revision), "license")
+        stated = _card_value(api.model_info(repo_id, revision=revision), "license")
     except HfHubHTTPError:  # some are ValueErrors too
         raise
-    except ODD_CARD:
+    except CARD_ERRORS:
         return None
     texts = [text for text in (stated if isinstance(stated, list) else [stated]) if isinstance(text, str)]
     return ", ".join(texts) or None
 
 
-def _of_card(info: ModelInfo, key: str) -> Any:
-    """What a card says under a key; its own keys may hide the methods of the object that holds them."""
+def _card_value(info: ModelInfo, key: str) -> Any:
+    """The value of a key of a card, read without methods of the object, which keys may hide."""
     return info.card_data[key] if isinstance(info.card_data, ModelCardData) and key in info.card_data else None
 
 
@@ -93,40 +102,40 @@ def push_folder(
     A card on the Hub that somebody wrote by hand is left alone; one that transformers' ``Trainer`` made is replaced.
 
     Args:
-        folder: what ``save_pretrained`` wrote.
-        repo_id: where to; the repository is made if there is none.
-        entries: of the anchors in config.json.
-        profile: for the card.
-        standalone: the folder holds the anchors' weights.
-        tags: for the card, beside those of the budget.
-        training: of config.json, for the card.
-        private: of a new repository.
-        token: as in huggingface_hub.
-        **commit: of ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
+        folder: folder that ``save_pretrained`` wrote.
+        repo_id: repository to push to; it is created if there is none.
+        entries: the anchors' entries of config.json.
+        profile: routes with costs and scores for the card; None if nothing was measured.
+        standalone: whether the folder includes the anchors' weights.
+        tags: tags of the card, in addition to those of costs.
+        training: entries of config.json on how the stitches were fitted and trained.
+        private: whether a new repository is private.
+        token: access token of the Hub, or whether to use the stored one.
+        **commit: options of ``HfApi.upload_folder``: ``commit_message``, ``revision``, ``create_pr``, ...
     """
     api = HfApi(token=token)
-    parents = parents_on_card(entries, api)  # before anything is made
+    parents = parents_on_card(entries, api)  # before a repository is created
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     revision = commit.get("revision")
     try:
-        ours = _can_be_replaced(Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_bytes())
+        replace = _can_be_replaced(Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_bytes())
     except RemoteEntryNotFoundError:
-        ours = True
+        replace = True
     write_card(folder, repo_id, parents, profile, standalone, tags, training)
-    if not ours:
+    if not replace:
         (folder / CARD).unlink()
-    return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(STALE), **commit)
+    return api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(DELETED_IF_MISSING), **commit)
 
 
 def _can_be_replaced(card: bytes) -> bool:
-    """Whether this package or transformers' ``Trainer`` wrote a card; one that cannot be read is somebody's own."""
+    """Whether this package or transformers' ``Trainer`` wrote a card; an unreadable one counts as hand-written."""
     if MARK.encode() in card:
         return True
     try:
         tags = ModelCard(card.decode("utf-8"), ignore_metadata_errors=True).data.to_dict().get("tags")
-    except ODD_CARD:
+    except CARD_ERRORS:
         return False
-    return isinstance(tags, list) and OF_TRAINER in tags
+    return isinstance(tags, list) and TRAINER_TAG in tags
 
 
 def write_card(
@@ -138,7 +147,17 @@ def write_card(
     tags: Iterable[str] = (),
     training: Iterable[Mapping[str, Any]] = (),
 ) -> None:
-    """Write an adapter's README.md and ``.eval_results/`` into its folder; see `make_card`."""
+    """Write an adapter's README.md and ``.eval_results/`` into its folder.
+
+    Args:
+        folder: folder of the saved adapter.
+        repo_id: name of the adapter on the Hub.
+        parents: the anchors, as `parents_on_card` returns them.
+        profile: routes with costs and scores; None if nothing was measured.
+        standalone: whether the folder includes the anchors' weights.
+        tags: tags of the card, in addition to those of costs.
+        training: entries of config.json on how the stitches were fitted and trained.
+    """
     plot = PLOT if (folder / PLOT).exists() else None
     make_card(repo_id, parents, profile, standalone, plot, tags, training).save(folder / CARD)
     if entries := eval_results(profile):
@@ -149,7 +168,14 @@ def write_card(
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter on the Hub and its best route within the limits asked for."""
+    """An adapter on the Hub and its best route within the limits.
+
+    Args:
+        repo_id: Hub id of the adapter.
+        base_models: Hub ids of its anchors.
+        best: the most accurate route within the limits.
+        profile: profile of the adapter.
+    """
 
     repo_id: str
     base_models: tuple[str, ...]
@@ -169,17 +195,20 @@ def find_adapters(
     device: str | None = None,
     token: str | bool | None = None,
 ) -> list[FoundAdapter]:
-    """Adapters with a route within limits, the most accurate first.
+    """Find adapters on the Hub with a route within limits, the most accurate first.
 
-    Tags narrow the list on the server, the exact numbers of each card decide here. Repositories whose card or profile
-    cannot be read, such as gated ones, are left out; one warning says how many they are and names the first few.
+    The server filters by tags, the exact numbers of each card decide here. Repositories whose card or profile cannot
+    be read, such as gated ones, are left out; one warning gives their number and names the first few.
 
     Args:
-        base_model: anchors that it must have, by their ids on the Hub.
-        macs, params, memory_mb, latency_ms: limits, as of `Budget`.
-        min_accuracy: least accuracy of the best route within them, from 0 to 1.
+        base_model: Hub ids of anchors that the adapter must have.
+        macs: largest multiply-accumulates for one image.
+        params: largest number of parameters.
+        memory_mb: largest memory in MB.
+        latency_ms: largest latency for one image in milliseconds.
+        min_accuracy: least accuracy of the best route within the limits, from 0 to 1.
         device: name of the device that the costs were measured on.
-        token: as in huggingface_hub.
+        token: access token of the Hub, or whether to use the stored one.
 
     Raises:
         OSError: the Hub cannot be reached, or does not answer.
@@ -190,57 +219,61 @@ def find_adapters(
     budget = Budget(**limits) if limits else None
     parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
     tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(budget.limits) if budget else [])]
-    found: list[FoundAdapter] = []
+    adapters: list[FoundAdapter] = []
     failed: dict[str, Exception] = {}
     api = HfApi(token=token)
     for repo_id, info in _listed(api, tags):
         try:
             adapter = _adapter(api.model_info(repo_id) if info is None else info, budget, api)
-        except (OSError, httpx.HTTPError, *ODD_CARD) as error:
+        except (OSError, httpx.HTTPError, *CARD_ERRORS) as error:
             _check_hub(error, api, tags)
             failed[repo_id] = error
             continue
         if adapter is None or (device is not None and adapter.profile.metadata.get("device") != device):
             continue
         if min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy:
-            found.append(adapter)
+            adapters.append(adapter)
     if failed:
-        first = [f"{repo_id} ({_reason(error)})" for repo_id, error in list(failed.items())[:NAMED]]
-        first += [f"{len(failed) - NAMED} more"] if len(failed) > NAMED else []
-        what = "repository was" if len(failed) == 1 else "repositories were"
-        warnings.warn(f"{len(failed)} {what} left out, as they cannot be read: {', '.join(first)}", stacklevel=3)
-    return sorted(found, key=lambda a: (-a.best.scores.get("accuracy", 0.0), a.best.costs.get("macs", 0.0), a.repo_id))
+        first = [f"{repo_id} ({_reason(error)})" for repo_id, error in list(failed.items())[:MAX_NAMED]]
+        first += [f"{len(failed) - MAX_NAMED} more"] if len(failed) > MAX_NAMED else []
+        noun = "repository was" if len(failed) == 1 else "repositories were"
+        warnings.warn(f"{len(failed)} {noun} left out, as they cannot be read: {', '.join(first)}", stacklevel=3)
+    return sorted(
+        adapters, key=lambda a: (-a.best.scores.get("accuracy", 0.0), a.best.costs.get("macs", 0.0), a.repo_id)
+    )
 
 
 def _listed(api: HfApi, tags: Sequence[str]) -> list[tuple[str, ModelInfo | None]]:
-    """All repositories with these tags: ids, with their cards where all cards can be read.
+    """The ids of all repositories with these tags, with their cards if all can be read.
 
-    The client reads a page of cards at once, or not at all if one is odd. Then each has to be asked for by itself.
+    The client reads a whole page of cards, or none if one is malformed; then each is requested by itself.
     """
     try:
         return [(info.id, info) for info in api.list_models(filter=tags, cardData=True)]
     except HfHubHTTPError:  # some are ValueErrors too
         raise
-    except ODD_CARD:
+    except CARD_ERRORS:
         pass
     try:
         return [(info.id, None) for info in api.list_models(filter=tags)]
-    except ODD_CARD as error:
+    except CARD_ERRORS as error:
         raise OSError(f"the Hub's answer cannot be read: {_reason(error)}. Try again") from error
 
 
 def _check_hub(error: Exception, api: HfApi, tags: Sequence[str]) -> None:
-    """Raise the error of one repository where it is that of this machine or of the whole Hub."""
+    """Raise the error of one repository if its cause is this machine or the whole Hub."""
     status = getattr(getattr(_cause(error), "response", None), "status_code", None)
-    too_many = status == 429  # requests: the next repository would fail likewise
-    if too_many or (isinstance(error, OSError) and error.errno is not None):  # a full disk; those of the Hub have none
+    too_many = status == 429  # the next request would fail, too
+    if too_many or (
+        isinstance(error, OSError) and error.errno is not None
+    ):  # a full disk, say; errors of the Hub have no errno
         raise error
     if isinstance(error, OSError | httpx.HTTPError) and (status is None or status >= 500):
-        next(iter(api.list_models(filter=tags, limit=1)), None)  # raises if it has gone
+        next(iter(api.list_models(filter=tags, limit=1)), None)  # raises if the Hub cannot be reached
 
 
 def _cause(error: Exception) -> BaseException:
-    """What kept the client from a file, which it tells as the file not being in the cache."""
+    """The cause of an error that the client reports as a file missing from the cache."""
     return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
 
 
@@ -252,15 +285,15 @@ def _reason(error: Exception) -> str:
 
 
 def _adapter(info: ModelInfo, budget: Budget | None, api: HfApi) -> FoundAdapter | None:
-    """None where neither the card nor the repository holds a profile, or no route of it fits.
+    """The adapter of a repository; None if it has no profile, or no route within the budget.
 
     Raises:
         OSError: a file cannot be fetched.
-        ValueError: what there is is not a profile.
+        ValueError: the profile is invalid.
     """
-    given = _of_card(info, "restnet")
+    on_card = _card_value(info, "restnet")
     try:
-        profile = _profile_file(info, api) if given is None else Profile.from_dict(given)
+        profile = _profile_file(info, api) if on_card is None else Profile.from_dict(on_card)
         best = profile.best(budget) if budget else max(profile.routes, key=_accuracy, default=None)
     except (BudgetError, RemoteEntryNotFoundError):
         return None
@@ -274,8 +307,10 @@ def _accuracy(row: ProfiledRoute) -> float:
 
 
 def _profile_file(info: ModelInfo, api: HfApi) -> Profile:
-    """The profile of a repository whose card holds none, as those that ``Trainer`` pushed."""
-    about = api.hf_hub_download(info.id, PROFILE, revision=info.sha, dry_run=True)
-    if (about.file_size or 0) > MAX_BYTES:
-        raise ValueError(f"{PROFILE} of {about.file_size:,} bytes, and {MAX_BYTES:,} is the most that one may have")
+    """The profile of a repository whose card has none, such as one that ``Trainer`` pushed."""
+    file = api.hf_hub_download(info.id, PROFILE, revision=info.sha, dry_run=True)
+    if (file.file_size or 0) > MAX_BYTES:
+        raise ValueError(
+            f"{PROFILE} of {file.file_size:,} bytes is larger than {MAX_BYTES:,}, the most that a profile may have"
+        )
     return Profile.load(api.hf_hub_download(info.id, PROFILE, revision=info.sha))

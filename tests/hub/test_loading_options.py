@@ -1,4 +1,4 @@
-"""`from_pretrained` takes the options of transformers with their meaning there, and says of the rest why not."""
+"""`from_pretrained` takes the options of transformers with their meaning, or gives the reason why not."""
 
 import copy
 import logging
@@ -242,7 +242,7 @@ def test_state_dict_of_a_config_that_was_never_saved(images, tmp_path):
         )
     broken = copy.deepcopy(model.config)
     broken.anchors[0]["config"] = {"model_type": "none"}
-    with pytest.raises(ValueError, match="the config given with the state dict is not sound|cannot be rebuilt"):
+    with pytest.raises(ValueError, match="the config given with the state dict is invalid|cannot be rebuilt"):
         Model.from_pretrained(None, config=broken, state_dict=model.state_dict())
     with pytest.raises(ValueError, match="lacks its fingerprint"):
         Model.from_pretrained(None, config=model.config, state_dict=model.adapter_state_dict())
