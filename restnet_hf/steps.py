@@ -1,4 +1,4 @@
-"""Steps: what a route runs, one after the other. Everything that walks a route walks these."""
+"""Steps: the modules that a route runs in turn. Everything that runs or measures a route uses them."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,14 +16,14 @@ from restnet_hf.stitches.tuning import Tuned, tuned_tensors
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to run: a segment of an anchor, or a module between or after segments.
+    """One module to run: a segment of an anchor, or a module before, between or after segments.
 
     Args:
-        name: equal names are equal work.
+        name: name of the step; steps of equal names do the same work.
         module: the anchor, stitch, conversion of images, order of labels, or head.
-        shape: of its input for one image, (1, ...).
+        shape: shape of the input for one image, (1, ...).
         segment: the part of the anchor to run; None for any other module.
-        tuned: what takes the place of the anchor's own weights.
+        tuned: tuned tensors that replace the anchor's own.
     """
 
     name: str
@@ -33,19 +33,25 @@ class Step:
     tuned: tuple[Tuned, ...] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Run the step on images or an activation (N, ...)."""
         if self.segment is None:
             return self.module(x)
         return self.module(x, self.segment.start, self.segment.stop, self.replaced)
 
     def replaced(self, start: int, stop: int | None) -> Mapping[str, Tensor]:
-        """What takes the place of the anchor's own weights between two cuts, by name."""
+        """The tensors that replace the anchor's own between two cuts, by name.
+
+        Args:
+            start: cut at which the part begins.
+            stop: cut at which the part ends; None for the logits.
+        """
         if not self.tuned:
             return {}
         assert isinstance(self.module, Anchor)
         return tuned_tensors(self.tuned, self.module, start, stop)
 
     def bake(self) -> nn.Module:
-        """A plain module of its own that does the same."""
+        """A plain module that computes the same, with copies of the weights."""
         if self.segment is not None:
             assert isinstance(self.module, Anchor)
             start, stop = self.segment.start, self.segment.stop
@@ -53,7 +59,7 @@ class Step:
         return self.module.bake() if isinstance(self.module, Stitch) else copy.deepcopy(self.module)
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """The parameters that the step uses: those that `bake` keeps."""
+        """The parameters that the step uses, which are those of `bake`."""
         if self.segment is not None:
             assert isinstance(self.module, Anchor)
             return self.module.own_parameters(self.segment.start, self.segment.stop).values()
@@ -64,7 +70,11 @@ Walk = tuple[Route, Sequence[Step]]
 
 
 def split_at_shared_cuts(walks: Sequence[Walk]) -> list[Walk]:
-    """The same walks with segments in pieces, so that routes that leave an anchor at different cuts share steps."""
+    """Split segments into pieces, so that routes that leave an anchor at different cuts share steps.
+
+    Args:
+        walks: routes with their steps.
+    """
     stops: dict[tuple[str, int], set[int]] = {}
     for _, steps in walks:
         for step in steps:
@@ -74,27 +84,28 @@ def split_at_shared_cuts(walks: Sequence[Walk]) -> list[Walk]:
 
 
 def split_at_cuts(steps: Iterable[Step]) -> list[Step]:
-    """The same steps with segments in pieces from cut to cut."""
-    found = []
+    """Split segments into pieces from cut to cut."""
+    pieces: list[Step] = []
     for step in steps:
         if step.segment is None:
-            found.append(step)
+            pieces.append(step)
         else:
             assert isinstance(step.module, Anchor)
             start, end = step.segment.start, step.module.depth + 1
-            found += _pieces(step, {(step.segment.anchor, start): set(range(start + 1, end))})
-    return found
+            pieces += _pieces(step, {(step.segment.anchor, start): set(range(start + 1, end))})
+    return pieces
 
 
 def _pieces(step: Step, stops: dict[tuple[str, int], set[int]]) -> list[Step]:
+    """Split a segment at cuts, given by anchor and start of the segment."""
     segment = step.segment
     if segment is None:
         return [step]
     assert isinstance(step.module, Anchor)
     inner = stops.get((segment.anchor, segment.start), set())
-    marks = [segment.start, *sorted(m for m in inner if segment.stop is None or m < segment.stop), segment.stop]
+    cuts = [segment.start, *sorted(c for c in inner if segment.stop is None or c < segment.stop), segment.stop]
     pieces = []
-    for start, stop in pairwise(marks):
+    for start, stop in pairwise(cuts):
         assert start is not None
         shape = step.shape if start == segment.start else step.module.layout(start).shape(1)
         piece = Segment(segment.anchor, start, stop)
@@ -103,21 +114,26 @@ def _pieces(step: Step, stops: dict[tuple[str, int], set[int]]) -> list[Step]:
 
 
 def walk_tree(x: Tensor, walks: Sequence[Walk]) -> Iterator[tuple[Route, Tensor]]:
-    """Run many routes on the same images, each shared beginning once, depth first; yields (route, logits).
+    """Run many routes on the same images, steps that they share once; yields (route, logits).
 
     Args:
         x: images (N, 3, H, W).
         walks: routes with their steps, from `split_at_shared_cuts`.
     """
     yield from ((route, x) for route, steps in walks if not steps)
-    going = sorted((walk for walk in walks if walk[1]), key=lambda walk: walk[1][0].name)
-    for _, group in groupby(going, key=lambda walk: walk[1][0].name):
+    running = sorted((walk for walk in walks if walk[1]), key=lambda walk: walk[1][0].name)
+    for _, group in groupby(running, key=lambda walk: walk[1][0].name):
         same = list(group)
         yield from walk_tree(same[0][1][0](x), [(route, steps[1:]) for route, steps in same])
 
 
 def run_steps(x: Tensor, steps: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
-    """Run one route."""
+    """Run one route; returns its logits (N, classes).
+
+    Args:
+        x: images (N, 3, H, W).
+        steps: steps of the route.
+    """
     for step in steps:
         x = step(x)
     return x
@@ -131,7 +147,7 @@ def run_with_states(
     Args:
         x: images (N, 3, H, W).
         steps: steps of the route.
-        wanted: True for all activations, or the positions of some, with None in the place of the others.
+        wanted: True for all activations, or the positions of some; the others are None.
     """
     states: list[Tensor | None] = []
     for step in split_at_cuts(steps):
@@ -139,13 +155,17 @@ def run_with_states(
         if isinstance(step.module, Stitch) or (step.segment is not None and step.segment.stop is not None):
             states.append(x)
     if not isinstance(wanted, bool):
-        kept = {range(len(states))[index] for index in wanted}
-        states = [state if index in kept else None for index, state in enumerate(states)]
+        positions = {range(len(states))[index] for index in wanted}
+        states = [state if index in positions else None for index, state in enumerate(states)]
     return x, tuple(states)
 
 
 class Reorder(nn.Module):
-    """Logits (N, classes) in another order of the classes."""
+    """A module that puts logits (N, classes) in another order of classes.
+
+    Args:
+        order: index in the input of each class of the output.
+    """
 
     order: Tensor
 
@@ -154,4 +174,5 @@ class Reorder(nn.Module):
         self.register_buffer("order", torch.tensor(order), persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
+        """Reorder logits (N, classes)."""
         return logits.index_select(-1, self.order)

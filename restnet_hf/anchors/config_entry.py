@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.loading import HEAD, anchor_from_config, at_most, load_anchor
 from restnet_hf.anchors.weights import check_weights
-from restnet_hf.data.labels import label_order
+from restnet_hf.data.labels import class_names, label_order
 from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.errors import quote
 from restnet_hf.hashing import Piece, fingerprint, stored_dtype
@@ -310,3 +310,25 @@ def class_order(front: Anchor, anchor: Anchor) -> list[int]:
             "load_anchor(..., label_names=), or ask for a new head with num_labels= or id2label="
         )
     return order
+
+
+def describe_model(
+    anchors: Sequence[Anchor], num_labels: int | None, id2label: Mapping[int, str] | None
+) -> dict[str, Any]:
+    """The values of the config of a new model.
+
+    Args:
+        anchors: anchors of the model, front first.
+        num_labels: number of classes of a new task; None for the anchors' own, or with ``id2label``.
+        id2label: class names of a new task.
+    """
+    front = anchors[0]
+    names = class_names(num_labels, id2label) or dict(enumerate(front.label_names or ()))
+    names = names or {index: f"LABEL_{index}" for index in range(front.found.classes)}
+    return {
+        "anchors": [describe(anchor) for anchor in anchors],
+        "new_head": num_labels is not None or id2label is not None,
+        "id2label": names,
+        "label2id": {name: index for index, name in names.items()},
+        "dtype": next(front.parameters()).dtype,
+    }

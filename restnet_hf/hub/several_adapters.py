@@ -142,6 +142,21 @@ def _tuned_configs(
     return tuned
 
 
+def remaining_training(stages: Iterable[Mapping[str, Any]], adapters: Iterable[str]) -> list[Mapping[str, Any]]:
+    """The entries of config.json on training, without those of adapters that are not there any more.
+
+    Args:
+        stages: entries on how stitches and heads were fitted and trained.
+        adapters: names of the remaining adapters; ``night-b`` was loaded with ``night``.
+    """
+    prefixes = [f"{adapter}-" for adapter in adapters]
+    return [
+        stage
+        for stage in stages
+        if "adapter" not in stage or any(prefix.startswith(f"{stage['adapter']}-") for prefix in prefixes)
+    ]
+
+
 def _check_name(name: str, routes: Iterable[Route]) -> None:
     """Raise ValueError unless a name is free and valid for an adapter."""
     taken = sorted({route.adapter for route in routes if route.adapter})
