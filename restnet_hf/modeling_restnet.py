@@ -339,7 +339,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         has new heads, a copy of the head. Stitches with names of their own, ``a[:1] +both b[2:]``, are shared.
 
         Args:
-            route: route to add.
+            route: route or its string form to add.
             config: options of new stitches; by default those of `StitchConfig`.
 
         Raises:
@@ -378,7 +378,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         """Replace tensors of an anchor, by equal ones at first, in the routes that use that key.
 
         Args:
-            key: one of `tuned_keys`.
+            key: one of the keys that `tuned_keys` returns.
             config: kind, anchor and cuts of the tensors.
         """
         key = str(key)
@@ -498,7 +498,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         saves has these routes only, and loads like any other.
 
         Args:
-            routes: routes to keep.
+            routes: routes to keep, the active one first.
 
         Raises:
             ValueError: there are no routes, or one is not of this model.

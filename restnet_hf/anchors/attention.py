@@ -14,7 +14,7 @@ def set_attention(
     """Set the attention implementation of some anchors; returns the errors of those that cannot take it, by name.
 
     Args:
-        anchors: anchors by name.
+        anchors: mapping from names to anchors.
         implementations: ``eager``, ``sdpa``, ``flash_attention_2``, ... by anchor name.
         **kwargs: further arguments of ``PreTrainedModel.set_attn_implementation``.
     """

@@ -268,7 +268,7 @@ def read_checkpoint(
         config: config in place of the adapter's own, or a folder or Hub id of one.
         state_dict: tensors in place of those in the file.
         options: keyword arguments of ``from_pretrained``, of which those of the config are used.
-        hub_kwargs: options of huggingface_hub.
+        hub_kwargs: options of huggingface_hub, such as ``token``.
 
     Raises:
         OSError: a file is missing or damaged.
@@ -303,7 +303,7 @@ def build_model(
         anchors: modules or folders by anchor name, in place of those that the config names.
         routes: routes whose weights are checked at once.
         dtype: dtype of the weights; None or ``auto`` for that of the config.
-        options: options of `load_anchor`.
+        options: further arguments of `load_anchor`.
         ignore_mismatched_sizes: whether tensors of another shape than the model's are left out.
 
     Raises:

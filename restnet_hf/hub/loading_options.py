@@ -136,7 +136,7 @@ def read_state_dict(state_dict: Mapping[str, Tensor], config: RestNetConfig, whe
     A config that was never saved has no fingerprints of the anchors' weights; they are computed here.
 
     Args:
-        state_dict: tensors by name.
+        state_dict: mapping from names to tensors.
         config: config of the model; its entries of anchors may be changed.
         where: source of the tensors, for errors.
 
@@ -167,7 +167,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_m
     A warning names these, and their entries in the config and the profile are removed.
 
     Args:
-        model: stitched model.
+        model: stitched model to load into.
         weights: tensors by name, without those of anchors.
         where: folder or Hub id of the adapter, for errors.
         ignore_mismatched_sizes: whether tensors of another shape than the model's are left out.
@@ -200,7 +200,7 @@ def load_peft_adapter(model: Any, options: Mapping[str, Any] | None) -> None:
     """Load the adapter that PEFT wrote on top of a stitched model, if Auto classes were given one.
 
     Args:
-        model: stitched model.
+        model: stitched model to load into.
         options: ``adapter_kwargs`` of the Auto classes, with the path of PEFT's adapter.
     """
     options = dict(options or {})
@@ -258,7 +258,7 @@ def load_anchors(
         weights: tensors of the checkpoint by name.
         given: modules or folders by anchor name, in place of those that the config names.
         dtype: dtype of the weights.
-        options: options of `load_anchor`.
+        options: further arguments of `load_anchor`.
         used: routes whose weights are checked at once.
         where: folder or Hub id of the adapter, or `STATE_DICT`.
         whole: whether the checkpoint has the anchors' weights.

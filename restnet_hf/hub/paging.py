@@ -78,7 +78,7 @@ class WeightFiles:
         """Load the weights that some steps use, and free all others; returns the number of bytes read.
 
         Args:
-            anchors: anchors by name.
+            anchors: mapping from names to anchors.
             steps: steps of the routes that will run.
 
         Raises:

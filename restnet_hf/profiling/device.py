@@ -79,7 +79,7 @@ def joules(run: Callable[[], object], seconds: float = 1.0, powercap: Path | Non
     """Energy of one run in joules, of all that the processor does meanwhile; None if the system does not count it.
 
     Args:
-        run: function to repeat.
+        run: function that is repeated.
         seconds: least time to repeat it for, as the counters move about once a millisecond.
         powercap: folder of the counters; that of Linux by default.
     """

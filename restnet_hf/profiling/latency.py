@@ -21,8 +21,8 @@ class Timing:
     """Median and interquartile range of the times of a piece, in milliseconds.
 
     Args:
-        ms: median in milliseconds.
-        spread_ms: interquartile range in milliseconds.
+        ms: median of the times in milliseconds.
+        spread_ms: interquartile range of the times in milliseconds.
     """
 
     ms: float

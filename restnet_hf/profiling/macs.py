@@ -20,7 +20,7 @@ def count_macs(run: Callable[[Tensor], object], x: Tensor) -> int:
     Attention counts as its two matrix products, whichever fused kernel would compute it.
 
     Args:
-        run: function to count.
+        run: function whose operations are counted.
         x: input of the function.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

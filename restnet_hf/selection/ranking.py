@@ -44,7 +44,7 @@ class RankedRoute:
     Args:
         route: route with one stitch.
         score: value of the selector, the higher the better.
-        costs: costs by name.
+        costs: costs of the route by name.
         dominated: whether a cheaper route has a score as high.
     """
 

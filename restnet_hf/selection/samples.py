@@ -40,7 +40,7 @@ class SelectionBatch:
     Args:
         start: index of the first image in the whole data.
         images: images (N, 3, H, W) by anchor name, each anchor's in its own preprocessing.
-        anchors: anchors by name.
+        anchors: mapping from names to anchors.
         finish: functions from each anchor's output to the model's logits, by name.
         labels: labels (N,); None if there are none.
     """
@@ -85,8 +85,8 @@ class Solution:
     """Solution of a least-squares problem.
 
     Args:
-        weight: weight (D, C).
-        bias: bias (D,).
+        weight: weight (D, C) of the affine map.
+        bias: bias (D,) of the affine map.
         r2: R² on the held-out images.
     """
 
@@ -101,7 +101,7 @@ class Samples:
     Nothing is kept before a selector asks for it, and the memory does not grow with the data.
 
     Args:
-        pair: anchors to join.
+        pair: front and end anchor, and options of stitches.
         images: number of images to keep samples of.
     """
 
@@ -304,16 +304,16 @@ def _regress(x: Tensor, ys: list[Tensor], held: Tensor, ridge: float) -> list[So
     y_mean = y.mean(0)
     y = (y - y_mean).float()
     weight = _ridge(fit, y, ridge) if c else y.new_zeros(0, y.shape[1])
-    guesses, found, at = test @ weight, [], 0
+    outputs, solutions, start = test @ weight, [], 0
     for each in ys:
-        part = slice(at, at + each.shape[2])
+        part = slice(start, start + each.shape[2])
         truth = (each[held].flatten(0, 1).double() - y_mean[part]).float()
         total = truth.square().sum().item()
-        r2 = 1 - (truth - guesses[:, part]).square().sum().item() / total if total else 1.0
+        r2 = 1 - (truth - outputs[:, part]).square().sum().item() / total if total else 1.0
         bias = y_mean[part] - (mean @ weight[:, part].double() if c else 0)
-        found.append(Solution(weight[:, part].T, bias, r2))
-        at = part.stop
-    return found
+        solutions.append(Solution(weight[:, part].T, bias, r2))
+        start = part.stop
+    return solutions
 
 
 def _ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:

@@ -29,7 +29,7 @@ class Selector(ABC):
     Subclasses may take options of their own as keyword arguments.
 
     Args:
-        pair: anchors to join.
+        pair: front and end anchor, and options of stitches.
         samples: samples of activations that all selectors share.
     """
 
@@ -72,7 +72,7 @@ class CKA(Selector):
     """Centered kernel alignment (Kornblith et al., arXiv 1905.00414), the selector of ReStNet.
 
     Args:
-        pair: anchors to join.
+        pair: front and end anchor, and options of stitches.
         samples: samples of activations that all selectors share.
         estimator: estimator of the criterion, ``unbiased`` or ``biased``; see `HSIC`.
         average: average over batches, ``sum`` or ``mean``; see `HSIC`.
@@ -168,7 +168,7 @@ class LeastSquaresR2(Selector):
     """Share of the replaced activation's variance that the fitted stitch explains on held-out images.
 
     Args:
-        pair: anchors to join.
+        pair: front and end anchor, and options of stitches.
         samples: samples of activations that all selectors share.
         ridge: regularisation of the fit, relative to the mean variance of the features; larger than in `fit_stitches`,
             as the fit uses a sample of positions.
@@ -197,7 +197,7 @@ class FittedAccuracy(Selector):
     Without labels, the predictions of the larger anchor count as right.
 
     Args:
-        pair: anchors to join.
+        pair: front and end anchor, and options of stitches.
         samples: samples of activations that all selectors share.
         ridge: regularisation of the fit, relative to the mean variance of the features.
     """
@@ -236,7 +236,7 @@ class ProbeKL(Selector):
     last one), the ratio is Θ(f(i) || g(j)) / Θ(g(j) || g(j+1)) (KLAS, arXiv 2605.29259). The value is 1 / (1 + ratio).
 
     Args:
-        pair: anchors to join.
+        pair: front and end anchor, and options of stitches.
         samples: samples of activations that all selectors share.
         weight_decay: weight decay of the probes.
     """

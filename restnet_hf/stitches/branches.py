@@ -94,9 +94,9 @@ def stitch_at(
     A branch is pruned if its name asks for it, as the names that `families.skip` gives do.
 
     Args:
-        point: cuts to join.
-        anchors: anchors by name.
-        config: how to make the stitch.
+        point: cuts that the stitch joins.
+        anchors: mapping from names to anchors.
+        config: options of the stitch, such as its kind.
         shapes_only: whether only shapes are needed, so that the stitch takes no memory.
 
     Raises:
@@ -126,9 +126,9 @@ def stitch_that_fits(
     A branch, which takes no more memory than a block of its anchor, is checked once it is made.
 
     Args:
-        point: cuts to join.
-        anchors: anchors by name.
-        config: how to make the stitch.
+        point: cuts that the stitch joins.
+        anchors: mapping from names to anchors.
+        config: options of the stitch, such as its kind.
         check: function that raises an error if the module does not fit.
     """
     if config.kind != BRANCH:

@@ -101,7 +101,7 @@ def fit_stitches(
 
     Args:
         stitches: stitches to fit, by stitch point.
-        anchors: anchors by name.
+        anchors: mapping from names to anchors.
         images: batches of images by anchor name, each anchor's in its own preprocessing.
         ridge: regularisation relative to the mean variance; see `LeastSquares.solve`.
 

@@ -72,8 +72,8 @@ def recalibrate(
         tensors: tensors that replace the segment's own weights and buffers, by name; changed in place.
         anchor: anchor at the end of the route.
         start: cut at which the segment begins.
-        activations: for each batch two functions that return activations at the segment's start: the anchor's own, and
-            that of the stitch.
+        activations: two functions for each batch that return activations at the segment's start: the anchor's own,
+            and that of the stitch.
 
     Returns:
         Whether the segment has any BatchNorm.

@@ -56,7 +56,7 @@ def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
             f"which channels of '{anchor.name}' a pruned copy keeps depends on its weights, and it has none on the "
             "meta device; build the model on another device, and move it after"
         )
-    kept: dict[str, dict[int, Tensor]] = {}  # indices by tensor name and dimension
+    channels: dict[str, dict[int, Tensor]] = {}  # indices by tensor name and dimension
     for hidden in _hidden(anchor, block, x):
         keep = _strongest(hidden, modules, share)
         group = {
@@ -69,12 +69,12 @@ def pruned(anchor: Anchor, block: int, share: float) -> dict[str, Tensor]:
         width = len(modules[hidden.makers[0]].get_parameter("weight"))
         if len(keep) < width and _same(anchor, block, x, group, [f"{name}.weight" for name in hidden.takers]):
             for name, dims in group.items():
-                kept[name] = {**kept.get(name, {}), **dims}
-    if not kept:
+                channels[name] = {**channels.get(name, {}), **dims}
+    if not channels:
         raise ValueError(
             f"the block of '{anchor.name}' that ends in cut {block} has no hidden channels that can be left out"
         )
-    return _slim(anchor, kept)
+    return _slim(anchor, channels)
 
 
 def _strongest(hidden: "_Hidden", modules: Mapping[str, nn.Module], share: float) -> Tensor:
@@ -95,9 +95,10 @@ def _strongest(hidden: "_Hidden", modules: Mapping[str, nn.Module], share: float
     return strength.topk(min(len(strength), count)).indices.sort().values
 
 
-def _slim(anchor: Anchor, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
+def _slim(anchor: Anchor, channels: Mapping[str, Mapping[int, Tensor]]) -> dict[str, Tensor]:
+    """The tensors with only the given indices, by name."""
     tensors: dict[str, Tensor] = {}
-    for name, dims in kept.items():
+    for name, dims in channels.items():
         path, _, leaf = name.rpartition(".")
         old = tensor = getattr(anchor.model.get_submodule(path), leaf)
         for dim, keep in dims.items():
