@@ -446,7 +446,7 @@ def test_unsound_branches(tmp_path, change, message):
 
 @pytest.mark.parametrize(("start", "stop"), [(3, 1), (2, 2)])
 def test_branches_that_lead_nowhere(tmp_path, start, stop):
-    """Of a stranger's config."""
+    """In an untrusted config."""
     one(tmp_path, "vit").save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "config.json"
     config = json.loads(file.read_text())

@@ -40,8 +40,8 @@ for line in sys.stdin:
             answer = {"find": find, "push": push}[name](**arguments)
         except OSError as error:
             answer = f"{type(error).__name__}: {error}"
-    said = [[str(w.message), w.filename] for w in caught if "left out" in str(w.message)]
-    print(json.dumps([answer, said]), flush=True)
+    messages = [[str(w.message), w.filename] for w in caught if "left out" in str(w.message)]
+    print(json.dumps([answer, messages]), flush=True)
 """
 TAGS = "---\ntags: [restnet]\n"
 CONFIG = b'{"model_type": "restnet"}'
@@ -53,7 +53,7 @@ RAW = {
     "deep": '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "cut": '{"x": ',
 }
-ODD = {  # by repository: what its card holds instead of a profile, and what is said of it
+ODD = {  # by repository: what its card holds instead of a profile, and what the warning says of it
     "huge-number": '{"routes": [{"route": "a[:]", "costs": {"macs": 1'
     + "0" * 400
     + '}, "scores": {}}], "metadata": {}}',
@@ -165,10 +165,10 @@ def test_a_card_that_spoils_the_page(shop, kind):
     shop.hub.raw_cards["odd/raw"] = RAW[kind]
     if kind == "cut":
         shop.hub.raw_cards["odd/raw"] += '"}'  # of the whole list nothing can be read, of the others all
-    found, said = shop.find()
+    found, messages = shop.find()
     assert found == GOOD
     assert [
-        message.startswith("1 repository was left out, as they cannot be read: odd/raw (") for message, _ in said
+        message.startswith("1 repository was left out, as they cannot be read: odd/raw (") for message, _ in messages
     ] == [True]
 
 

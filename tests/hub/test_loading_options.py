@@ -52,7 +52,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def said(caplog):
+def log(caplog):
     """What is logged where transformers says what it loaded."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addHandler(caplog.handler)
@@ -65,9 +65,9 @@ def test_output_loading_info(folders, way):
     """The keys and types that transformers gives."""
     model, info = AT[way](folders / "own", output_loading_info=True)
     assert isinstance(model, Model)
-    _, theirs = ViTForImageClassification.from_pretrained(folders / "vit", output_loading_info=True)
-    assert info == theirs and {key: type(value) for key, value in info.items()} == {
-        key: type(value) for key, value in theirs.items()
+    _, expected = ViTForImageClassification.from_pretrained(folders / "vit", output_loading_info=True)
+    assert info == expected and {key: type(value) for key, value in info.items()} == {
+        key: type(value) for key, value in expected.items()
     }
     assert isinstance(AT[way](folders / "own", output_loading_info=False), Model)
 
@@ -82,7 +82,7 @@ def test_attn_implementation(folders, images, name, way):
     assert torch.allclose(plain(images).logits, eager(images).logits, atol=1e-5)
 
 
-def test_attention_by_anchor(said):
+def test_attention_by_anchor(log):
     anchors = [make_anchor("vit"), make_anchor("vit", seed=1)]
     model = Model.from_anchors(*anchors, order="given")
     attention = [anchor.model.config for anchor in anchors]
@@ -115,13 +115,13 @@ def test_attention_of_anchors_without(pair, caplog):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["new", "whole"])
 @pytest.mark.parametrize("options", [{"num_labels": 7}, {"id2label": dict(enumerate("abcd"))}])
-def test_ignore_mismatched_sizes(folders, images, said, name, way, options):
+def test_ignore_mismatched_sizes(folders, images, log, name, way, options):
     """Heads for other classes start anew, everything else is as saved."""
     model = WAYS[way](folders / name, ignore_mismatched_sizes=True, **options)
     count = options.get("num_labels") or 4
     assert model(images).logits.shape == (len(images), count) and model.config.num_labels == count
-    assert {"heads.vit.weight", "heads.resnet.bias"} <= {line.split(":")[0] for line in said.text.splitlines()}
-    assert "Reinit due to size mismatch, (3,) there and" in said.text
+    assert {"heads.vit.weight", "heads.resnet.bias"} <= {line.split(":")[0] for line in log.text.splitlines()}
+    assert "Reinit due to size mismatch, (3,) there and" in log.text
     assert model.profiled is None and model.config.trained_heads == [], "they were of other heads"
     old = load_file(folders / "new" / WEIGHTS)
     for key, value in model.adapter_state_dict().items():
@@ -131,7 +131,7 @@ def test_ignore_mismatched_sizes(folders, images, said, name, way, options):
         assert model.config.id2label == options["id2label"]
 
 
-def test_mismatched_in_the_info(folders, said):
+def test_mismatched_in_the_info(folders, log):
     _, info = Model.from_pretrained(
         folders / "new", num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
     )
@@ -140,7 +140,7 @@ def test_mismatched_in_the_info(folders, said):
     assert heads < info["mismatched_keys"] and len(info["mismatched_keys"]) == 4
 
 
-def test_a_mismatched_stitch_starts_anew(folders, said):
+def test_a_mismatched_stitch_starts_anew(folders, log):
     config = RestNetConfig.from_pretrained(folders / "own")
     (name,) = config.stitches
     before = copy.deepcopy(config.stitches)

@@ -196,10 +196,10 @@ def test_branches_beside_branches(folder, images):
     assert set(model.stitches) == {*first.stitches, *(f"night:{name}" for name in first.stitches)}
     model.save_pretrained(folder / "both")
     for again in (model, StitchedModelForImageClassification.from_pretrained(folder / "both")):
-        for mine, theirs in zip(first.routes, second.routes, strict=True):
-            assert torch.equal(logits(again, images, mine), logits(first, images, mine))
-            assert torch.equal(logits(again, images, f"night: {mine}"), logits(second, images, theirs))
-            assert not torch.equal(logits(again, images, f"night: {mine}"), logits(again, images, mine))
+        for route, original in zip(first.routes, second.routes, strict=True):
+            assert torch.equal(logits(again, images, route), logits(first, images, route))
+            assert torch.equal(logits(again, images, f"night: {route}"), logits(second, images, original))
+            assert not torch.equal(logits(again, images, f"night: {route}"), logits(again, images, route))
         rows = {str(row.route): (row.costs, row.scores) for row in again.profiled.routes}
         assert all(rows[f"night: {m}"] == (r.costs, r.scores) for m, r in
                    zip(first.routes, second.profiled.routes[1:], strict=True))  # fmt: skip

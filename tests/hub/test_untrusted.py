@@ -133,7 +133,7 @@ def write(path: Path, data: Any) -> None:
 
 
 def odd_json(name: str) -> Callable[[Path, random.Random], None]:
-    """Put an odd value at a random place of a JSON file."""
+    """Put a random value at a random place of a JSON file."""
 
     def change(folder: Path, rng: random.Random) -> None:
         file = folder / name
@@ -319,7 +319,7 @@ ASKS: dict[str, tuple[str, Callable[[dict], Any], str]] = {
     "values": ("good", lambda c: c.update(more=[[]] * 2**20), "is too large"),
     "anchors": ("good", lambda c: c.update(anchors=c["anchors"] * 40), "1 to 64"),
     "twice": ("good", lambda c: c.update(anchors=c["anchors"] * 2), "the same name"),
-    "stranger": ("good", lambda c: (anchor(c, name="who"), c.update(tuned={})), "anchors that are not"),
+    "unknown-anchor": ("good", lambda c: (anchor(c, name="who"), c.update(tuned={})), "anchors that are not"),
     "pixels": ("good", lambda c: c["anchors"][0]["preprocessing"].update(image_size=[4096, 4096]), "pixels|cut"),
     "pixels-whole": (
         "whole",

@@ -1,4 +1,4 @@
-"""Peak memory put together of pieces is that of the whole route, and what torch's own allocator tells."""
+"""Peak memory from pieces is that of the whole route, and what torch's own allocator reports."""
 
 import dataclasses
 import itertools
@@ -65,7 +65,7 @@ def test_pieces_make_the_whole(name):
 
 
 def allocated(run):
-    """The most bytes that torch's allocator had given out at once, as its profiler tells."""
+    """The most bytes that torch's allocator had given out at once, as its profiler reports."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]

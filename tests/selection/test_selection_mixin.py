@@ -97,7 +97,7 @@ def test_new_heads_must_be_trained_first(noise):
 
 
 def test_remembered(noise, monkeypatch):
-    """The same anchors, images and settings are not looked at again; anything else is."""
+    """The same anchors, images and settings are not computed again; anything else is."""
     runs, noise = [], noise + 7  # seen by no other test
     real = mixin.compare
     monkeypatch.setattr(
@@ -119,7 +119,7 @@ def test_remembered(noise, monkeypatch):
         make_anchor("resnet", seed=5), make_anchor("vit", seed=1), order="given"
     ).compare(noise, ["cka"])
     assert len(runs) == 6
-    batches = list(noise.split(8))  # nothing tells these from other batches
+    batches = list(noise.split(8))  # nothing distinguishes these from other batches
     build().compare(batches, ["cka"]), build().compare(batches, ["cka"])
     assert len(runs) == 8
 

@@ -196,7 +196,7 @@ def test_pruned_branch(timm_anchors, name, block):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_ghosts_take_no_memory(timm_anchors, name):
-    """A branch of which only shapes are needed looks at the anchor's own weights, and changes none."""
+    """A branch of which only shapes are needed shares the anchor's own weights, and changes none."""
     anchor = timm_anchors[name]
     before = {key: value.clone() for key, value in anchor.state_dict().items()}
     point = StitchPoint(name, 2, name, 4)
