@@ -14,12 +14,12 @@ from restnet_hf.comparing import compare_anchors
 from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
 from restnet_hf.distributed import this_process
 from restnet_hf.export.export import export_routes, pareto_routes
-from restnet_hf.export.exporters import EXPORTERS
 from restnet_hf.hub.repository import PROFILE, find_adapters
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.recipe import Recipe, load_recipe, run_recipe
 from restnet_hf.routes.profile import Budget
 from restnet_hf.runtime.exported_model import ExportedModel
+from restnet_hf.runtime.runners import RUNTIMES
 
 
 app = typer.Typer(help="One network out of two pre-trained image classifiers.", no_args_is_help=True)
@@ -196,7 +196,7 @@ def export(
     ] = None,
     budget: Annotated[list[str] | None, typer.Option(help="Instead: the best route within it, as macs=1e9.")] = None,
     pareto: Annotated[bool, typer.Option(help="Instead: all routes that no other beats.")] = False,
-    runtime: Annotated[str, typer.Option(help=f"One of {', '.join(EXPORTERS)}.")] = "onnx",
+    runtime: Annotated[str, typer.Option(help=f"One of {', '.join(RUNTIMES)}.")] = "onnx",
     precision: Annotated[
         str, typer.Option(help="fp32, bf16, int8 or int8_dynamic, as the runtime has them.")
     ] = "fp32",

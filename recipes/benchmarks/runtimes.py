@@ -39,12 +39,12 @@ from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassificatio
 from restnet_hf.adaptation.adapt import device_images
 from restnet_hf.data import load_images, with_pixel_values
 from restnet_hf.demo.paths import DATA, END, FRONT
-from restnet_hf.export import EXPORTERS
 from restnet_hf.export.export import DisagreementError
+from restnet_hf.export.exporter import load_exporter
 from restnet_hf.export.programs import trace_route
 from restnet_hf.profiling.macs import count_macs
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.runners import RUNNERS
+from restnet_hf.runtime.runners import RUNTIMES
 
 
 PAIRS = [  # front, its cut, end, its cut
@@ -53,7 +53,7 @@ PAIRS = [  # front, its cut, end, its cut
     ("resnet50", 7, "deit_tiny_patch16_224", 6),
 ]
 QUICK = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32")]
-CASES = [(name, precision) for name, exporter in EXPORTERS.items() for precision in exporter.precisions]
+CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 Cases = list[tuple[str, str]]  # runtimes and precisions
 CALIBRATION = 16
 PAUSE = 0.05  # seconds, longer than threads of a runtime wait for work
@@ -96,7 +96,7 @@ def exported(
 ) -> Callable[[], object] | None:
     """A route in a runtime, as a function that runs it; None where the processor lacks the precision."""
     runtime, precision = case
-    size = None if EXPORTERS[runtime].any_batch else batch
+    size = None if load_exporter(runtime).any_batch else batch
     x = torch.randn(batch, 3, 224, 224)
     data = torch.randn(CALIBRATION + 2 * batch, 3, 224, 224)
     options = {"data": data, "min_agreement": 0, "calibration_images": CALIBRATION, "batch_size": size}
@@ -113,11 +113,11 @@ def parts(model: StitchedModelForImageClassification, route: Route, batch: int, 
     """The steps of a route as ONNX files of their own."""
     runs = []
     for index, step in enumerate(model.steps(route)):
-        exporter, place = EXPORTERS["onnx"], folder / str(index)
+        exporter, place = load_exporter("onnx"), folder / str(index)
         place.mkdir(parents=True)
         entry = exporter.save({route: exporter.convert(trace_route(route, [step]), "fp32")}, place)[route]
         x = torch.randn(batch, *step.shape[1:]).numpy()
-        runs.append(partial(RUNNERS["onnx"](place, entry, torch.get_num_threads()), x))
+        runs.append(partial(RUNTIMES["onnx"].run(place, entry, torch.get_num_threads()), x))
     return runs
 
 
