@@ -11,9 +11,9 @@ are of minima and, in brackets, medians of the ratios of each repeat.
 
 Switching: set_route with all weights in memory, and paged from a warm cache of the disk. Search: the embedded anchors
 with fitted stitches, routes of one and two stitches in both directions, all evaluated on real images; then a tenth of
-that work, for budgets of 90 to 50 % of the dearest route's MACs together, by evolution with what a few images foretell
-(a quarter of the tenth, other images for each seed), by evolution alone, and at random. Each draw takes other routes,
-and other images to fit and to evaluate on. With --routes FOLDER all that was evaluated is written there.
+that work, for budgets of 90 to 50 % of the dearest route's MACs together, by evolution with predictions from a few
+images (a quarter of the tenth, other images for each seed), by evolution alone, and at random. Each draw takes other
+routes, and other images to fit and to evaluate on. With --routes FOLDER all that was evaluated is written there.
 """
 
 import sys
@@ -195,7 +195,7 @@ Table = dict[str, dict[Route, float]]
 
 
 def evaluated(count: int, images: int, seeds: int, draw: int) -> tuple[Table, float]:
-    """MACs and accuracy of routes, what a few images foretell for each seed, and the seconds that accuracies took."""
+    """MACs and accuracy of routes, predictions from a few images for each seed, and seconds that accuracies took."""
     model = StitchedModelForImageClassification.from_anchors(FRONT, END, dtype=torch.float32)
     model.add_stitches(two_stitches(model, count, random.Random(draw)))
     rows = [with_pixel_values(load_images(DATA, split), model.image_processor) for split in ("train", "test")]
@@ -212,7 +212,7 @@ def evaluated(count: int, images: int, seeds: int, draw: int) -> tuple[Table, fl
     walks = [(route, model.steps(route)) for route in found["macs"]]
     for seed in range(seeds):
         few = batches(seen.select(range(seed % every, images, every)[: images // every]), 64)
-        found[f"foretold {seed}"] = mean_probabilities(walks, few, model.device)
+        found[f"predicted {seed}"] = mean_probabilities(walks, few, model.device)
     return found, taken
 
 
@@ -233,7 +233,7 @@ def points_lost(found: Table, images: int, seeds: int) -> dict[str, list[float]]
     gaps: dict[str, list[float]] = {"evolution with few images": [], "evolution alone": [], "random": []}
     for seed in range(seeds):
         for name, options, most in (
-            ("evolution with few images", {"predictor": found[f"foretold {seed}"].get}, tenth - spent),
+            ("evolution with few images", {"predictor": found[f"predicted {seed}"].get}, tenth - spent),
             ("evolution alone", {}, tenth),
         ):
             search = SEARCHES["evolution"](
