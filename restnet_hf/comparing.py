@@ -43,7 +43,7 @@ def compare_anchors(
         end: anchor whose late blocks run: a Hub id or a local folder.
         dataset: images: a Hub id or a local folder; labels are used where they are of the anchors' classes.
         out: folder for the tables and pictures.
-        methods: keys of `SELECTORS`.
+        methods: selectors to compare with, keys of `SELECTORS`.
         split: split of the data set.
         images: number of images, chosen at random.
         image_size: height and width of images in pixels; None for the anchors' own.

@@ -13,8 +13,8 @@ Bundle: up to ten routes of an adapter (the embedded anchors with fitted stitche
 over the bytes of the weights that they use, each once; and a switch between them, in a process that has no torch.
 
 With --adapter and --dataset, labelled images of its classes: size, agreement with the route in eager float32 and
-accuracy of its best route within 0.85 of the dearest, in every runtime and precision. What `export_routes` refuses is
-said, and its first attempt measured.
+accuracy of its best route within 0.85 of the most costly, in every runtime and precision. What `export_routes` refuses
+is printed, and its first attempt measured.
 """
 
 import sys
@@ -177,21 +177,21 @@ def bench_bundle(model: StitchedModelForImageClassification, quick: bool, folder
     apart = sum(p.numel() * 4 for route in routes for p in {p for s in model.steps(route) for p in s.parameters()})
     size = sum(file.stat().st_size for file in folder.iterdir())
     code = SWITCH.format(folder=str(folder))
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     return {
         f"bundle of {len(routes)} routes, {size / 2**20:.1f} MB, over the weights that they use": size / union,
         "its routes as files of their own over the bundle": apart / size,
-        "a switch to a route that is not loaded, ms": float(said[-2]),
-        "a switch to a route that is loaded, ms": float(said[-1]),
+        "a switch to a route that is not loaded, ms": float(printed[-2]),
+        "a switch to a route that is loaded, ms": float(printed[-1]),
     }
 
 
 def bench_quality(model: StitchedModelForImageClassification, dataset: str, cases: Cases, folder: Path) -> dict:
     """Size, agreement and accuracy of one route in every runtime and precision, on real images."""
     assert model.profiled is not None
-    dearest = max(row.costs["macs"] for row in model.profiled.routes)
+    largest = max(row.costs["macs"] for row in model.profiled.routes)
     stitched = [row for row in model.profiled.routes if len(row.route.segments) > 1]
-    within = [row for row in stitched if row.costs["macs"] <= 0.85 * dearest]
+    within = [row for row in stitched if row.costs["macs"] <= 0.85 * largest]
     route = max(within, key=lambda row: row.scores["accuracy"]).route
     rows = device_images(model, dataset, "test", 628)
     found: dict[str, float] = {}

@@ -252,9 +252,9 @@ def seconds(
 ) -> dict[str, list[float]]:
     """Times of several functions, interleaved in a random order, after one call of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    dice = random.Random(0)
+    rng = random.Random(0)
     for repeat in range(repeats + 1):
-        for name in dice.sample([*runs], len(runs)):
+        for name in rng.sample([*runs], len(runs)):
             began = clock()
             runs[name]()
             if repeat:

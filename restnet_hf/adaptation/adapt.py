@@ -68,10 +68,10 @@ def adapt(
     far. After AdaptiveNet (arXiv 2303.07129, section 5).
 
     Args:
-        model: model with stitches.
+        model: model with stitches, on this device.
         data: images of this device, with labels or without; see `restnet_hf.data.batches`. Without labels routes are
             scored by how often they agree with the largest anchor.
-        budget: limits on costs.
+        budget: limits on the costs of the route.
         candidates: routes to choose from; by default all routes and the anchors alone.
         latency: latency table that `measure_latency` measured on this device; where None, it is measured if the budget
             limits latency or energy.
@@ -163,9 +163,9 @@ def adapt_to(
     """`adapt` a model, and write the adapter with this device's profile and latency table to a folder.
 
     Args:
-        model: model with stitches.
+        model: model with stitches, on this device.
         data: images of this device, with labels or without; see `restnet_hf.data.batches`.
-        budget: limits on costs.
+        budget: limits on the costs of the route.
         out: folder for the adapter, ``latency.json`` and the state of the search.
         resume: whether to resume a search that was stopped.
         **options: other options of `adapt`.

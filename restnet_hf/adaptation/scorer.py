@@ -107,7 +107,7 @@ class Scorer:
         `SHARE` allows. A selector compares pairs of cuts, so it has no prediction for routes of two stitches.
 
         Args:
-            kind: one of `PREDICTORS`.
+            kind: name of the predictor, one of `PREDICTORS`.
             most: number of evaluations that the search may spend.
 
         Returns:

@@ -26,7 +26,7 @@ class Rejected:
     """A candidate that was not chosen for a budget.
 
     Args:
-        route: the candidate.
+        route: the candidate that was rejected.
         why: kind of the reason.
         detail: reason in words, with the numbers.
     """
@@ -153,7 +153,7 @@ class Search(ABC):
 
     @abstractmethod
     def _propose(self, unseen: np.ndarray, most: int) -> list[int]:
-        """Indices of the candidates to evaluate next: one to ``most`` of those in the mask ``unseen``, (candidates,)."""
+        """Indices of the candidates to evaluate next: one to ``most`` in the mask ``unseen``, (candidates,)."""
 
     @property
     def _unseen(self) -> np.ndarray:

@@ -61,8 +61,8 @@ def _check_same(processor: Any, how: Mapping[str, Any]) -> None:
         if difference > MAX_DIFFERENCE:
             raise ValueError(
                 f"{type(processor).__name__} prepares images in a way that is not resizing, cropping and normalising "
-                f"(off by {difference:.1f} of 255 levels), so an exported route would get other images than its anchor; "
-                "load the anchor with another image processor"
+                f"(off by {difference:.1f} of 255 levels), so an exported route would get other images than its "
+                "anchor; load the anchor with another image processor"
             )
 
 

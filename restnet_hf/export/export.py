@@ -139,8 +139,8 @@ def export_routes(
     The measured latencies are also added to the model's own profile, for its card.
 
     Args:
-        model: model with stitches.
-        out: folder to write.
+        model: model of the routes.
+        out: folder for the exported files.
         routes: routes to export; by default the active one.
         runtime: a key of `RUNTIMES`.
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.

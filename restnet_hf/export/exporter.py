@@ -81,8 +81,8 @@ class Exporter(ABC):
         """A program in the runtime's own format.
 
         Args:
-            program: the traced route.
-            precision: one of `precisions`.
+            program: program of a route.
+            precision: precision, one of `precisions`.
         """
 
     def quantize(self, model: Any, images: Iterable[np.ndarray], how: Quantization) -> Any:

@@ -87,16 +87,16 @@ def _following(exported: ExportedProgram, path: str) -> list[str]:
     pending = [node for node in graph.nodes if node.target in AFFINE and module_of(node) == path]
     if len(pending) != 1:
         return []
-    found: dict[str, None] = {}
+    layers: dict[str, None] = {}
     while pending:
         for user in pending.pop().users:
             if user.target in MOVES:
                 pending.append(user)
             elif _can_merge(user) and uses[module_of(user)] == 1:
-                found[module_of(user).removeprefix("steps.")] = None
+                layers[module_of(user).removeprefix("steps.")] = None
             else:
                 return []
-    return list(found)
+    return list(layers)
 
 
 def _can_merge(node: fx.Node) -> bool:

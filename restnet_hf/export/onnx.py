@@ -39,7 +39,7 @@ class OnnxModel:
     """An ONNX graph.
 
     Args:
-        proto: the graph.
+        proto: graph as ONNX's protocol buffer.
         layers: by name of each node, the path of the module that the node computes or follows.
     """
 
@@ -58,7 +58,7 @@ def to_onnx(program: Program, precision: str) -> OnnxModel:
     Otherwise the runtime merges them when it loads, and routes with tuned norms still share their convolutions.
 
     Args:
-        program: the traced route.
+        program: program of a route.
         precision: a precision of the runtime.
 
     Raises:

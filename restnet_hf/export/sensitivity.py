@@ -14,7 +14,7 @@ def rounded(x: Tensor, low: Tensor, high: Tensor, steps: int = 255) -> Tensor:
     """Values rounded to an even scale that contains zero.
 
     Args:
-        x: values to round.
+        x: values that are rounded.
         low: lowest value of the scale.
         high: highest value of the scale.
         steps: number of steps from the lowest to the highest value.

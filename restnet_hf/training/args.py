@@ -65,7 +65,7 @@ class TrainArgs:
         mixed_precision: precision of computation, as in ``Accelerator``.
         channels_last: whether convolutions run on maps in the memory format ``channels_last``.
         torch_compile: whether the ends of routes are compiled, where nothing in them trains.
-        torch_compile_backend: backend of ``torch.compile``.
+        torch_compile_backend: backend that ``torch.compile`` uses.
         activation_checkpointing: whether only activations at cuts are stored, and the others computed again in the
             backward pass.
         dataloader_num_workers: number of worker processes, as in ``DataLoader``.

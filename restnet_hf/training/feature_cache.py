@@ -40,7 +40,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         folder: folder of the caches of all identities.
         identity: values that identify the rows, as JSON can hold them: the network's fingerprint, its preprocessing
             and all else that the rows depend on.
-        images: number of rows.
+        images: number of images, each of which is a row.
 
     Raises:
         ValueError: there are no images.

@@ -20,7 +20,7 @@ class _AnchorCuts:
 
     Args:
         before: steps that prepare images for the anchor.
-        anchor: the anchor.
+        anchor: the anchor that is cut.
         fronts: cuts at which a stitch takes the activation.
         goals: cuts at which the activation is a goal of feature matching.
     """
@@ -65,7 +65,7 @@ class FrozenPart:
         """Names of the outputs that some routes need.
 
         Args:
-            routes: routes that train.
+            routes: routes that train at a step.
             matching: whether the routes match features, or learn the task.
         """
         fronts = {name for route in routes if (name := self.front(route))}
@@ -118,7 +118,7 @@ class FrozenPart:
 
         Args:
             cut_dtype: type of activations; logits are cached in float32.
-            classes: number of classes.
+            classes: number of classes of the logits.
         """
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, anchor_cuts in self.cuts.items():

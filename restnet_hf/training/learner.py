@@ -31,8 +31,8 @@ def check_routes(
 
     Args:
         model: model of the routes.
-        routes: routes to train.
-        args: options of training.
+        routes: routes that are to train.
+        args: options of the training.
 
     Returns:
         The routes, parsed.
@@ -72,7 +72,7 @@ class Learner:
     Args:
         model: model of the routes; parts that are tuned and missing are added to it.
         routes: routes with stitches, or anchors alone with a new head to train.
-        args: options of training.
+        args: options of the training.
         images: images for the scales of features that are matched, and for the BatchNorm statistics of new tuned
             parts; None where both are read from a checkpoint, or neither is needed.
 

@@ -21,7 +21,7 @@ class SeededItems(Dataset):
     So it is the same for any number of processes and workers, and for a run that was resumed within an epoch.
 
     Args:
-        rows: map-style data set.
+        rows: map-style data set to augment.
         seed: seed of the augmentation, 0 or above.
     """
 
@@ -47,7 +47,7 @@ def check_train_set(train_set: Any, args: TrainArgs) -> None:
 
     Args:
         train_set: a map-style data set, a DataLoader, or a data set without a length.
-        args: options of training.
+        args: options of the training.
 
     Raises:
         ValueError: there are no images, or neither a length nor ``max_steps``.
@@ -67,7 +67,7 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
 
     Args:
         train_set: a map-style data set, a DataLoader, or a data set without a length.
-        args: options of training.
+        args: options of the training.
     """
     if isinstance(train_set, DataLoader):
         return train_set
@@ -89,10 +89,10 @@ def cache_features(
     processes on one machine share the work.
 
     Args:
-        model: model with stitches.
+        model: model of the frozen networks.
         frozen: the frozen part of the routes that train.
         train_set: data set whose images do not change.
-        args: options of training, with a ``cache_dir``.
+        args: options of the training, with a ``cache_dir``.
 
     Returns:
         The outputs and labels of each image, in the place of the data set.

@@ -48,7 +48,7 @@ def train(
     from all of them. The anchors do not change: tuned weights take the place of theirs while a stitched route runs.
 
     Args:
-        model: model with stitches.
+        model: model whose stitches train.
         train_set: a map-style data set, a DataLoader, or a data set without a length, of ``pixel_values`` and
             ``labels``.
         args: options of training; the defaults of `TrainArgs` where None.
@@ -94,8 +94,8 @@ def start_accelerator(model: StitchedModelForImageClassification, args: TrainArg
     """Set up Accelerate, set the seed, and move the model to the device.
 
     Args:
-        model: model to train.
-        args: options of training.
+        model: model that is to train.
+        args: options of the training.
     """
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -114,8 +114,8 @@ class Training:
     Args:
         model: model on the device of ``accelerator``.
         train_set: a map-style data set, a DataLoader, or a data set without a length.
-        args: options of training.
-        routes: routes to train.
+        args: options of the training.
+        routes: routes that are to train.
         accelerator: Accelerate's state, from `start_accelerator`.
 
     Raises:

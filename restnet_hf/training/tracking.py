@@ -59,7 +59,7 @@ class JsonlTracker(GeneralTracker):
         """Write the line of the run's options.
 
         Args:
-            values: options by name.
+            values: options of the run by name.
         """
         self._write({"config": values})
 
@@ -68,7 +68,7 @@ class JsonlTracker(GeneralTracker):
         """Write the line of a step.
 
         Args:
-            values: numbers by name.
+            values: numbers of the step by name.
             step: number of the step.
             **kwargs: options of other trackers, which this one ignores.
         """

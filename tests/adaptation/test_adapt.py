@@ -116,7 +116,7 @@ def test_a_batch_that_fits(model, clothes, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [True, False])
 def test_predictions_from_a_few_images(model, clothes, labels):
-    """Every eighth of a hundred: the mean probability of the label, or of the class that the largest anchor predicts."""
+    """Every eighth of a hundred: the mean probability of the label, or of the largest anchor's class."""
     rows = clothes(model, "test", 100)
     images = torch.stack([rows[index]["pixel_values"] for index in range(100)])
     job = Scorer(model, rows if labels else images, 7, exact=True)

@@ -270,9 +270,7 @@ def test_routes_and_costs_are_checked(name):
     for macs in ({ROUTES[0]: 1.0}, {ROUTES[0]: 1.0, ROUTES[2]: np.nan}):
         with pytest.raises(ValueError, match=r"macs has no finite number for \['a\[:1\] \+ b\[3:\]'\]"):
             SAMPLERS[name]([ROUTES[0], ROUTES[2]], macs)
-    with pytest.raises(
-        ValueError, match=r"saliency of \['c\[:\]'\], which are not among the routes \['a\[:\]', "
-    ):
+    with pytest.raises(ValueError, match=r"saliency of \['c\[:\]'\], which are not among the routes \['a\[:\]', "):
         make(name).update({Route.parse("c[:]"): 1.0})
 
 
