@@ -429,7 +429,7 @@ def test_the_surrogate_is_a_gaussian_process():
 
 
 def test_what_a_predictor_says_is_standardized():
-    """Values that are none say nothing, nor do those that are all the same."""
+    """Values that are not finite become 0, and so do values that are all equal."""
     found = standard_scores(np.array([3.0, math.nan, 5.0, math.inf, 10.0]))
     np.testing.assert_allclose(found, [-3 / math.sqrt(26 / 3), 0, -1 / math.sqrt(26 / 3), 0, 4 / math.sqrt(26 / 3)])
     for same in ([0.1] * 7, [math.nan] * 3, []):

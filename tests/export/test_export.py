@@ -62,7 +62,7 @@ def can_run(runtime, precision):
 
 @pytest.mark.parametrize(("runtime", "precision"), CASES)
 def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
-    """Logits close to the route's own, at any number of images; a script that says the same; a profile that is kept.
+    """Logits close to the route's own, at any number of images; a script that prints the same class; a stored profile.
 
     In float32 two routes are in one folder, and share what they can.
     """
@@ -79,8 +79,8 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
     exported.set_route(ROUTES[0])
-    said = run_in(tmp_path, (out / "run.py").read_text(), without_torch=(runtime, precision) in WITHOUT_TORCH)
-    assert said == exported.classify(picture)[0]["label"]
+    printed = run_in(tmp_path, (out / "run.py").read_text(), without_torch=(runtime, precision) in WITHOUT_TORCH)
+    assert printed == exported.classify(picture)[0]["label"]
     assert (out / "run.py").read_text().count("\n") <= 15
     check_profile(exported, model, routes, runtime, precision)
     if len(routes) > 1 and runtime != "torch":

@@ -68,7 +68,7 @@ CASTS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_files_hold_the_values_cast(cache, name):
-    """By numpy and by hand, from the raw file; and the json says what it is."""
+    """By numpy and by hand, from the raw file; and the json describes it."""
     shape, dtype = SPECS[name]
     expected = CASTS[str(dtype).removeprefix("torch.")](values()[name].numpy())
     raw = (cache.folder / f"{name}.bin").read_bytes()
@@ -455,7 +455,7 @@ def rank(number, barrier, folder, answers, other):
 
 
 def test_two_processes(cache, tmp_path):
-    """They write what one does alone; if one fails, both say so and nothing stays; nobody waits for ever."""
+    """They write what one does alone; if one fails, both raise and nothing remains; no process waits for ever."""
     together, spawn = tmp_path / "together", multiprocessing.get_context("spawn")
     barrier, answers = spawn.Barrier(2), spawn.Queue()
     cache[0]  # it travels after its maps were opened

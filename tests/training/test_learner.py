@@ -49,7 +49,7 @@ def test_what_trains(tuning, images):
         assert all(torch.equal(anchor(images), before[name]) for name, anchor in model.anchors.items())
 
 
-def test_rates_of_what_is_tuned():
+def test_learning_rates_of_tuned_weights():
     """A tenth for full tuning, as for stitches otherwise, and what was asked for."""
     for options, expected in (
         ({"tuning": "full"}, {1e-2: "stitches", 1e-3: "tuned"}),
@@ -93,15 +93,15 @@ def test_losses_by_hand():
     found = task_loss(logits, labels, taught, 0.3, 3.0)
     assert found.item() == pytest.approx((0.7 * truth + 0.3 * 9 * divergence).item(), rel=1e-5)
     goals = {"a": torch.randn(8, 3, 2, 2, generator=generator) * 5, "b": torch.randn(8, 7, generator=generator)}
-    mine = {name: goal + torch.randn(goal.shape, generator=generator) for name, goal in goals.items()}
+    features = {name: goal + torch.randn(goal.shape, generator=generator) for name, goal in goals.items()}
     scales = goal_scales(goals)
     terms = []
     for name, goal in goals.items():
         rows = goal.double().flatten(1)
         variance = (rows - rows.mean(0)).square().sum(0) / 7
         assert scales[name] == pytest.approx(variance.mean().item(), rel=1e-6)
-        terms.append((mine[name] - goal).double().square().mean() / variance.mean())
-    assert matching_loss(mine, goals, scales).item() == pytest.approx(sum(terms).item() / 2, rel=1e-5)
+        terms.append((features[name] - goal).double().square().mean() / variance.mean())
+    assert matching_loss(features, goals, scales).item() == pytest.approx(sum(terms).item() / 2, rel=1e-5)
     assert goal_scales({"same": torch.ones(4, 2)}) == {"same": 1.0}
 
 
@@ -127,8 +127,8 @@ def test_matching_by_hand(match):
             finals = [vit.capture(a, {None}, at, features=True)[None] for a, at in ((stitched, start), (x, 0))]
             assert torch.equal(vit.model.classifier(finals[1]), vit(x))
         terms = [
-            (mine.double() - own.double()).square().mean() / own.double().flatten(1).var(0).mean()
-            for mine, own in [*pairs, tuple(finals)]
+            (value.double() - own.double()).square().mean() / own.double().flatten(1).var(0).mean()
+            for value, own in [*pairs, tuple(finals)]
         ]
         assert found[name] == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-4)
 

@@ -492,10 +492,10 @@ def test_stopped_from_outside(tmp_path):
         )
         for how in ("signal", "disk")
     }
-    said = {how: job.communicate()[1] for how, job in jobs.items()}
-    assert jobs["signal"].returncode == 143 and "Traceback" not in said["signal"], said["signal"]
-    assert jobs["disk"].returncode == 1 and "cannot be written to" in said["disk"].splitlines()[-1], said["disk"]
-    assert "Free some disk space and go on with resume_from_checkpoint=True from checkpoint-3" in said["disk"]
+    printed = {how: job.communicate()[1] for how, job in jobs.items()}
+    assert jobs["signal"].returncode == 143 and "Traceback" not in printed["signal"], printed["signal"]
+    assert jobs["disk"].returncode == 1 and "cannot be written to" in printed["disk"].splitlines()[-1], printed["disk"]
+    assert "Free some disk space and go on with resume_from_checkpoint=True from checkpoint-3" in printed["disk"]
     assert not [file for file in (tmp_path / "disk").iterdir() if file.name.startswith(".")], "a half-written folder"
     for how in jobs:
         again = build()
