@@ -19,7 +19,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.profile import Budget
 from restnet_hf.selection.cache import write_similarity
 from restnet_hf.selection.plots import plot_similarity
-from restnet_hf.selection.ranking import RankedRoute, choose_routes, rank_routes
+from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes
 
 
 def compare_anchors(
@@ -79,12 +79,17 @@ def compare_anchors(
             write_similarity(similarity, folder / f"{name}{suffix}.npz")
             routes = [row.route for row in chosen[name] if row.route.segments[0].anchor == similarity.front]
             plot_similarity(similarity, routes, folder / f"{name}{suffix}.png")
-            with written_whole(folder / f"{name}{suffix}.csv") as temporary, temporary.open("w", newline="") as file:
-                table = csv.writer(file)
-                table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
-                for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
-                    table.writerow([cut.name, *row.filled(np.nan)])
+            _write_table(model, similarity, folder / f"{name}{suffix}.csv")
     return chosen
+
+
+def _write_table(model: StitchedModelForImageClassification, similarity: Similarity, path: Path) -> None:
+    """Write the values of a comparison, with the names of cuts as header and first column."""
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
+        for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
+            table.writerow([cut.name, *row.filled(np.nan)])
 
 
 def _own_classes(anchors: list[Anchor]) -> dict[str, Any]:

@@ -75,8 +75,7 @@ def adapt(
         candidates: routes to choose from; by default all routes and the anchors alone.
         latency: latency table that `measure_latency` measured on this device; where None, it is measured if the budget
             limits latency or energy.
-        search: a key of `SEARCHES`; by default few routes are all evaluated, and of many ``evolution`` evaluates a
-            tenth.
+        search: a key of `SEARCHES`; by default all of few routes are evaluated, and of many a tenth by ``evolution``.
         predictor: predictions of all scores for the evolution: ``few_images``, which takes a quarter of the
             evaluations, a key of `SELECTORS`, or None.
         max_evaluations: largest number of evaluations, including the work of the predictor.
@@ -85,12 +84,8 @@ def adapt(
         seed: seed of the search.
         state: file to which the state of the search is written, and from which an interrupted search resumes.
 
-    Returns:
-        The chosen route, and the reasons against the others.
-
     Raises:
-        BudgetError: no route fits, no route that was run from end to end does (the message names the cheapest), or
-            energy is limited and not counted.
+        BudgetError: no route fits (the message names the cheapest), or energy is limited and not counted.
         ValueError: there are no images, or an option is out of range.
     """
     _check_names(search, predictor)
