@@ -234,7 +234,10 @@ def export(
         int, typer.Option(help="Number of the images that calibrate low precision; the others verify.")
     ] = 128,
     min_agreement: Annotated[
-        float, typer.Option(help="Lowest share of images, from 0 to 1, on which the route's class must not change.")
+        float,
+        typer.Option(
+            help="Lowest share of images, from 0 to 1, on which an exported route must predict the same class."
+        ),
     ] = 0.98,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of images in a run; by default any number, where the runtime allows it.")
