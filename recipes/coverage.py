@@ -138,7 +138,7 @@ def timm_model(name: str) -> tuple[nn.Module, int]:
 
 
 def spread(model: nn.Module) -> nn.Module:
-    """Weights of unit gain: with the usual ones logits hardly depend on the image, and equality would say nothing."""
+    """Weights of unit gain: with the usual ones logits hardly depend on the image, and equality proves nothing."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -204,9 +204,9 @@ def main(out: Path, only: str = "") -> None:
     ]
     lines += [f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__}.", ""]
     for library in ("transformers", "timm"):
-        mine = [row for row in found if row.name.startswith(library + "/")]
-        good = sum(not row.refused for row in mine)
-        lines.append(f"- {library}: {len(mine)} tried, {good} certified, {len(mine) - good} refused")
+        tried = [row for row in found if row.name.startswith(library + "/")]
+        good = sum(not row.refused for row in tried)
+        lines.append(f"- {library}: {len(tried)} tried, {good} certified, {len(tried) - good} refused")
     lines += [
         "",
         "| architecture | cuts | layouts | float32 | bfloat16 | refused because |",

@@ -10,7 +10,7 @@ and position embeddings (DeiT) and the front's patch merging (Swin), though thes
 
 The tables are the authors' lists of results with a header. Columns: ``route`` (``anchor Ti``, ``Ti>S (0, 1)``,
 ``Ti>S stage3 (0, 1)``) or ``type`` and ``cfg`` (``SLS``, ``((0, 2), (3, 2))``), with the last block of the front and
-the first of the end, counted from 0; ``gmacs``; and ``params_m`` where they tell it.
+the first of the end, counted from 0; ``gmacs``; and ``params_m`` where it is published.
 """
 
 import csv
@@ -42,7 +42,7 @@ class Published:
     """How a table's routes are enumerated.
 
     Args:
-        networks: timm's names, from the cheapest to the dearest, by the table's names.
+        networks: timm's names, from the cheapest to the most costly, by the table's names.
         granularity: of the search for cuts; the ends of blocks and the embedding must be among them.
         stages: paths of the lists of blocks; stages that are not joined are left out.
         entry: path of the embedding, where routes enter before the first block.
@@ -107,9 +107,9 @@ def blocks_of(anchor: Anchor, published: Published) -> Blocks:
 
 def route_of(row: Mapping[str, str], blocks: Mapping[str, Blocks]) -> Route:
     """A row's route."""
-    said = row["route"] if "route" in row else f"{'>'.join(row['type'])} {row['cfg']}"
-    names, stage = re.findall(r"Ti|[SBL](?!\d)", said.replace("anchor ", "")), re.search(r"stage(\d)", said)
-    numbers = [int(number) for number in re.findall(r"\d+", re.sub(r"stage\d|L\d+", "", said))]
+    text = row["route"] if "route" in row else f"{'>'.join(row['type'])} {row['cfg']}"
+    names, stage = re.findall(r"Ti|[SBL](?!\d)", text.replace("anchor ", "")), re.search(r"stage(\d)", text)
+    numbers = [int(number) for number in re.findall(r"\d+", re.sub(r"stage\d|L\d+", "", text))]
     at, start, segments = int(stage[1]) - 1 if stage else 0, 0, []
     for index, name in enumerate(names[:-1]):
         last, first = numbers[2 * index : 2 * index + 2]
@@ -154,13 +154,13 @@ def compared(rows: list[dict[str, str]], published: Published) -> Iterator[Compa
         for name, network in networks
     }
     blocks = {name: blocks_of(anchor, published) for name, anchor in anchors.items()}
-    theirs = {route_of(row, blocks): row for row in rows}
+    by_route = {route_of(row, blocks): row for row in rows}
     routes = {replace(route, via=()) for route in family(blocks.values(), **published.options)}
-    same = "the same" if routes == theirs.keys() else "OTHER"
+    same = "the same" if routes == by_route.keys() else "OTHER"
     print(f"{len(rows)} rows, {len(routes)} routes enumerated, {same} ones")
     costs = StitchedModelForImageClassification.from_anchors(*anchors.values(), order="given").route_costs()
     elements = {name: norms(anchor) for name, anchor in anchors.items()}
-    for route, row in theirs.items():
+    for route, row in by_route.items():
         found, more = costs(route), as_they_count(route, anchors, elements)
         for column, cost, unit in (("gmacs", "macs", 1e9), ("params_m", "params", 1e6)):
             if column in row:
@@ -173,11 +173,11 @@ def main(name: str, table: Path) -> None:
     with table.open() as file:
         found = list(compared(list(csv.DictReader(file)), PUBLISHED[name]))
     for column in sorted({row.column for row in found}):
-        for said, counted in (("as we count", "ours"), ("as they count", "as_they_count")):
+        for label, counted in (("as we count", "ours"), ("as they count", "as_they_count")):
             pairs = [(getattr(row, counted), row) for row in found if row.column == column]
             pairs.sort(key=lambda pair: -abs(pair[0] / pair[1].published - 1))
             within = sum(abs(ours / row.published - 1) <= ALLOWED for ours, row in pairs)
-            print(f"\n{column}, {said}: {within} of {len(pairs)} within {ALLOWED:.1%}\n")
+            print(f"\n{column}, {label}: {within} of {len(pairs)} within {ALLOWED:.1%}\n")
             print("| route | published | ours | difference |\n|---|---:|---:|---:|")
             for ours, row in pairs[:SHOWN]:
                 print(f"| `{row.route}` | {row.published:.2f} | {ours:.3f} | {ours / row.published - 1:+.2%} |")

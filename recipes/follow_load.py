@@ -72,7 +72,7 @@ def busy(on: bool) -> Iterator[None]:
 def follow(
     model: StitchedModelForImageClassification, controller: Controller, image: torch.Tensor, seconds: float
 ) -> None:
-    """Run images for so long, do what the controller says, and print it."""
+    """Run images for so long, follow the controller's decisions, and print them."""
     print(f"{'s':>6} {'measured ms':>11} {'load':>5} {'route':<40} reason")
     model.set_route(controller.route)
     begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Compare two classifiers without a recipe: where they are best joined, as tables and pictures."""
+"""Comparison of two classifiers without a recipe: where they are best joined, as tables and pictures."""
 
 import csv
 import os
@@ -19,7 +19,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.profile import Budget
 from restnet_hf.selection.cache import write_similarity
 from restnet_hf.selection.plots import plot_similarity
-from restnet_hf.selection.ranking import RankedRoute, choose_routes, rank_routes
+from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes
 
 
 def compare_anchors(
@@ -39,20 +39,24 @@ def compare_anchors(
     """Compare two anchors by selectors and write, for each, ``NAME.npz``, ``NAME.csv`` and ``NAME.png`` to ``out``.
 
     Args:
-        front, end: Hub ids or local folders.
-        dataset: images; labels are used where they are the anchors' classes.
-        out: folder.
-        methods: keys of `SELECTORS`.
-        split: of the data set.
-        images: how many, chosen at random.
-        image_size: in pixels, instead of the anchors' own.
-        max_routes, budget, order: as of ``select_stitches``.
+        front: anchor whose early blocks run: a Hub id or a local folder.
+        end: anchor whose late blocks run: a Hub id or a local folder.
+        dataset: images: a Hub id or a local folder; labels are used where they are of the anchors' classes.
+        out: folder for the tables and pictures.
+        methods: selectors to compare with, keys of `SELECTORS`.
+        split: split of the data set.
+        images: number of images, chosen at random.
+        image_size: height and width of images in pixels; None for the anchors' own.
+        max_routes: largest number of routes that each selector chooses.
+        budget: limits on costs of the chosen routes, by name of the cost; None for no limits.
+        order: ``given``, or ``auto`` to compare in both directions.
 
     Returns:
         The routes that each selector chooses.
 
     Raises:
-        ValueError, OSError: something cannot be loaded, or does not fit.
+        ValueError: the anchors, the data set or an option does not fit.
+        OSError: an anchor or the data set cannot be loaded.
     """
     rows = subset(load_images(dataset, split), images)
     anchors = [load_anchor(source, image_size=image_size, dtype=torch.float32) for source in (front, end)]
@@ -60,31 +64,36 @@ def compare_anchors(
     if model.image_processor is None:
         raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
     names = class_names_of(rows) if "label" in rows.column_names else None
-    order_of = None if names is None else label_order(names, list(model.config.id2label.values()))
-    if order_of is None and "label" in rows.column_names:
+    label_map = None if names is None else label_order(names, list(model.config.id2label.values()))
+    if label_map is None and "label" in rows.column_names:
         rows = rows.remove_columns("label")
-    found = model.compare(with_pixel_values(rows, model.image_processor, order_of), methods, order)
+    compared = model.compare(with_pixel_values(rows, model.image_processor, label_map), methods, order)
     costs, limits = model.route_costs(), None if budget is None else Budget(**budget)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {}
-    for name, similarities in found.items():
+    for name, similarities in compared.items():
         chosen[name] = choose_routes(rank_routes(similarities, costs, limits), max_routes)
         for similarity in similarities:
             suffix = "" if similarity is similarities[0] else "_back"
             write_similarity(similarity, folder / f"{name}{suffix}.npz")
             routes = [row.route for row in chosen[name] if row.route.segments[0].anchor == similarity.front]
             plot_similarity(similarity, routes, folder / f"{name}{suffix}.png")
-            with written_whole(folder / f"{name}{suffix}.csv") as temporary, temporary.open("w", newline="") as file:
-                table = csv.writer(file)
-                table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
-                for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
-                    table.writerow([cut.name, *row.filled(np.nan)])
+            _write_table(model, similarity, folder / f"{name}{suffix}.csv")
     return chosen
 
 
+def _write_table(model: StitchedModelForImageClassification, similarity: Similarity, path: Path) -> None:
+    """Write the values of a comparison, with the names of cuts as header and first column."""
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
+        for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):
+            table.writerow([cut.name, *row.filled(np.nan)])
+
+
 def _own_classes(anchors: list[Anchor]) -> dict[str, Any]:
-    """Options for anchors whose classes differ: heads do not matter where activations are compared."""
+    """Options for anchors of different classes: heads have no part in a comparison of activations."""
     try:
         class_order(*anchors)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Recipes: the whole job as data, from two classifiers to a saved adapter and a report."""
+"""Recipes: a whole job as data, from two classifiers to a saved adapter and a report."""
 
 import dataclasses
 import json
@@ -40,28 +40,33 @@ class Recipe:
 
     Args:
         front: anchor whose early blocks run: a Hub id or a local folder.
-        end: anchor whose late blocks run.
         dataset: labelled images: a Hub id or a local folder; see `load_images`.
-        train_split, eval_split: of the data set.
-        train_images, eval_images: how many, chosen at random; all by default.
-        calibration_images: of the training images, for similarity and least squares; new heads do not train on them.
-        image_size: in pixels, instead of the anchors' own.
-        new_head: give the anchors new heads; by default when the data set's classes are not theirs.
-        method: key of `SELECTORS`.
-        max_routes, per_part: into how many parts the range of MACs is divided, and how many routes of each are made.
-        routes: these, and none that ``method`` would choose.
-        family: the routes of a published method instead: its ``kind``, and options of ``add_family``.
-        stitch_kind: see `StitchConfig`; by default ``branch`` for routes within an anchor, else ``linear``.
-        class_token: see `StitchConfig`.
+        end: anchor whose late blocks run: a Hub id or a local folder; None for a family of one anchor.
+        between: more anchors of a family, in order: Hub ids or local folders.
+        train_split: split of the data set that stitches and heads train on.
+        eval_split: split of the data set that routes are evaluated on.
+        train_images: number of training images, chosen at random; all by default.
+        eval_images: number of evaluation images, chosen at random; all by default.
+        calibration_images: number of training images for similarity and least squares; new heads do not train on them.
+        image_size: height and width of images in pixels; None for the anchors' own.
+        new_head: whether the anchors get new heads; by default where the data set has other classes than they.
+        method: key of `SELECTORS`, which chooses routes.
+        max_routes: number of parts into which the range of MACs is divided.
+        per_part: number of routes that are chosen of each part.
+        routes: routes to stitch; ``method`` then chooses none.
+        family: routes of a published method instead: its ``kind``, and options of ``add_family``.
+        stitch_kind: kind of the stitches, see `StitchConfig`; by default ``branch`` for routes within an anchor, else
+            ``linear``.
+        class_token: treatment of class tokens, see `StitchConfig`.
         augment: key of `AUGMENTATIONS`, for the images that heads and stitches train on; similarity, least squares
-            and evaluation see images as they are.
-        label_free: take no labels of the training images, or have none. Heads cannot be trained then, so the anchors
-            must know the classes; accuracy is measured by the labels of the evaluation images.
-        cache: while heads and stitches train, keep what frozen networks say of each image on disk, in
-            ``OUT/training``; not where images are augmented or the front trains.
-        seed: of the first weights of new heads; the images and their order have fixed seeds of their own.
-        heads: how new heads are trained on the frozen anchors.
-        stitches: how stitches are trained.
+            and evaluation use images that are not augmented.
+        label_free: whether the labels of the training images are ignored, or missing. Heads cannot be trained then, so
+            the anchors must know the classes; accuracy is measured by the labels of the evaluation images.
+        cache: whether the outputs of frozen networks for each image are cached in ``OUT/training`` while heads and
+            stitches train; not done where images are augmented or the front trains.
+        seed: seed of the first weights of new heads; the images and their order have fixed seeds.
+        heads: options of training for new heads on the frozen anchors.
+        stitches: options of training for stitches.
     """
 
     front: str
@@ -95,7 +100,7 @@ class Recipe:
         augmentation(self.augment)
         if self.augment is not None and (self.heads.cache_dir or self.stitches.cache_dir):
             raise ValueError(
-                "augment makes other images each time, so cache_dir cannot keep them; leave one of them out"
+                "augment changes images each time, so cache_dir cannot hold them; leave one of the two out"
             )
         if self.end is None and (self.between or not self.within):
             raise ValueError(f"one anchor needs a family of {sorted(WITHIN)}; give end, or family: {{kind: skip}}")
@@ -117,17 +122,21 @@ class Recipe:
 
     @property
     def anchors(self) -> tuple[str, ...]:
-        """All of them, the front first."""
+        """Hub ids or folders of all anchors, the front first."""
         return (self.front, *self.between, *([] if self.end is None else [self.end]))
 
     def stitch_config(self) -> StitchConfig:
-        """How stitches are made."""
+        """The kind and options of the stitches."""
         kind = self.stitch_kind or (BRANCH if self.within else "linear")
         return StitchConfig(kind, self.class_token)
 
 
 def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
-    """Read a YAML recipe; ``overrides`` that are not None replace its entries.
+    """Read a YAML recipe.
+
+    Args:
+        path: file of the recipe.
+        **overrides: values that replace entries of the recipe, unless they are None.
 
     Raises:
         ValueError: the file is missing or is not a recipe (the message lists every entry that is wrong).
@@ -146,26 +155,26 @@ def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
 
 
 def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
-    """Do the job and write ``adapter/``, ``report.json`` and ``tradeoff.png`` to ``out``.
+    """Run a recipe and write ``adapter/``, ``report.json`` and ``tradeoff.png`` to a folder.
 
-    Where stitches were chosen by similarity, ``similarity.png`` too.
+    Where stitches were chosen by similarity, ``similarity.png`` is written too.
 
     Args:
-        recipe: the job.
-        out: folder.
-        resume: go on from the checkpoints of an earlier run in ``out``.
+        recipe: the job to run.
+        out: folder for the adapter, the report and the pictures.
+        resume: whether to resume from the checkpoints of an earlier run in ``out``.
 
     Returns:
         The report: a row for each route, and the seconds that each part took.
     """
     folder, clock = Path(out), _Clock()
-    heads, stitches = (_options(recipe, stage, folder, resume) for stage in ("heads", "stitches"))
+    heads, stitches = (_train_args(recipe, stage, folder, resume) for stage in ("heads", "stitches"))
     set_seed(recipe.seed)
     model, train_set, eval_set = prepare(recipe)
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     clock.lap("load")
     if model.config.new_head:
-        train(model, to_train_on(model, others, recipe), heads, [Route.alone(name) for name in model.anchors])
+        train(model, augment_images(model, others, recipe), heads, [Route.alone(name) for name in model.anchors])
         clock.lap("heads")
     set_seed(recipe.seed)  # new stitches are the same whether heads were trained or read from a checkpoint
     _add_stitches(model, calibration, recipe)
@@ -175,7 +184,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     fitted = model.profile(eval_set, dataset=_name(recipe.dataset))
     clock.lap("first profile")
     before = _anchor_logits(model, calibration)
-    train(model, to_train_on(model, train_set, recipe), stitches)
+    train(model, augment_images(model, train_set, recipe), stitches)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
     clock.lap("training")
     profile = model.profile(eval_set, dataset=_name(recipe.dataset))
@@ -185,7 +194,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     state = this_process()
     model.save_pretrained(folder / "adapter", is_main_process=state.is_main_process)
     state.wait_for_everyone()
-    same = _reloads(model, folder / "adapter", calibration)
+    same = _reloads_equal(model, folder / "adapter", calibration)
     clock.lap("save and reload")
     report = {
         "recipe": dataclasses.asdict(recipe),
@@ -196,7 +205,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
         "metadata": dict(profile.metadata),
     }
     if state.is_main_process:
-        shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints have served
+        shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints are not needed any more
         plot_tradeoff(profile, folder / "tradeoff.png", fitted)
         if model.similarity is not None:
             plot_similarity(model.similarity, model.routes, folder / "similarity.png")
@@ -206,6 +215,8 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
 
 
 class _Clock:
+    """Seconds of each part of a job, in ``laps``."""
+
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._began = time.perf_counter()
@@ -218,15 +229,19 @@ class _Clock:
 def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Dataset, Dataset]:
     """The model without stitches, and the images to train and to evaluate on, prepared for it and not augmented.
 
+    Args:
+        recipe: the job to prepare.
+
     Raises:
-        ValueError, OSError: something cannot be loaded, or does not fit.
+        ValueError: the anchors, the data set or an option does not fit.
+        OSError: an anchor or the data set cannot be loaded.
     """
     train_rows, eval_rows = (load_images(recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split))
     anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in recipe.anchors]
     names = class_names_of(eval_rows if recipe.label_free else train_rows)
     if recipe.label_free and "label" in train_rows.column_names:
         train_rows = train_rows.remove_columns("label")
-    new_head = recipe.new_head if recipe.new_head is not None else not _knows(anchors, names)
+    new_head = recipe.new_head if recipe.new_head is not None else not _know_classes(anchors, names)
     if recipe.label_free and new_head:
         raise ValueError(
             f"the data set's {len(names)} classes are not those that all anchors know, and new heads cannot be "
@@ -243,7 +258,7 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
             f"the data set's {len(names)} classes are not the anchors' {model.config.num_labels}; set new_head: true"
         )
     for route in recipe.routes or ():
-        model.route(route)  # a mistake shows before heads are trained
+        model.route(route)  # raises on a mistake before heads are trained
     if recipe.family is not None:
         rule = {key: value for key, value in recipe.family.items() if key not in ("budget", "max_routes")}
         next((route for route in model.family(**rule) if route.stitch_points), None)
@@ -255,18 +270,29 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
 
 
 def hold_out(train_set: Dataset, images: int, new_head: bool) -> tuple[Dataset, Dataset]:
-    """Images to compare and fit on, and the others.
+    """Images to compare and fit on, and the other images.
 
     On images that a head was trained on, fitted stitches look better than they are, so the two do not overlap, and new
     heads get at least half of the images.
+
+    Args:
+        train_set: images to train on.
+        images: number of images to compare and fit on.
+        new_head: whether new heads train on the others.
     """
     count = min(images, max(1, len(train_set) // 2) if new_head else len(train_set))
     others = [*range(count, len(train_set))]  # a range may not be empty
     return train_set.select(range(count)), train_set.select(others)
 
 
-def to_train_on(model: StitchedModelForImageClassification, rows: Dataset, recipe: Recipe) -> Dataset:
-    """Images that `prepare` gave, augmented where the recipe says so."""
+def augment_images(model: StitchedModelForImageClassification, rows: Dataset, recipe: Recipe) -> Dataset:
+    """Training images, augmented if the recipe asks for it.
+
+    Args:
+        model: model with an image processor.
+        rows: images that `prepare` returned.
+        recipe: the job, whose ``augment`` is used.
+    """
     if recipe.augment is None:
         return rows
     order = None
@@ -276,7 +302,7 @@ def to_train_on(model: StitchedModelForImageClassification, rows: Dataset, recip
 
 
 def _add_stitches(model: StitchedModelForImageClassification, calibration: Dataset, recipe: Recipe) -> None:
-    """Those that the recipe names, those of its family, or those that its selector chooses."""
+    """Add the stitches that the recipe names, those of its family, or those that its selector chooses."""
     config = recipe.stitch_config()
     if recipe.family is not None:
         model.add_family(config=config, **recipe.family)
@@ -287,15 +313,16 @@ def _add_stitches(model: StitchedModelForImageClassification, calibration: Datas
 
 
 def _name(dataset: str) -> str:
-    return Path(dataset).name if Path(dataset).is_dir() else dataset  # a profile is shared, local paths are not
+    return Path(dataset).name if Path(dataset).is_dir() else dataset  # profiles are shared, local paths are private
 
 
-def _knows(anchors: list[Anchor], names: list[str]) -> bool:
+def _know_classes(anchors: list[Anchor], names: list[str]) -> bool:
+    """Whether all anchors classify the classes of these names."""
     return all(anchor.label_names is not None and label_order(names, anchor.label_names) for anchor in anchors)
 
 
-def _options(recipe: Recipe, stage: str, folder: Path, resume: bool) -> TrainArgs:
-    """How ``heads`` or ``stitches`` train, with checkpoints in a folder of their own."""
+def _train_args(recipe: Recipe, stage: str, folder: Path, resume: bool) -> TrainArgs:
+    """Options of training for ``heads`` or ``stitches``, with checkpoints in a folder of their own."""
     args: TrainArgs = getattr(recipe, stage)
     train_head = True if stage == "heads" else bool(args.train_head)
     changes: dict[str, Any] = {"output_dir": str(folder / "training" / stage), "resume_from_checkpoint": resume}
@@ -306,22 +333,24 @@ def _options(recipe: Recipe, stage: str, folder: Path, resume: bool) -> TrainArg
 
 @torch.no_grad()
 def _anchor_logits(model: StitchedModelForImageClassification, rows: Dataset) -> list[torch.Tensor]:
-    """Logits of each anchor itself, before any new head, on a few images."""
+    """Logits of each anchor, with its own head, on a few images."""
     images = rows[: min(8, len(rows))]["pixel_values"].to(model.device, model.dtype)
     return [anchor.logits(model.images_for(name, images)) for name, anchor in model.anchors.items()]
 
 
 @torch.no_grad()
-def _reloads(model: StitchedModelForImageClassification, folder: Path, rows: Dataset) -> bool:
+def _reloads_equal(model: StitchedModelForImageClassification, folder: Path, rows: Dataset) -> bool:
+    """Whether the saved adapter gives the same logits, on a few images."""
     images = rows[: min(8, len(rows))]["pixel_values"]
-    again = StitchedModelForImageClassification.from_pretrained(folder).to(model.device)
+    loaded = StitchedModelForImageClassification.from_pretrained(folder).to(model.device)
     images = images.to(model.device)
-    return torch.equal(model(images).logits, again(images).logits)
+    return torch.equal(model(images).logits, loaded(images).logits)
 
 
 def _rows(
     model: StitchedModelForImageClassification, fitted: Profile, profile: Profile, r2: Mapping[str, float]
 ) -> list[dict[str, Any]]:
+    """Rows of the report, the cheapest route first."""
     rows = []
     for before, after in zip(fitted.routes, profile.routes, strict=True):
         row: dict[str, Any] = {"route": str(after.route), **after.costs}

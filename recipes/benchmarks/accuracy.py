@@ -69,7 +69,7 @@ class Method:
         options: of `TrainArgs`, in every stage.
         fit: by least squares before that.
         kind: of the stitches.
-        cached: keep what frozen networks say.
+        cached: whether the outputs of frozen networks are cached.
     """
 
     stages: tuple[str, ...] = ()
@@ -248,7 +248,7 @@ def further(pair: Pair, distillation: float, steps: int, seed: int) -> nn.Module
     small, large = pair.anchors
     network, teacher = pair.model.bake(small).train().requires_grad_(True), pair.model.bake(large)
     rate, new = DEFAULT.learning_rate, network[-1] if pair.model.heads else nn.Identity()
-    others = [p for p in network.parameters() if all(p is not mine for mine in new.parameters())]
+    others = [p for p in network.parameters() if all(p is not own for own in new.parameters())]
     groups = [{"params": list(new.parameters()), "lr": rate}, {"params": others, "lr": 0.1 * rate}]
     optimizer = torch.optim.AdamW(groups, weight_decay=DEFAULT.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(DEFAULT.warmup_ratio * steps), steps)

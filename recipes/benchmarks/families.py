@@ -3,12 +3,12 @@
     python recipes/benchmarks/families.py RECIPE [--quick] [--out FILE.json] [--seconds 120] [--seeds 2] [--cpu-time]
         [--front DIR --between DIR --end DIR --dataset DIR]
 
-RECIPE says the anchors, images and new heads, which are trained once and then kept as they are; each mode says its
+RECIPE names the anchors, images and new heads, which are trained once and then kept as they are; each mode prints its
 routes, stitches and what trains. Least squares on the calibration images comes first, then each mode has so many
 seconds, and the schedule of its learning rate ends in time. The area is the mean, over budgets from the MACs of the
-cheapest anchor to those of the dearest, of the accuracy of the best network that fits, anchors alone among them; of
-stitched routes alone, from the cheapest of them on. Spread is the standard deviation over seeds. With --cpu-time what
-the main thread runs counts, which other work on the machine does not disturb.
+cheapest anchor to those of the most costly, of the accuracy of the best network that fits, anchors alone among them;
+of stitched routes alone, from the cheapest of them on. Spread is the standard deviation over seeds. With --cpu-time
+what the main thread runs counts, which other work on the machine does not disturb.
 """
 
 import sys

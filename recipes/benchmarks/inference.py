@@ -80,8 +80,11 @@ def parts_by_hand(model: nn.Module, cut: int) -> tuple[Callable[[Tensor], Tensor
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse large blocks. Else a batch of 16 faults in a gigabyte of pages a call, and their number, by
-    the order of earlier calls, moves times by several percent."""
+    """Make glibc reuse large blocks.
+
+    Otherwise a batch of 16 faults in a gigabyte of pages a call, and their number, which depends on the order of
+    earlier calls, changes times by several percent.
+    """
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: none goes back

@@ -13,8 +13,8 @@ Bundle: up to ten routes of an adapter (the embedded anchors with fitted stitche
 over the bytes of the weights that they use, each once; and a switch between them, in a process that has no torch.
 
 With --adapter and --dataset, labelled images of its classes: size, agreement with the route in eager float32 and
-accuracy of its best route within 0.85 of the dearest, in every runtime and precision. What `export_routes` refuses is
-said, and its first attempt measured.
+accuracy of its best route within 0.85 of the most costly, in every runtime and precision. What `export_routes` refuses
+is printed, and its first attempt measured.
 """
 
 import sys
@@ -39,12 +39,12 @@ from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassificatio
 from restnet_hf.adaptation.adapt import device_images
 from restnet_hf.data import load_images, with_pixel_values
 from restnet_hf.demo.paths import DATA, END, FRONT
-from restnet_hf.export import EXPORTERS
 from restnet_hf.export.export import DisagreementError
+from restnet_hf.export.exporter import load_exporter
 from restnet_hf.export.programs import trace_route
 from restnet_hf.profiling.macs import count_macs
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.runners import RUNNERS
+from restnet_hf.runtime.runners import RUNTIMES
 
 
 PAIRS = [  # front, its cut, end, its cut
@@ -53,7 +53,7 @@ PAIRS = [  # front, its cut, end, its cut
     ("resnet50", 7, "deit_tiny_patch16_224", 6),
 ]
 QUICK = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32")]
-CASES = [(name, precision) for name, exporter in EXPORTERS.items() for precision in exporter.precisions]
+CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 Cases = list[tuple[str, str]]  # runtimes and precisions
 CALIBRATION = 16
 PAUSE = 0.05  # seconds, longer than threads of a runtime wait for work
@@ -96,7 +96,7 @@ def exported(
 ) -> Callable[[], object] | None:
     """A route in a runtime, as a function that runs it; None where the processor lacks the precision."""
     runtime, precision = case
-    size = None if EXPORTERS[runtime].any_batch else batch
+    size = None if load_exporter(runtime).any_batch else batch
     x = torch.randn(batch, 3, 224, 224)
     data = torch.randn(CALIBRATION + 2 * batch, 3, 224, 224)
     options = {"data": data, "min_agreement": 0, "calibration_images": CALIBRATION, "batch_size": size}
@@ -113,11 +113,11 @@ def parts(model: StitchedModelForImageClassification, route: Route, batch: int, 
     """The steps of a route as ONNX files of their own."""
     runs = []
     for index, step in enumerate(model.steps(route)):
-        exporter, place = EXPORTERS["onnx"], folder / str(index)
+        exporter, place = load_exporter("onnx"), folder / str(index)
         place.mkdir(parents=True)
         entry = exporter.save({route: exporter.convert(trace_route(route, [step]), "fp32")}, place)[route]
         x = torch.randn(batch, *step.shape[1:]).numpy()
-        runs.append(partial(RUNNERS["onnx"](place, entry, torch.get_num_threads()), x))
+        runs.append(partial(RUNTIMES["onnx"].run(place, entry, torch.get_num_threads()), x))
     return runs
 
 
@@ -177,21 +177,21 @@ def bench_bundle(model: StitchedModelForImageClassification, quick: bool, folder
     apart = sum(p.numel() * 4 for route in routes for p in {p for s in model.steps(route) for p in s.parameters()})
     size = sum(file.stat().st_size for file in folder.iterdir())
     code = SWITCH.format(folder=str(folder))
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     return {
         f"bundle of {len(routes)} routes, {size / 2**20:.1f} MB, over the weights that they use": size / union,
         "its routes as files of their own over the bundle": apart / size,
-        "a switch to a route that is not loaded, ms": float(said[-2]),
-        "a switch to a route that is loaded, ms": float(said[-1]),
+        "a switch to a route that is not loaded, ms": float(printed[-2]),
+        "a switch to a route that is loaded, ms": float(printed[-1]),
     }
 
 
 def bench_quality(model: StitchedModelForImageClassification, dataset: str, cases: Cases, folder: Path) -> dict:
     """Size, agreement and accuracy of one route in every runtime and precision, on real images."""
     assert model.profiled is not None
-    dearest = max(row.costs["macs"] for row in model.profiled.routes)
+    largest = max(row.costs["macs"] for row in model.profiled.routes)
     stitched = [row for row in model.profiled.routes if len(row.route.segments) > 1]
-    within = [row for row in stitched if row.costs["macs"] <= 0.85 * dearest]
+    within = [row for row in stitched if row.costs["macs"] <= 0.85 * largest]
     route = max(within, key=lambda row: row.scores["accuracy"]).route
     rows = device_images(model, dataset, "test", 628)
     found: dict[str, float] = {}

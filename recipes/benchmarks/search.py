@@ -5,15 +5,15 @@
 Networks of timm at 224 px with random weights, one thread. Evaluation: every route of one stitch from DeiT-S to
 DeiT-Ti, every second cut of the front with --quick, each route run whole (naive), as the package does it (tree), and
 at the limit: the front's own blocks once, and every stitch and end called by hand. All must give the same logits.
-Latency: what the table of pieces says of a route over the median of the route run from end to end, batch 1; all run in
-turn, round by round, and are timed by the processor time of the process, which other programs do not add to. Ratios
-are of minima and, in brackets, medians of the ratios of each repeat.
+Latency: what the table of pieces predicts for a route over the median of the route run from end to end, batch 1; all
+run in turn, round by round, and are timed by the processor time of the process, which other programs do not add to.
+Ratios are of minima and, in brackets, medians of the ratios of each repeat.
 
 Switching: set_route with all weights in memory, and paged from a warm cache of the disk. Search: the embedded anchors
 with fitted stitches, routes of one and two stitches in both directions, all evaluated on real images; then a tenth of
-that work, for budgets of 90 to 50 % of the dearest route's MACs together, by evolution with what a few images foretell
-(a quarter of the tenth, other images for each seed), by evolution alone, and at random. Each draw takes other routes,
-and other images to fit and to evaluate on. With --routes FOLDER all that was evaluated is written there.
+that work, for budgets of 90 to 50 % of the most costly route's MACs together, by evolution with predictions from a few
+images (a quarter of the tenth, other images for each seed), by evolution alone, and at random. Each draw takes other
+routes, and other images to fit and to evaluate on. With --routes FOLDER all that was evaluated is written there.
 """
 
 import sys
@@ -178,14 +178,14 @@ def bench_switching(front: str, end: str, repeats: int) -> dict[str, float]:
     return found | {f"{label}: paged weights in memory over all": held / whole}
 
 
-def two_stitches(model: StitchedModelForImageClassification, count: int, dice: random.Random) -> list[Route]:
+def two_stitches(model: StitchedModelForImageClassification, count: int, rng: random.Random) -> list[Route]:
     """All routes of one stitch in both directions, and so many in all with some of two."""
     a, b = model.anchors.values()
     routes = [*one_cut_routes(a.name, a.depth, b.name, b.depth), *one_cut_routes(b.name, b.depth, a.name, a.depth)]
     while len(routes) < count:
-        first, second = dice.choice(((a, b), (b, a)))
-        i, j = dice.randint(1, first.depth), dice.randint(1, second.depth - 1)
-        k, entered = dice.randint(j + 1, second.depth), dice.randint(1, first.depth)
+        first, second = rng.choice(((a, b), (b, a)))
+        i, j = rng.randint(1, first.depth), rng.randint(1, second.depth - 1)
+        k, entered = rng.randint(j + 1, second.depth), rng.randint(1, first.depth)
         route = Route((Segment(first.name, 0, i), Segment(second.name, j, k), Segment(first.name, entered)))
         routes += [] if route in routes else [route]
     return routes
@@ -195,7 +195,7 @@ Table = dict[str, dict[Route, float]]
 
 
 def evaluated(count: int, images: int, seeds: int, draw: int) -> tuple[Table, float]:
-    """MACs and accuracy of routes, what a few images foretell for each seed, and the seconds that accuracies took."""
+    """MACs and accuracy of routes, predictions from a few images for each seed, and seconds that accuracies took."""
     model = StitchedModelForImageClassification.from_anchors(FRONT, END, dtype=torch.float32)
     model.add_stitches(two_stitches(model, count, random.Random(draw)))
     rows = [with_pixel_values(load_images(DATA, split), model.image_processor) for split in ("train", "test")]
@@ -212,7 +212,7 @@ def evaluated(count: int, images: int, seeds: int, draw: int) -> tuple[Table, fl
     walks = [(route, model.steps(route)) for route in found["macs"]]
     for seed in range(seeds):
         few = batches(seen.select(range(seed % every, images, every)[: images // every]), 64)
-        found[f"foretold {seed}"] = mean_probabilities(walks, few, model.device)
+        found[f"predicted {seed}"] = mean_probabilities(walks, few, model.device)
     return found, taken
 
 
@@ -233,7 +233,7 @@ def points_lost(found: Table, images: int, seeds: int) -> dict[str, list[float]]
     gaps: dict[str, list[float]] = {"evolution with few images": [], "evolution alone": [], "random": []}
     for seed in range(seeds):
         for name, options, most in (
-            ("evolution with few images", {"predictor": found[f"foretold {seed}"].get}, tenth - spent),
+            ("evolution with few images", {"predictor": found[f"predicted {seed}"].get}, tenth - spent),
             ("evolution alone", {}, tenth),
         ):
             search = SEARCHES["evolution"](

@@ -56,7 +56,7 @@ DRAWS = 2000  # of random choices
 
 
 def measure(recipe: Any, grid: int, epochs: int, seed: int) -> dict[str, Any]:
-    """The truth of one pair, and what every selector says of it."""
+    """The truth of one pair, and the predictions of every selector."""
     set_seed(seed)
     model, train_set, eval_set = prepare(recipe)
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
@@ -120,8 +120,8 @@ def judge(result: Mapping[str, Any], buckets: int) -> dict[str, dict[str, float]
             parts.setdefault(bucket[name], []).append(name)
         return list(parts.values())
 
-    least, dearest = min(costs.values()), max(costs.values())
-    bucket = {n: min(int((c - least) / max(dearest - least, 1e-9) * buckets), buckets - 1) for n, c in costs.items()}
+    least, largest = min(costs.values()), max(costs.values())
+    bucket = {n: min(int((c - least) / max(largest - least, 1e-9) * buckets), buckets - 1) for n, c in costs.items()}
     best = chosen(truth)
 
     def verdict(scores: Mapping[str, float]) -> dict[str, float]:
@@ -141,15 +141,15 @@ def judge(result: Mapping[str, Any], buckets: int) -> dict[str, dict[str, float]
             "area": area([(costs[name], truth[name]) for [name] in picked], list(result["anchors"].values())),
         }
 
-    dice = np.random.default_rng(0)
-    draws = [verdict({name: dice.random() for name in truth}) for _ in range(DRAWS)]
+    rng = np.random.default_rng(0)
+    draws = [verdict({name: rng.random() for name in truth}) for _ in range(DRAWS)]
     found = {"random": {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}}
     for name, values in result["values"].items():
         found[name] = verdict({route: -1e9 if value is None else value for route, value in values.items()})
         found[name]["seconds"] = result["seconds"][name]
     found["least squares, all images"] = verdict(result["least_squares"])
     images = result["images"]
-    again = [verdict({n: dice.binomial(images, p) / images for n, p in truth.items()}) for _ in range(DRAWS // 10)]
+    again = [verdict({n: rng.binomial(images, p) / images for n, p in truth.items()}) for _ in range(DRAWS // 10)]
     found["truth, on other images"] = {key: float(np.mean([draw[key] for draw in again])) for key in again[0]}
     found["oracle"] = verdict(truth)
     found["oracle"]["area"] = area([(costs[name], truth[name]) for name in truth], list(result["anchors"].values()))

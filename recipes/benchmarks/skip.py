@@ -3,7 +3,7 @@
     python recipes/benchmarks/skip.py RECIPE [--quick] [--out FILE.json] [--seconds 300] [--candidates 24] [--cpu-time]
         [--front DIR --dataset DIR]
 
-RECIPE says the anchor, its images and its routes that skip blocks. Branches train on all of these, one route a step
+RECIPE names the anchor, its images and its routes that skip blocks. Branches train on all of these, one route a step
 drawn at random, for so many seconds in each of two stages: features first, then the task. Latency is of one image in
 eager mode: every piece is timed, so that the latency of every route is known, and of the routes that run in at most a
 share of the anchor's own time, and in no less than 8 % below, some are evaluated on one half of the evaluation images.

@@ -49,8 +49,8 @@ from transformers.utils import logging
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, TrainArgs
 from restnet_hf.data.datasets import Batch
 from restnet_hf.training.learner import Learner
-from restnet_hf.training.loaders import keep
-from restnet_hf.training.loop import _Training
+from restnet_hf.training.loaders import cache_features
+from restnet_hf.training.loop import Training, start_accelerator
 
 
 PAIRS = {  # front, its cut, end, its cut
@@ -157,11 +157,11 @@ class Case:
         """Of our own training, without a teacher and without end."""
         return TrainArgs(num_train_epochs=10_000, batch_size=self.batch, distillation=0.0, **options)
 
-    def _training(self, args: TrainArgs) -> _Training:
-        """What `restnet_hf.train` makes, at the point where its loop begins."""
-        training = _Training(self.model, self.data, args, [self.route])
-        training._prepare()
-        self.stack.enter_context(training._only_these_train())
+    def _training(self, args: TrainArgs) -> Training:
+        """The training that `restnet_hf.train` runs, at the point where its loop begins."""
+        accelerator = start_accelerator(self.model, args)
+        training = Training(self.model, self.data, args, [self.route], accelerator)
+        self.stack.enter_context(training.training_mode())
         training.losses = {self.route: []}
         return training
 
@@ -171,7 +171,7 @@ class Case:
         batch = {"pixel_values": self.images, "labels": self.labels}
 
         def step() -> None:
-            training._update(training._checked(batch))
+            training.update(training.check_batch(batch))
             training.step += 1
 
         return step
@@ -183,11 +183,11 @@ class Case:
 
         def batches() -> Iterator[Batch]:
             while True:
-                yield from training._epoch()
+                yield from training.epoch_batches()
                 training.epoch += 1
 
         def step() -> None:
-            training._update(next(each))
+            training.update(next(each))
             training.step += 1
 
         each = batches()
@@ -198,11 +198,10 @@ class Case:
         place = self.folder / "filled"
         args = self.args(cache_dir=str(place))
         learner = Learner(self.model, [self.route], args)
-        learner.begin()
 
         def run() -> None:
             shutil.rmtree(place, ignore_errors=True)
-            keep(self.model, learner.frozen, self.data, args)
+            cache_features(self.model, learner.frozen, self.data, args)
 
         return run
 
@@ -253,9 +252,9 @@ def seconds(
 ) -> dict[str, list[float]]:
     """Times of several functions, interleaved in a random order, after one call of each."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    dice = random.Random(0)
+    rng = random.Random(0)
     for repeat in range(repeats + 1):
-        for name in dice.sample([*runs], len(runs)):
+        for name in rng.sample([*runs], len(runs)):
             began = clock()
             runs[name]()
             if repeat:

@@ -1,1 +1,1 @@
-"""The best route for a device, found on the device."""
+"""Adaptation of a model to a device, on the device."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from restnet_hf.adaptation.scorer import FEW, PREDICTORS, Judge
+from restnet_hf.adaptation.scorer import FEW_IMAGES, PREDICTORS, Scorer
 from restnet_hf.adaptation.search import SEARCHES, Rejected, Search
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
@@ -23,21 +23,21 @@ from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
-ALL = 256  # so many candidates are all evaluated; of more, a tenth
-FINALISTS = 3
+EXHAUSTIVE = 256  # largest number of candidates that are all evaluated; of more, a tenth is
+FINALISTS = 3  # routes that are run from end to end at a time
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """What `adapt` found.
+class AdaptResult:
+    """What `adapt` returns.
 
     Args:
-        best: the route that was chosen, with its costs; ``latency_ms`` and, where the system counts it, ``energy_j``
-            are measured from end to end.
-        score: what it was chosen by: ``accuracy``, or ``agreement`` with the largest anchor.
-        rejected: the other candidates, with the reason.
-        checks: predicted and measured latency, and joules, of those that ran from end to end.
-        finished: False where the search was interrupted.
+        best: the chosen route, with its costs; ``latency_ms`` and, where the system counts energy, ``energy_j`` are
+            measured from end to end.
+        score: score that it was chosen by: ``accuracy``, or ``agreement`` with the largest anchor.
+        rejected: the other candidates, with the reasons.
+        checks: predicted and measured latency, and joules, of the routes that ran from end to end.
+        finished: whether the search ended by itself; False after an interrupt.
     """
 
     best: ProfiledRoute
@@ -55,38 +55,37 @@ def adapt(
     candidates: Iterable[Route | str] | None = None,
     latency: LatencyTable | None = None,
     search: str | None = None,
-    predictor: str | None = FEW,
+    predictor: str | None = FEW_IMAGES,
     max_evaluations: int | None = None,
     exact: bool = False,
     batch_size: int = 32,
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
-) -> Adapted:
-    """Find the best route of a model within a budget on this device, make it active and keep the device's profile.
+) -> AdaptResult:
+    """Find the best route of a model within a budget on this device, make it active and store the device's profile.
 
-    The images are read and nothing else is: nothing leaves the device. KeyboardInterrupt ends the search with the best
-    found so far. After AdaptiveNet (arXiv 2303.07129, section 5).
+    Only the images are read, and nothing leaves the device. KeyboardInterrupt ends the search with the best route so
+    far. After AdaptiveNet (arXiv 2303.07129, section 5).
 
     Args:
-        model: with stitches.
+        model: model with stitches, on this device.
         data: images of this device, with labels or without; see `restnet_hf.data.batches`. Without labels routes are
             scored by how often they agree with the largest anchor.
-        budget: limits.
-        candidates: routes to choose from; all and the anchors alone by default.
-        latency: what `measure_latency` found here before; measured now if it is None and the budget limits latency or
-            energy.
-        search: a key of `SEARCHES`; by default all are evaluated if they are few, else ``evolution`` does a tenth.
-        predictor: what tells the evolution of all routes before it begins: ``few_images``, for which a quarter of the
-            evaluations is spent, a key of `SELECTORS`, or None.
-        max_evaluations: how many routes are evaluated at most, or as much work for the predictor.
-        exact: evaluate routes on all images even where they cannot win any more.
-        batch_size: for a tensor or a data set; smaller where memory runs out.
-        seed: of the search.
-        state: a file from which an interrupted search goes on, and into which it is written.
+        budget: limits on the costs of the route.
+        candidates: routes to choose from; by default all routes and the anchors alone.
+        latency: latency table that `measure_latency` measured on this device; where None, it is measured if the budget
+            limits latency or energy.
+        search: a key of `SEARCHES`; by default all of few routes are evaluated, and of many a tenth by ``evolution``.
+        predictor: predictions of all scores for the evolution: ``few_images``, which takes a quarter of the
+            evaluations, a key of `SELECTORS`, or None.
+        max_evaluations: largest number of evaluations, including the work of the predictor.
+        exact: whether routes are evaluated on all images even where they cannot win any more.
+        batch_size: number of images in a batch, for a tensor or a data set; it is reduced where memory runs out.
+        seed: seed of the search.
+        state: file to which the state of the search is written, and from which an interrupted search resumes.
 
     Raises:
-        BudgetError: no route fits, or none that was run from end to end (the message names the cheapest), or energy is
-            limited and not counted.
+        BudgetError: no route fits (the message names the cheapest), or energy is limited and not counted.
         ValueError: there are no images, or an option is out of range.
     """
     _check_names(search, predictor)
@@ -94,23 +93,23 @@ def adapt(
     if latency is None and _is_measured(budget):
         latency = model.measure_latency(routes)
     _check_energy(budget, latency)
-    known = dict(zip(routes, map(_corrected_costs(model, latency), routes), strict=True))
-    judge = Judge(model, data, batch_size, exact)
-    judge.fits = [route for route, costs in known.items() if budget.allows(costs)]
-    job = _search(judge, known, budget, search, predictor, max_evaluations, seed)
-    _go_on(job, judge, state)
-    found = job.run(lambda rows: _keep(job, judge, state))
-    exactly = [judge.as_measured(row) for row in found.rows]
-    best, rows, checks = _confirmed(model, exactly, budget, latency, judge.score)
-    where = {} if latency is None else {"latency": latency.metadata()}
-    model.record_profile(rows, images=judge.images, score=judge.score, **where)
+    costs = dict(zip(routes, map(_corrected_costs(model, latency), routes), strict=True))
+    scorer = Scorer(model, data, batch_size, exact)
+    scorer.fits = [route for route in costs if budget.allows(costs[route])]
+    job = _make_search(scorer, costs, budget, search, predictor, max_evaluations, seed)
+    _load_state(job, scorer, state)
+    result = job.run(lambda rows: _save_state(job, scorer, state))
+    exactly = [scorer.as_measured(row) for row in result.rows]
+    best, rows, checks = _confirm_latency(model, exactly, budget, latency, scorer.score)
+    metadata = {} if latency is None else {"latency": latency.metadata()}
+    model.record_profile(rows, images=scorer.images, score=scorer.score, **metadata)
     model.set_route(best.route)
-    result = replace(found, best={budget: best}, rows=tuple(rows))
-    return Adapted(best, judge.score, judge.reasons(result.rejected(budget)), checks, found.finished)
+    confirmed = replace(result, best={budget: best}, rows=tuple(rows))
+    return AdaptResult(best, scorer.score, scorer.reasons(confirmed.rejected(budget)), checks, result.finished)
 
 
 def _check_names(search: str | None, predictor: str | None) -> None:
-    """Raise before anything is measured."""
+    """Raise ValueError for names that do not exist, before anything is measured."""
     searches = sorted({*SEARCHES} - {"ranked"})
     if search not in (None, *searches):
         raise ValueError(f"search={search!r} is not one of {searches}")
@@ -126,26 +125,26 @@ def _check_energy(budget: Budget, latency: LatencyTable | None) -> None:
         )
 
 
-def _search(
-    judge: Judge,
-    known: Mapping[Route, Mapping[str, float]],
+def _make_search(
+    scorer: Scorer,
+    costs: Mapping[Route, Mapping[str, float]],
     budget: Budget,
     kind: str | None,
     predictor: str | None,
     max_evaluations: int | None,
     seed: int,
 ) -> Search:
-    """A search of routes whose costs are known; see `adapt`."""
-    routes = list(known)
-    kind = kind or ("exhaustive" if len(routes) <= ALL else "evolution")
+    """A search of routes of known costs, with the options of `adapt`."""
+    routes = list(costs)
+    kind = kind or ("exhaustive" if len(routes) <= EXHAUSTIVE else "evolution")
     share = 1 if kind == "exhaustive" else 10
     most = max(1, len(routes) // share) if max_evaluations is None else max_evaluations
     options: dict[str, Any] = {"batch_size": len(routes)} if kind == "exhaustive" else {}
-    if kind == "evolution" and predictor and 1 < most < len(judge.fits):
-        options["predictor"], taken = judge.predictor(predictor, most)
+    if kind == "evolution" and predictor and 1 < most < len(scorer.fits):
+        options["predictor"], taken = scorer.make_predictor(predictor, most)
         most = max(1, most - taken)
-    options |= {"max_evaluations": most, "seed": seed, "score": judge.score}
-    return SEARCHES[kind](routes, known.__getitem__, judge, budget, **options)
+    options |= {"max_evaluations": most, "seed": seed, "score": scorer.score}
+    return SEARCHES[kind](routes, costs.__getitem__, scorer, budget, **options)
 
 
 def adapt_to(
@@ -155,13 +154,16 @@ def adapt_to(
     out: str | os.PathLike[str],
     resume: bool = False,
     **options: Any,
-) -> Adapted:
-    """`adapt`, and write the adapter with this device's profile and the latency table to a folder.
+) -> AdaptResult:
+    """`adapt` a model, and write the adapter with this device's profile and latency table to a folder.
 
     Args:
-        model, data, budget, **options: of `adapt`.
-        out: folder; ``latency.json`` of an earlier call on this device is used again.
-        resume: go on with a search that was stopped.
+        model: model with stitches, on this device.
+        data: images of this device, with labels or without; see `restnet_hf.data.batches`.
+        budget: limits on the costs of the route.
+        out: folder for the adapter, ``latency.json`` and the state of the search.
+        resume: whether to resume a search that was stopped.
+        **options: other options of `adapt`.
     """
     _check_names(options.get("search"), options.get("predictor"))
     folder = Path(out)
@@ -173,91 +175,102 @@ def adapt_to(
     if _is_measured(budget):
         latency = model.measure_latency()
         latency.save(file)
-    found = adapt(model, data, budget, latency=latency, state=state, **options)
+    result = adapt(model, data, budget, latency=latency, state=state, **options)
     model.save_pretrained(folder)
-    if found.finished:
+    if result.finished:
         state.unlink(missing_ok=True)
-    return found
+    return result
 
 
 def device_images(model: StitchedModelForImageClassification, source: str, split: str, images: int) -> Dataset:
     """Images of a device, with their labels in the model's order if they have any.
 
+    Args:
+        model: model with an image processor.
+        source: images: a Hub id or a local folder.
+        split: split of the data set.
+        images: number of images, chosen at random.
+
     Raises:
-        ValueError: their classes are not the model's, or they cannot be read.
+        ValueError: the classes of the images are not the model's, or the images cannot be read.
     """
     rows = subset(load_images(source, split), images)
     order = None
     if "label" in rows.column_names:
-        names, mine = class_names_of(rows), list(model.config.id2label.values())
-        order = label_order(names, mine)
+        names, classes = class_names_of(rows), list(model.config.id2label.values())
+        order = label_order(names, classes)
         if order is None:
-            raise ValueError(f"the images have {len(names)} classes, which are not the model's {len(mine)}")
+            raise ValueError(f"the images have {len(names)} classes, which are not the model's {len(classes)}")
     return with_pixel_values(rows, model.image_processor, order)
 
 
 def parse_budget(texts: Iterable[str]) -> Budget:
-    """A budget from texts like ``latency_ms=20``; ValueError where one is not a known cost and a number."""
+    """A budget from texts such as ``latency_ms=20``.
+
+    Args:
+        texts: limits, each the name of a cost, ``=`` and a number.
+
+    Raises:
+        ValueError: a text is not the name of a cost and a number.
+    """
     limits = dict(text.partition("=")[::2] for text in texts)
     try:
         return Budget(**{cost.strip(): float(limit) for cost, limit in limits.items()})
     except (TypeError, ValueError) as error:
-        known = [field.name for field in fields(Budget)]
-        raise ValueError(f"budget {[*texts]} must be of the form COST=NUMBER, COST one of {known}: {error}") from error
+        names = [field.name for field in fields(Budget)]
+        raise ValueError(f"budget {[*texts]} must be of the form COST=NUMBER, COST one of {names}: {error}") from error
 
 
 def _is_measured(budget: Budget) -> bool:
-    """Whether it limits what a device must be measured for."""
+    """Whether a budget limits costs that are measured on the device."""
     return budget.latency_ms is not None or budget.energy_j is not None
 
 
 def _corrected_costs(
     model: StitchedModelForImageClassification, latency: LatencyTable | None
 ) -> Callable[[Route], dict[str, float]]:
-    """The costs of routes; latencies, and energies, by as much more as the table's own checks were."""
-    costs, off = (
-        model.route_costs(latency=latency, memory=True),
-        1.0 if latency is None else _off(latency.checks.values()),
-    )
+    """A function that returns the costs of a route, with latency and energy corrected by the checks of the table."""
+    costs = model.route_costs(latency=latency, memory=True)
+    ratio = 1.0 if latency is None else _latency_ratio(latency.checks.values())
 
     def corrected(route: Route) -> dict[str, float]:
-        return _times(off, costs(route))
+        return _scale_measured(costs(route), ratio)
 
     return corrected
 
 
-def _times(change: float, costs: Mapping[str, float]) -> dict[str, float]:
-    """Costs with what was measured changed."""
-    return {cost: change * value if cost in ("latency_ms", "energy_j") else value for cost, value in costs.items()}
+def _scale_measured(costs: Mapping[str, float], ratio: float) -> dict[str, float]:
+    """Costs with latency and energy multiplied by a ratio."""
+    return {cost: ratio * value if cost in ("latency_ms", "energy_j") else value for cost, value in costs.items()}
 
 
-def _off(checks: Iterable[LatencyCheck]) -> float:
-    """How many times longer routes take than the sum of their pieces; 1 where none was run."""
+def _latency_ratio(checks: Iterable[LatencyCheck]) -> float:
+    """Median ratio of measured to predicted latency; 1 where no route was run from end to end."""
     return statistics.median([check.measured.ms / check.predicted_ms for check in checks] or [1.0])
 
 
-def _keep(job: Search, judge: Judge, state: str | os.PathLike[str] | None) -> None:
+def _save_state(job: Search, scorer: Scorer, state: str | os.PathLike[str] | None) -> None:
     """Write the state of a search."""
     if state is not None:
-        stopped = {str(route): found for route, found in judge.stopped.items()}
+        stopped = {str(route): scored for route, scored in scorer.stopped.items()}
         with written_whole(state) as temporary:
-            temporary.write_text(json.dumps({"search": job.state_dict(), "stopped": stopped, "images": judge.images}))
+            temporary.write_text(json.dumps({"search": job.state_dict(), "stopped": stopped, "images": scorer.images}))
 
 
-def _go_on(job: Search, judge: Judge, state: str | os.PathLike[str] | None) -> None:
-    """Take up the state of an earlier search, if there is one."""
+def _load_state(job: Search, scorer: Scorer, state: str | os.PathLike[str] | None) -> None:
+    """Load the state of an earlier search, if there is one."""
     if state is None or not Path(state).exists():
         return
     try:
-        known = json.loads(Path(state).read_text())
-        job.load_state_dict(known["search"])
-        judge.images = int(known["images"])
-        judge.stopped = {Route.parse(name): (score, images) for name, (score, images) in known["stopped"].items()}
+        saved = json.loads(Path(state).read_text())
+        job.load_state_dict(saved["search"])
+        scorer.images = int(saved["images"])
+        scorer.stopped = {Route.parse(name): (score, images) for name, (score, images) in saved["stopped"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{os.fspath(state)}: {error}; remove it to begin anew") from error
 
 
-def _confirmed(
+def _confirm_latency(
     model: StitchedModelForImageClassification,
     rows: Sequence[ProfiledRoute],
     budget: Budget,
@@ -266,12 +279,12 @@ def _confirmed(
 ) -> tuple[ProfiledRoute, list[ProfiledRoute], dict[Route, LatencyCheck]]:
     """The best row whose latency was measured from end to end and is within the budget, and all rows corrected.
 
-    What was measured takes the place of what was foretold, and what the two differ by in the median corrects the
-    others: a device that is busy, or sums that are off.
+    Measured latencies replace the predicted ones, and the median of their ratios corrects the other predictions, which
+    are off where the device is busy or where the sums of pieces are.
     """
     checks: dict[Route, LatencyCheck] = {}
     while True:
-        corrected = [_corrected(row, checks, latency) for row in rows]
+        corrected = [_correct_row(row, checks, latency) for row in rows]
         scored = [row for row in corrected if score in row.scores]
         best = Profile(tuple(scored)).best(budget, score)
         if latency is None or best.route in checks:
@@ -282,13 +295,14 @@ def _confirmed(
         checks |= check_latency(latency, [(route, model.steps(route)) for route in routes])
 
 
-def _corrected(
+def _correct_row(
     row: ProfiledRoute, checks: Mapping[Route, LatencyCheck], latency: LatencyTable | None
 ) -> ProfiledRoute:
     if latency is None or not checks:
         return row
-    known = checks.get(row.route)
-    if known is not None:
-        joules = {} if known.joules is None else {"energy_j": known.joules / latency.batch_size}
-        return replace(row, costs={**row.costs, "latency_ms": known.measured.ms / latency.batch_size, **joules})
-    return replace(row, costs=_times(_off(checks.values()) / _off(latency.checks.values()), row.costs))
+    check = checks.get(row.route)
+    if check is not None:
+        joules = {} if check.joules is None else {"energy_j": check.joules / latency.batch_size}
+        return replace(row, costs={**row.costs, "latency_ms": check.measured.ms / latency.batch_size, **joules})
+    ratio = _latency_ratio(checks.values()) / _latency_ratio(latency.checks.values())
+    return replace(row, costs=_scale_measured(row.costs, ratio))

@@ -1,4 +1,4 @@
-"""Routes as genomes: the stitches they take in turn, and which routes are one change of a stitch away. No torch."""
+"""Routes as genomes, which list their stitches, and the routes that differ by one change of a stitch. No torch."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,42 +10,45 @@ from restnet_hf.routes.route import Route, StitchPoint
 
 
 Genome = tuple[str, str, tuple[StitchPoint, ...]]
-"""Whose stitches a route takes, the anchor that it begins with, and its stitches from the image on."""
+"""The adapter of a route's stitches, the anchor that the route begins with, and its stitches from the image on."""
 
 
 def genome(route: Route) -> Genome:
-    """Of ``a[:2] + b[3:5] + a[6:]``: ``("", "a", (stitch from a 2 to b 3, stitch from b 5 to a 6))``."""
+    """The genome of a route.
+
+    That of ``a[:2] + b[3:5] + a[6:]`` is ``("", "a", (stitch from a 2 to b 3, stitch from b 5 to a 6))``.
+    """
     return route.adapter, route.segments[0].anchor, route.stitch_points
 
 
 class Neighbours:
-    """Which candidates are one change away from a candidate: a stitch more, one fewer, or another one nearby.
+    """The candidates that differ from a candidate by one change: a stitch more, one fewer, or a similar one instead.
 
-    A skip, which leaves an anchor and enters it again, is a stitch as well. All stitches are those of candidates, so
-    that a change leads to what there is: where every stitch joins cuts of the same depth, so does every new one.
+    A skip, which leaves an anchor and enters it again, is a stitch too. New stitches are taken from other candidates,
+    so that changes lead to candidates: where every stitch joins cuts of the same depth, so does every new one.
 
     Args:
-        routes: the candidates.
-        reach: by how many cuts each end of a stitch may move.
+        routes: routes that are candidates.
+        reach: largest number of cuts by which each end of a stitch may move.
     """
 
     def __init__(self, routes: Sequence[Route], reach: int = 2) -> None:
         self._genomes = [genome(route) for route in routes]
-        self._numbers = {found: number for number, found in enumerate(self._genomes)}
+        self._numbers = {each: number for number, each in enumerate(self._genomes)}
         self._from: dict[tuple[str, str], list[StitchPoint]] = defaultdict(list)
         for stitch in dict.fromkeys(stitch for *_, stitches in self._genomes for stitch in stitches):
             self._from[stitch.adapter, stitch.source].append(stitch)
         self._reach = reach
-        self.of = lru_cache(maxsize=8192)(self._of)  # a search asks for those of its few best routes again and again
+        self.of = lru_cache(maxsize=8192)(self._of)  # a search often asks for the same few routes
 
     def _of(self, number: int) -> np.ndarray:
-        """The numbers of the neighbours of the candidate of that number, (neighbours,)."""
-        found = dict.fromkeys(self._numbers.get(changed) for changed in self._changed(self._genomes[number]))
-        return np.array([other for other in found if other is not None and other != number], dtype=int)
+        """Indices of the neighbours of the candidate with an index, (neighbours,)."""
+        numbers = dict.fromkeys(self._numbers.get(changed) for changed in self._changed(self._genomes[number]))
+        return np.array([other for other in numbers if other is not None and other != number], dtype=int)
 
-    def _changed(self, of: Genome) -> Iterator[Genome]:
-        """What it may become; some are of no route."""
-        adapter, first, stitches = of
+    def _changed(self, original: Genome) -> Iterator[Genome]:
+        """Genomes that differ by one change; some belong to no route."""
+        adapter, first, stitches = original
         for place in range(len(stitches) + 1):
             before, after = stitches[:place], stitches[place:]
             anchor, cut = (before[-1].target, before[-1].target_cut) if before else (first, 0)

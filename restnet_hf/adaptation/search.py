@@ -1,4 +1,4 @@
-"""SEARCHES: the best routes under budgets from few evaluations; costs and scores are passed in. No torch."""
+"""SEARCHES: find the best routes under budgets with few evaluations; costs and scores are passed in. No torch."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from restnet_hf.adaptation.neighbours import Neighbours
-from restnet_hf.adaptation.surrogate import improvement, predicted, route_features, squared_distances, standard_scores
+from restnet_hf.adaptation.surrogate import improvement, predict, route_features, squared_distances, standard_scores
 from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
-NEAR = 0.8  # of a budget
+NEAR = 0.8  # share of a budget from which on a cost is close to it
 Costs = Callable[[Route], Mapping[str, float]]
 Scores = Callable[[Sequence[Route]], Mapping[Route, float]]
 Predictor = Callable[[Route], float | None]
@@ -23,7 +23,13 @@ Predictor = Callable[[Route], float | None]
 
 @dataclass(frozen=True)
 class Rejected:
-    """A candidate that was not chosen for a budget, why, and in words with the numbers."""
+    """A candidate that was not chosen for a budget.
+
+    Args:
+        route: the candidate that was rejected.
+        why: kind of the reason.
+        detail: reason in words, with the numbers.
+    """
 
     route: Route
     why: Literal["over budget", "worse", "not evaluated"]
@@ -32,14 +38,14 @@ class Rejected:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """What a search returns.
 
     Args:
-        best: of each budget, the evaluated route of the highest score within it; where none was evaluated, the one of
-            the most MACs within it, without a score.
-        rows: all candidates with their costs; those that were evaluated come first, in that order, with their score.
-        score: the key of the score.
-        finished: False where it was interrupted; `Search.run` then goes on.
+        best: for each budget, the evaluated route of the highest score within the budget; where none was evaluated,
+            the route of the most MACs within the budget, without a score.
+        rows: all candidates with their costs; the evaluated ones come first, in order of evaluation, with their score.
+        score: key of the score.
+        finished: whether the search ended by itself; False after an interrupt, from which `Search.run` goes on.
     """
 
     best: Mapping[Budget, ProfiledRoute]
@@ -53,11 +59,19 @@ class SearchResult:
         return tuple(row for row in self.rows if self.score in row.scores)
 
     def pareto(self, cost: str = "macs") -> tuple[ProfiledRoute, ...]:
-        """Those evaluated that no other beats on both ``cost`` and score, the cheapest first."""
+        """The evaluated routes that no other beats in both cost and score, the cheapest first.
+
+        Args:
+            cost: name of the cost.
+        """
         return Profile(self.evaluated).pareto(cost, self.score)
 
     def rejected(self, budget: Budget) -> list[Rejected]:
-        """Every candidate but the best one for ``budget``, one of those searched for, with the reason."""
+        """All candidates but the best one for a budget, with the reasons.
+
+        Args:
+            budget: one of the budgets of the search.
+        """
         best = self.best[budget]
         return [self._reason(row, best, budget) for row in self.rows if row.route != best.route]
 
@@ -76,19 +90,22 @@ class SearchResult:
 class Search(ABC):
     """Evaluates candidates, a batch at a time, until none is left or the limit is reached.
 
-    Iterating gives the rows of each batch when it is evaluated. It can be left at any time and gone on with, in this
-    process or from `state_dict`, and then evaluates what it would have evaluated. Several budgets share evaluations.
+    Iterating yields the rows of each batch when it was evaluated. A search can be stopped at any time and resumed, in
+    this process or from `state_dict`, and then evaluates the same routes as without the stop. Several budgets share
+    evaluations.
 
     Args:
         candidates: routes to search; one that is given twice counts once.
-        costs: of a route; it is asked once for each candidate. Routes over all budgets are not evaluated.
-        scores: of a batch of routes, the higher the better; no route is asked for twice.
-        budgets: one or several.
-        max_evaluations: how many routes are evaluated at most; None for all that fit a budget.
-        seed: 0 or above.
+        costs: function that returns the costs of a route, called once for each candidate. Routes over all budgets are
+            not evaluated.
+        scores: function that returns the score of each route of a batch, the higher the better; no route is scored
+            twice.
+        budgets: one budget or several.
+        max_evaluations: largest number of routes to evaluate; None for all that fit a budget.
+        seed: seed of random draws, 0 or above.
         score: key of the scores in the result.
-        batch_size: how many routes are evaluated at a time.
-        **options: of each search.
+        batch_size: number of routes that are evaluated at a time.
+        **options: options of the search.
 
     Raises:
         BudgetError: no candidate fits one of the budgets (the message names the cheapest), or a cost is missing.
@@ -118,29 +135,29 @@ class Search(ABC):
         self.scores, self.score, self.batch_size = scores, score, batch_size
         self.routes = tuple(self.costs)
         limits = [budget.limits for budget in self.budgets]
-        asked = dict.fromkeys(cost for each in limits for cost in each)
-        most = np.array([[[each.get(cost, math.inf) for cost in asked]] for each in limits])
-        self._costs = np.array([[found.get(cost, math.nan) for cost in asked] for found in self.costs.values()])
+        limited = dict.fromkeys(cost for each in limits for cost in each)
+        most = np.array([[[each.get(cost, math.inf) for cost in limited]] for each in limits])
+        self._costs = np.array([[each.get(cost, math.nan) for cost in limited] for each in self.costs.values()])
         self.fits = np.all(self._costs <= most, axis=2)  # (budgets, candidates)
-        self.shares = np.max(self._costs / most, axis=2)  # (budgets, candidates), of the limit that is closest
+        self.shares = np.max(self._costs / most, axis=2)  # (budgets, candidates), share of the closest limit
         for budget, fits in zip(self.budgets, self.fits, strict=True):
-            if not fits.any():  # then this says what there is
-                Profile(tuple(ProfiledRoute(route, found) for route, found in self.costs.items())).best(budget)
+            if not fits.any():  # this raises, with the cheapest route
+                Profile(tuple(ProfiledRoute(route, each) for route, each in self.costs.items())).best(budget)
         unknown = [str(self.routes[index]) for index in np.flatnonzero(~np.isfinite(self.shares).all(axis=0))]
         if unknown:
             raise ValueError(f"costs gave no finite number for {unknown}; leave out routes whose cost is not known")
         self.max_evaluations = len(self.routes) if max_evaluations is None else max_evaluations
-        self._found: dict[int, float] = {}  # by number of the candidate, in the order of evaluation
+        self._found: dict[int, float] = {}  # score by index of the candidate, in the order of evaluation
         self._pending: list[int] = []
         self._random = np.random.default_rng(seed)
 
     @abstractmethod
     def _propose(self, unseen: np.ndarray, most: int) -> list[int]:
-        """Which candidates to evaluate next: one to ``most`` of ``unseen``, (candidates,)."""
+        """Indices of the candidates to evaluate next: one to ``most`` in the mask ``unseen``, (candidates,)."""
 
     @property
     def _unseen(self) -> np.ndarray:
-        """Which candidates fit a budget and were not evaluated, (candidates,)."""
+        """Mask of the candidates that fit a budget and were not evaluated, (candidates,)."""
         unseen = np.array(self.fits.any(axis=0))
         unseen[[*self._found]] = False
         return unseen
@@ -153,7 +170,7 @@ class Search(ABC):
         """Evaluate the next batch; empty when the search is over.
 
         Raises:
-            ValueError: ``scores`` left out a route or gave one a score that is not a finite number.
+            ValueError: ``scores`` left out a route or returned a score that is not a finite number.
         """
         unseen, before = self._unseen, self._random.bit_generator.state
         most = max(0, min(self.max_evaluations - len(self._found), int(unseen.sum())))
@@ -161,7 +178,7 @@ class Search(ABC):
         if most and not self._pending:
             try:
                 self._pending = self._propose(unseen, most)
-            except BaseException:  # an interrupt: the next step must draw the same
+            except BaseException:  # after an interrupt the next step must draw the same
                 self._random.bit_generator.state = before
                 raise
         if not self._pending:
@@ -176,10 +193,10 @@ class Search(ABC):
         return [self._row(index) for index in done]
 
     def run(self, callback: Callable[[list[ProfiledRoute]], object] | None = None) -> SearchResult:
-        """Search to the end; KeyboardInterrupt ends it early with the best found so far.
+        """Search to the end; KeyboardInterrupt ends the search early with the best route so far.
 
         Args:
-            callback: called with the rows of each batch.
+            callback: function that is called with the rows of each batch.
         """
         try:
             for rows in self:
@@ -190,11 +207,15 @@ class Search(ABC):
         return self.result()
 
     def result(self, finished: bool = True) -> SearchResult:
-        """What has been found so far."""
+        """The result so far.
+
+        Args:
+            finished: whether the search ended by itself.
+        """
         best = {}
         for budget, fits in zip(self.budgets, self.fits, strict=True):
-            known = [index for index in self._found if fits[index]] or [*np.flatnonzero(fits)]
-            best[budget] = Profile(tuple(map(self._row, known))).best(budget, self.score)
+            within = [index for index in self._found if fits[index]] or [*np.flatnonzero(fits)]
+            best[budget] = Profile(tuple(map(self._row, within))).best(budget, self.score)
         order = dict.fromkeys([*self._found, *range(len(self.routes))])
         return SearchResult(best, tuple(map(self._row, order)), self.score, finished)
 
@@ -203,7 +224,7 @@ class Search(ABC):
         return ProfiledRoute(self.routes[index], self.costs[self.routes[index]], scores)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the search goes on from; JSON can hold it."""
+        """The state of the search, as JSON can hold it."""
         return {
             "search": type(self).__name__,
             "found": {str(self.routes[index]): score for index, score in self._found.items()},
@@ -212,15 +233,18 @@ class Search(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; with other budgets or costs, what was evaluated is not evaluated again.
+        """Resume from a state; budgets and costs may be others, and evaluated routes are not evaluated again.
+
+        Args:
+            state: state that `state_dict` returned.
 
         Raises:
-            ValueError: it is of another kind of search or of other candidates, or is not a state.
+            ValueError: the state belongs to another kind of search or other candidates, or is invalid.
         """
         names = {str(route): index for index, route in enumerate(self.routes)}
         try:
             if state["search"] != type(self).__name__:
-                raise ValueError(f"it is of {state['search']}, not of {type(self).__name__}")
+                raise ValueError(f"it belongs to {state['search']}, not to {type(self).__name__}")
             if others := sorted({*state["found"], *state["pending"]} - names.keys()):
                 raise ValueError(f"it holds {others}, which are not among the candidates")
             found = {names[name]: float(score) for name, score in state["found"].items()}
@@ -234,7 +258,7 @@ class Search(ABC):
 
 
 class Exhaustive(Search):
-    """Every route that fits a budget, those with the same beginning in the same batch."""
+    """Evaluates every route that fits a budget; routes with the same beginning are in the same batch."""
 
     @cached_property
     def _sorted(self) -> list[int]:
@@ -249,18 +273,19 @@ def _from_the_image_on(route: Route) -> tuple[Any, ...]:
 
 
 class Ranked(Search):
-    """What a predictor puts first, the budgets in turn.
+    """Evaluates the routes that a predictor ranks first, for each budget in turn.
 
     Args:
-        candidates, costs, scores, budgets, **options: see `Search`.
-        predictor: of a route, the higher the better: ``Similarity.value`` of a selector, say, or the score on a few
-            images. None or NaN comes last.
+        *args: candidates, costs, scores and budgets, as in `Search`.
+        predictor: function that returns a prediction for a route, the higher the better, such as ``Similarity.value``
+            of a selector or the score on a few images. Routes with None or NaN come last.
+        **options: other options of `Search`.
     """
 
     def __init__(self, *args: Any, predictor: Predictor, **options: Any) -> None:
         super().__init__(*args, **options)
-        said = _said(predictor, self.routes)
-        self.predicted = np.where(np.isnan(said), -math.inf, said)
+        values = _predictions(predictor, self.routes)
+        self.predicted = np.where(np.isnan(values), -math.inf, values)
 
     def _propose(self, unseen: np.ndarray, most: int) -> list[int]:
         chosen: list[int] = []
@@ -272,27 +297,29 @@ class Ranked(Search):
         return chosen
 
 
-def _said(predictor: Predictor, routes: Sequence[Route]) -> np.ndarray:
-    """What a predictor says of routes, NaN where it says nothing, (routes,)."""
+def _predictions(predictor: Predictor, routes: Sequence[Route]) -> np.ndarray:
+    """Predictions for routes, NaN where there is none, (routes,)."""
     return np.array([math.nan if (value := predictor(route)) is None else value for route in routes], dtype=float)
 
 
 class Evolution(Search):
     """Evolution after AdaptiveNet's search on the device (arXiv 2303.07129), with a surrogate before each evaluation.
 
-    The first fifth of the routes cost nearly as much as a budget allows. From then on parents are drawn from the best
-    quarter of those that fit a budget, the better the more often. In a child a stitch or a skip comes, goes, moves or
-    changes its length. A child that is over the budget is compensated: a second change brings it within. One child in
-    ten is any candidate. Of the children those are evaluated of which a Gaussian process on what is known expects the
-    largest improvement, summed over the budgets.
+    The first fifth of the evaluated routes cost nearly as much as a budget allows. After them, parents are drawn from
+    the best quarter of the routes that fit a budget, the better the more often. In a child a stitch or a skip is
+    added, removed, moved or changed in length. Where a child is over the budget, a second change compensates for the
+    first. One child in ten is any candidate. Those children are evaluated for which a Gaussian process on the
+    evaluated routes predicts the largest improvement, summed over the budgets.
 
-    Unlike in AdaptiveNet there is no crossover, and nothing that is over all budgets is evaluated.
+    Unlike in AdaptiveNet there is no crossover, and no route over all budgets is evaluated.
 
     Args:
-        candidates, costs, scores, budgets, **options: see `Search`. By default ``batch_size`` is a third of the root
-            of all evaluations, 1 to 32: the smaller, the better informed.
-        predictor: as of `Ranked`; how far to follow it is learned. None and NaN say nothing of a route.
-        children: how many are drawn for each batch; where no more candidates are left, those are taken.
+        *args: candidates, costs, scores and budgets, as in `Search`.
+        predictor: function that returns a prediction for a route, the higher the better; None and NaN stand for no
+            prediction. The search learns how reliable the predictions are.
+        children: number of children that are drawn for each batch; where fewer candidates are left, all of them.
+        **options: other options of `Search`. By default ``batch_size`` is a third of the root of the number of
+            evaluations, from 1 to 32: smaller batches are chosen with more knowledge.
     """
 
     def __init__(
@@ -305,17 +332,17 @@ class Evolution(Search):
         self.batch_size = options.get("batch_size", min(max(1, math.isqrt(total) // 3), 32))
         self.children, self.population = children, min(max(4, total // 5), 100)
         self._neighbours = Neighbours(self.routes)
-        features, said = route_features(self.routes, self._costs), _said(predictor, self.routes)
-        said[~self.fits.any(axis=0)] = math.nan  # only routes that fit a budget are compared
-        self._features = np.column_stack([features, standard_scores(said)])
+        features, values = route_features(self.routes, self._costs), _predictions(predictor, self.routes)
+        values[~self.fits.any(axis=0)] = math.nan  # only routes that fit a budget are compared
+        self._features = np.column_stack([features, standard_scores(values)])
 
     def _propose(self, unseen: np.ndarray, most: int) -> list[int]:
         if len(self._found) < self.population:
             return self._first(unseen, min(most, self.population - len(self._found)))
-        return self._screened(self._brood(unseen), min(most, self.batch_size))
+        return self._screen(self._children(unseen), min(most, self.batch_size))
 
     def _first(self, unseen: np.ndarray, count: int) -> list[int]:
-        """Routes near each budget in turn, unlike one another: of 8 near it the one farthest from those chosen."""
+        """Different routes close to each budget in turn: of 8 close ones the one farthest from those chosen."""
         chosen: list[int] = []
         turns = np.linspace(0, len(self.budgets) - 1, min(count, len(self.budgets))).round().astype(int)
         for number in range(count):
@@ -329,8 +356,8 @@ class Evolution(Search):
             unseen[chosen[-1]] = False
         return chosen
 
-    def _brood(self, unseen: np.ndarray) -> np.ndarray:
-        """Children to choose from, of each budget in turn; all that is unseen where that is no more than asked for."""
+    def _children(self, unseen: np.ndarray) -> np.ndarray:
+        """Children to choose from, for each budget in turn; all unseen candidates where these are few."""
         left = np.flatnonzero(unseen)
         if len(left) <= self.children:
             return left
@@ -339,44 +366,47 @@ class Evolution(Search):
         for number in range(self.children):
             budget = number % len(self.budgets)
             child = self.child(parents[budget], budget) if parents[budget] and self._random.random() > 0.1 else None
-            child = self._one_of(left) if child is None else child
+            child = self._draw(left) if child is None else child
             if unseen[child]:
                 born[child] = None
         return np.array([*born] or left)
 
     def _parents(self, fits: np.ndarray) -> list[int]:
-        """The best quarter of what was evaluated within a budget, the best first; at least 4 if there are so many."""
+        """The best quarter of the evaluated routes within a budget, the best first; at least 4 if possible."""
         fitting = sorted((i for i in self._found if fits[i]), key=self._found.__getitem__, reverse=True)
         return fitting[: max(4, len(fitting) // 4)]
 
     def child(self, parents: Sequence[int], budget: int) -> int | None:
-        """The number of a candidate within a budget, one change or two from a parent; None where a draw led to none.
+        """Draw a candidate within a budget that differs from a parent by one or two changes.
 
         Args:
-            parents: numbers of candidates, the best first; the better, the more often drawn.
-            budget: its number.
+            parents: indices of candidates, the best first; better ones are drawn more often.
+            budget: index of the budget.
+
+        Returns:
+            Index of the candidate; None where the draw led to none.
         """
         parent = parents[int(len(parents) * self._random.random() ** 2)]
         changed = self._neighbours.of(parent)
-        mutant = self._one_of(changed) if len(changed) else None
+        mutant = self._draw(changed) if len(changed) else None
         if mutant is None or self.fits[budget, mutant]:
             return mutant
         compensated = self._neighbours.of(mutant)
         within = compensated[self.fits[budget, compensated]]
-        return self._one_of(within) if len(within) else None
+        return self._draw(within) if len(within) else None
 
-    def _one_of(self, numbers: np.ndarray) -> int:
+    def _draw(self, numbers: np.ndarray) -> int:
         return int(numbers[int(len(numbers) * self._random.random())])
 
-    def _screened(self, brood: np.ndarray, count: int) -> list[int]:
-        """Those of which the surrogate expects the most, summed over the budgets that they fit."""
-        seen = np.array([*self._found][-512:])  # more would take longer than they tell
+    def _screen(self, children: np.ndarray, count: int) -> list[int]:
+        """The children of the largest predicted improvement, summed over the budgets that they fit."""
+        seen = np.array([*self._found][-512:])  # more would cost more time than they are worth
         values = np.array([self._found[index] for index in seen])
-        means, deviations = predicted(self._features[seen], values, self._features[brood])
+        means, deviations = predict(self._features[seen], values, self._features[children])
         best = [values[fits[seen]].max(initial=values.min()) for fits in self.fits]
         gains = [improvement(means, deviations, value) for value in best]
-        order = np.argsort(-(self.fits[:, brood] * gains).sum(axis=0), kind="stable")
-        return [int(index) for index in brood[order[:count]]]
+        order = np.argsort(-(self.fits[:, children] * gains).sum(axis=0), kind="stable")
+        return [int(index) for index in children[order[:count]]]
 
 
 SEARCHES: dict[str, type[Search]] = {"exhaustive": Exhaustive, "evolution": Evolution, "ranked": Ranked}

@@ -390,3 +390,8 @@ def free_name(name: str) -> str:
     while hasattr(nn.ModuleDict(), name):
         name += "_"
     return name
+
+
+def largest_anchor(anchors: Iterable[Anchor]) -> Anchor:
+    """The anchor with the most parameters; of several, the first."""
+    return max(anchors, key=Anchor.num_parameters)

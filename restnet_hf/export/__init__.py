@@ -1,4 +1,4 @@
-"""Routes as files for the runtimes of devices."""
+"""Export of routes to the runtimes of devices."""
 
 from typing import TYPE_CHECKING
 
@@ -8,11 +8,9 @@ from restnet_hf.public_names import imported_when_used
 if TYPE_CHECKING:
     from restnet_hf.export.export import DisagreementError, export_routes
     from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExportError
-    from restnet_hf.export.exporters import EXPORTERS
 
 MODULES = {
     "DisagreementError": "export.export",
-    "EXPORTERS": "export.exporters",
     "Exporter": "export.exporter",
     "Quantization": "export.exporter",
     "UnsupportedExportError": "export.exporter",

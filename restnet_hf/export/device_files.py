@@ -1,4 +1,4 @@
-"""What an exported folder says in plain files: how images are prepared, and a script that runs a route."""
+"""Plain files of an exported folder: how images are prepared, and a script that runs a route."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,39 +9,20 @@ from PIL import Image
 from restnet_hf.data.preprocessing import Preprocessing, prepare
 from restnet_hf.runtime.exported_files import LABELS, PREPROCESSING
 from restnet_hf.runtime.exported_model import prepare_image
+from restnet_hf.runtime.runners import RUNTIMES
 
 
-SIZES = ((320, 240), (190, 250))  # of pictures, width and height, on which two ways of preparing are compared
-LEVELS = 2.0  # of 255 by which they may differ on average
-SQUASHED_FROM = 384  # pixels from which on ConvNeXt's processor does not crop
-LOAD = {  # runtime: what a script imports, and how it gets logits of x
-    "onnx": (
-        "onnxruntime",
-        'onnxruntime.InferenceSession(here / "{file}").run(None, {{"pixel_values": x}})[0][0]',
-    ),
-    "openvino": (
-        "openvino",
-        'openvino.compile_model(openvino.Core().read_model(here / "{file}", here / "{weights}"), "CPU")(x)[0][0]',
-    ),
-    "executorch": (
-        "torch, executorch.runtime",
-        'executorch.runtime.Runtime.get().load_program(here / "{file}").load_method("{method}")'
-        ".execute([torch.from_numpy(x)])[0][0].numpy()",
-    ),
-    "torch": (
-        "torch",
-        'torch.export.load(here / "{file}").module()(torch.from_numpy(x).to(torch.{compute}))[0]'
-        ".detach().float().numpy()",
-    ),
-}
+SIZES = ((320, 240), (190, 250))  # width and height of the pictures on which two preprocessings are compared
+MAX_DIFFERENCE = 2.0  # mean difference of prepared pictures, in levels of 255
+UNCROPPED_FROM = 384  # edge in pixels from which on ConvNeXt's processor resizes without a crop
 
 
 def plain_preprocessing(processor: Any, preprocessing: Preprocessing) -> dict[str, Any]:
-    """How images are prepared, as `prepare_image` reads it.
+    """The settings of a preprocessing that `prepare_image` reads.
 
     Args:
-        processor: image processor of transformers; None where images are but scaled.
-        preprocessing: what was measured of it.
+        processor: image processor of transformers; None where images are only resized and normalised.
+        preprocessing: image size, mean and standard deviation of the processor.
 
     Raises:
         ValueError: the processor does more than resizing, cropping and normalising.
@@ -55,32 +36,33 @@ def plain_preprocessing(processor: Any, preprocessing: Preprocessing) -> dict[st
     edge = (settings.get("size") or {}).get("shortest_edge")
     how["resample"] = Image.Resampling(settings.get("resample", 2)).name.lower()
     if settings.get("crop_pct") is not None:  # as ConvNeXt's does it
-        if edge is not None and edge < SQUASHED_FROM:
+        if edge is not None and edge < UNCROPPED_FROM:
             how |= {"resize": int(edge / settings["crop_pct"]), "crop": size}
     elif settings.get("do_center_crop"):
         resized = [settings["size"][key] for key in ("height", "width")] if edge is None else edge
         how |= {"resize": resized, "crop": size}
     elif edge is not None:
         how |= {"resize": edge}
-    _compare(processor, how)
+    _check_same(processor, how)
     return how
 
 
-def _compare(processor: Any, how: Mapping[str, Any]) -> None:
-    """Raise ValueError where what is written prepares pictures in another way than the processor."""
-    dice = np.random.default_rng(0)
+def _check_same(processor: Any, how: Mapping[str, Any]) -> None:
+    """Raise ValueError where the settings prepare pictures in another way than the processor."""
+    rng = np.random.default_rng(0)
     for size in SIZES:
-        coarse = Image.fromarray(dice.integers(0, 256, (7, 6, 3), np.uint8))
+        coarse = Image.fromarray(rng.integers(0, 256, (7, 6, 3), np.uint8))
         picture = coarse.resize(size, Image.Resampling.BICUBIC)
-        mine, its = prepare_image(picture, how), prepare(processor, [picture])[0].numpy()
-        off = np.inf
-        if mine.shape == its.shape:
-            off = 255 * float((np.abs(mine - its) * np.array(how["std"], np.float32)[:, None, None]).mean())
-        if off > LEVELS:
+        ours, expected = prepare_image(picture, how), prepare(processor, [picture])[0].numpy()
+        difference = np.inf
+        if ours.shape == expected.shape:
+            scale = np.array(how["std"], np.float32)[:, None, None]
+            difference = 255 * float((np.abs(ours - expected) * scale).mean())
+        if difference > MAX_DIFFERENCE:
             raise ValueError(
                 f"{type(processor).__name__} prepares images in a way that is not resizing, cropping and normalising "
-                f"(off by {off:.1f} of 255 levels), so no exported route could be fed as its anchor was; load the "
-                "anchor with another image processor"
+                f"(off by {difference:.1f} of 255 levels), so an exported route would get other images than its "
+                "anchor; load the anchor with another image processor"
             )
 
 
@@ -88,12 +70,11 @@ def run_script(runtime: str, entry: Mapping[str, str], how: Mapping[str, Any], b
     """A script that classifies a picture with one route, and needs numpy, Pillow and the runtime alone.
 
     Args:
-        runtime: a key of `RUNNERS`.
-        entry: of the route.
-        how: from `plain_preprocessing`.
-        batch_size: that the file was made for; None for any.
+        runtime: a key of `RUNTIMES`.
+        entry: entry of the route, which names its files.
+        how: settings that `plain_preprocessing` returned.
+        batch_size: number of images that the file takes; None for any number.
     """
-    package, logits = LOAD[runtime]
     resize, crop = how["resize"], how["crop"]
     if isinstance(resize, int):
         size = f"[int({resize} * edge / min(image.size)) for edge in image.size]"
@@ -102,7 +83,7 @@ def run_script(runtime: str, entry: Mapping[str, str], how: Mapping[str, Any], b
     lines = [
         '"""Classify a picture: python run.py PICTURE"""',
         "import json, pathlib, sys",
-        f"import numpy as np, {package}",
+        f"import numpy as np, {RUNTIMES[runtime].script_imports}",
         "from PIL import Image",
         "here = pathlib.Path(__file__).parent",
         f'how, labels = (json.loads((here / name).read_text()) for name in ("{PREPROCESSING}", "{LABELS}"))',
@@ -118,7 +99,7 @@ def run_script(runtime: str, entry: Mapping[str, str], how: Mapping[str, Any], b
     lines += [
         'pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])',
         f"x = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]){many}",
-        f"logits = {logits.format(**entry)}",
+        f"logits = {RUNTIMES[runtime].script_logits.format(**entry)}",
         "print(labels[logits.argmax()])",
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""ExecuTorch programs (.pte) on XNNPACK; several routes are methods of one program, which has each weight once."""
+"""ExecuTorch programs (.pte) on XNNPACK; several routes are methods of one program, which holds each weight once."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from restnet_hf.routes.route import Route
 
 
 class ExecuTorchExporter(Exporter):
-    """ExecuTorch, for phones and boards; a program takes the number of images that it was made for."""
+    """Exporter for ExecuTorch, for phones and boards; a program takes a fixed number of images."""
 
     runtime = "executorch"
     packages = ("executorch.exir", "torchao.quantization.pt2e.quantize_pt2e")
@@ -22,9 +22,11 @@ class ExecuTorchExporter(Exporter):
     any_batch = False
 
     def convert(self, program: Program, precision: str) -> Program:
+        """The program itself: ExecuTorch lowers it when it is saved."""
         return program
 
     def quantize(self, model: Program, images: Iterable[np.ndarray], how: Quantization) -> Program:
+        """A program in eight bits, by XNNPACK's quantiser, with one scale for each channel of a weight."""
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
             XNNPACKQuantizer,
             get_symmetric_quantization_config,
@@ -34,21 +36,22 @@ class ExecuTorchExporter(Exporter):
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
         for layer in how.keep:
             quantizer.set_module_name(layer, None)
-        watched = prepare_pt2e(model.exported.module(), quantizer)
+        observed = prepare_pt2e(model.exported.module(), quantizer)
         batch = len(model.example)
         for image in images:
-            watched(torch.from_numpy(image).expand(batch, -1, -1, -1))
-        made = convert_pt2e(watched)
-        return replace(model, exported=torch.export.export(made, (model.example,), strict=False))
+            observed(torch.from_numpy(image).expand(batch, -1, -1, -1))
+        quantized = convert_pt2e(observed)
+        return replace(model, exported=torch.export.export(quantized, (model.example,), strict=False))
 
     def save(self, models: Mapping[Route, Program], folder: Path) -> dict[Route, dict[str, str]]:
+        """Write one program with a method for each route."""
         from executorch.exir import to_edge_transform_and_lower
 
         names = file_names(models)
         programs = {names[route]: program.exported for route, program in models.items()}
         try:
             lowered = to_edge_transform_and_lower(programs, partitioner=[_partitioner()]).to_executorch()
-        except Exception as error:  # of no common kind
+        except Exception as error:  # its errors have no class in common
             raise UnsupportedExportError(
                 f"{list(map(str, models))} cannot be written for ExecuTorch: {error}"
             ) from error
@@ -58,7 +61,7 @@ class ExecuTorchExporter(Exporter):
 
 
 def _partitioner() -> Any:
-    """XNNPACK's, with reshapes in float32 alone: one in eight bits that also changes the scale would not load."""
+    """XNNPACK's partitioner, with reshapes in float32 only: a quantised one that changes the scale would not load."""
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, ViewCopyConfig
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner

@@ -1,6 +1,7 @@
-"""Exporter: what a runtime must be able to do, and the file in which many routes share their weights."""
+"""Exporter: writes routes for one runtime; and the file in which several routes share their weights."""
 
 import hashlib
+import importlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -14,25 +15,25 @@ import torch
 
 from restnet_hf.export.programs import Program
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.runners import need
+from restnet_hf.runtime.runners import RUNTIMES, need
 
 
-ALIGNED = 64  # bytes: of a cache line, and of the widest vector
-QUANTIZED = "int8"  # precisions of this beginning
+ALIGNED = 64  # bytes of a cache line and of the widest vector, at multiples of which tensors begin
+QUANTIZED = "int8"  # prefix of the precisions that need calibration
 
 
 class UnsupportedExportError(ValueError):
-    """A runtime cannot do what a route needs."""
+    """A runtime does not support a precision, or an operation of a route."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model is brought to low precision.
+    """How a model is quantised.
 
     Args:
-        precision: one of those that begin with ``int8``.
-        careful: in the runtime's slower and more exact way, where it has one.
-        keep: layers, as `Program.layers` names them, that stay in full precision.
+        precision: a precision that begins with ``int8``.
+        careful: whether the runtime's slower and more exact algorithm is used, where it has one.
+        keep: names of the layers, as in `Program.layers`, that stay in full precision.
     """
 
     precision: str
@@ -43,24 +44,30 @@ class Quantization:
 class Exporter(ABC):
     """Writes routes for one runtime.
 
-    A subclass is one row of `EXPORTERS`; `RUNNERS` has a row of the same name that runs what it writes.
+    A row of `RUNTIMES` names a subclass, and has the function that runs what it writes.
+
+    Attributes:
+        runtime: key of the exporter's row in `RUNTIMES`.
+        packages: modules that the export needs.
+        precisions: precisions that the runtime supports.
+        any_batch: whether one file takes any number of images.
+        careful: whether there is a slower and more exact way to quantise.
+        dtypes: type of the weights by precision, where they are not in float32.
     """
 
     runtime: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     precisions: ClassVar[tuple[str, ...]]
-    any_batch: ClassVar[bool] = True  # one file takes any number of images
-    careful: ClassVar[bool] = False  # it can quantise more exactly, at a price
-    dtypes: ClassVar[Mapping[str, torch.dtype]] = MappingProxyType(
-        {}
-    )  # of weights, by precision, where they are not float32
+    any_batch: ClassVar[bool] = True
+    careful: ClassVar[bool] = False
+    dtypes: ClassVar[Mapping[str, torch.dtype]] = MappingProxyType({})
 
     def check(self, precision: str) -> None:
-        """Raise before anything is done.
+        """Check that a precision is supported and that all packages are installed.
 
         Raises:
             MissingRuntimeError: a package is not installed.
-            UnsupportedExportError: the runtime has no such precision.
+            UnsupportedExportError: the runtime does not support the precision.
         """
         if precision not in self.precisions:
             raise UnsupportedExportError(
@@ -71,29 +78,60 @@ class Exporter(ABC):
 
     @abstractmethod
     def convert(self, program: Program, precision: str) -> Any:
-        """A program in the runtime's own form."""
-
-    def quantize(self, model: Any, images: Iterable[np.ndarray], how: Quantization) -> Any:
-        """A converted model in low precision, by the runtime's own quantiser; ``model`` stays as it is.
+        """A program in the runtime's own format.
 
         Args:
-            model: from `convert`.
-            images: to calibrate with, each (1, 3, H, W).
-            how: see there.
+            program: program of a route.
+            precision: precision, one of `precisions`.
+        """
+
+    def quantize(self, model: Any, images: Iterable[np.ndarray], how: Quantization) -> Any:
+        """A converted model in low precision, by the runtime's own quantiser; ``model`` itself does not change.
+
+        Args:
+            model: a model that `convert` returned.
+            images: calibration images, each (1, 3, H, W).
+            how: the precision, and the layers that stay in full precision.
         """
         raise UnsupportedExportError(f"runtime '{self.runtime}' does not quantise")
 
     @abstractmethod
     def save(self, models: Mapping[Route, Any], folder: Path) -> dict[Route, dict[str, str]]:
-        """Write models, each weight once where the runtime allows it.
+        """Write models, with each weight once where the runtime allows it.
+
+        Args:
+            models: models that `convert` or `quantize` returned, by route.
+            folder: folder to write to.
 
         Returns:
-            What `RUNNERS` needs to find each again: ``file`` and more.
+            The entry of each route, from which the runtime loads it: ``file``, and the other `Runtime.fields`.
         """
 
 
+def load_exporter(runtime: str) -> Exporter:
+    """The exporter of a runtime.
+
+    Args:
+        runtime: a key of `RUNTIMES`.
+
+    Raises:
+        ValueError: there is no such runtime, or its exporter is for another one.
+    """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r} is not one of {sorted(RUNTIMES)}")
+    exporter = RUNTIMES[runtime].exporter
+    if isinstance(exporter, str):
+        module, _, name = exporter.partition(":")
+        exporter = getattr(importlib.import_module(module), name)
+    if isinstance(exporter, type):
+        exporter = exporter()
+    if exporter.runtime != runtime:
+        raise ValueError(f"the exporter of runtime '{runtime}' has runtime='{exporter.runtime}'; give both one name")
+    return exporter
+
+
 def file_names(routes: Iterable[Route]) -> dict[Route, str]:
-    """A name for each route in which only letters, digits and ``_`` are; ``model`` for one alone."""
+    """A file name for each route, of letters, digits and ``_``; ``model`` for a single route."""
     routes = list(routes)
     if len(routes) == 1:
         return {routes[0]: "model"}
@@ -105,17 +143,17 @@ def file_names(routes: Iterable[Route]) -> dict[Route, str]:
 
 
 class SharedWeights:
-    """A file of tensors in which equal bytes are once.
+    """A file of tensors that holds equal bytes once.
 
     Args:
-        file: open for writing.
+        file: file that is open for writing.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._places = file, dict[bytes, int]()
 
     def add(self, data: bytes) -> int:
-        """Where in the file the bytes are."""
+        """Write bytes that the file does not hold yet; returns their offset in the file."""
         key = hashlib.sha256(data).digest()
         if key not in self._places:
             self._file.write(bytes(-self._file.tell() % ALIGNED))

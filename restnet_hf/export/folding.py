@@ -1,4 +1,4 @@
-"""Stitches that need not run: an affine map before affine maps is one with them."""
+"""Folding of linear stitches: an affine map before other affine maps is merged into them."""
 
 from collections import Counter
 from typing import Any, cast
@@ -13,7 +13,7 @@ from restnet_hf.stitches.layers import LinearStitch, LowRankStitch
 
 aten = torch.ops.aten
 AFFINE = {aten.conv2d.default, aten.linear.default}
-MOVES = {  # operations that move numbers about and compute nothing
+MOVES = {  # operations that move numbers and compute nothing
     aten.alias.default,
     aten.clone.default,
     aten.contiguous.default,
@@ -25,11 +25,11 @@ MOVES = {  # operations that move numbers about and compute nothing
     aten.unflatten.int,
     aten.view.default,
 }
-TOLERANCE = 1e-4  # of the largest output; float32 rounding in networks is below
+TOLERANCE = 1e-4  # share of the largest output; rounding of networks in float32 is smaller
 
 
 def merge_stitches(steps: nn.Sequential) -> None:
-    """Give low-rank stitches the one affine map that they are."""
+    """Replace low-rank stitches by the single affine map that they compute."""
     for index, step in enumerate(steps):
         if isinstance(step, LowRankStitch):
             steps[index] = step.merged()
@@ -37,16 +37,19 @@ def merge_stitches(steps: nn.Sequential) -> None:
 
 @torch.no_grad()
 def fold_stitches(steps: nn.Sequential, example: Tensor, exported: ExportedProgram) -> int:
-    """Fold linear stitches into the layers that follow, where that is exact and saves work; returns how many.
+    """Fold linear stitches into the layers that follow, where that is exact and saves work.
 
-    A stitch goes where every way from it leads, through nothing but moves, to convolutions without padding or to
-    linear layers on its channels: W (V x + c) + b is (W V) x + (W c + b). Into a layer far wider than the stitch it
-    would cost more than it saves, and stays. What comes out is compared with what came out before, on noise.
+    A stitch is folded where its output goes, through nothing but moves, to convolutions without padding or to linear
+    layers on its channels: W (V x + c) + b is (W V) x + (W c + b). It is kept where the layer that follows is so wide
+    that folding costs more than it saves. The outputs before and after are compared on noise.
 
     Args:
         steps: a baked route; changed in place.
-        example: images.
-        exported: their graph; its modules' paths begin with ``steps.``.
+        example: images (N, 3, H, W) of noise.
+        exported: graph of the route; paths of its modules begin with ``steps.``.
+
+    Returns:
+        Number of stitches that were folded.
     """
     folded = 0
     for index, stitch in enumerate(steps):
@@ -59,8 +62,8 @@ def fold_stitches(steps: nn.Sequential, example: Tensor, exported: ExportedProgr
         proj: nn.Module = stitch.proj
         kept = [(layer.weight, layer.bias) for layer in layers]
         for layer in layers:
-            _absorb(layer, proj)
-        stitch.proj = cast(Any, nn.Identity())  # what else it does, resizing for one, is still done
+            _merge(layer, proj)
+        stitch.proj = cast(Any, nn.Identity())  # the stitch's other work, such as resizing, is still done
         if _same(steps, example, before) and count_macs(steps, example) < cost:
             folded += 1
             continue
@@ -73,31 +76,31 @@ def fold_stitches(steps: nn.Sequential, example: Tensor, exported: ExportedProgr
 def _same(steps: nn.Sequential, example: Tensor, before: Tensor) -> bool:
     try:
         return bool((steps(example) - before).abs().max() <= TOLERANCE * before.abs().max())
-    except RuntimeError:  # a network that counts on the number of channels
+    except RuntimeError:  # the network depends on the number of channels
         return False
 
 
 def _following(exported: ExportedProgram, path: str) -> list[str]:
-    """Paths, in the steps, of all layers that the output of a layer goes to; none where one cannot take it in."""
+    """Paths in the steps of all layers that take a layer's output; none where one of them cannot be merged."""
     graph = exported.graph
     uses = Counter(module_of(node) for node in graph.nodes if node.target in AFFINE)
     pending = [node for node in graph.nodes if node.target in AFFINE and module_of(node) == path]
     if len(pending) != 1:
         return []
-    found: dict[str, None] = {}
+    layers: dict[str, None] = {}
     while pending:
         for user in pending.pop().users:
             if user.target in MOVES:
                 pending.append(user)
-            elif _takes_in(user) and uses[module_of(user)] == 1:
-                found[module_of(user).removeprefix("steps.")] = None
+            elif _can_merge(user) and uses[module_of(user)] == 1:
+                layers[module_of(user).removeprefix("steps.")] = None
             else:
                 return []
-    return list(found)
+    return list(layers)
 
 
-def _takes_in(node: fx.Node) -> bool:
-    """Whether a node is a layer without padding or groups, on weights as they are in its module."""
+def _can_merge(node: fx.Node) -> bool:
+    """Whether a node is a layer without padding or groups that uses the weights of its module unchanged."""
     args: list[Any] = [*node.args]
     if node.target not in AFFINE or args[1].op != "placeholder":
         return False
@@ -107,15 +110,15 @@ def _takes_in(node: fx.Node) -> bool:
     return not any(args[4]) and args[6] == 1
 
 
-def _absorb(layer: Any, before: Any) -> None:
-    """Make a layer do what another one does before it."""
+def _merge(layer: Any, before: Any) -> None:
+    """Merge the affine map before a layer into the layer."""
     inner = before.weight.flatten(1).double()  # (C, C in)
     shift = before.bias.double()
     weight = layer.weight.double()
     if weight.dim() == 4:
         changed = torch.einsum("ochw,ci->oihw", weight, inner)
         moved = weight.sum((2, 3)) @ shift
-    else:  # a patch merge has the channels of several positions side by side
+    else:  # a patch merge takes the channels of several positions side by side
         pieces = weight.unflatten(1, (-1, len(inner)))
         changed, moved = (pieces @ inner).flatten(1), pieces.sum(1) @ shift
     bias = moved if layer.bias is None else layer.bias.double() + moved
@@ -124,6 +127,6 @@ def _absorb(layer: Any, before: Any) -> None:
 
 
 def module_of(node: fx.Node) -> str:
-    """Path of the module in whose forward a node is."""
+    """Path of the module whose forward the node belongs to."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((path for path, _ in reversed(stack.values())), "")

@@ -30,51 +30,60 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 LAYER_TYPES = ("Conv", "MatMul", "Gemm")
-SMALL = 1024  # bytes that stay in the graph
+SMALL = 1024  # bytes below which a tensor stays in the graph
 WEIGHTS = "weights.bin"
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A graph, and by name of each node the layer that it is, or follows, as the path of that module."""
+    """An ONNX graph.
+
+    Args:
+        proto: graph as ONNX's protocol buffer.
+        layers: by name of each node, the path of the module that the node computes or follows.
+    """
 
     proto: ModelProto
     layers: Mapping[str, str]
 
     def nodes(self, layers: Collection[str]) -> list[str]:
-        """Names of the nodes of some layers, with what is done to their outputs before the next layer."""
+        """Names of the nodes of some layers, and of the nodes between them and the next layer."""
         return [name for name, layer in self.layers.items() if layer in layers]
 
 
 def to_onnx(program: Program, precision: str) -> OnnxModel:
-    """A program as ONNX, without the notes on where in the source it comes from.
+    """A program as ONNX, without metadata on the source code.
 
-    Norms become one with the convolutions before them only for low precision, which must see both as one. Otherwise a
-    runtime does that as it loads, and routes whose norms were tuned still share their convolutions.
+    Norms are merged into the convolutions before them only for low precision, which must quantise both as one.
+    Otherwise the runtime merges them when it loads, and routes with tuned norms still share their convolutions.
+
+    Args:
+        program: program of a route.
+        precision: a precision of the runtime.
 
     Raises:
-        UnsupportedExportError: an operation has no counterpart.
+        UnsupportedExportError: ONNX has no counterpart of an operation.
     """
     from onnxscript import optimizer
 
-    one = precision.startswith(QUANTIZED)
+    merge_norms = precision.startswith(QUANTIZED)
     with _quiet():
         try:
-            made = torch.onnx.export(
+            exported = torch.onnx.export(
                 program.exported,
                 dynamo=True,
                 verbose=False,
-                optimize=one,
+                optimize=merge_norms,
                 input_names=["pixel_values"],
                 output_names=["logits"],
             )
-            assert made is not None
-            if not one:
+            assert exported is not None
+            if not merge_norms:
                 for clean in (optimizer.inline, optimizer.fold_constants, optimizer.remove_unused_nodes):
-                    clean(made.model)
-        except Exception as error:  # of several libraries, of no common kind
+                    clean(exported.model)
+        except Exception as error:  # errors of several libraries, which have no class in common
             raise UnsupportedExportError(f"route '{program.route}' cannot be written as ONNX: {error}") from error
-    proto = made.model_proto
+    proto = exported.model_proto
     layers, last = dict[str, str](), ""
     for node in proto.graph.node:
         last = _layer(node) if node.op_type in LAYER_TYPES else last
@@ -87,7 +96,7 @@ def to_onnx(program: Program, precision: str) -> OnnxModel:
 
 
 def _layer(node: NodeProto) -> str:
-    """The module that a node is of. A convolution that took in a norm goes by its weight."""
+    """Path of the module that a node belongs to; for a convolution merged with a norm, from the name of its weight."""
     weight = node.input[1] if len(node.input) > 1 else ""
     if weight.endswith(".weight"):
         return weight.removesuffix(".weight")
@@ -97,7 +106,7 @@ def _layer(node: NodeProto) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's notes on opsets and optimisers are of no use to people."""
+    """Silence the exporter's logs on opsets and optimisers, which do not concern users."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     before = [logger.level for logger in loggers]
     try:
@@ -110,8 +119,11 @@ def _quiet() -> Iterator[None]:
 
 
 class OnnxExporter(Exporter):
-    """ONNX Runtime: ``int8`` is static, every activation on a scale that calibration found; ``int8_dynamic`` scales
-    the inputs of matrix products as they come, and leaves convolutions as they are."""
+    """Exporter for ONNX Runtime.
+
+    ``int8`` is static: every activation has a scale from calibration. ``int8_dynamic`` computes the scales of the
+    inputs of matrix products in each run, and does not quantise convolutions.
+    """
 
     runtime = "onnx"
     packages = ("onnx", "onnxscript", "onnxruntime")
@@ -119,9 +131,11 @@ class OnnxExporter(Exporter):
     careful = True
 
     def convert(self, program: Program, precision: str) -> OnnxModel:
+        """A program as ONNX; see `to_onnx`."""
         return to_onnx(program, precision)
 
     def quantize(self, model: OnnxModel, images: Iterable[np.ndarray], how: Quantization) -> OnnxModel:
+        """A model in eight bits, by ONNX Runtime's quantiser."""
         import onnx
         from onnxruntime import quantization as q
 
@@ -132,19 +146,20 @@ class OnnxExporter(Exporter):
         options |= {"weight_type": q.QuantType.QUInt8 if how.careful else q.QuantType.QInt8}
         options |= {"reduce_range": not how.careful}
         if dynamic or any(node.op_type == "Softmax" for node in model.proto.graph.node):
-            # what lies between the matrix products of a transformer has outliers, and is cheap
+            # the operations between the matrix products of a transformer have outliers, and are cheap
             options["op_types_to_quantize"] = ["MatMul", "Gemm"] if dynamic else list(LAYER_TYPES)
             options["extra_options"] = {"MatMulConstBOnly": True}
         with tempfile.TemporaryDirectory() as name, _quiet():
-            given, made = Path(name) / "given.onnx", Path(name) / "made.onnx"
-            onnx.save(model.proto, given)
+            source, target = Path(name) / "source.onnx", Path(name) / "target.onnx"
+            onnx.save(model.proto, source)
             if dynamic:
-                q.quantize_dynamic(given, made, **options)
+                q.quantize_dynamic(source, target, **options)
             else:
-                q.quantize_static(given, made, _Reader(images), activation_type=q.QuantType.QUInt8, **options)
-            return OnnxModel(onnx.load(made), model.layers)
+                q.quantize_static(source, target, _Reader(images), activation_type=q.QuantType.QUInt8, **options)
+            return OnnxModel(onnx.load(target), model.layers)
 
     def save(self, models: Mapping[Route, OnnxModel], folder: Path) -> dict[Route, dict[str, str]]:
+        """Write one graph for each route; the weights of several routes are in one file."""
         import onnx
 
         names = file_names(models)
@@ -155,12 +170,12 @@ class OnnxExporter(Exporter):
         with open(folder / WEIGHTS, "wb") as file:
             weights = SharedWeights(file)
             for route, model in models.items():
-                onnx.save(_outside(model.proto, weights), folder / f"{names[route]}.onnx")
+                onnx.save(_with_external_weights(model.proto, weights), folder / f"{names[route]}.onnx")
         return {route: {"file": f"{name}.onnx"} for route, name in names.items()}
 
 
-def _outside(proto: ModelProto, weights: SharedWeights) -> ModelProto:
-    """The graph with its tensors in a file beside it."""
+def _with_external_weights(proto: ModelProto, weights: SharedWeights) -> ModelProto:
+    """A copy of the graph whose large tensors are in a file of weights."""
     from onnx import numpy_helper
     from onnx.external_data_helper import set_external_data
 
@@ -177,11 +192,12 @@ def _outside(proto: ModelProto, weights: SharedWeights) -> ModelProto:
 
 
 class _Reader:
-    """Images as the quantiser wants them, one after the other."""
+    """Calibration images in the form that the quantiser reads, one after the other."""
 
     def __init__(self, images: Iterable[np.ndarray]) -> None:
         self._images = iter(images)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
+        """The next image; None after the last one."""
         image = next(self._images, None)
         return None if image is None else {"pixel_values": image}

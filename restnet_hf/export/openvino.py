@@ -1,4 +1,4 @@
-"""OpenVINO files (.xml and .bin), by way of ONNX; several routes share one file of weights."""
+"""OpenVINO files (.xml and .bin), converted from ONNX; several routes share one file of weights."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +18,10 @@ WEIGHTS = "weights.bin"
 
 
 class OpenVinoExporter(Exporter):
-    """OpenVINO: ``bf16`` is the same file, computed in bfloat16 where the processor does that; ``int8`` is NNCF's."""
+    """Exporter for OpenVINO.
+
+    ``bf16`` is the file of ``fp32``, computed in bfloat16 where the processor supports that. NNCF quantises ``int8``.
+    """
 
     runtime = "openvino"
     packages = ("onnx", "onnxscript", "openvino", "nncf")
@@ -26,6 +29,7 @@ class OpenVinoExporter(Exporter):
     careful = True
 
     def convert(self, program: Program, precision: str) -> tuple[OnnxModel, Any, str]:
+        """The ONNX graph, OpenVINO's model of it, and the type in which it computes."""
         model = to_onnx(program, precision)
         read = openvino_core().read_model(model.proto.SerializeToString())
         return model, read, "bf16" if precision == "bf16" else "f32"
@@ -33,6 +37,7 @@ class OpenVinoExporter(Exporter):
     def quantize(
         self, model: tuple[OnnxModel, Any, str], images: Iterable[np.ndarray], how: Quantization
     ) -> tuple[OnnxModel, Any, str]:
+        """A model in eight bits, by NNCF."""
         import nncf
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
 
@@ -41,7 +46,7 @@ class OpenVinoExporter(Exporter):
         samples = list(images)
         kept = [f"{name}(/.*)?" for name in graph.nodes(how.keep)]
         with without_telemetry():
-            made = nncf.quantize(
+            quantized = nncf.quantize(
                 whole.clone(),
                 nncf.Dataset(samples),
                 preset=nncf.QuantizationPreset.MIXED,
@@ -52,9 +57,10 @@ class OpenVinoExporter(Exporter):
                 # products of pairs of eight-bit weights overflow where a processor has no VNNI
                 advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
             )
-        return graph, made, compute
+        return graph, quantized, compute
 
     def save(self, models: Mapping[Route, tuple[OnnxModel, Any, str]], folder: Path) -> dict[Route, dict[str, str]]:
+        """Write one graph for each route, and one file with the weights of all."""
         import openvino
 
         entries, names = {}, file_names(models)
@@ -63,13 +69,13 @@ class OpenVinoExporter(Exporter):
             for route, (_, model, compute) in models.items():
                 path = folder / f"{names[route]}.xml"
                 openvino.save_model(model, path, compress_to_fp16=False)
-                _share(path, weights)
+                _move_weights(path, weights)
                 entries[route] = {"file": path.name, "weights": WEIGHTS, "compute": compute}
         return entries
 
 
-def _share(path: Path, weights: SharedWeights) -> None:
-    """Have the constants of a graph in the common file."""
+def _move_weights(path: Path, weights: SharedWeights) -> None:
+    """Move the constants of a graph into the shared file of weights."""
     own = path.with_suffix(".bin")
     data, tree = own.read_bytes(), ElementTree.parse(path)
     for constant in tree.iter("data"):

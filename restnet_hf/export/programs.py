@@ -1,4 +1,4 @@
-"""A route as a program: one graph of tensor operations, which the exporters write for their runtimes."""
+"""A route as a program: one graph of tensor operations, which exporters convert for their runtimes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +16,18 @@ from restnet_hf.stitches.layers import Stitch
 
 
 LAYERS = {torch.ops.aten.conv2d.default, torch.ops.aten.linear.default}
-MOST = 1024  # images in a batch, where it may be of any size
+MAX_BATCH = 1024  # images in a batch, where a file takes any number
 
 
 class ExportedRoute(nn.Module):
-    """A baked route whose input has the name that transformers gives it."""
+    """A baked route whose input is named as in transformers."""
 
     def __init__(self, steps: nn.Sequential) -> None:
         super().__init__()
         self.steps = steps
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, 3, H, W)."""
         return self.steps(pixel_values)
 
 
@@ -35,12 +36,12 @@ class Program:
     """A route as one graph.
 
     Args:
-        route: of a model.
-        module: the baked route, its stitches folded where that is exact and cheaper.
-        exported: the same as a graph.
-        example: images (N, 3, H, W) that it was traced with.
-        stitches: paths in the module of its stitches; ``head`` of its classifier.
-        folded: how many stitches are no more.
+        route: the route of a model.
+        module: the baked route, with its stitches folded where that is exact and cheaper.
+        exported: graph of the module.
+        example: images (N, 3, H, W) that the module was traced with.
+        stitches: paths of the stitches in the module.
+        folded: number of stitches that were folded.
     """
 
     route: Route
@@ -52,16 +53,16 @@ class Program:
 
     @cached_property
     def layers(self) -> dict[str, fx.Node]:
-        """The convolutions and linear layers by the path of their module, the first one first."""
-        found: dict[str, fx.Node] = {}
+        """The convolutions and linear layers by the path of their module, in the order in which they run."""
+        layers: dict[str, fx.Node] = {}
         for node in self.exported.graph.nodes:
             if node.target in LAYERS:
-                found.setdefault(module_of(node), node)
-        return found
+                layers.setdefault(module_of(node), node)
+        return layers
 
     @property
     def first_kept(self) -> tuple[tuple[str, ...], ...]:
-        """What is tried in full precision first where low precision costs too much: the stitches, and the head."""
+        """Layers to keep in full precision first where agreement is too low: the stitches, then the head too."""
         names = list(self.layers)
         stitched = tuple(name for name in names if any(name.startswith(f"{path}.") for path in self.stitches))
         return tuple(dict.fromkeys(kept for kept in (stitched, (*stitched, names[-1])) if kept))
@@ -73,38 +74,38 @@ def trace_route(
     """Bake a route and trace it.
 
     Args:
-        route: of the model.
-        steps: of the route.
-        batch_size: images in a run; None for any number.
-        dtype: of the weights, and of the images; as they are by default.
+        route: the route of a model.
+        steps: steps of the route.
+        batch_size: number of images in a run; None for any number.
+        dtype: type of the weights and images; None leaves them unchanged.
 
     Raises:
-        ValueError: it cannot be traced.
+        ValueError: the route cannot be traced.
     """
     image = steps[0].shape[1:]
     module = ExportedRoute(nn.Sequential(*(step.bake() for step in steps))).eval().requires_grad_(False).cpu()
     example = torch.randn(batch_size or 2, *image, generator=torch.Generator().manual_seed(0))
-    sizes = None if batch_size else {"pixel_values": {0: Dim("batch", min=1, max=MOST)}}
+    sizes = None if batch_size else {"pixel_values": {0: Dim("batch", min=1, max=MAX_BATCH)}}
     merge_stitches(module.steps)
-    exported = _traced(module, route, example, sizes)
+    exported = _trace(module, route, example, sizes)
     folded = fold_stitches(module.steps, example, exported)
     if dtype is not None:
         module, example = module.to(dtype), example.to(dtype)
     if folded or dtype is not None:
-        exported = _traced(module, route, example, sizes)
+        exported = _trace(module, route, example, sizes)
     stitches = tuple(f"steps.{index}" for index, step in enumerate(steps) if isinstance(step.module, Stitch))
     return Program(route, module, exported, example, stitches, folded)
 
 
-def _traced(module: nn.Module, route: Route, example: Tensor, sizes: Any) -> ExportedProgram:
+def _trace(module: nn.Module, route: Route, example: Tensor, sizes: Any) -> ExportedProgram:
     try:
         return torch.export.export(module, (example,), dynamic_shapes=sizes, strict=False)
-    except Exception as error:  # torch may fail in any way on what a network does
+    except Exception as error:  # the errors of tracing have no class in common
         how = "; a batch of any size may be the cause: give batch_size=1" if sizes else ""
         raise ValueError(f"route '{route}' cannot be exported{how}: {type(error).__name__}: {error}") from error
 
 
 def numpy_batches(images: Tensor) -> Iterator[Any]:
-    """Images (N, 3, H, W) one by one, as arrays (1, 3, H, W), to calibrate with."""
+    """Images (N, 3, H, W) one by one, as arrays (1, 3, H, W) for calibration."""
     for image in images:
         yield image[None].float().numpy()

@@ -1,4 +1,4 @@
-"""Programs of torch.export (.pt2), for whatever loads them: torch itself, AOTInductor, other compilers."""
+"""Programs of torch.export (.pt2), for torch itself, AOTInductor and other compilers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 
 class TorchExporter(Exporter):
-    """torch.export: each route is a file of its own, with all of its weights."""
+    """Exporter for torch.export; each route is a file of its own with all of its weights."""
 
     runtime = "torch"
     packages = ("torch",)
@@ -25,9 +25,11 @@ class TorchExporter(Exporter):
     dtypes = MappingProxyType({"bf16": torch.bfloat16})
 
     def convert(self, program: Program, precision: str) -> Program:
+        """The program itself, which is traced in the type of the precision."""
         return program
 
     def save(self, models: Mapping[Route, Program], folder: Path) -> dict[Route, dict[str, str]]:
+        """Write one file for each route; warn where loading it needs trust_remote_code."""
         entries = {}
         for route, name in file_names(models).items():
             file = folder / f"{name}.pt2"

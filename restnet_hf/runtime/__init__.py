@@ -8,7 +8,7 @@ from restnet_hf.public_names import imported_when_used
 if TYPE_CHECKING:
     from restnet_hf.runtime.controller import Controller, Decision
     from restnet_hf.runtime.exported_model import ExportedModel
-    from restnet_hf.runtime.runners import RUNNERS, MissingRuntimeError
+    from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError, Runtime
     from restnet_hf.runtime.torch_archives import UntrustedProgramError
 
 MODULES = {
@@ -16,7 +16,8 @@ MODULES = {
     "Decision": "runtime.controller",
     "ExportedModel": "runtime.exported_model",
     "MissingRuntimeError": "runtime.runners",
-    "RUNNERS": "runtime.runners",
+    "RUNTIMES": "runtime.runners",
+    "Runtime": "runtime.runners",
     "UntrustedProgramError": "runtime.torch_archives",
 }
 __getattr__, __dir__, __all__ = imported_when_used(__name__, MODULES)

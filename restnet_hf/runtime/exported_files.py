@@ -15,7 +15,7 @@ from restnet_hf.files import SHA256, checksums, sha256_of
 from restnet_hf.limits import read_json as read_limited
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.runners import RUNNERS, MissingRuntimeError
+from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError
 
 
 PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
@@ -24,12 +24,6 @@ MAX_BATCH = 4096  # images in a run; programs for any number of images take up t
 VALUES = (1e-6, 1e6)  # of std, and the most of mean: pixels from 0 to 1 stay finite and apart in float32
 MAX_NAME = 255  # bytes of a file's name on the usual file systems
 MAX_MESSAGE = 500  # characters of what a file or a runtime adds to an error
-FIELDS = {  # what an entry of profile.json has to say for a runtime of ours, as regular expressions
-    "onnx": {"file": r".+\.onnx"},
-    "openvino": {"file": r".+\.xml", "weights": r".+\.bin", "compute": "f32|f16|bf16"},
-    "executorch": {"file": r".+\.pte", "method": r"\w+"},
-    "torch": {"file": r".+\.pt2", "compute": "float32|float16|bfloat16|float64"},
-}
 
 
 @contextmanager
@@ -103,8 +97,8 @@ def read_profile(folder: Path) -> Profile:
         profile = Profile.from_dict(data)
         about = profile.metadata
         runtime = about.get("runtime")
-        if not isinstance(runtime, str) or runtime not in RUNNERS:
-            raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNNERS)}")
+        if not isinstance(runtime, str) or runtime not in RUNTIMES:
+            raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNTIMES)}")
         if not isinstance(about.get("precision"), str):
             raise ValueError(f"precision={about.get('precision')!r} must be text")
         for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
@@ -130,7 +124,7 @@ def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
         raise ValueError(f"the entry of route {quote(name)} must hold names and text, not {quote(entry)}")
     for key in sorted({"file", "weights"} & entry.keys()):
         checked_path(folder, entry[key])
-    for key, pattern in FIELDS.get(runtime, {"file": ".+"}).items():
+    for key, pattern in RUNTIMES[runtime].fields.items():
         if not re.fullmatch(pattern, entry.get(key, "")):
             raise ValueError(
                 f"the entry of route {quote(name)} has {key}={quote(entry.get(key))}, which must be of the "

@@ -28,7 +28,7 @@ from restnet_hf.runtime.exported_files import (
     read_profile,
     verify,
 )
-from restnet_hf.runtime.runners import RUNNERS, TRUSTING, Run
+from restnet_hf.runtime.runners import RUNTIMES, Run
 
 
 def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
@@ -100,11 +100,11 @@ class ExportedModel:
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1: the active route is always loaded")
-        allowed = {runtimes} if isinstance(runtimes, str) else {*(RUNNERS if runtimes is None else runtimes)}
-        if not allowed or not allowed <= RUNNERS.keys():
-            raise ValueError(f"runtimes={runtimes!r} must be some of {sorted(RUNNERS)}")
+        allowed = {runtimes} if isinstance(runtimes, str) else {*(RUNTIMES if runtimes is None else runtimes)}
+        if not allowed or not allowed <= RUNTIMES.keys():
+            raise ValueError(f"runtimes={runtimes!r} must be some of {sorted(RUNTIMES)}")
         self.folder, self.threads, self.keep = Path(folder), threads, keep
-        self._runners = {**RUNNERS, **(TRUSTING if trust_remote_code else {})}
+        self._trust_remote_code = trust_remote_code
         read_whole(self.folder, PROFILE, partial(self._open, allowed))
 
     def _open(self, allowed: Collection[str], folder: Path) -> None:
@@ -170,7 +170,7 @@ class ExportedModel:
         alone = {each["file"] for each in self._entries.values()} - {entry["file"]}
         self._verify(folder, *(name for name in self._unverified if name not in alone))
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
-            run = self._runners[self.runtime](folder, entry, self.threads)
+            run = RUNTIMES[self.runtime].run(folder, entry, self.threads, self._trust_remote_code)
             shape = getattr(run, "input_shape", None)
             if shape is not None:
                 self._check_shape(shape)

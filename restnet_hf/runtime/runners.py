@@ -1,12 +1,13 @@
-"""RUNNERS: an exported route as a function from images to logits, run by its own runtime. No torch of our own."""
+"""RUNTIMES: how routes are exported to each runtime, and run as functions from images to logits. No torch of ours."""
 
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class _Shaped:
         return self._run(images)
 
 
-def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
+def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
     """A session of ONNX Runtime on the processor."""
     onnxruntime = need("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
@@ -101,7 +102,7 @@ def openvino_core() -> Any:
     return need("openvino", "openvino").Core()
 
 
-def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
+def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
     """A compiled model of OpenVINO on the processor, in the precision it was exported for."""
     # left to itself, a processor that has bfloat16 computes in it
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": entry["compute"], "PERFORMANCE_HINT": "LATENCY"}
@@ -117,7 +118,9 @@ def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None) ->
     return _Shaped(lambda images: compiled(images)[0], sizes)
 
 
-def run_executorch(folder: Path, entry: Mapping[str, str], threads: int | None) -> Run:
+def run_executorch(
+    folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False
+) -> Run:
     """A method of an ExecuTorch program. Its Python package needs torch; its C++ and mobile ones do not."""
     runtime = need("executorch.runtime", "executorch")
     torch = need("torch", "executorch")
@@ -151,13 +154,80 @@ def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust
     return _Shaped(run, given.meta["val"].shape)
 
 
-RUNNERS: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
-    "onnx": run_onnx,
-    "openvino": run_openvino,
-    "executorch": run_executorch,
-    "torch": run_torch,
+class LoadRoute(Protocol):
+    """A function that loads an exported route."""
+
+    def __call__(
+        self, folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False
+    ) -> Run:
+        """The route as a function from images to logits.
+
+        Args:
+            folder: folder of the exported files.
+            entry: names of the route's files and what else `Exporter.save` returned, see `Runtime.fields`.
+            threads: number of threads of the processor; None for the runtime's own default.
+            trust_remote_code: whether files that may run code of their author are loaded.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One row of `RUNTIMES`: how routes are exported to a runtime, checked and run.
+
+    Args:
+        run: function that loads an exported route, on a device without torch where the runtime allows it.
+        exporter: an `Exporter` or its class, or the place of one as ``"package.module:Name"``, which is imported only
+            when a route is exported, as exporters need torch.
+        script_imports: modules that the exported ``run.py`` imports, separated by commas.
+        script_logits: expression for the logits of one image in ``run.py``, where ``x`` is the image (1, 3, H, W) and
+            ``here`` the folder; fields of the entry are written as in ``"{file}"``.
+        fields: regular expression for each field that the entry of a route must have.
+    """
+
+    run: LoadRoute
+    exporter: Any
+    script_imports: str
+    script_logits: str
+    fields: Mapping[str, str] = field(default_factory=lambda: {"file": ".+"})
+
+
+RUNTIMES: dict[str, Runtime] = {
+    "onnx": Runtime(
+        run=run_onnx,
+        exporter="restnet_hf.export.onnx:OnnxExporter",
+        script_imports="onnxruntime",
+        script_logits='onnxruntime.InferenceSession(here / "{file}").run(None, {{"pixel_values": x}})[0][0]',
+        fields={"file": r".+\.onnx"},
+    ),
+    "openvino": Runtime(
+        run=run_openvino,
+        exporter="restnet_hf.export.openvino:OpenVinoExporter",
+        script_imports="openvino",
+        script_logits=(
+            'openvino.compile_model(openvino.Core().read_model(here / "{file}", here / "{weights}"), "CPU")(x)[0][0]'
+        ),
+        fields={"file": r".+\.xml", "weights": r".+\.bin", "compute": "f32|f16|bf16"},
+    ),
+    "executorch": Runtime(
+        run=run_executorch,
+        exporter="restnet_hf.export.executorch:ExecuTorchExporter",
+        script_imports="torch, executorch.runtime",
+        script_logits=(
+            'executorch.runtime.Runtime.get().load_program(here / "{file}").load_method("{method}")'
+            ".execute([torch.from_numpy(x)])[0][0].numpy()"
+        ),
+        fields={"file": r".+\.pte", "method": r"\w+"},
+    ),
+    "torch": Runtime(
+        run=run_torch,
+        exporter="restnet_hf.export.torch_program:TorchExporter",
+        script_imports="torch",
+        script_logits=(
+            'torch.export.load(here / "{file}").module()(torch.from_numpy(x).to(torch.{compute}))[0]'
+            ".detach().float().numpy()"
+        ),
+        fields={"file": r".+\.pt2", "compute": "float32|float16|bfloat16|float64"},
+    ),
 }
-TRUSTING: dict[str, Callable[[Path, Mapping[str, str], int | None], Run]] = {
-    "torch": partial(run_torch, trust_remote_code=True)
-}
-"""Those of RUNNERS that load more of a file whose author is trusted."""
+"""The runtimes that routes are exported to, by name; a new one is one more row."""

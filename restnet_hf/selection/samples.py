@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 
-from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.anchor import Anchor, largest_anchor
 from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitch
 
 
@@ -243,8 +243,7 @@ class Samples:
             yield batch, answers.to(batch.device)
 
     def _teacher(self) -> Tensor:
-        larger = max((self.pair.front, self.pair.end), key=Anchor.num_parameters)
-        return self._all(("logits", larger.name))
+        return self._all(("logits", largest_anchor((self.pair.front, self.pair.end)).name))
 
     def log_probabilities(self, anchor: Anchor) -> Tensor:
         """Log-probabilities (N, classes) of the anchor itself on the held-out images."""

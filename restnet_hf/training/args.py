@@ -1,4 +1,4 @@
-"""TrainArgs: the options of training, and what it returns."""
+"""TrainArgs and TrainResult: options and result of training."""
 
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from restnet_hf.stitches.tuning import MAX_RANK
 from restnet_hf.training.samplers import SAMPLERS
 
 
-NOT_SETTINGS = {  # of what is learned
+NOT_SETTINGS = {  # options that do not change the trained weights
     "output_dir",
     "save_steps",
     "resume_from_checkpoint",
@@ -26,47 +26,50 @@ class TrainArgs:
     """Options of `train`; names as in ``transformers.TrainingArguments`` and PEFT where they have them.
 
     Args:
-        output_dir: where checkpoints and the log go; None for none.
-        least_squares_images: first fit the stitches by least squares on so many images; needs no labels.
-        matching_epochs: then let each route's features match the end anchor's own on the same image, for so many
-            passes over the data; needs no labels (arXiv 2603.12433).
-        match: ``final`` matches what the end's classifier takes, ``later`` all of its later cuts too (arXiv
-            2505.20142), ``stitch`` what each stitch of a route replaces, on the route's own path (AdaptiveNet, arXiv
-            2303.07129).
-        num_train_epochs: then passes over the data with labels, distillation or both; 0 for none.
-        max_steps: stop after so many steps of both kinds together; needed for data that streams.
-        batch_size: images in a step, over all processes.
-        gradient_accumulation_steps: run a step's images in so many parts, to save memory; the result is the same.
-        auto_find_batch_size: where memory runs out, run a step's images in smaller parts.
-        learning_rate: the highest, after the warm-up; it falls to zero as a cosine.
-        weight_decay: of AdamW.
+        output_dir: folder of checkpoints and the log; None writes neither.
+        least_squares_images: number of images on which stitches are first fitted by least squares; needs no labels.
+        matching_epochs: number of passes over the data in which each route's features then learn to match those of the
+            end anchor itself on the same image; needs no labels (arXiv 2603.12433).
+        match: features to match: ``final`` the input of the end's classifier, ``later`` all of the end's later cuts
+            too (arXiv 2505.20142), ``stitch`` the activations that each stitch of a route replaces, on the route's own
+            path (AdaptiveNet, arXiv 2303.07129).
+        num_train_epochs: number of passes over the data that follow, with labels, distillation or both.
+        max_steps: largest number of steps of both stages together; needed for data without a length.
+        batch_size: number of images in a step, over all processes.
+        gradient_accumulation_steps: number of parts that a step's images run in, to save memory; the result is equal.
+        auto_find_batch_size: whether a step's images run in smaller parts where memory runs out.
+        learning_rate: highest learning rate, after the warm-up; it falls to zero as a cosine.
+        weight_decay: weight decay of AdamW.
         warmup_ratio: share of the steps in which the learning rate rises.
-        max_grad_norm: the gradient of each stitch and head is clipped to this norm.
+        max_grad_norm: norm to which the gradient of each stitch and head is clipped.
         distillation: weight of the distillation from the largest anchor; the rest is cross-entropy. 1 needs no
             labels. A new head of that anchor must have been trained before, with 0.
-        temperature: of the distillation (Hinton et al., arXiv 1503.02531).
-        train_head: train new heads too; None does if the model has any.
-        tuning: what trains besides: ``stitch`` nothing; ``norm`` each route's own copy of the affine parameters of the
-            end's norms, with BatchNorm statistics that make up for the stitch; ``lora`` low-rank updates of both
-            anchors that all routes share, with biases of the end for each route (ESTA, arXiv 2311.17352); ``full``
-            copies of all weights that all routes share (SN-Net, arXiv 2302.06586). The anchors alone stay what they
-            were.
-        anchor_learning_rate: of what trains inside anchors; by default ``learning_rate``, a tenth of it for ``full``.
-        r, lora_alpha: rank and scale of the low-rank updates.
-        sampler: key of `SAMPLERS`: which routes train at a step.
-        cache_dir: keep what frozen networks say of each image there, and never run them again.
-        cache_dtype: of activations in it.
+        temperature: temperature of the distillation (Hinton et al., arXiv 1503.02531).
+        train_head: whether new heads train too; None trains them if the model has any.
+        tuning: weights that train besides stitches: ``stitch`` none; ``norm`` each route's own copy of the affine
+            parameters of the end's norms, with BatchNorm statistics that correct for the stitch; ``lora`` low-rank
+            updates of both anchors that all routes share, with biases of the end for each route (ESTA, arXiv
+            2311.17352); ``full`` copies of all weights that all routes share (SN-Net, arXiv 2302.06586). The anchors
+            themselves never change.
+        anchor_learning_rate: learning rate of the weights that train inside anchors; by default ``learning_rate``, and
+            a tenth of it for ``full``.
+        r: rank of the low-rank updates.
+        lora_alpha: scale of the low-rank updates.
+        sampler: key of `SAMPLERS`, which draws the routes of each step.
+        cache_dir: folder in which the outputs of frozen networks for each image are cached, so that these run once.
+        cache_dtype: type of cached activations.
         save_steps: steps between checkpoints; None for one at the end of each epoch.
-        resume_from_checkpoint: go on from the last checkpoint in ``output_dir``, if there is one.
+        resume_from_checkpoint: whether to go on from the last checkpoint in ``output_dir``, if there is one.
         logging_steps: steps between entries for the trackers.
         log_with: trackers, as in ``Accelerator``; by default ``log.jsonl`` in ``output_dir``.
-        mixed_precision: as in ``Accelerator``.
-        channels_last: run convolutions on maps whose channels lie together.
-        torch_compile: compile the ends of the routes, where nothing in them trains.
-        torch_compile_backend: as in ``torch.compile``.
-        activation_checkpointing: keep activations at cuts alone, and compute the others again on the way back.
-        dataloader_num_workers: as in ``DataLoader``.
-        seed: of the order of the data and of the draws of the sampler.
+        mixed_precision: precision of computation, as in ``Accelerator``.
+        channels_last: whether convolutions run on maps in the memory format ``channels_last``.
+        torch_compile: whether the ends of routes are compiled, where nothing in them trains.
+        torch_compile_backend: backend that ``torch.compile`` uses.
+        activation_checkpointing: whether only activations at cuts are stored, and the others computed again in the
+            backward pass.
+        dataloader_num_workers: number of worker processes, as in ``DataLoader``.
+        seed: seed of the order of the data and of the sampler.
     """
 
     output_dir: str | None = None
@@ -109,7 +112,7 @@ class TrainArgs:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r} is not one of {sorted(SAMPLERS)}")
         if self.cache_dir is not None and self.tuning in ("lora", "full"):
-            raise ValueError(f"tuning={self.tuning!r} changes the front at every step, so cache_dir cannot keep it")
+            raise ValueError(f"tuning={self.tuning!r} changes the front at every step, so cache_dir cannot hold it")
         if self.torch_compile and self.tuning != "stitch":
             raise ValueError("torch_compile needs ends in which nothing trains: tuning='stitch'")
         if self.least_squares_images is None and not self.matching_epochs + self.num_train_epochs:
@@ -119,13 +122,19 @@ class TrainArgs:
         return self
 
     def settings(self) -> dict[str, Any]:
-        """What a reader of the card should know."""
+        """The options that a model card should show."""
         return {key: value for key, value in vars(self).items() if key not in NOT_SETTINGS}
 
 
 @plain_dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns: steps done, seconds taken, and each route's mean loss over the last epoch."""
+    """What `train` returns.
+
+    Args:
+        steps: number of steps done.
+        seconds: seconds that training took.
+        losses: mean loss of each route over the last epoch.
+    """
 
     steps: int
     seconds: float

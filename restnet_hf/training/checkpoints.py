@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what trains, the optimizer's moments and the place in the data; whole or not at all."""
+"""Checkpoints of a training: trained weights, optimizer state and place in the data, written whole or not at all."""
 
 import json
 import shutil
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from restnet_hf.files import folder_written_whole, whole_folder
 
 
-KEPT = 2
+KEPT = 2  # checkpoints that are not deleted
 PLACE, WEIGHTS = "training.json", "training.safetensors"
 
 
 class Checkpoints:
-    """Those in one folder, ``checkpoint-STEP`` each.
+    """The checkpoints of one training, ``checkpoint-STEP`` each.
 
     Args:
-        folder: None for no checkpoints.
+        folder: folder of the checkpoints; None for no checkpoints.
     """
 
     def __init__(self, folder: str | None) -> None:
         self.folder = None if folder is None else Path(folder)
 
-    def found(self) -> list[Path]:
-        """Those that are there, the latest last."""
+    def paths(self) -> list[Path]:
+        """Folders of the checkpoints that exist, the latest last."""
         names = [] if self.folder is None else self.folder.glob("checkpoint-*")
         return sorted((p for p in names if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
 
@@ -41,17 +41,17 @@ class Checkpoints:
         place: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
     ) -> None:
-        """Write one, and keep only the last few.
+        """Write a checkpoint, and delete all but the last `KEPT`.
 
         Args:
-            step: its number.
-            parameters: what trains, in the optimizer's order.
-            optimizer: theirs.
-            place: all else that a resumed run needs, fit for JSON.
-            buffers: what training has set besides.
+            step: number of steps done.
+            parameters: parameters that train, by name, in the order of the optimizer.
+            optimizer: optimizer of the parameters.
+            place: other values that a resumed run needs, as JSON can hold them.
+            buffers: buffers that training has set, by name.
 
         Raises:
-            OSError: it cannot be written; those before it stay as they are.
+            OSError: the checkpoint cannot be written; earlier ones do not change.
         """
         if self.folder is None:
             return
@@ -65,28 +65,33 @@ class Checkpoints:
                 save_file(tensors, folder / WEIGHTS)
                 (folder / PLACE).write_text(json.dumps({"step": step, **place}))
         except (OSError, SafetensorError) as error:
-            last = self.found()[-1:]
+            last = self.paths()[-1:]
             raise OSError(
                 f"checkpoint-{step} cannot be written to {self.folder}: {error}. Free some disk space and go on with "
                 f"resume_from_checkpoint=True{f' from {last[0].name}' if last else ''}"
             ) from error
-        for old in self.found()[:-KEPT]:
+        for old in self.paths()[:-KEPT]:
             shutil.rmtree(old)
 
     def load(
         self, total: int, parameters: Mapping[str, nn.Parameter], optimizer: Any, buffers: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        """Set parameters, buffers and optimizer to those of the latest one; returns its place.
+        """Set parameters, buffers and optimizer to those of the latest checkpoint.
 
         Args:
-            total: steps of this training.
-            parameters, optimizer, buffers: as of `save`.
+            total: number of steps of this training.
+            parameters: parameters that train, by name, in the order of the optimizer.
+            optimizer: optimizer of the parameters.
+            buffers: buffers that training sets, by name.
+
+        Returns:
+            The ``place`` that `save` was given.
 
         Raises:
-            ValueError: it is of another training.
-            OSError: it is damaged.
+            ValueError: the checkpoint belongs to another training.
+            OSError: the checkpoint is damaged.
         """
-        folder = whole_folder(self.found()[-1], PLACE)
+        folder = whole_folder(self.paths()[-1], PLACE)
         try:
             place = json.loads((folder / PLACE).read_text())
             with safe_open(folder / WEIGHTS, "pt") as file:
@@ -97,16 +102,16 @@ class Checkpoints:
         for key, tensor in tensors.items():
             section, _, name = key.partition("/")
             sections.setdefault(section, {})[name] = tensor
-        kept, stored = sections.pop("parameters", {}), sections.pop("buffers", {})
-        if kept.keys() != parameters.keys() or stored.keys() != buffers.keys() or place["total"] != total:
+        weights, stored = sections.pop("parameters", {}), sections.pop("buffers", {})
+        if weights.keys() != parameters.keys() or stored.keys() != buffers.keys() or place["total"] != total:
             raise ValueError(
-                f"{folder} is of another training: it has {place['total']} steps over {sorted(kept)}, this one "
-                f"{total} over {sorted(parameters)}. Choose another output_dir"
+                f"{folder} belongs to another training: it has {place['total']} steps over {sorted(weights)}, this "
+                f"one {total} over {sorted(parameters)}. Choose another output_dir"
             )
         state = optimizer.state_dict()
         with torch.no_grad():
             for index, (name, parameter) in enumerate(parameters.items()):
-                parameter.copy_(kept[name])
+                parameter.copy_(weights[name])
                 moments = {key: each[name] for key, each in sections.items() if name in each}
                 if moments:
                     state["state"][index] = moments

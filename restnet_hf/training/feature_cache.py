@@ -1,4 +1,4 @@
-"""Tensors computed per image, such as activations of a frozen network: kept on disk, mapped into memory, checked."""
+"""FeatureCache: tensors per image, such as activations of a frozen network, on disk and mapped into memory."""
 
 import copy
 import errno
@@ -23,23 +23,24 @@ from torch.utils.data import Dataset
 from restnet_hf.files import written_whole
 
 
-Spec = tuple[tuple[int, ...], torch.dtype]  # the shape of a row, and the type in which it is kept
+Spec = tuple[tuple[int, ...], torch.dtype]  # shape of a row, and the type in which it is stored
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.int64)}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 logger = logging.getLogger(__name__)
-MARGIN = 1.05  # times what the files take must be free
+MARGIN = 1.05  # free space that is required, in multiples of the size of the files
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
     """Rows of named tensors on disk, one file per name, memory-mapped; item i is ``{name: tensor}``.
 
     ``folder/<12 hex digits of the SHA-256 of the identity>`` holds ``NAME.bin``, the rows one after another, and
-    ``NAME.json``, which is written last: a file without it does not count. Items are copies in the type that is kept.
+    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type.
 
     Args:
-        folder: where the caches of all identities lie.
-        identity: all that the values depend on, as JSON can hold it: the network's fingerprint, preprocessing, ....
-        images: number of rows.
+        folder: folder of the caches of all identities.
+        identity: values that identify the rows, as JSON can hold them: the network's fingerprint, its preprocessing
+            and all else that the rows depend on.
+        images: number of images, each of which is a row.
 
     Raises:
         ValueError: there are no images.
@@ -56,15 +57,18 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of an item: those selected, or else all that are whole on disk."""
+        """Names of the tensors of an item: the selected ones, or all that are complete on disk."""
         if self._selected is not None:
             return self._selected
         return tuple(name for name in self._named() if self._about(name))
 
     def missing(self, names: Iterable[str] | Mapping[str, Spec]) -> list[str]:
-        """Those that are not whole on disk, or not of that shape and type where these are given.
+        """The names that are not complete on disk, or not of the expected shape and type.
 
-        Contents are not looked at, see `verify`.
+        Contents are not read; see `verify`.
+
+        Args:
+            names: names of tensors, or a mapping from names to the expected shape of a row and type.
 
         Raises:
             ValueError: a name has other characters than letters, digits, ``_``, ``-`` and ``.``.
@@ -73,15 +77,20 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return [name for name, spec in specs.items() if self._about(name, spec) is None]
 
     def select(self, names: Iterable[str]) -> "FeatureCache":
-        """The same rows with these names only.
+        """The same rows, with some of the tensors only.
+
+        Args:
+            names: names of the tensors.
 
         Raises:
-            ValueError: one is not whole on disk.
+            ValueError: a tensor is not complete on disk.
         """
         view = copy.copy(self)
         view._selected, view._maps = tuple(names), {}
         if missing := self.missing(view._selected):
-            raise ValueError(f"{self.folder} has no whole {missing}; there are {list(self.names)}. Write them first")
+            raise ValueError(
+                f"{self.folder} has no complete {missing}; there are {list(self.names)}. Write them first"
+            )
         return view
 
     def __len__(self) -> int:
@@ -105,7 +114,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return vars(self) | {"_maps": {}}  # another process maps the files itself
 
     def verify(self) -> None:
-        """Read everything and compare checksums.
+        """Read all rows and compare checksums.
 
         Raises:
             ValueError: a file is damaged.
@@ -114,7 +123,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             about = self._about(name)
             if about is None or _sha256(self._bin(name)) != about["sha256"]:
                 raise ValueError(
-                    f"{self._bin(name)} is damaged: it is not what {self._json(name).name} beside it says; delete it, "
+                    f"{self._bin(name)} is damaged: it does not match {self._json(name).name} beside it; delete it, "
                     "and it will be written again"
                 )
 
@@ -122,12 +131,12 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def turn(
         self, specs: Mapping[str, Spec], main: bool = True, barrier: Callable[[], object] = lambda: None
     ) -> Iterator[list[str]]:
-        """Wait until no other run is writing here; yield what is `missing` then, which this run may write alone.
+        """Wait until no other run writes here; yield the names that are then `missing`, which only this run may write.
 
         Args:
-            specs: as of `write`.
-            main: whether this process waits for other runs; exactly one of a run does.
-            barrier: waits for all processes of this run. Each calls it twice, whatever happens.
+            specs: shape of a row and type, one of `DTYPES`, for each name.
+            main: whether this process waits for other runs; exactly one process of a run does.
+            barrier: function that waits for all processes of this run; each calls it twice, whatever happens.
 
         Raises:
             OSError: something is missing, and nothing can be written into the folder.
@@ -135,7 +144,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         lock = self.folder / ".turn"
         with ExitStack() as stack, _then(barrier):
             with _then(barrier):
-                if main and self.missing(specs):  # a folder that is whole may be read-only
+                if main and self.missing(specs):  # a complete folder may be read-only
                     self.folder.mkdir(parents=True, exist_ok=True)
                     try:
                         stack.enter_context(WeakFileLock(lock, timeout=0.5))
@@ -144,28 +153,28 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                         stack.enter_context(WeakFileLock(lock))
             missing = self.missing(specs)
             if missing and not lock.exists():
-                raise RuntimeError(f"{self.folder} cannot be filled; the error of the main process says why")
+                raise RuntimeError(f"{self.folder} cannot be filled; see the error of the main process")
             yield missing
 
     @contextmanager
     def write(
         self, specs: Mapping[str, Spec], main: bool = True, barrier: Callable[[], object] = lambda: None
     ) -> Iterator["RowWriter"]:
-        """Make files for `missing` names; they count once the block ends without error and every image was put.
+        """Write the files of `missing` names; they are complete once the block ends and every image was put.
 
-        Several processes of one machine can fill them together: all enter with the same ``specs``, and each puts
+        Several processes of one machine can fill the files together: all enter with the same ``specs``, and each puts
         rows of its own. After an error, or where images were left out, the files are removed.
 
         Args:
-            specs: for each name the shape of a row and one of `DTYPES`.
-            main: whether this process makes, checks and removes the files; exactly one does.
-            barrier: waits for all processes. Each calls it three times, whatever happens.
+            specs: shape of a row and type, one of `DTYPES`, for each name.
+            main: whether this process makes, checks and removes the files; exactly one process does.
+            barrier: function that waits for all processes; each calls it three times, whatever happens.
 
         Raises:
-            OSError: the disk is too small, which is found out before anything is written (``ENOSPC``).
-            BlockingIOError: another run is writing there.
-            FileExistsError: a name is whole already.
-            ValueError: a name, shape or type cannot be; at the end: images were not put.
+            OSError: the disk is too small (``ENOSPC``), which is checked before anything is written.
+            BlockingIOError: another run is writing here.
+            FileExistsError: a name is already complete.
+            ValueError: a name, shape or type is not allowed; at the end: images were not put.
         """
         self.nbytes(specs)
         with _then(barrier), ExitStack() as owner, _then(barrier):
@@ -173,22 +182,29 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                 if main:
                     owner.enter_context(self._own(specs))
             if not self._put.exists() or self.missing(specs) != list(specs):
-                raise RuntimeError(f"{self.folder} has no files to fill; the error of the main process says why")
+                raise RuntimeError(f"{self.folder} has no files to fill; see the error of the main process")
             with ExitStack() as stack:
                 files = {name: stack.enter_context(self._bin(name).open("r+b")) for name in specs}
                 yield RowWriter(files, stack.enter_context(self._put.open("r+b")), specs, self.images)
         self._maps.clear()
         if missing := self.missing(specs):
-            raise RuntimeError(f"{missing} are not whole; the error of the main process says why")
+            raise RuntimeError(f"{missing} are not complete; see the error of the main process")
 
     def nbytes(self, specs: Mapping[str, Spec]) -> int:
-        """How large the files of these names are in bytes; ValueError for what cannot be kept."""
+        """Size of the files of some names, in bytes.
+
+        Args:
+            specs: shape of a row and type, one of `DTYPES`, for each name.
+
+        Raises:
+            ValueError: a name, shape or type is not allowed.
+        """
         total = 0
         for name, (shape, dtype) in specs.items():
             self._bin(name)
             if dtype not in DTYPES.values() or any(size < 1 for size in shape):
                 raise ValueError(
-                    f"rows of '{name}' cannot be kept with shape {tuple(shape)} and {dtype}; sizes must be at least "
+                    f"rows of '{name}' cannot be stored with shape {tuple(shape)} and {dtype}; sizes must be at least "
                     f"1, types one of {sorted(DTYPES)}"
                 )
             total += self.images * _row_bytes(shape, dtype)
@@ -196,7 +212,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
     @contextmanager
     def _own(self, specs: Mapping[str, Spec]) -> Iterator[None]:
-        """What the main process does before and after the files are filled; nobody else writes here meanwhile."""
+        """Make the files before they are filled, and check them afterwards, while no other run may write here."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
@@ -206,8 +222,10 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                     errno.EAGAIN,
                     f"another run is writing into {self.folder}; wait until it is done, or give another cache_dir",
                 ) from None
-            if whole := specs.keys() - set(self.missing(specs)):
-                raise FileExistsError(f"{sorted(whole)} are whole in {self.folder}; write what missing() returns")
+            if complete := specs.keys() - set(self.missing(specs)):
+                raise FileExistsError(
+                    f"{sorted(complete)} are complete in {self.folder}; write what missing() returns"
+                )
             try:
                 self._reserve(specs)
                 yield
@@ -222,7 +240,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def _reserve(self, specs: Mapping[str, Spec]) -> None:
         for name in specs:
             self._json(name).unlink(missing_ok=True)
-        for file in self.folder.glob("*.bin"):  # of a run that was killed
+        for file in self.folder.glob("*.bin"):  # files of a run that was killed
             if not self._json(file.name.removesuffix(".bin")).exists():
                 file.unlink()
         needed, free = self.nbytes(specs), shutil.disk_usage(self.folder).free
@@ -248,7 +266,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             )
         for name, (shape, dtype) in specs.items():
             with self._bin(name).open("r+b") as file:
-                os.fsync(file.fileno())  # or a json could outlive a power cut that its rows do not
+                os.fsync(file.fileno())  # otherwise the json could survive a power cut that its rows do not
             about = {
                 "shape": list(shape),
                 "dtype": str(dtype).removeprefix("torch."),
@@ -260,12 +278,12 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                 temporary.write_text(_text(about))
 
     def _about(self, name: str, spec: Spec | None = None) -> dict[str, Any] | None:
-        """What the json of a name says; None where that, or the size of the file, is not as it must be."""
+        """The json of a name; None where the json or the size of the rows is not as expected."""
         file = self._bin(name)
         try:
             about = json.loads(self._json(name).read_text())
             shape, dtype = tuple(about["shape"]), DTYPES[about["dtype"]]
-            whole = (
+            complete = (
                 (about["images"], _text(about["identity"])) == (self.images, _text(self.identity))
                 and file.stat().st_size == self.images * _row_bytes(shape, dtype)
                 and min(shape, default=1) > 0
@@ -273,25 +291,25 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             )
         except (OSError, KeyError, TypeError, ValueError):
             return None
-        asked = spec is None or (tuple(spec[0]), spec[1]) == (shape, dtype)
-        return about if whole and asked else None
+        matches = spec is None or (tuple(spec[0]), spec[1]) == (shape, dtype)
+        return about if complete and matches else None
 
     def _open(self) -> dict[str, tuple[np.ndarray, Spec]]:
-        """The rows of each name as bytes, and what they mean.
+        """The rows of each name as bytes, with their shape and type.
 
-        Mapped by numpy, read-only: `torch.from_file` maps for writing, and for that a file must not be larger than
-        the memory.
+        They are mapped by numpy, read-only: `torch.from_file` maps for writing, which a file larger than the memory
+        does not allow.
         """
         if not self._maps:
             for name in self.names:
                 about = self._about(name)
                 if about is None:
-                    raise ValueError(f"{self._bin(name)} is not whole any more; write it again")
+                    raise ValueError(f"{self._bin(name)} is not complete any more; write it again")
                 shape, dtype = tuple(about["shape"]), DTYPES[about["dtype"]]
                 rows = np.memmap(self._bin(name), np.uint8, "r", shape=(self.images, _row_bytes(shape, dtype)))
                 self._maps[name] = np.asarray(rows), (shape, dtype)
             if not self._maps:
-                raise ValueError(f"{self.folder} holds nothing that is whole; fill it with write()")
+                raise ValueError(f"{self.folder} holds no complete tensor; fill it with write()")
         return self._maps
 
     def _bin(self, name: str) -> Path:
@@ -307,8 +325,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return self.folder / ".put"
 
     def _named(self) -> list[str]:
-        found = (file.name.removesuffix(".json") for file in sorted(self.folder.glob("*.json")))
-        return [name for name in found if NAME.fullmatch(name)]
+        names = (file.name.removesuffix(".json") for file in sorted(self.folder.glob("*.json")))
+        return [name for name in names if NAME.fullmatch(name)]
 
     def _json(self, name: str) -> Path:
         return self.folder / f"{name}.json"
@@ -324,14 +342,14 @@ class RowWriter:
         """Store images ``start`` to ``start + n`` of every name; putting an image again replaces it.
 
         Args:
-            start: the first image, from 0.
-            rows: for each name a tensor (n, *shape), on any device; it is cast.
+            start: index of the first image, from 0.
+            rows: a tensor (n, *shape) for each name, on any device, which is cast to the stored type.
 
         Raises:
-            ValueError: names, shapes or images are others than were said, or values do not fit the type.
+            ValueError: names, shapes or images are not those of `FeatureCache.write`, or values do not fit the type.
         """
         if rows.keys() != self._specs.keys():
-            raise ValueError(f"rows of {sorted(rows)} came, all of {sorted(self._specs)} are to be put together")
+            raise ValueError(f"rows of {sorted(rows)} came, but all of {sorted(self._specs)} must be put together")
         counts = sorted({len(tensor) for tensor in rows.values()})
         if len(counts) != 1 or start < 0 or start + counts[0] > self._images:
             raise ValueError(f"rows of {counts} images came for place {start} of {self._images}; they must fit")
@@ -352,13 +370,13 @@ def _cast(name: str, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -
     if dtype.is_floating_point and not kept.isfinite().all():
         raise ValueError(
             f"'{name}' has values that are not finite in {dtype}: the largest is {rows.abs().max():g}, and that type "
-            f"ends at {torch.finfo(dtype).max:g}. Keep it as bfloat16; if it is inf or nan already, see to the network"
+            f"ends at {torch.finfo(dtype).max:g}. Store it as bfloat16; if it is inf or nan already, check the network"
         )
     return kept.cpu().contiguous()
 
 
 def _allocate(file: Path, size: int) -> None:
-    """A file of zeros whose place on disk is taken, where the system can do that."""
+    """Write a file of zeros, with its space on disk reserved where the system can do that."""
     with file.open("wb") as opened:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(opened.fileno(), 0, size)

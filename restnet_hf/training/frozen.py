@@ -1,4 +1,4 @@
-"""What the frozen parts of routes say of images, computed or read from disk: all that training needs of them."""
+"""FrozenPart: the activations and logits of frozen networks that training needs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,19 @@ from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step, run_steps
 
 
-TEACHER = "teacher"  # name of the logits that routes learn from
+TEACHER = "teacher"  # name of the logits that are distilled
 
 
 @dataclass
-class _Wanted:
-    """Of one anchor: what brings images to it, and the cuts at which its activation is wanted; None for features."""
+class _AnchorCuts:
+    """The cuts of one anchor at which activations are needed; None stands for the input of its classifier.
+
+    Args:
+        before: steps that prepare images for the anchor.
+        anchor: the anchor that is cut.
+        fronts: cuts at which a stitch takes the activation.
+        goals: cuts at which the activation is a goal of feature matching.
+    """
 
     before: tuple[Step, ...]
     anchor: Anchor
@@ -25,17 +32,17 @@ class _Wanted:
 
 
 class FrozenPart:
-    """Everything that routes need of networks that do not train, by name.
+    """The outputs of networks that do not train, by name.
 
-    ``front-ANCHOR-CUT`` is the activation that a stitch takes, ``goal-ANCHOR-CUT`` one that it should lead to, with
-    ``final`` for CUT what a classifier takes, ``teacher`` the logits to distil from.
+    ``front-ANCHOR-CUT`` is the activation that a stitch takes, ``goal-ANCHOR-CUT`` an activation that a route should
+    match, where ``final`` for CUT is the input of the classifier, and ``teacher`` the logits that are distilled.
 
     Args:
         walks: routes with their steps.
-        before: by anchor, the steps that bring images to it.
-        teacher: the route to distil from, with its steps.
-        goals: for each route that is to match features, the cuts of anchors at which their own activation is a goal;
-            None stands for what the classifier takes.
+        before: for each anchor, the steps that prepare images for it, and the anchor.
+        teacher: steps of the route that is distilled; None for no distillation.
+        goals: for each route that matches features, the cuts by anchor at which the anchor's own activation is the
+            goal; None stands for the input of the classifier.
     """
 
     def __init__(
@@ -46,16 +53,21 @@ class FrozenPart:
         goals: Mapping[Route, Mapping[str, Iterable[int | None]]] | None = None,
     ) -> None:
         self.walks, self.teacher, self.goals = walks, teacher, goals or {}
-        self.wanted = {name: _Wanted(*parts) for name, parts in before.items()}
+        self.cuts = {name: _AnchorCuts(*parts) for name, parts in before.items()}
         for route, steps in walks.items():
             first = route.segments[0]
             if not first_segment(steps).tuned:
-                self.wanted[first.anchor].fronts.add(first.stop)
-        for name, cuts in (item for each in self.goals.values() for item in each.items()):
-            self.wanted[name].goals.update(cuts)
+                self.cuts[first.anchor].fronts.add(first.stop)
+        for name, goal_cuts in (item for each in self.goals.values() for item in each.items()):
+            self.cuts[name].goals.update(goal_cuts)
 
     def names(self, routes: Iterable[Route], matching: bool) -> set[str]:
-        """The names of what some routes need, to match features or for their task."""
+        """Names of the outputs that some routes need.
+
+        Args:
+            routes: routes that train at a step.
+            matching: whether the routes match features, or learn the task.
+        """
         fronts = {name for route in routes if (name := self.front(route))}
         if not matching:
             return fronts | ({TEACHER} if self.teacher else set())
@@ -63,7 +75,7 @@ class FrozenPart:
         return fronts | {goal_name(name, cut) for name, cuts in goals for cut in cuts}
 
     def front(self, route: Route) -> str | None:
-        """The name of what a route's first segment gives; None where that trains."""
+        """Name of the output of a route's first segment; None where the segment trains."""
         first = route.segments[0]
         if first_segment(self.walks[route]).tuned:
             return None
@@ -71,48 +83,58 @@ class FrozenPart:
 
     @torch.no_grad()
     def compute(self, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """What is named, for images (N, 3, H, W), each network run once.
+        """Compute outputs, running each network once.
 
-        A teacher that is also a front goes on from there; features that are goals are another run of it.
+        An anchor that is teacher and front runs once for both; its final features as a goal take a second run.
+
+        Args:
+            images: images (N, 3, H, W).
+            names: names of the outputs to compute.
         """
-        left = set(names)
-        found: dict[str, Tensor] = {}
-        taught_by = None if self.teacher is None else first_segment(self.teacher).module
-        for name, wanted in self.wanted.items():
-            stops = {cut for cut in wanted.fronts if _name("front", name, cut) in left}
-            goals = {cut for cut in wanted.goals if goal_name(name, cut) in left}
-            teaches = wanted.anchor is taught_by and TEACHER in left
-            if not (stops or goals or teaches):
+        needed = set(names)
+        outputs: dict[str, Tensor] = {}
+        teacher_anchor = None if self.teacher is None else first_segment(self.teacher).module
+        for name, cuts in self.cuts.items():
+            fronts = {cut for cut in cuts.fronts if _name("front", name, cut) in needed}
+            goals = {cut for cut in cuts.goals if goal_name(name, cut) in needed}
+            teaches = cuts.anchor is teacher_anchor and TEACHER in needed
+            if not (fronts or goals or teaches):
                 continue
-            x = run_steps(images, wanted.before)
+            x = run_steps(images, cuts.before)
             whole: set[int | None] = {None} if teaches else set()
             if teaches and None in goals:  # one run cannot end in both logits and features
-                found |= _named(wanted.anchor.capture(x, {None}, features=True), name, set(), {None})
+                outputs |= _named(cuts.anchor.capture(x, {None}, features=True), name, set(), {None})
                 goals -= {None}
-            got = wanted.anchor.capture(x, stops | goals | whole, features=not teaches)
+            captured = cuts.anchor.capture(x, fronts | goals | whole, features=not teaches)
             if teaches:
                 assert self.teacher is not None
                 at = self.teacher.index(first_segment(self.teacher))
-                found[TEACHER] = run_steps(got[None], self.teacher[at + 1 :])
-            found |= _named(got, name, stops, goals)
-        return found
+                outputs[TEACHER] = run_steps(captured[None], self.teacher[at + 1 :])
+            outputs |= _named(captured, name, fronts, goals)
+        return outputs
 
     def specs(self, cut_dtype: torch.dtype, classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape for one image, and type, of all of it on disk; logits keep float32."""
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name, wanted in self.wanted.items():
-            final = (wanted.anchor.found.features or wanted.anchor.found.classes,)
-            for kind, cuts in (("front", wanted.fronts), ("goal", wanted.goals)):
+        """Shape for one image and type of each output, as it is cached.
+
+        Args:
+            cut_dtype: type of activations; logits are cached in float32.
+            classes: number of classes of the logits.
+        """
+        specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, anchor_cuts in self.cuts.items():
+            anchor = anchor_cuts.anchor
+            final = (anchor.found.features or anchor.found.classes,)
+            for kind, cuts in (("front", anchor_cuts.fronts), ("goal", anchor_cuts.goals)):
                 for cut in cuts:
-                    shape = final if cut is None else wanted.anchor.layout(cut).shape(1)[1:]
-                    found[_name(kind, name, cut)] = (shape, cut_dtype)
+                    shape = final if cut is None else anchor.layout(cut).shape(1)[1:]
+                    specs[_name(kind, name, cut)] = (shape, cut_dtype)
         if self.teacher:
-            found[TEACHER] = ((classes,), torch.float32)
-        return found
+            specs[TEACHER] = ((classes,), torch.float32)
+        return specs
 
 
 def goal_name(anchor: str, cut: int | None) -> str:
-    """The name of an activation that routes should lead to."""
+    """Name of an activation that routes should match."""
     return _name("goal", anchor, cut)
 
 
@@ -126,7 +148,8 @@ def first_segment(steps: Sequence[Step]) -> Step:
 
 
 def _named(
-    got: Mapping[int | None, Tensor], anchor: str, fronts: Iterable[int | None], goals: Iterable[int | None]
+    captured: Mapping[int | None, Tensor], anchor: str, fronts: Iterable[int | None], goals: Iterable[int | None]
 ) -> dict[str, Tensor]:
-    each = (("front", fronts), ("goal", goals))
-    return {_name(kind, anchor, cut): got[cut] for kind, cuts in each for cut in cuts}
+    """Captured activations of an anchor under their names."""
+    kinds = (("front", fronts), ("goal", goals))
+    return {_name(kind, anchor, cut): captured[cut] for kind, cuts in kinds for cut in cuts}

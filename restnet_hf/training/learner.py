@@ -1,4 +1,4 @@
-"""The routes that learn: what of them trains, and their losses on a batch."""
+"""Learner: the parts of routes that train, and their losses on a batch."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.anchor import Anchor, largest_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, TunedKey
 from restnet_hf.steps import Step, run_steps
@@ -18,70 +18,94 @@ from restnet_hf.training.frozen import TEACHER, FrozenPart, first_segment, goal_
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 
 
-# Of `TUNINGS`, by the name of the tuning.
+# Kinds of `TUNINGS` that each value of `TrainArgs.tuning` trains.
 KINDS: dict[str, tuple[str, ...]] = {"stitch": (), "norm": ("norm",), "lora": ("lora", "bias"), "full": ("full",)}
+Images = Callable[[], Iterator[Tensor]]
+"""A function that returns an iterator over a few batches of images, the same ones at each call."""
+
+
+def check_routes(
+    model: StitchedModelForImageClassification, routes: Iterable[Route | str], args: TrainArgs
+) -> list[Route]:
+    """Check that routes have something to train and something to learn from.
+
+    Args:
+        model: model of the routes.
+        routes: routes that are to train.
+        args: options of the training.
+
+    Returns:
+        The routes, parsed.
+
+    Raises:
+        ValueError: nothing would train, or there is nothing to learn from.
+    """
+    parsed = [model.route(route) for route in routes]
+    stitched = any(route.stitch_points for route in parsed)
+    heads = model.heads and args.train_head is not False
+    if not stitched and not heads:
+        raise ValueError(
+            "there is nothing to train: give routes with stitches (select_stitches or add_stitch makes them), or "
+            "ask for train_head=True on a model built with num_labels= or id2label="
+        )
+    if args.matching_epochs and not all(route.stitch_points for route in parsed):
+        raise ValueError("anchors alone have nothing to match; set matching_epochs=0, or give stitched routes")
+    teacher = _choose_teacher(model, args)
+    if teacher is not None and model.config.new_head and teacher not in model.config.trained_heads:
+        raise ValueError(
+            f"the new head of '{teacher}' is not trained yet, so there is nothing to distil from it. Train heads "
+            f"first, train(..., TrainArgs(distillation=0), routes=['{teacher}[:]', ...]), or set distillation=0"
+        )
+    return parsed
+
+
+def _choose_teacher(model: StitchedModelForImageClassification, args: TrainArgs) -> str | None:
+    """Name of the anchor that is distilled, the largest one; None without distillation."""
+    if not (args.distillation and args.num_train_epochs):
+        return None
+    return largest_anchor(model.anchors.values()).name
 
 
 class Learner:
-    """Routes that learn together.
+    """Routes that train together: their trainable parts, and their losses on a batch.
 
     Args:
-        model: whose routes they are.
-        routes: with stitches, or anchors alone that have a new head to train.
-        args: options of training.
+        model: model of the routes; parts that are tuned and missing are added to it.
+        routes: routes with stitches, or anchors alone with a new head to train.
+        args: options of the training.
+        images: images for the scales of features that are matched, and for the BatchNorm statistics of new tuned
+            parts; None where both are read from a checkpoint, or neither is needed.
 
     Raises:
         ValueError: nothing would train, or there is nothing to learn from.
     """
 
     def __init__(
-        self, model: StitchedModelForImageClassification, routes: Iterable[Route | str], args: TrainArgs
+        self,
+        model: StitchedModelForImageClassification,
+        routes: Iterable[Route | str],
+        args: TrainArgs,
+        images: Images | None = None,
     ) -> None:
         self.model, self.args = model, args
-        self.routes = [model.route(route) for route in routes]
-        self._something_trains()
-        self.teacher = self._teacher()
-        self.scales: dict[str, float] = {}
-
-    def begin(self) -> list[Tuned]:
-        """Make what is to be tuned, and get ready for batches; returns what is new and equal to the anchors' own."""
-        fresh = self._tune()
-        self.walks = {route: self.model.steps(route) for route in self.routes}
-        self.modules = self._trainable()
+        self.routes = check_routes(model, routes, args)
+        new = self._add_tuned()
+        self.walks = {route: model.steps(route) for route in self.routes}
+        self.modules = self._trainable_modules()
         self.frozen = self._frozen_part()
-        self.rest = {route: self._rest(steps) for route, steps in self.walks.items()}
+        self.rest = {route: self._trainable_steps(steps) for route, steps in self.walks.items()}
         named = {f"{key}.{n}": p for key, m in self.modules.items() for n, p in m.named_parameters()}
         names = sorted((name for name in named if named[name].requires_grad), key=lambda name: name[:6] == "tuned.")
         self.parameters = {name: named[name] for name in names}
         self.buffers = {f"{key}.{n}": b for key, m in self.modules.items() for n, b in m.named_buffers()}
-        return fresh
+        self.scales: dict[str, float] = {}
+        if images is not None:
+            self._set_scales(images)
+            self._recalibrate(images, new)
 
-    def _something_trains(self) -> None:
-        stitched = any(route.stitch_points for route in self.routes)
-        heads = self.model.heads and self.args.train_head is not False
-        if not stitched and not heads:
-            raise ValueError(
-                "there is nothing to train: give routes with stitches (select_stitches or add_stitch makes them), or "
-                "ask for train_head=True on a model built with num_labels= or id2label="
-            )
-        if self.args.matching_epochs and not all(route.stitch_points for route in self.routes):
-            raise ValueError("anchors alone have nothing to match; set matching_epochs=0, or give stitched routes")
-
-    def _teacher(self) -> Route | None:
-        if not (self.args.distillation and self.args.num_train_epochs):
-            return None
-        anchors = self.model.anchors
-        largest = max(anchors, key=lambda name: anchors[name].num_parameters())
-        if self.model.config.new_head and largest not in self.model.config.trained_heads:
-            raise ValueError(
-                f"the new head of '{largest}' is not trained yet, so there is nothing to distil from it. Train heads "
-                f"first, train(..., TrainArgs(distillation=0), routes=['{largest}[:]', ...]), or set distillation=0"
-            )
-        return Route.alone(largest)
-
-    def _tune(self) -> list[Tuned]:
-        """Make what is to be tuned besides stitches, where it is not there yet; returns what is new."""
-        args, model, new = self.args, self.model, []
+    def _add_tuned(self) -> list[Tuned]:
+        """Add to the model the tuned parts that it lacks, equal to the anchors' own weights; returns those added."""
+        args, model, new = self.args, self.model, list[Tuned]()
         kinds = KINDS[args.tuning]
         for route in self.routes:
             for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
@@ -100,7 +124,8 @@ class Learner:
             raise ValueError(f"{both} were tuned in full or by low-rank updates before; the two cannot be combined")
         return new
 
-    def _trainable(self) -> dict[str, nn.Module]:
+    def _trainable_modules(self) -> dict[str, nn.Module]:
+        """Stitches, heads and tuned parts of the routes, by name."""
         model = self.model
         names = {point.name for route in self.routes for point in route.stitch_points}
         modules: dict[str, nn.Module] = {f"stitches.{name}": model.stitches[name] for name in sorted(names)}
@@ -119,11 +144,11 @@ class Learner:
         before = {
             name: (steps[: steps.index(first_segment(steps))], model.anchors[name]) for name, steps in alone.items()
         }
-        teacher = None if self.teacher is None else model.steps(self.teacher)
-        return FrozenPart(self.walks, before, teacher, goals)
+        teacher = _choose_teacher(model, self.args)
+        return FrozenPart(self.walks, before, None if teacher is None else alone[teacher], goals)
 
     def _goals(self, route: Route) -> dict[str, set[int | None]]:
-        """The cuts, by anchor, at which a route's features are to match the anchor's own."""
+        """The cuts, by anchor, at which a route's features should match the anchor's own."""
         last = route.segments[-1]
         if self.args.match == "stitch":
             goals: dict[str, set[int | None]] = {}
@@ -133,35 +158,33 @@ class Learner:
         later = range(last.start + 1, self.model.anchors[last.anchor].depth + 1)
         return {last.anchor: {None, *(later if self.args.match == "later" else ())}}
 
-    def look(self, images: Callable[[], Iterator[Tensor]], fresh: Sequence[Tuned]) -> None:
-        """Take the scales of features that are to be matched, and BatchNorm statistics anew.
-
-        Args:
-            images: gives a few batches, the same ones each time.
-            fresh: what `begin` gave.
-        """
+    def _set_scales(self, images: Images) -> None:
+        """Compute the variance of each feature that is matched, on the first batch."""
         goals = self.frozen.names(self.routes, matching=True) - self.frozen.names(self.routes, matching=False)
         if goals:
             self.scales = goal_scales(self.frozen.compute(next(images()), goals))
+
+    def _recalibrate(self, images: Images, new: Sequence[Tuned]) -> None:
+        """Compute the BatchNorm statistics of new tuned parts."""
         for steps in self.walks.values():
-            *front, last = steps[: _last(steps) + 1]
+            *front, last = steps[: _last_segment(steps) + 1]
             for tuned in last.tuned:
-                if any(tuned is each for each in fresh):
+                if any(tuned is each for each in new):
                     assert isinstance(last.module, Anchor)
                     start = tuned.config.start
                     own: list[Callable[[Tensor], Tensor]] = [
-                        *self.frozen.wanted[last.module.name].before,
+                        *self.frozen.cuts[last.module.name].before,
                         partial(last.module, stop=start),
                     ]
                     pairs = ((partial(run_steps, x, own), partial(run_steps, x, front)) for x in images())
                     recalibrate(tuned.tensors(last.module, start), last.module, start, pairs)
 
-    def _rest(self, steps: Sequence[Step]) -> tuple[Step, ...]:
-        """What is left of a route after what is known of frozen networks, its end compiled if that was asked for."""
+    def _trainable_steps(self, steps: Sequence[Step]) -> tuple[Step, ...]:
+        """The steps of a route after its frozen beginning, with the end compiled if the options ask for it."""
         first = steps.index(first_segment(steps))
         rest = list(steps if steps[first].tuned else steps[first + 1 :])
-        if self.args.torch_compile and _last(steps) > first:
-            at = _last(rest)
+        if self.args.torch_compile and _last_segment(steps) > first:
+            at = _last_segment(rest)
             end = rest[at].bake()
             end.compile(backend=self.args.torch_compile_backend)
             rest[at] = Step(rest[at].name, end, rest[at].shape)
@@ -175,58 +198,57 @@ class Learner:
         in_place: bool,
         autocast: Callable[[], AbstractContextManager],
     ) -> Iterator[Tensor]:
-        """The loss of each route in turn; what the routes share is computed once, without gradients.
+        """The loss of each route in turn; the outputs of frozen networks are computed once, without gradients.
 
         Args:
-            batch: ``pixel_values``, or what `FrozenPart.compute` gives of them; perhaps ``labels``.
-            drawn: the routes.
-            matching: match features; else learn the task.
-            in_place: the first route teaches the others.
-            autocast: for mixed precision.
+            batch: ``pixel_values``, or the outputs that `FrozenPart.compute` returns for them; and ``labels``, if any.
+            drawn: routes that the sampler drew.
+            matching: whether the routes match features, or learn the task.
+            in_place: whether the first route teaches the others.
+            autocast: context manager of mixed precision.
         """
-        known = batch
+        outputs = batch
         if "pixel_values" in batch:
             images = batch["pixel_values"].to(self.model.dtype)
             with autocast():
-                known = self.frozen.compute(images, self.frozen.names(drawn, matching))
-        taught = known.get(TEACHER)
+                outputs = self.frozen.compute(images, self.frozen.names(drawn, matching))
+        teacher_logits = outputs.get(TEACHER)
         for index, route in enumerate(drawn):
             name = self.frozen.front(route)
-            start = images if name is None else known[name].to(self.model.dtype)
+            start = images if name is None else outputs[name].to(self.model.dtype)
             with autocast():
                 if matching:
-                    loss = self._match(route, start, known)
+                    loss = self._matching_loss(route, start, outputs)
                 else:
                     logits = run_steps(start, self.rest[route]).float()
-                    loss = task_loss(
-                        logits, batch.get("labels"), taught, self.args.distillation, self.args.temperature
-                    )
+                    weight, temperature = self.args.distillation, self.args.temperature
+                    loss = task_loss(logits, batch.get("labels"), teacher_logits, weight, temperature)
                     if index == 0 and in_place and self.args.distillation:
-                        taught = logits.detach()
+                        teacher_logits = logits.detach()
             yield loss
 
-    def _match(self, route: Route, start: Tensor, known: Mapping[str, Tensor]) -> Tensor:
-        """How far a route's features are from those of the anchors themselves."""
+    def _matching_loss(self, route: Route, start: Tensor, goals: Mapping[str, Tensor]) -> Tensor:
+        """The matching loss of a route, whose frozen beginning has the output ``start``."""
         steps = self.walks[route]
-        first, at = steps.index(first_segment(steps)), _last(steps)
+        first, at = steps.index(first_segment(steps)), _last_segment(steps)
         before = steps[: at + 1] if steps[first].tuned else steps[first + 1 : at + 1]
         if self.args.match == "stitch":
-            x, found, points = start, dict[str, Tensor](), list(route.stitch_points)
+            x, features, points = start, dict[str, Tensor](), list(route.stitch_points)
             for step in before[:-1]:
                 x = step(x)
                 if points and step.name == points[0].name:
                     point = points.pop(0)
-                    found[goal_name(point.target, point.target_cut)] = x
-            return matching_loss(found, known, self.scales)
+                    features[goal_name(point.target, point.target_cut)] = x
+            return matching_loss(features, goals, self.scales)
         x, last, segment = run_steps(start, before[:-1]), steps[at], route.segments[-1]
         stops = self._goals(route)[segment.anchor]
         assert isinstance(last.module, Anchor)
         tensors = last.replaced(segment.start, None)
-        got = last.module.capture(x, stops, segment.start, tensors=tensors, features=True)
-        return matching_loss({goal_name(segment.anchor, cut): got[cut] for cut in stops}, known, self.scales)
+        captured = last.module.capture(x, stops, segment.start, tensors=tensors, features=True)
+        return matching_loss({goal_name(segment.anchor, cut): captured[cut] for cut in stops}, goals, self.scales)
 
     def saliency(self, route: Route) -> float:
-        """Mean |gradient x weight| over what a route alone trains (ESTA, arXiv 2311.17352)."""
+        """Mean abs(gradient * weight) over the weights that only this route trains (ESTA, arXiv 2311.17352)."""
         own = {f"stitches.{point.name}" for point in route.stitch_points}
         own |= {f"tuned.{key}" for key in tuned_keys(route)[-1] if key.kind not in SHARED_KINDS}
         products = [
@@ -238,6 +260,6 @@ class Learner:
         return torch.cat(products).mean().item() if products else 0.0
 
 
-def _last(steps: Sequence[Step]) -> int:
-    """Where the last step stands that runs part of an anchor."""
+def _last_segment(steps: Sequence[Step]) -> int:
+    """Index of the last step that runs part of an anchor."""
     return max(index for index, step in enumerate(steps) if step.segment is not None)

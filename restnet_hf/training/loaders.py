@@ -1,4 +1,4 @@
-"""What training is fed with: images in a seeded order, or what frozen networks said of them, read from disk."""
+"""Data loaders of training: images in a seeded order, or cached outputs of the frozen networks."""
 
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -18,11 +18,11 @@ from restnet_hf.training.frozen import FrozenPart
 class SeededItems(Dataset):
     """A data set whose random augmentation depends on seed, epoch and index alone.
 
-    So it is the same on any number of processes and workers, and for a run that was resumed in the middle of an epoch.
+    So it is the same for any number of processes and workers, and for a run that was resumed within an epoch.
 
     Args:
-        rows: map-style.
-        seed: 0 or above.
+        rows: map-style data set to augment.
+        seed: seed of the augmentation, 0 or above.
     """
 
     def __init__(self, rows: Any, seed: int) -> None:
@@ -37,18 +37,22 @@ class SeededItems(Dataset):
             return self.rows[index]
 
 
-def streams(data: Any) -> bool:
+def is_stream(data: Any) -> bool:
     """Whether a data set has no length, so that its epochs cannot be counted."""
     return not isinstance(data.dataset if isinstance(data, DataLoader) else data, Sized)
 
 
-def feed(train_set: Any, args: TrainArgs) -> DataLoader:
-    """Batches of a data set in random order; a loader is taken as it is.
+def check_train_set(train_set: Any, args: TrainArgs) -> None:
+    """Check that a data set has images, and that its epochs or steps can be counted.
+
+    Args:
+        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        args: options of the training.
 
     Raises:
-        ValueError: there is no image, or no end.
+        ValueError: there are no images, or neither a length nor ``max_steps``.
     """
-    if streams(train_set):
+    if is_stream(train_set):
         if args.max_steps is None or (args.matching_epochs and args.num_train_epochs):
             raise ValueError(
                 "train_set has no length, so its epochs cannot be counted: give max_steps, and one of matching_epochs "
@@ -56,10 +60,19 @@ def feed(train_set: Any, args: TrainArgs) -> DataLoader:
             )
     elif not len(train_set):
         raise ValueError("train_set is empty: at least one image is needed")
+
+
+def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
+    """A loader of a data set in random order; a DataLoader is returned unchanged.
+
+    Args:
+        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        args: options of the training.
+    """
     if isinstance(train_set, DataLoader):
         return train_set
     options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.dataloader_num_workers}
-    if streams(train_set):
+    if is_stream(train_set):
         return DataLoader(train_set, **options)
     rows = train_set
     if data_fingerprint(rows) is None and not isinstance(rows, FeatureCache):
@@ -67,16 +80,26 @@ def feed(train_set: Any, args: TrainArgs) -> DataLoader:
     return DataLoader(rows, shuffle=True, **options)
 
 
-def keep(
+def cache_features(
     model: StitchedModelForImageClassification, frozen: FrozenPart, train_set: Any, args: TrainArgs
 ) -> FeatureCache:
-    """The data set with what frozen networks say of its images, kept in ``args.cache_dir``, in the place of images.
+    """Compute the outputs of the frozen networks for a data set, and cache them in ``args.cache_dir``.
 
-    Whatever is on disk already, from an earlier run or for other routes, is not computed again. Several processes on
-    one machine share the work.
+    Outputs that are on disk already, from an earlier run or for other routes, are not computed again. Several
+    processes on one machine share the work.
+
+    Args:
+        model: model of the frozen networks.
+        frozen: the frozen part of the routes that train.
+        train_set: data set whose images do not change.
+        args: options of the training, with a ``cache_dir``.
+
+    Returns:
+        The outputs and labels of each image, in the place of the data set.
 
     Raises:
-        ValueError: the images have no fingerprint (they are augmented, say), so that others could be taken for them.
+        ValueError: the images have no fingerprint, because they are augmented for example, so the cache could not tell
+            them from others.
         OSError: the disk is too small.
     """
     images = data_fingerprint(train_set)
@@ -89,23 +112,30 @@ def keep(
     first = next(batches(train_set, 1, "cache"))
     if "labels" in first:
         specs["labels"] = ((), torch.int64)
-    about = {**model.identity(), "images": images, "mixed_precision": args.mixed_precision, "dtype": args.cache_dtype}
-    cache = FeatureCache(args.cache_dir or "", about, len(train_set))
+    identity = {
+        **model.identity(),
+        "images": images,
+        "mixed_precision": args.mixed_precision,
+        "dtype": args.cache_dtype,
+    }
+    cache = FeatureCache(args.cache_dir or "", identity, len(train_set))
     state.wait_for_everyone()
     run: dict[str, Any] = {"main": state.is_main_process, "barrier": state.wait_for_everyone}
     with cache.turn(specs, **run) as missing:
         if missing:
             with cache.write({name: specs[name] for name in missing}, **run) as rows:
-                for start, x, labels in _share(model, train_set, args.batch_size):
-                    known = frozen.compute(x, {*missing} - {"labels"})
-                    rows.put(start, known | ({} if labels is None or "labels" not in missing else {"labels": labels}))
+                for start, x, labels in _own_batches(model, train_set, args.batch_size):
+                    outputs = frozen.compute(x, {*missing} - {"labels"})
+                    rows.put(
+                        start, outputs | ({} if labels is None or "labels" not in missing else {"labels": labels})
+                    )
     return cache.select(specs)
 
 
-def _share(
+def _own_batches(
     model: StitchedModelForImageClassification, train_set: Any, batch_size: int
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """The batches of this process: the place of the first image, the images, and their labels where there are any."""
+    """The batches that this process computes: index of the first image, images, and labels if any."""
     state, start = this_process(), 0
     for index, batch in enumerate(batches(train_set, batch_size, "cache")):
         if index % state.num_processes == state.process_index:
@@ -115,12 +145,18 @@ def _share(
 
 
 def first_images(train_set: Any, count: int, batch_size: int = 64) -> Iterator[Batch]:
-    """Batches of about the first ``count`` images of a data set, in its own order."""
+    """Batches of about the first ``count`` images of a data set, in its own order.
+
+    Args:
+        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        count: number of images; the last batch may exceed it.
+        batch_size: number of images in a batch, where no DataLoader decides it.
+    """
     rows, options = train_set, dict[str, Any](batch_size=batch_size)
     if isinstance(train_set, DataLoader):
         rows, options["collate_fn"] = train_set.dataset, train_set.collate_fn
     loader: Any = train_set
-    if not streams(train_set):
+    if not is_stream(train_set):
         loader = DataLoader(Subset(rows, range(min(count, len(rows)))), **options)
     elif not isinstance(train_set, DataLoader):
         loader = DataLoader(train_set, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""The one training loop: stitches, new heads and what is tuned learn, the anchors do not; runs under Accelerate."""
+"""The training loop, under Accelerate: stitches, new heads and tuned weights learn, the anchors do not change."""
 
 import math
 import signal
@@ -19,13 +19,20 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
-from restnet_hf.training.learner import Learner
-from restnet_hf.training.loaders import SeededItems, feed, first_images, keep, streams
+from restnet_hf.training.learner import Learner, check_routes
+from restnet_hf.training.loaders import (
+    SeededItems,
+    cache_features,
+    check_train_set,
+    first_images,
+    is_stream,
+    make_loader,
+)
 from restnet_hf.training.samplers import SAMPLERS, Sampler
 from restnet_hf.training.tracking import trackers
 
 
-LOOKED_AT = 512  # images for BatchNorm statistics and the scales of features
+CALIBRATION_IMAGES = 512  # images for BatchNorm statistics and the scales of features
 
 
 def train(
@@ -34,117 +41,157 @@ def train(
     args: TrainArgs | None = None,
     routes: Iterable[Route | str] | None = None,
 ) -> TrainResult:
-    """Train the stitches of routes, by default all of them on every batch, and what else ``args`` asks for.
+    """Train the stitches of routes, by default all of them on every batch, and the other parts that ``args`` names.
 
     Each batch runs once through the front, without gradients, and from each cut on through its stitch and the end.
-    Stitches do not share weights, so each learns as it would alone. The anchors do not change: what is tuned of them
-    stands in their place while a stitched route runs.
+    Stitches that no other route shares learn as they would alone; routes of a family may share stitches, which learn
+    from all of them. The anchors do not change: tuned weights take the place of theirs while a stitched route runs.
 
     Args:
-        model: with stitches.
-        train_set: a map-style dataset, a DataLoader, or data that streams, of ``pixel_values`` and ``labels``.
-        args: options.
-        routes: which to train; the stitched ones by default. Anchors alone have only a new head to train.
+        model: model whose stitches train.
+        train_set: a map-style data set, a DataLoader, or a data set without a length, of ``pixel_values`` and
+            ``labels``.
+        args: options of training; the defaults of `TrainArgs` where None.
+        routes: routes to train; by default the stitched ones. Of an anchor alone only a new head trains.
 
     Raises:
-        ValueError: nothing would train, labels are missing, out of range or of other classes, or the loss is not
-            finite; checkpoints written before that are sound.
-        OSError: a checkpoint or the cache cannot be written, for a full disk say.
-        SystemExit: SIGTERM came; a checkpoint of that moment was written, and the exit status is 143.
+        ValueError: nothing would train; labels are missing, out of range or of other classes; or the loss is not
+            finite, where checkpoints written before remain valid.
+        OSError: a checkpoint or the cache cannot be written, because the disk is full for example.
+        SystemExit: the process received SIGTERM; a checkpoint was written, and the exit status is 143.
     """
-    return _Training(model, train_set, args or TrainArgs(), routes).run()
+    args = args or TrainArgs()
+    chosen = check_routes(model, model.routes if routes is None else routes, args)
+    check_train_set(train_set, args)
+    check_classes(train_set, model.config.id2label)
+    resumes = _check_output_dir(args)
+    accelerator = start_accelerator(model, args)
+    began = time.perf_counter()
+    if args.least_squares_images is not None and not resumes:
+        model.fit_stitches(first_images(train_set, args.least_squares_images), chosen)
+    steps, losses = 0, dict[str, float]()
+    if args.matching_epochs + args.num_train_epochs:
+        training = Training(model, train_set, args, chosen, accelerator)
+        training.run()
+        training.record(time.perf_counter() - began)
+        steps, losses = training.step, training.mean_losses()
+    model.profiled = None  # it was measured with the stitches as they were before
+    return TrainResult(steps, time.perf_counter() - began, losses)
 
 
-class _Training:
-    """State of one run of `train`."""
+def _check_output_dir(args: TrainArgs) -> bool:
+    """Whether there are checkpoints to resume from; ValueError where they may not be used."""
+    resumes = bool(Checkpoints(args.output_dir).paths())
+    if resumes and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"{args.output_dir} holds checkpoints of an earlier training; go on from them with "
+            "resume_from_checkpoint=True, or choose another output_dir"
+        )
+    return resumes
+
+
+def start_accelerator(model: StitchedModelForImageClassification, args: TrainArgs) -> Accelerator:
+    """Set up Accelerate, set the seed, and move the model to the device.
+
+    Args:
+        model: model that is to train.
+        args: options of the training.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=trackers(args.log_with, args.output_dir),
+        project_dir=args.output_dir,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
+    )
+    set_seed(args.seed)
+    model.to(accelerator.device)  # before the optimizer gets the parameters
+    return accelerator
+
+
+class Training:
+    """One run of the loop of `train`: learner, loader, sampler, optimizer, and the place in the data.
+
+    Args:
+        model: model on the device of ``accelerator``.
+        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        args: options of the training.
+        routes: routes that are to train.
+        accelerator: Accelerate's state, from `start_accelerator`.
+
+    Raises:
+        ValueError: nothing would train, or the images cannot be cached.
+        OSError: the cache cannot be written.
+    """
 
     def __init__(
         self,
         model: StitchedModelForImageClassification,
         train_set: Any,
         args: TrainArgs,
-        routes: Iterable[Route | str] | None,
+        routes: Iterable[Route | str],
+        accelerator: Accelerator,
     ) -> None:
-        self.model, self.args, self.train_set = model, args, train_set
-        self.learner = Learner(model, model.routes if routes is None else routes, args)
-        self.loader: Any = feed(train_set, args)  # before anything is done, so that bad data fail at once
-        check_classes(train_set, model.config.id2label)
+        self.model, self.train_set, self.args, self.accelerator = model, train_set, args, accelerator
         self.checkpoints = Checkpoints(args.output_dir)
-        self.resumes = bool(self.checkpoints.found())
-        if self.resumes and not args.resume_from_checkpoint:
-            raise ValueError(
-                f"{args.output_dir} holds checkpoints of an earlier training; go on from them with "
-                "resume_from_checkpoint=True, or choose another output_dir"
-            )
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            log_with=trackers(args.log_with, args.output_dir),
-            project_dir=args.output_dir,
-            dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
-        )
-        set_seed(args.seed)
-        model.to(self.accelerator.device)  # before the optimizer sees the parameters
+        self.resumes = bool(self.checkpoints.paths())
         self.losses: dict[Route, list[float]] = {}
-        self.step = self.epoch = self.done = 0  # of all steps, epochs, and steps of the epoch
+        self.step = self.epoch = self.done = 0  # steps done, epochs done, and steps done in this epoch
         self.part_size = 0
+        self.learner = Learner(model, routes, args, None if self.resumes else self._calibration_images)
+        rows = train_set if args.cache_dir is None else cache_features(model, self.learner.frozen, train_set, args)
+        self.sampler = self._make_sampler()
+        optimizer = self._make_optimizer()
+        self.loader: Any = accelerator.prepare(make_loader(rows, args))
+        self.per_epoch = None if is_stream(self.loader) else len(self.loader)
+        epochs = args.matching_epochs + args.num_train_epochs
+        self.total = min(count for count in (self.per_epoch and epochs * self.per_epoch, args.max_steps) if count)
+        self.optimizer, self.schedule = accelerator.prepare(optimizer, self._make_schedule(optimizer))
 
-    def run(self) -> TrainResult:
+    def run(self) -> None:
+        """Train all steps, from the last checkpoint on if there is one."""
+        with self._tracked(), self.training_mode(), told_to_stop() as asked:
+            self._run_epochs(asked)
+        trained = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
+        self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
+
+    def mean_losses(self) -> dict[str, float]:
+        """The mean loss of each route over the last epoch."""
+        return {str(route): sum(losses) / len(losses) for route, losses in self.losses.items() if losses}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        began = time.perf_counter()
-        if args.least_squares_images is not None and not self.resumes:
-            self.model.fit_stitches(first_images(self.train_set, args.least_squares_images), self.learner.routes)
-        if args.matching_epochs + args.num_train_epochs:
-            self._prepare()
-            with self._tracked(), self._only_these_train(), told_to_stop() as asked:
-                self._epochs(asked)
-            trained = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
-            self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
-            self._record(time.perf_counter() - began)
-        self.model.profiled = None  # it was of the stitches as they were
-        means = {str(route): sum(losses) / len(losses) for route, losses in self.losses.items() if losses}
-        return TrainResult(self.step, time.perf_counter() - began, means)
-
-    def _prepare(self) -> None:
-        """All that the loop needs, in the order in which one part needs another."""
-        from transformers import get_cosine_schedule_with_warmup  # brings PEFT, which takes a second and more
-
-        args, learner = self.args, self.learner
-        fresh = learner.begin()
-        if not self.resumes:
-            learner.look(self._few_images, fresh)
-        if args.cache_dir is not None:
-            self.loader = feed(keep(self.model, learner.frozen, self.train_set, args), args)
-        self.sampler = self._sampler()
-        inside = args.anchor_learning_rate or args.learning_rate * (0.1 if args.tuning == "full" else 1)
+        anchor_rate = args.anchor_learning_rate or args.learning_rate * (0.1 if args.tuning == "full" else 1)
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in learner.parameters.items():
-            groups.setdefault(inside if name.startswith("tuned.") else args.learning_rate, []).append(parameter)
-        optimizer = torch.optim.AdamW(
+        for name, parameter in self.learner.parameters.items():
+            groups.setdefault(anchor_rate if name.startswith("tuned.") else args.learning_rate, []).append(parameter)
+        return torch.optim.AdamW(
             [{"params": group, "lr": rate} for rate, group in groups.items()],
             weight_decay=args.weight_decay,
             foreach=True,
         )
-        self.loader = self.accelerator.prepare(self.loader)
-        self.per_epoch = None if streams(self.loader) else len(self.loader)
-        epochs = args.matching_epochs + args.num_train_epochs
-        steps = [count for count in (self.per_epoch and epochs * self.per_epoch, args.max_steps) if count]
-        self.total = min(steps)
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(args.warmup_ratio * self.total), self.total)
-        self.optimizer, self.schedule = self.accelerator.prepare(optimizer, schedule)
 
-    def _few_images(self) -> Iterator[Tensor]:
-        for batch in first_images(self.train_set, LOOKED_AT, self.args.batch_size):
-            yield self._checked(batch)["pixel_values"].to(self.model.device, self.model.dtype)
+    def _make_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
+        from transformers import get_cosine_schedule_with_warmup  # imports PEFT, which takes a second and more
 
-    def _sampler(self) -> Sampler:
+        return get_cosine_schedule_with_warmup(optimizer, int(self.args.warmup_ratio * self.total), self.total)
+
+    def _calibration_images(self) -> Iterator[Tensor]:
+        for batch in first_images(self.train_set, CALIBRATION_IMAGES, self.args.batch_size):
+            yield self.check_batch(batch)["pixel_values"].to(self.model.device, self.model.dtype)
+
+    def _make_sampler(self) -> Sampler:
         kind = SAMPLERS[self.args.sampler]
         cost = self.model.route_costs() if self.args.sampler != "all" else None
         routes = self.learner.routes
         return kind(routes, {r: cost(r)["macs"] if cost else 0.0 for r in routes}, self.args.seed)
 
-    def _record(self, seconds: float) -> None:
-        """Write into config.json, for the card, how it was trained."""
-        images = None if streams(self.loader) else len(self.loader.dataset)
+    def record(self, seconds: float) -> None:
+        """Add this training to the model's configuration, for its card.
+
+        Args:
+            seconds: seconds that training took.
+        """
+        images = None if is_stream(self.loader) else len(self.loader.dataset)
         done = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
         processes = {"processes": self.accelerator.num_processes, "seconds": round(seconds, 1)}
         self.model.config.training = [
@@ -164,10 +211,10 @@ class _Training:
                 tracker.finish()
 
     @contextmanager
-    def _only_these_train(self) -> Iterator[None]:
-        """Training mode, and no gradients for stitches and heads that take no part; as before afterwards."""
-        mine = set(self.learner.parameters.values())
-        others = [p for p in self.model.parameters() if p.requires_grad and p not in mine]
+    def training_mode(self) -> Iterator[None]:
+        """Put the model in training mode within the block, without gradients for weights that do not train."""
+        trained = set(self.learner.parameters.values())
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in trained]
         for parameter in others:
             parameter.requires_grad_(False)
         self.model.train()
@@ -190,7 +237,7 @@ class _Training:
             for parameter in others:
                 parameter.requires_grad_(True)
 
-    def _epochs(self, asked: Callable[[], bool]) -> None:
+    def _run_epochs(self, asked: Callable[[], bool]) -> None:
         args, accelerator = self.args, self.accelerator
         if self.resumes:
             self._resume()
@@ -198,8 +245,8 @@ class _Training:
         with logging.tqdm(total=self.total, initial=self.step, desc="training", disable=hidden) as bar:
             while self.step < self.total:
                 self.losses = {route: [] for route in self.learner.routes}
-                for batch in self._epoch():
-                    self._update(batch)
+                for batch in self.epoch_batches():
+                    self.update(batch)
                     self.step += 1
                     self.done += 1
                     bar.update()
@@ -217,16 +264,25 @@ class _Training:
                     raise ValueError("train_set gives no images")
                 self.epoch, self.done = self.epoch + 1, 0
 
-    def _epoch(self) -> Iterator[Batch]:
+    def epoch_batches(self) -> Iterator[Batch]:
+        """The remaining batches of this epoch."""
         set_seed(self.args.seed + self.epoch)  # random augmentation is the same for a run that was resumed
         if isinstance(self.loader.dataset, SeededItems):
             self.loader.dataset.epoch = self.epoch
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(self.epoch)
         for item in self.accelerator.skip_first_batches(self.loader, self.done) if self.done else self.loader:
-            yield self._checked(item)
+            yield self.check_batch(item)
 
-    def _checked(self, item: Any) -> Batch:
+    def check_batch(self, item: Any) -> Batch:
+        """An item of the loader as a batch, after a check of its images and labels.
+
+        Args:
+            item: a batch of images and labels in any form of `as_batch`, or of cached features.
+
+        Raises:
+            ValueError: labels are missing, or images or labels do not fit the model.
+        """
         if isinstance(item, Mapping) and not {"pixel_values"} & item.keys():
             return dict(item)  # from the cache
         batch = as_batch(item, "train_set")
@@ -238,27 +294,34 @@ class _Training:
                 "num_train_epochs=0 and matching_epochs to match its features"
             )
         if labels is not None and (labels.dim() < 2 or self.model.config.problem_type == MULTI_LABEL):
-            check_labels(labels, self.model.config.num_labels)  # of two dimensions they are probabilities of classes
+            check_labels(labels, self.model.config.num_labels)  # labels of two dimensions are probabilities of classes
         return batch
 
-    def _update(self, batch: Batch) -> None:
-        """One step of the optimizer on the routes that the sampler draws."""
+    def update(self, batch: Batch) -> None:
+        """Do one step of the optimizer on the routes that the sampler draws.
+
+        Args:
+            batch: a batch that `check_batch` returned.
+
+        Raises:
+            ValueError: a loss is not finite.
+        """
         accelerator, drawn = self.accelerator, self.sampler.draw(self.step)
-        found = self._backward(batch, drawn)
+        losses = self._backward(batch, drawn)
         if accelerator.num_processes > 1:
-            found = accelerator.reduce(found, "mean")
+            losses = accelerator.reduce(losses, "mean")
             self._reduce_gradients()
-        for route, loss in zip(drawn, found.tolist(), strict=True):
+        for route, loss in zip(drawn, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss of route '{route}' is {loss} at step {self.step}; lower the learning rate. Checkpoints "
-                    "written so far are sound"
+                    "written so far are valid"
                 )
             self.losses[route].append(loss)
         accelerator.unscale_gradients()
         if type(self.sampler).update is not Sampler.update:
             saliency = {route: self.learner.saliency(route) for route in drawn}
-            if all(map(math.isfinite, saliency.values())):  # where float16 overflows, the step is not made either
+            if all(map(math.isfinite, saliency.values())):  # where float16 overflows, the step is skipped too
                 self.sampler.update(saliency)
         for module in self.learner.modules.values():
             torch.nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
@@ -267,14 +330,14 @@ class _Training:
         self.optimizer.zero_grad()
 
     def _backward(self, batch: Batch, drawn: Sequence[Route]) -> Tensor:
-        """Gradients of the mean loss of each route over a batch; returns these losses."""
+        """Compute the gradients of the mean loss of each route over a batch; returns these losses."""
         size = len(next(iter(batch.values())))
         if not self.args.auto_find_batch_size:
-            return self._in_parts(math.ceil(size / self.args.gradient_accumulation_steps), batch, drawn)
+            return self._backward_in_parts(math.ceil(size / self.args.gradient_accumulation_steps), batch, drawn)
         part = self.part_size or math.ceil(size / self.args.gradient_accumulation_steps)
-        return find_executable_batch_size(self._in_parts, starting_batch_size=part)(batch, drawn)
+        return find_executable_batch_size(self._backward_in_parts, starting_batch_size=part)(batch, drawn)
 
-    def _in_parts(self, batch_size: int, batch: Batch, drawn: Sequence[Route]) -> Tensor:
+    def _backward_in_parts(self, batch_size: int, batch: Batch, drawn: Sequence[Route]) -> Tensor:
         self.part_size = batch_size
         self.optimizer.zero_grad()
         size = len(next(iter(batch.values())))
@@ -290,7 +353,7 @@ class _Training:
         return sums
 
     def _reduce_gradients(self) -> None:
-        """The mean of the gradients over all processes, in one exchange."""
+        """Average the gradients over all processes, in one exchange."""
         gradients = [p.grad for p in self.learner.parameters.values() if p.grad is not None]
         flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):

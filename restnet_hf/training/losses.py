@@ -1,4 +1,4 @@
-"""What routes learn by: labels, a teacher's logits, and the end anchor's own features."""
+"""Losses of training: cross-entropy, distillation from a teacher, and feature matching."""
 
 from collections.abc import Mapping
 
@@ -10,38 +10,37 @@ from restnet_hf.data.datasets import IGNORED
 
 
 def task_loss(
-    logits: Tensor, labels: Tensor | None, taught: Tensor | None, distillation: float, temperature: float
+    logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, distillation: float, temperature: float
 ) -> Tensor:
     """``(1 - w)`` cross-entropy ``+ w T²`` KL divergence from the teacher (Hinton et al., arXiv 1503.02531).
 
     Args:
-        logits: (N, classes).
-        labels: (N,), for w below 1; the cross-entropy is a mean over images whose label is not -100.
-        taught: logits of the teacher (N, classes), for w above 0.
-        distillation: w.
-        temperature: T.
+        logits: logits of the route, (N, classes).
+        labels: labels of the images, (N,), for w below 1; the cross-entropy is a mean over those that are not -100.
+        teacher_logits: logits of the teacher, (N, classes), for w above 0.
+        distillation: weight w of the distillation, from 0 to 1.
+        temperature: temperature T of the distillation.
     """
     loss = logits.new_zeros(())
     if distillation < 1 and labels is not None:
-        known = (labels != IGNORED).sum().clamp_min(1) if labels.dim() == 1 else len(labels)  # never a mean of nothing
-        loss = loss + (1 - distillation) * cross_entropy(logits, labels, reduction="sum") / known
-    if taught is not None:
-        heat = temperature
-        target = softmax(taught.float() / heat, dim=-1)
-        divergence = kl_div(log_softmax(logits / heat, dim=-1), target, reduction="batchmean")
-        loss = loss + distillation * heat**2 * divergence
+        count = (labels != IGNORED).sum().clamp_min(1) if labels.dim() == 1 else len(labels)  # never divide by 0
+        loss = loss + (1 - distillation) * cross_entropy(logits, labels, reduction="sum") / count
+    if teacher_logits is not None:
+        target = softmax(teacher_logits.float() / temperature, dim=-1)
+        divergence = kl_div(log_softmax(logits / temperature, dim=-1), target, reduction="batchmean")
+        loss = loss + distillation * temperature**2 * divergence
     return loss
 
 
-def matching_loss(found: Mapping[str, Tensor], goals: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+def matching_loss(features: Mapping[str, Tensor], goals: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
     """Mean over goals of the squared error in units of the goal's variance (arXiv 2603.12433, 2505.20142).
 
     Args:
-        found: what the route has, by the goal's name.
-        goals: what the end anchor itself has on the same images.
-        scales: the variance of each goal.
+        features: features of the route, by the name of the goal that each should match.
+        goals: features of the anchors themselves for the same images, by name.
+        scales: variance of each goal, by name.
     """
-    terms = [mse_loss(value.float(), goals[name].float()) / scales[name] for name, value in found.items()]
+    terms = [mse_loss(value.float(), goals[name].float()) / scales[name] for name, value in features.items()]
     return torch.stack(terms).mean()
 
 

@@ -1,4 +1,4 @@
-"""SAMPLERS: which routes train at a step; the same in every process and in a run that was resumed. No torch."""
+"""SAMPLERS: which routes train at a step; equal in all processes and in resumed runs. No torch."""
 
 import math
 from abc import ABC, abstractmethod
@@ -14,10 +14,10 @@ class Sampler(ABC):
     """Draws the routes of each step; a draw depends on the seed, the step and `state_dict`, and on nothing else.
 
     Args:
-        routes: to draw from; one that is given twice counts once.
+        routes: routes to draw from; one that is given twice counts once.
         macs: multiply-accumulate operations of each route.
-        seed: 0 or above.
-        **options: of each sampler.
+        seed: seed of the draws, 0 or above.
+        **options: options of the sampler.
 
     Raises:
         ValueError: there are no routes, the MACs of one are missing or not finite, or an option is out of range.
@@ -39,31 +39,38 @@ class Sampler(ABC):
         """The routes that train at ``step`` (0 is the first), no route twice."""
 
     def update(self, saliency: Mapping[Route, float]) -> None:
-        """Learn from a step that was made; most samplers have nothing to learn.
+        """Update the scores after a step; most samplers have none.
 
         Args:
-            saliency: of each route that was drawn, the mean of abs(gradient * weight) over its weights. It must be the
-                same in all processes.
+            saliency: mean of abs(gradient * weight) over the weights of each route that was drawn, equal in all
+                processes.
 
         Raises:
-            ValueError: a route is not one of ``routes``, or a saliency is not a finite number of at least 0 where the
-                sampler learns from it.
+            ValueError: a route is not one of ``routes``, or a saliency that the sampler uses is not a finite number of
+                at least 0.
         """
         others = [str(route) for route in saliency if route not in self.macs]
         if others:
-            raise ValueError(f"saliency of {others}, which are not drawn from; there are {[*map(str, self.routes)]}")
+            raise ValueError(f"saliency of {others}, which are not among the routes {[*map(str, self.routes)]}")
 
     @property
     def scores(self) -> dict[Route, float]:
-        """What is known of the importance of routes, the higher the more important."""
+        """Estimated importance of routes, the higher the more important; empty where the sampler has none."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What draws depend on besides seed and step; JSON can hold it."""
+        """The state that draws depend on besides seed and step, as JSON can hold it."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave; ValueError if that was of another kind of sampler or of other routes."""
+        """Restore a state.
+
+        Args:
+            state: state that `state_dict` returned.
+
+        Raises:
+            ValueError: the state belongs to another kind of sampler, or to other routes.
+        """
         if state:
             raise ValueError(f"this sampler has no state, but got {sorted(state)}; use the sampler that it came from")
 
@@ -75,15 +82,18 @@ class All(Sampler):
     """Every route at every step, in the order given."""
 
     def draw(self, step: int) -> list[Route]:
+        """The routes that train at ``step`` (0 is the first), no route twice."""
         return list(self.routes)
 
 
 class Sandwich(Sampler):
-    """The dearest route, which teaches, the cheapest, and others at random (Yu & Huang, arXiv 1903.05134).
+    """The most costly route, which teaches, the cheapest, and others at random (Yu & Huang, arXiv 1903.05134).
 
     Args:
-        routes, macs, seed: see `Sampler`.
-        extra: how many others, if there are so many.
+        routes: routes to draw from; one that is given twice counts once.
+        macs: multiply-accumulate operations of each route.
+        seed: seed of the draws, 0 or above.
+        extra: number of other routes in a draw, if there are so many.
     """
 
     in_place = True
@@ -93,22 +103,24 @@ class Sandwich(Sampler):
         if extra < 0:
             raise ValueError(f"extra={extra} must be at least 0")
         self.extra = extra
-        *cheaper, dearest = sorted(self.routes, key=self.macs.__getitem__)
-        self.ends, self.others = [dearest, *cheaper[:1]], cheaper[1:]
+        *cheaper, largest = sorted(self.routes, key=self.macs.__getitem__)
+        self.ends, self.others = [largest, *cheaper[:1]], cheaper[1:]
 
     def draw(self, step: int) -> list[Route]:
+        """The routes that train at ``step`` (0 is the first), no route twice."""
         order = self._random(step).permutation(len(self.others))
         return self.ends + [self.others[index] for index in order[: self.extra]]
 
 
 class OneRoute(Sampler):
-    """One route, by the probabilities that a subclass gives."""
+    """One route, drawn with the probabilities that a subclass defines."""
 
     @abstractmethod
     def probabilities(self) -> np.ndarray:
-        """Of each of ``routes``, (routes,)."""
+        """The probability of each of ``routes``, (routes,)."""
 
     def draw(self, step: int) -> list[Route]:
+        """The routes that train at ``step`` (0 is the first), no route twice."""
         return [self.routes[self._random(step).choice(len(self.routes), p=self.probabilities())]]
 
 
@@ -116,15 +128,18 @@ class Uniform(OneRoute):
     """One route, each with the same probability (SN-Net, arXiv 2302.06586)."""
 
     def probabilities(self) -> np.ndarray:
+        """The same probability for each of ``routes``, (routes,)."""
         return np.full(len(self.routes), 1 / len(self.routes))
 
 
 class Buckets(OneRoute):
-    """One route: a part of the range of MACs at random, then a route of that part (SN-Netv2, arXiv 2307.00154).
+    """One route: a bucket of MACs at random, then a route of that bucket (SN-Netv2, arXiv 2307.00154).
 
     Args:
-        routes, macs, seed: see `Sampler`.
-        buckets: into how many parts of equal width the range is divided; parts without a route are left out.
+        routes: routes to draw from; one that is given twice counts once.
+        macs: multiply-accumulate operations of each route.
+        seed: seed of the draws, 0 or above.
+        buckets: number of parts of equal width of the range of MACs; parts without a route are left out.
     """
 
     def __init__(
@@ -136,6 +151,7 @@ class Buckets(OneRoute):
         self.buckets = buckets
 
     def probabilities(self) -> np.ndarray:
+        """The same probability for each bucket, and within a bucket for each route, (routes,)."""
         above = np.array([self.macs[route] for route in self.routes]) - min(self.macs.values())
         parts = np.minimum(above * self.buckets // (above.max() or 1), self.buckets - 1)
         _, part, sizes = np.unique(parts, return_inverse=True, return_counts=True)
@@ -150,9 +166,11 @@ class Importance(OneRoute):
     each with the same probability.
 
     Args:
-        routes, macs, seed: see `Sampler`.
-        decay: how much of the average stays when a new value comes in, from 0 to below 1.
-        floor: share of the probability that all routes have in equal parts, from 0 to 1.
+        routes: routes to draw from; one that is given twice counts once.
+        macs: multiply-accumulate operations of each route.
+        seed: seed of the draws, 0 or above.
+        decay: weight of the old average when a new value comes in, from 0 to below 1.
+        floor: share of the probability that is divided equally among all routes, from 0 to 1.
     """
 
     def __init__(
@@ -171,6 +189,7 @@ class Importance(OneRoute):
         self._averages: dict[Route, float] = {}
 
     def probabilities(self) -> np.ndarray:
+        """The probability of each of ``routes``, (routes,), as in the description of the class."""
         new = np.array([route not in self._averages for route in self.routes])
         if new.any():
             return new / new.sum()
@@ -179,6 +198,7 @@ class Importance(OneRoute):
         return (1 - self.floor) * averages / averages.sum() + self.floor / len(averages)
 
     def update(self, saliency: Mapping[Route, float]) -> None:
+        """Add the saliency of the routes of a step to their moving averages; see `Sampler.update`."""
         super().update(saliency)
         for route, value in _checked(saliency).items():
             before = self._averages.get(route, value)
@@ -186,20 +206,25 @@ class Importance(OneRoute):
 
     @property
     def scores(self) -> dict[Route, float]:
+        """Moving average of the saliency of each route that was drawn."""
         return dict(self._averages)
 
     def state_dict(self) -> dict[str, Any]:
+        """The moving averages, by route; None for routes that were not drawn."""
         return {"averages": {str(route): self._averages.get(route) for route in self.routes}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore moving averages; see `Sampler.load_state_dict`."""
         averages, names = state.get("averages", {}), {str(route): route for route in self.routes}
         if set(averages) != set(names):
-            raise ValueError(f"the state is of {sorted(averages)}, but routes are {sorted(names)}; give the same ones")
+            raise ValueError(
+                f"the state belongs to {sorted(averages)}, but routes are {sorted(names)}; give the same ones"
+            )
         self._averages = _checked({names[name]: value for name, value in averages.items() if value is not None})
 
 
 def _checked(saliency: Mapping[Route, float]) -> dict[Route, float]:
-    """As plain floats; ValueError unless all are finite and at least 0."""
+    """Saliency as plain floats; ValueError unless all are finite and at least 0."""
     wrong = {str(route): value for route, value in saliency.items() if not 0 <= value < math.inf}
     if wrong:
         raise ValueError(f"saliency must be finite and at least 0, not {wrong}; leave out steps that overflow")

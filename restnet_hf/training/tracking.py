@@ -1,4 +1,4 @@
-"""Where a training's numbers go: a file of JSON lines, or any tracker of Accelerate."""
+"""Trackers of training: a file of JSON lines, or any tracker of Accelerate."""
 
 import json
 import math
@@ -14,20 +14,20 @@ from accelerate.utils import is_tensorboard_available, is_trackio_available
 from torch import Tensor
 
 
-# Trackers that an extra of this package installs, and whether they are there.
+# Trackers that an extra of this package installs, and functions that report whether they are installed.
 EXTRAS: dict[str, Callable[[], bool]] = {"tensorboard": is_tensorboard_available, "trackio": is_trackio_available}
 
 
 class JsonlTracker(GeneralTracker):
-    """Writes ``log.jsonl``, one JSON object a line, which needs no service and no other package to be read.
+    """Writes ``log.jsonl``, one JSON object a line, which any program can read.
 
     The first line of a run is ``{"config": {...}}``; each of the others holds ``step``, ``time`` (seconds since 1970)
-    and the values. A run that is resumed goes on in the same file, with a line of its own for its configuration, and
-    writes the steps since its checkpoint again: of lines with equal steps the last counts. Only the main process
-    writes. Numbers that JSON does not know are the strings ``nan``, ``inf`` and ``-inf``.
+    and the values. A resumed run appends to the same file: a line for its configuration, then the steps since its
+    checkpoint again; of several lines with the same step the last one counts. Only the main process writes. Numbers
+    that JSON cannot hold are the strings ``nan``, ``inf`` and ``-inf``.
 
     Args:
-        logging_dir: folder of the file; made where it does not exist.
+        logging_dir: folder of the file; it is made if it does not exist.
     """
 
     name = "jsonl"
@@ -45,7 +45,7 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def start(self) -> None:
-        """Open the file, after a last line that a killed run did not finish is taken off."""
+        """Open the file, and remove a last line that a killed run left incomplete."""
         if self._file is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,12 +56,22 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: Mapping[str, Any]) -> None:
-        """Write the line of the run's options."""
+        """Write the line of the run's options.
+
+        Args:
+            values: options of the run by name.
+        """
         self._write({"config": values})
 
     @on_main_process
     def log(self, values: Mapping[str, Any], step: int | None = None, **kwargs: Any) -> None:
-        """Write the line of a step; further options are those of other trackers, and mean nothing here."""
+        """Write the line of a step.
+
+        Args:
+            values: numbers of the step by name.
+            step: number of the step.
+            **kwargs: options of other trackers, which this one ignores.
+        """
         self._write({"step": step, "time": time.time(), **values})
 
     @on_main_process
@@ -79,7 +89,7 @@ class JsonlTracker(GeneralTracker):
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: numbers out of tensors and arrays, and text for what it does not know."""
+    """A value as JSON can hold it: numbers for tensors and arrays, text for other types."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -92,12 +102,12 @@ def _plain(value: Any) -> Any:
 
 
 def trackers(log_with: Any, logging_dir: str | os.PathLike[str] | None) -> list[Any] | None:
-    """What to give to ``Accelerator(log_with=...)``.
+    """The value of ``Accelerator(log_with=...)``.
 
     Args:
-        log_with: ``jsonl``, ``none``, another name that Accelerate knows, a tracker, or a list of these. None is
-            ``jsonl`` where there is a folder, and ``none`` where there is not.
-        logging_dir: folder of `JsonlTracker`; other trackers have theirs from ``Accelerator(project_dir=...)``.
+        log_with: ``jsonl``, ``none``, another name of Accelerate's, a tracker, or a list of these. None is ``jsonl``
+            where there is a folder, and ``none`` where there is not.
+        logging_dir: folder of `JsonlTracker`; for other trackers ``Accelerator(project_dir=...)`` sets it.
 
     Raises:
         ValueError: ``jsonl`` has no folder, or a tracker is not installed.
@@ -105,8 +115,7 @@ def trackers(log_with: Any, logging_dir: str | os.PathLike[str] | None) -> list[
     if log_with is None:
         log_with = [] if logging_dir is None else ["jsonl"]
     wanted = log_with if isinstance(log_with, Sequence) and not isinstance(log_with, str) else [log_with]
-    found = [_tracker(each, logging_dir) for each in wanted if each != "none"]
-    return found or None
+    return [_tracker(each, logging_dir) for each in wanted if each != "none"] or None
 
 
 def _tracker(wanted: Any, logging_dir: str | os.PathLike[str] | None) -> Any:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification
 from restnet_hf.adaptation import scorer
 from restnet_hf.adaptation.adapt import adapt, adapt_to, parse_budget
-from restnet_hf.adaptation.scorer import Judge
+from restnet_hf.adaptation.scorer import Scorer
 from restnet_hf.adaptation.search import SEARCHES
 from restnet_hf.cli import app
 from restnet_hf.demo.paths import DATA, END, FRONT
@@ -71,16 +71,16 @@ def test_all_of_them_exactly(model, clothes):
 
 @torch.no_grad()
 def test_without_labels(model, clothes):
-    """The score is how often a route says what the largest anchor says."""
+    """The score is how often a route predicts the class that the largest anchor predicts."""
     rows = clothes(model, "test", 100)
     images = torch.stack([rows[index]["pixel_values"] for index in range(len(rows))])
     found = adapt(model, images, Budget(macs=24e6), exact=True)
     assert found.score == "agreement"
-    said = {}
+    predicted = {}
     for route in (found.best.route, "resnet_fashion[:]"):
         model.set_route(route)
-        said[str(route)] = model(images).logits.argmax(-1)
-    agrees = (said[str(found.best.route)] == said["resnet_fashion[:]"]).double().mean().item()
+        predicted[str(route)] = model(images).logits.argmax(-1)
+    agrees = (predicted[str(found.best.route)] == predicted["resnet_fashion[:]"]).double().mean().item()
     assert found.best.scores == {"agreement": pytest.approx(agrees)}
 
 
@@ -115,14 +115,14 @@ def test_a_batch_that_fits(model, clothes, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("labels", [True, False])
-def test_what_a_few_images_foretell(model, clothes, labels):
-    """Every eighth of a hundred: the mean probability of the label, or of what the largest anchor says."""
+def test_predictions_from_a_few_images(model, clothes, labels):
+    """Every eighth of a hundred: the mean probability of the label, or of the largest anchor's class."""
     rows = clothes(model, "test", 100)
     images = torch.stack([rows[index]["pixel_values"] for index in range(100)])
-    judge = Judge(model, rows if labels else images, 7, exact=True)
-    judge.fits = model.all_routes
-    said, taken = judge.predictor("few_images", 4)
-    assert len(judge.fits) == 8 and taken == 1, "12 of 100 images for 8 routes"
+    job = Scorer(model, rows if labels else images, 7, exact=True)
+    job.fits = model.all_routes
+    predict, taken = job.make_predictor("few_images", 4)
+    assert len(job.fits) == 8 and taken == 1, "12 of 100 images for 8 routes"
     model.set_route("resnet_fashion[:]")
     right = model(images).logits.argmax(-1)
     if labels:
@@ -130,25 +130,25 @@ def test_what_a_few_images_foretell(model, clothes, labels):
     for route in model.all_routes:
         model.set_route(route)
         held = model(images[7::8]).logits.softmax(-1)[torch.arange(12), right[7::8]]
-        assert said(route) == pytest.approx(held.mean().item(), rel=1e-4)
-    said, taken = judge.predictor("few_images", 1)
-    assert taken == 1 and said(route) is not None
-    judge = Judge(model, images[:7], 7, exact=True)
-    judge.fits = model.all_routes
-    said, taken = judge.predictor("few_images", 4)
-    assert taken == 0 and said(route) is None, "too few images to spare one"
+        assert predict(route) == pytest.approx(held.mean().item(), rel=1e-4)
+    predict, taken = job.make_predictor("few_images", 1)
+    assert taken == 1 and predict(route) is not None
+    job = Scorer(model, images[:7], 7, exact=True)
+    job.fits = model.all_routes
+    predict, taken = job.make_predictor("few_images", 4)
+    assert taken == 0 and predict(route) is None, "too few images to spare one"
 
 
-def test_what_similarity_foretells(model, clothes):
+def test_predictions_from_similarity(model, clothes):
     rows = clothes(model, "test", 100)
-    judge = Judge(model, rows, 32, exact=True)
-    judge.fits = model.all_routes
-    said, taken = judge.predictor("lstsq", 4)
+    job = Scorer(model, rows, 32, exact=True)
+    job.fits = model.all_routes
+    predict, taken = job.make_predictor("lstsq", 4)
     [front, _] = model.compare(rows, ["lstsq"], order="auto", batch_size=32)["lstsq"]
     expected = [front.values[route.stitch_points[0].source_cut - 1, route.stitch_points[0].target_cut - 1]
                 for route in model.routes]  # fmt: skip
-    assert taken == 0 and [*map(said, model.routes)] == pytest.approx(expected) and len(set(expected)) == 6
-    assert said(model.route("vit_fashion[:]")) is None
+    assert taken == 0 and [*map(predict, model.routes)] == pytest.approx(expected) and len(set(expected)) == 6
+    assert predict(model.route("vit_fashion[:]")) is None
 
 
 @pytest.mark.parametrize("predictor", [None, "few_images", "position"])
@@ -214,7 +214,7 @@ def test_latency_is_measured_from_end_to_end(model, clothes, tmp_path):
 
 
 def test_a_busy_device(model, clothes):
-    """Where routes take a thousand times as long as foretold, the choice is by what they take."""
+    """Where routes take a thousand times as long as predicted, the choice is by what they take."""
     rows = clothes(model, "test", 64)
     table = model.measure_latency()
     short = {name: replace(timing, ms=timing.ms / 1000) for name, timing in table.entries.items()}

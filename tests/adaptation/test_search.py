@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from restnet_hf.adaptation.neighbours import Neighbours
 from restnet_hf.adaptation.search import SEARCHES
-from restnet_hf.adaptation.surrogate import improvement, predicted, route_features, standard_scores
+from restnet_hf.adaptation.surrogate import improvement, predict, route_features, standard_scores
 from restnet_hf.errors import BudgetError
 from restnet_hf.routes.blocks import Blocks
 from restnet_hf.routes.families import family
@@ -176,23 +176,24 @@ def test_a_tenth_of_published_routes():
 
 def real():
     """602 routes of one and two stitches between the embedded anchors, with their MACs, their accuracies on 500 images
-    and what 12 of these foretell, others for each of five seeds; written by recipes/benchmarks/search.py --routes."""
+    and the scores that 12 of these predict, others for each of five seeds; written by recipes/benchmarks/search.py
+    with --routes."""
     with open(Path(__file__).with_name("real_routes.csv"), newline="") as file:
         rows = {Route.parse(row.pop("route")): row for row in csv.DictReader(file)}
 
     def column(name, times=1):
         return {route: times * float(row[name]) for route, row in rows.items()}
 
-    return Landscape(column("macs"), column("accuracy", 100)), [column(f"foretold {seed}") for seed in range(5)]
+    return Landscape(column("macs"), column("accuracy", 100)), [column(f"predicted {seed}") for seed in range(5)]
 
 
 def test_a_tenth_of_the_work_on_real_routes():
     """Twelve images of 500 for each route that fits, and full evaluations for the rest of a tenth of that work."""
-    land, foretold = real()
+    land, predictions = real()
     budgets, tenth = land.budgets(), len(land.routes) // 10
     spent = math.ceil(12 / 500 * sum(ms <= budgets[0].latency_ms for ms in land.ms.values()))
     left = (tenth - spent) / len(land.routes) + 1e-9
-    gaps = [land.gaps(PERCENT, left, seed, predictor=said.get) for seed, said in enumerate(foretold)]
+    gaps = [land.gaps(PERCENT, left, seed, predictor=values.get) for seed, values in enumerate(predictions)]
     assert (tenth, spent) == (60, 14) and within(gaps) == 1
     alone = [land.gaps(PERCENT, 0.1, seed) for seed in range(5)]
     assert within(alone) < 0.9, "not so easy"
@@ -353,9 +354,10 @@ def test_ranked_takes_a_similarity():
     """A route without a value comes last, as does one whose value is not a number; budgets take turns."""
     routes = [Route.alone("b"), *one_cut_routes("a", 2, "b", 2)]
     values = np.ma.masked_array([[0.1, 0.9], [0.5, 0.3]], [[0, 0], [0, 1]])
-    said = {**{route: Similarity("a", "b", values, {}).value(route) for route in routes[1:]}, routes[0]: math.nan}
-    options = {"predictor": said.get}
-    search = SEARCHES["ranked"](routes, lambda r: {"macs": 1}, said.fromkeys, Budget(macs=1), **options)
+    predictions = {route: Similarity("a", "b", values, {}).value(route) for route in routes[1:]}
+    predictions[routes[0]] = math.nan
+    options = {"predictor": predictions.get}
+    search = SEARCHES["ranked"](routes, lambda r: {"macs": 1}, predictions.fromkeys, Budget(macs=1), **options)
     search.scores = lambda batch: dict.fromkeys(batch, 0.5)
     expected = ["a[:1] + b[2:]", "a[:2] + b[1:]", "a[:1] + b[1:]", "b[:]", "a[:2] + b[2:]"]
     assert [str(row.route) for row in search.run().evaluated] == expected
@@ -417,7 +419,7 @@ def test_the_surrogate_is_a_gaussian_process():
     inverse, off = np.linalg.inv(kernel(seen, seen) + 0.1 * np.eye(20)), values - values.mean()
     left = kernel(points, points) - kernel(points, seen) @ inverse @ kernel(seen, points)
     variance = off @ inverse @ off / 20 * np.diag(left)
-    means, deviations = predicted(seen, values, points)
+    means, deviations = predict(seen, values, points)
     np.testing.assert_allclose(means, values.mean() + kernel(points, seen) @ inverse @ off, rtol=1e-9)
     np.testing.assert_allclose(deviations, np.sqrt(variance), rtol=1e-6)
     z = np.linspace(-6, 6, 2001)
@@ -427,7 +429,7 @@ def test_the_surrogate_is_a_gaussian_process():
 
 
 def test_what_a_predictor_says_is_standardized():
-    """Values that are none say nothing, nor do those that are all the same."""
+    """Values that are not finite become 0, and so do values that are all equal."""
     found = standard_scores(np.array([3.0, math.nan, 5.0, math.inf, 10.0]))
     np.testing.assert_allclose(found, [-3 / math.sqrt(26 / 3), 0, -1 / math.sqrt(26 / 3), 0, 4 / math.sqrt(26 / 3)])
     for same in ([0.1] * 7, [math.nan] * 3, []):
@@ -505,9 +507,9 @@ GOOD = small("evolution").state_dict()
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"search": "Ranked"}, "it is of Ranked, not of Evolution"),
+        ({"search": "Ranked"}, "it belongs to Ranked, not to Evolution"),
         ({"found": {"c[:]": 0.5}}, r"it holds \['c\[:\]'\], which are not among the candidates"),
         ({"pending": ["c[:]"]}, "which are not among the candidates"),
         ({"found": {"b[:]": math.nan}}, "not finite"),
@@ -516,8 +518,8 @@ GOOD = small("evolution").state_dict()
         ({"random": GOOD["random"] | {"state": {"state": 10**60, "inc": 1}}}, "use the one it came from"),
     ],
 )
-def test_states_that_are_none(change, said):
+def test_states_that_are_none(change, message):
     search = small("evolution")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         search.load_state_dict(GOOD | change)
     assert search.state_dict() == GOOD, "nothing of it was taken over"

@@ -1,8 +1,9 @@
-"""Every runtime and precision of EXPORTERS, verified against the routes themselves; and what is refused."""
+"""Every runtime and precision of RUNTIMES, verified against the routes themselves; and what is refused."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,17 +17,16 @@ from restnet_hf import Budget, Controller, ExportedModel, Profile, StitchedModel
 from restnet_hf.cli import app
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.demo.paths import DATA, END, FRONT
-from restnet_hf.export.export import DisagreementError, pareto_routes
-from restnet_hf.export.exporter import UnsupportedExportError
-from restnet_hf.export.exporters import EXPORTERS
+from restnet_hf.export.export import NOISE_IMAGES, DisagreementError, pareto_routes
+from restnet_hf.export.exporter import Exporter, UnsupportedExportError, load_exporter
 from restnet_hf.export.programs import trace_route
 from restnet_hf.export.sensitivity import most_sensitive, rounded
 from restnet_hf.hub.cards import make_card
-from restnet_hf.runtime.runners import RUNNERS, MissingRuntimeError, openvino_core
+from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError, Runtime, openvino_core
 from restnet_hf.stitches.tuning import TunedConfig, tuned_keys
 
 
-CASES = [(name, precision) for name, exporter in EXPORTERS.items() for precision in exporter.precisions]
+CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 ROUTES = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 WITHOUT_TORCH = [case for case in CASES if case[0] in ("onnx", "openvino")]
 ABSENT = """import sys
@@ -62,7 +62,7 @@ def can_run(runtime, precision):
 
 @pytest.mark.parametrize(("runtime", "precision"), CASES)
 def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
-    """Logits close to the route's own, at any number of images; a script that says the same; a profile that is kept.
+    """Logits close to the route's own, at any number of images; a script that prints the same class; a stored profile.
 
     In float32 two routes are in one folder, and share what they can.
     """
@@ -79,8 +79,8 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
     exported.set_route(ROUTES[0])
-    said = run_in(tmp_path, (out / "run.py").read_text(), without_torch=(runtime, precision) in WITHOUT_TORCH)
-    assert said == exported.classify(picture)[0]["label"]
+    printed = run_in(tmp_path, (out / "run.py").read_text(), without_torch=(runtime, precision) in WITHOUT_TORCH)
+    assert printed == exported.classify(picture)[0]["label"]
     assert (out / "run.py").read_text().count("\n") <= 15
     check_profile(exported, model, routes, runtime, precision)
     if len(routes) > 1 and runtime != "torch":
@@ -128,8 +128,68 @@ def check_profile(exported, model, routes, runtime, precision):
     assert f"| `{ROUTES[0]}` | {runtime} | {precision} | " in card.text
 
 
-def test_there_is_a_runner_for_each():
-    assert EXPORTERS.keys() == RUNNERS.keys()
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_exporter_of_each_runtime(runtime):
+    """Each row names an exporter that exists and is for the same runtime."""
+    exporter = load_exporter(runtime)
+    assert isinstance(exporter, Exporter) and exporter.runtime == runtime
+
+
+class Table(Exporter):
+    """One affine map from the pixels, fitted to the logits of a route; a runtime that needs numpy alone."""
+
+    runtime, packages, precisions = "table", ("numpy",), ("fp32",)
+
+    def convert(self, program, precision):
+        images = noise(NOISE_IMAGES)  # as many as verify, and fewer than there are pixels, so that the fit is exact
+        with torch.no_grad():
+            logits = program.module(images)
+        pixels = np.column_stack([images.flatten(1).numpy(), np.ones(len(images))])
+        return np.linalg.lstsq(pixels, logits.numpy())[0].astype(np.float32)
+
+    def save(self, models, folder):
+        entries = {route: {"file": f"{number}.npy"} for number, route in enumerate(models)}
+        for route, entry in entries.items():
+            np.save(folder / entry["file"], models[route])
+        return entries
+
+
+def run_table(folder, entry, threads, trust_remote_code=False):
+    weight = np.load(folder / entry["file"])
+    return lambda images: (images.reshape(len(images), -1) @ weight[:-1] + weight[-1]).astype(np.float32)
+
+
+@pytest.mark.parametrize("exporter", [Table, Table(), f"{__name__}:Table"])
+def test_a_runtime_from_outside(model, tmp_path, monkeypatch, exporter):
+    """One row is enough to export and verify routes, load the folder, and run its script without torch."""
+    script = 'np.append(x.ravel(), 1) @ np.load(here / "{file}")'
+    row = Runtime(run_table, exporter, "os", script, {"file": r"\d+\.npy"})
+    with pytest.raises(ValueError, match="'table' is not one of"):
+        export_routes(model, tmp_path / "out", ROUTES, runtime="table")
+    monkeypatch.setitem(RUNTIMES, "table", row)
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[Table.__module__])
+    exported = export_routes(model, tmp_path / "out", ROUTES, runtime="table")
+    assert exported.runtime == "table" and [*map(str, exported.routes)] == ROUTES
+    images = noise(NOISE_IMAGES)
+    for route in ROUTES:
+        exported.set_route(route)
+        assert np.allclose(exported(images.numpy()), logits(model, route, images), atol=1e-3)
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
+    picture.save(tmp_path / "picture.png")
+    exported.set_route(ROUTES[0])
+    printed = run_in(tmp_path, (tmp_path / "out" / "run.py").read_text(), without_torch=True)
+    assert printed == exported.classify(picture)[0]["label"]
+    profile = json.loads((tmp_path / "out" / "profile.json").read_text())
+    profile["metadata"]["files"][ROUTES[0]]["file"] = "run.py"
+    (tmp_path / "out" / "profile.json").write_text(json.dumps(profile))
+    with pytest.raises(ValueError, match=r"file='run.py', which must be of the form .* for runtime 'table'"):
+        ExportedModel(tmp_path / "out")
+
+
+def test_an_exporter_of_another_runtime(monkeypatch):
+    monkeypatch.setitem(RUNTIMES, "mine", Runtime(run_table, Table, "os", ""))
+    with pytest.raises(ValueError, match="exporter of runtime 'mine' has runtime='table'; give both one name"):
+        load_exporter("mine")
 
 
 def check_sharing(folder, model):
@@ -219,7 +279,7 @@ def test_keeps_as_many_routes_loaded_as_asked(bundle):
 
 def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path, monkeypatch):
     """A classifier whose inputs differ by 1e4 in size cannot be in eight bits; kept out of them, all is well."""
-    monkeypatch.setattr(type(EXPORTERS["onnx"]), "careful", False)  # which here does as well
+    monkeypatch.setattr(type(load_exporter("onnx")), "careful", False)  # which here does as well
     head, norm = model.anchors["vit"].model.classifier, model.anchors["vit"].model.vit.layernorm
     with torch.no_grad():
         norm.weight[0] *= 1e4
@@ -275,10 +335,10 @@ def test_refusals(model, tmp_path, options, error, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("runtime", EXPORTERS)
+@pytest.mark.parametrize("runtime", RUNTIMES)
 def test_missing_package(model, tmp_path, monkeypatch, runtime):
     """What is not installed is named, with the extra that brings it."""
-    package = EXPORTERS[runtime].packages[-1]
+    package = load_exporter(runtime).packages[-1]
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(MissingRuntimeError, match=rf"needs {package.split('.')[0]}.*restnet-hf\[{runtime}\]"):
         export_routes(model, tmp_path / "out", runtime=runtime)
@@ -302,7 +362,8 @@ def test_unsupported_operator(model, tmp_path, runtime):
 
 def test_a_wrong_file_is_not_called_good(model, tmp_path, monkeypatch):
     """A runner that gives other numbers stands for a runtime that computes wrongly."""
-    monkeypatch.setitem(RUNNERS, "onnx", lambda *_: lambda images: np.zeros((len(images), CLASSES), np.float32))
+    row = replace(RUNTIMES["onnx"], run=lambda *_: lambda images: np.zeros((len(images), CLASSES), np.float32))
+    monkeypatch.setitem(RUNTIMES, "onnx", row)
     with pytest.raises(DisagreementError, match="agrees with the route on .* so nothing was written"):
         export_routes(model, tmp_path / "out", data=noise(20))
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, load_anchor, train
-from restnet_hf.adaptation.scorer import Judge
+from restnet_hf.adaptation.scorer import Scorer
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.routes.route import Route
@@ -581,8 +581,8 @@ def test_labels_that_are_ignored(pair, images):
     part = pair.profile([(images, some), (images[:2], torch.full((2,), -100))])
     assert [row.scores for row in part.routes] == [row.scores for row in whole.routes]
     assert part.metadata["images"] == whole.metadata["images"] == 3
-    judge = Judge(pair, [(images[:2], torch.full((2,), -100)), (images, some)], 2, exact=True)
-    assert judge.score == "accuracy" and sum(len(batch["labels"]) for batch in judge._batches()) == 3
+    scorer = Scorer(pair, [(images[:2], torch.full((2,), -100)), (images, some)], 2, exact=True)
+    assert scorer.score == "accuracy" and sum(len(batch["labels"]) for batch in scorer._batches()) == 3
     pair.select_stitches([(images.repeat(9, 1, 1, 1), some.repeat(9))], max_routes=1, method="kl_probe")
     with pytest.raises(ValueError, match="every image has the label -100"):
         pair.profile([(images, torch.full((len(images),), -100))])

@@ -75,14 +75,14 @@ def test_half_a_point_is_as_good(selectors):
 
 def test_area(accuracy, selectors):
     anchors, routes = [[5e6, 0.6], [40e6, 0.9]], [[19e6, 0.72], [10e6, 0.7], [30e6, 0.65]]
-    both = (5 * 0.6 + 9 * 0.7 + 21 * 0.72) / 35  # the dearest route is worse than a cheaper one
+    both = (5 * 0.6 + 9 * 0.7 + 21 * 0.72) / 35  # the most costly route is worse than a cheaper one
     assert accuracy.area([*routes, *anchors], 5e6, 40e6) == pytest.approx(both)
     assert accuracy.area(routes, 0, 40e6) == pytest.approx((9 * 0.7 + 21 * 0.72) / 30)  # from 10 million on
     assert accuracy.area([[5e6, 0.8]], 0, 40e6) == pytest.approx(0.8)
     assert accuracy.area([[45e6, 0.8], [50e6, 0.9]], 0, 40e6) == 0.8  # too dear, and no division by nothing
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for _ in range(20):  # as the sum over a thousand budgets
-        points = np.c_[dice.uniform(1e6, 50e6, 6), dice.random(6)].tolist()
+        points = np.c_[rng.uniform(1e6, 50e6, 6), rng.random(6)].tolist()
         expected = selectors.area([*map(tuple, points)], anchors)
         assert accuracy.area([*points, *anchors], 5e6, 40e6) == pytest.approx(expected, abs=5e-3)
 
@@ -194,10 +194,10 @@ def test_ten_epochs_out_of_steps(training):
              "cached": [0.5, 0.6, 0.8], "naive": [2.2, 2.6, 2.4], "full fine-tuning": [3.0, 3.0, 3.0],
              "filling the cache": [4.0, 8.0, 4.0]}  # fmt: skip
     found = training.time_ratios("DeiT-S to DeiT-Ti", taken, batch=20)
-    said = {name.removeprefix("DeiT-S to DeiT-Ti, "): ratio for name, ratio in found.items()}
+    ratios = {name.removeprefix("DeiT-S to DeiT-Ti, "): ratio for name, ratio in found.items()}
     full = 10 * 50 * 3.0
     cached = [12.5 * 4 + 500 * 0.5, 12.5 * 8 + 500 * 0.6, 12.5 * 4 + 500 * 0.8]  # 300, 400, 450
-    assert said == pytest.approx({
+    assert ratios == pytest.approx({
         "stitch-only over front + end: time": 1.2, "stitch-only over front + end: time (of minima)": 1.1,
         "cached over end alone: time": 1.2, "cached over end alone: time (of minima)": 1.0,
         "naive over stitch-only: time": 2.0, "naive over stitch-only: time (of minima)": 2.0,

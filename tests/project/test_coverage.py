@@ -1,4 +1,4 @@
-"""No list of supported models: every classifier that transformers and timm know is cut, or says why not."""
+"""No list of supported models: every classifier that transformers and timm know is cut, or the reason is reported."""
 
 import importlib.util
 import sys

@@ -159,7 +159,7 @@ def test_recipes_run_at_toy_size(path, new_task):
             r"valid\. Value error, stitch kind 'cubic' is not one of",
         ),
         ("front: a\nend: b\ndataset: c\naugment: blur", "augment='blur' is not one of"),
-        ("front: a\nend: b\ndataset: c\naugment: flip\nstitches: {cache_dir: d}", "leave one of them out"),
+        ("front: a\nend: b\ndataset: c\naugment: flip\nstitches: {cache_dir: d}", "leave one of the two out"),
         ("front: a\nend: b\ndataset: c\nlabel_free: true\nnew_head: true", "leave new_head or label_free out"),
         ("front: a\nend: b\ndataset: c\nlabel_free: true", "set stitches.distillation to 1, or"),
     ],
@@ -206,7 +206,7 @@ def test_command_errors(tmp_path, monkeypatch, arguments, code, message):
 
 
 def test_similarity_by_command(tmp_path):
-    """The routes printed are those that the matrix written says are best; both directions, and labels that help."""
+    """The routes printed have the highest values of the matrix written; both directions, and labels that help."""
     out = tmp_path / "out"
     command = ["similarity", str(FRONT), str(END), "--dataset", str(DATA), "--images", "64", "--out", str(out)]
     result = CliRunner().invoke(app, [*command, "--method", "cka", "--method", "fitted_accuracy", "--order", "auto"])

@@ -31,7 +31,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "adaptation": ["adapt", "neighbours", "scorer", "search", "surrogate"],
     "export": [
-        *("device_files", "executorch", "export", "exporter", "exporters", "folding", "onnx", "openvino", "programs"),
+        *("device_files", "executorch", "export", "exporter", "folding", "onnx", "openvino", "programs"),
         *("sensitivity", "torch_program"),
     ],
     "demo": ["paths"],

@@ -21,7 +21,7 @@ from PIL import Image
 from restnet_hf import ExportedModel
 from restnet_hf.runtime.exported_files import MAX_MESSAGE, known_checksums, read_labels, read_preprocessing
 from restnet_hf.runtime.exported_model import prepare_image
-from restnet_hf.runtime.runners import RUNNERS
+from restnet_hf.runtime.runners import RUNTIMES
 
 
 DAMAGES = 320  # of folders, a quarter for each runtime
@@ -139,7 +139,7 @@ def snapshot(folder):
 @pytest.mark.slow
 def test_damaged_and_hostile_folders(onnx, tmp_path):
     """Documented errors alone, of bounded length; no process, pickle or file; no crash of a runtime; quickly."""
-    sources = [onnx] + [export(onnx.parent, runtime) for runtime in RUNNERS if runtime != "onnx"]
+    sources = [onnx] + [export(onnx.parent, runtime) for runtime in RUNTIMES if runtime != "onnx"]
     dice, trap, folders = random.Random(7), tmp_path / "trap", tmp_path / "many"
     folders.mkdir()
     kinds = [damage(sources[i % len(sources)], folders / str(i), dice, trap) for i in range(DAMAGES)]

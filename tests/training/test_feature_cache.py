@@ -68,7 +68,7 @@ CASTS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_files_hold_the_values_cast(cache, name):
-    """By numpy and by hand, from the raw file; and the json says what it is."""
+    """By numpy and by hand, from the raw file; and the json describes it."""
     shape, dtype = SPECS[name]
     expected = CASTS[str(dtype).removeprefix("torch.")](values()[name].numpy())
     raw = (cache.folder / f"{name}.bin").read_bytes()
@@ -137,7 +137,7 @@ def test_next_run_finds_it(cache, tmp_path):
         "tokens",
         "logits",
     ]
-    with pytest.raises(FileExistsError, match=r"\['labels', 'logits', 'stage-1.2', 'tokens'\] are whole"):
+    with pytest.raises(FileExistsError, match=r"\['labels', 'logits', 'stage-1.2', 'tokens'\] are complete"):
         fill(again)
     again.verify()
 
@@ -154,9 +154,9 @@ def test_more_names_later(cache, tmp_path):
 
 def test_selection(cache, tmp_path):
     assert list(cache.select(["logits"])[0]) == ["logits"]
-    with pytest.raises(ValueError, match=r"no whole \['stage'\]; there are \['labels', 'logits'"):
+    with pytest.raises(ValueError, match=r"no complete \['stage'\]; there are \['labels', 'logits'"):
         cache.select(["labels", "stage"])
-    with pytest.raises(ValueError, match="holds nothing that is whole; fill it with write"):
+    with pytest.raises(ValueError, match="holds no complete tensor; fill it with write"):
         FeatureCache(tmp_path, {}, 1)[0]
     with pytest.raises(ValueError, match="images=0 must be at least 1"):
         FeatureCache(tmp_path, {}, 0)
@@ -182,7 +182,7 @@ def test_truncated(cache, tmp_path):
     assert again.missing(SPECS) == ["tokens"] and "tokens" not in again[0]
     with pytest.raises(ValueError, match="tokens.bin is damaged"):
         again.verify()
-    with pytest.raises(ValueError, match="tokens.bin is not whole any more"):
+    with pytest.raises(ValueError, match="tokens.bin is not complete any more"):
         view[0]
 
 
@@ -278,7 +278,7 @@ def test_names_stay_in_the_folder(tmp_path, name):
 
 @pytest.mark.parametrize("spec", [((0,), torch.float16), ((-2, -2), torch.float16), ((2,), torch.float64)])
 def test_what_cannot_be_kept(tmp_path, spec):
-    with pytest.raises(ValueError, match="rows of 'x' cannot be kept with shape"):
+    with pytest.raises(ValueError, match="rows of 'x' cannot be stored with shape"):
         FeatureCache(tmp_path, IDENTITY, 3).nbytes({"x": spec})
 
 
@@ -455,7 +455,7 @@ def rank(number, barrier, folder, answers, other):
 
 
 def test_two_processes(cache, tmp_path):
-    """They write what one does alone; if one fails, both say so and nothing stays; nobody waits for ever."""
+    """They write what one does alone; if one fails, both raise and nothing remains; no process waits for ever."""
     together, spawn = tmp_path / "together", multiprocessing.get_context("spawn")
     barrier, answers = spawn.Barrier(2), spawn.Queue()
     cache[0]  # it travels after its maps were opened
@@ -472,10 +472,10 @@ def test_two_processes(cache, tmp_path):
         assert (both.folder / file.name).read_bytes() == file.read_bytes()
     assert found.pop((0, "reads")) == found.pop((1, "reads")) == 5
     assert found.pop((0, "rank 0 fails")) == found.pop((1, "rank 1 fails")) == "ZeroDivisionError()"
-    assert "the error of the main process says why" in found.pop((1, "rank 0 fails"))
+    assert "see the error of the main process" in found.pop((1, "rank 0 fails"))
     assert "4 of 11 images were not put" in found.pop((0, "rank 1 fails"))
     assert "MB are free" in found[0, "disk full"]
-    assert "the error of the main process says why" in found[1, "disk full"]
+    assert "see the error of the main process" in found[1, "disk full"]
     assert {file.parent for file in together.glob("*/*.bin")} == {both.folder}
 
 

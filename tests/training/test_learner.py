@@ -15,7 +15,7 @@ from restnet_hf.stitches.layers import STITCHES, StitchConfig
 from restnet_hf.training.frozen import FrozenPart, first_segment
 from restnet_hf.training.learner import KINDS, Learner
 from restnet_hf.training.loaders import first_images
-from restnet_hf.training.loop import _Training
+from restnet_hf.training.loop import Training, start_accelerator
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 from restnet_hf.training.samplers import SAMPLERS
 
@@ -50,14 +50,14 @@ def test_what_trains(tuning, images):
         assert all(torch.equal(anchor(images), before[name]) for name, anchor in model.anchors.items())
 
 
-def test_rates_of_what_is_tuned():
+def test_learning_rates_of_tuned_weights():
     """A tenth for full tuning, as for stitches otherwise, and what was asked for."""
     for options, expected in (
         ({"tuning": "full"}, {1e-2: "stitches", 1e-3: "tuned"}),
         ({"tuning": "lora", "anchor_learning_rate": 3e-3}, {1e-2: "stitches", 3e-3: "tuned"}),
     ):
-        job = _Training(build(), data(), TrainArgs(learning_rate=1e-2, warmup_ratio=0, **options), None)
-        job._prepare()
+        model, args = build(), TrainArgs(learning_rate=1e-2, warmup_ratio=0, **options)
+        job = Training(model, data(), args, model.routes, start_accelerator(model, args))
         names = iter(job.learner.parameters)
         groups = {group["initial_lr"]: {next(names).split(".")[0] for _ in group["params"]}
                   for group in job.optimizer.param_groups}  # fmt: skip
@@ -94,15 +94,15 @@ def test_losses_by_hand():
     found = task_loss(logits, labels, taught, 0.3, 3.0)
     assert found.item() == pytest.approx((0.7 * truth + 0.3 * 9 * divergence).item(), rel=1e-5)
     goals = {"a": torch.randn(8, 3, 2, 2, generator=generator) * 5, "b": torch.randn(8, 7, generator=generator)}
-    mine = {name: goal + torch.randn(goal.shape, generator=generator) for name, goal in goals.items()}
+    features = {name: goal + torch.randn(goal.shape, generator=generator) for name, goal in goals.items()}
     scales = goal_scales(goals)
     terms = []
     for name, goal in goals.items():
         rows = goal.double().flatten(1)
         variance = (rows - rows.mean(0)).square().sum(0) / 7
         assert scales[name] == pytest.approx(variance.mean().item(), rel=1e-6)
-        terms.append((mine[name] - goal).double().square().mean() / variance.mean())
-    assert matching_loss(mine, goals, scales).item() == pytest.approx(sum(terms).item() / 2, rel=1e-5)
+        terms.append((features[name] - goal).double().square().mean() / variance.mean())
+    assert matching_loss(features, goals, scales).item() == pytest.approx(sum(terms).item() / 2, rel=1e-5)
     assert goal_scales({"same": torch.ones(4, 2)}) == {"same": 1.0}
 
 
@@ -110,10 +110,9 @@ def test_losses_by_hand():
 def test_matching_by_hand(match):
     """A route's features after the end against the end anchor's own, at the head's input and at the later cuts."""
     model = build()
-    job = Learner(model, ROUTES, TrainArgs(matching_epochs=1, match=match, num_train_epochs=0))
-    fresh = job.begin()
     x, labels = data()[:8]
-    job.look(lambda: iter([x]), fresh)
+    args = TrainArgs(matching_epochs=1, match=match, num_train_epochs=0)
+    job = Learner(model, ROUTES, args, lambda: iter([x]))
     losses = job.losses({"pixel_values": x, "labels": labels}, job.routes, True, False, nullcontext)
     found = {str(route): loss.item() for route, loss in zip(job.routes, losses, strict=True)}
     vit = model.anchors["vit"]
@@ -129,8 +128,8 @@ def test_matching_by_hand(match):
             finals = [vit.capture(a, {None}, at, features=True)[None] for a, at in ((stitched, start), (x, 0))]
             assert torch.equal(vit.model.classifier(finals[1]), vit(x))
         terms = [
-            (mine.double() - own.double()).square().mean() / own.double().flatten(1).var(0).mean()
-            for mine, own in [*pairs, tuple(finals)]
+            (value.double() - own.double()).square().mean() / own.double().flatten(1).var(0).mean()
+            for value, own in [*pairs, tuple(finals)]
         ]
         assert found[name] == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-4)
 
@@ -141,18 +140,17 @@ TWICE = ["resnet[:2] + vit[1:2] + resnet[4:]", "resnet[:1] + resnet[3:3] + resne
 def elastic(name="resnet"):
     """One anchor that skips blocks by branches, with weights that are not its own any more."""
     model = StitchedModelForImageClassification.from_anchors(make_anchor(name), routes="skip")
-    dice = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.stitches.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=dice))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
     return model
 
 
 def matching(model, routes, batch):
     """The matching losses of routes on a batch, scaled by itself."""
-    job = Learner(model, routes, TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0))
-    fresh = job.begin()
-    job.look(lambda: iter([batch]), fresh)
+    args = TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0)
+    job = Learner(model, routes, args, lambda: iter([batch]))
     with torch.no_grad():
         losses = job.losses({"pixel_values": batch}, job.routes, True, False, nullcontext)
         return {str(route): loss.item() for route, loss in zip(job.routes, losses, strict=True)}
@@ -197,8 +195,8 @@ def test_later_stitches_see_what_earlier_ones_give():
     route = "resnet[:1] + resnet[3:4] + resnet[6:]"
     x = data()[:8][0]
     first, second = (model.stitches[point.name] for point in model.route(route).stitch_points)
-    job = Learner(model, [route], TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0))
-    job.look(lambda: iter([x]), job.begin())
+    args = TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0)
+    job = Learner(model, [route], args, lambda: iter([x]))
     (loss,) = job.losses({"pixel_values": x}, job.routes, True, False, nullcontext)
     loss.backward()
     assert all(p.grad is not None and p.grad.any() for branch in (first, second) for p in branch.parameters())
@@ -246,7 +244,6 @@ def test_only_goals_of_the_routes_that_are_drawn(images):
     job = Learner(
         model, ["resnet[:1] + resnet[3:]", "resnet[:4] + resnet[6:]"], TrainArgs(matching_epochs=1, match="stitch")
     )
-    job.begin()
     one, two = job.routes
     assert job.frozen.names([one], matching=True) == {"front-resnet-1", "goal-resnet-3"}
     assert job.frozen.names([two], matching=True) == {"front-resnet-4", "goal-resnet-6"}

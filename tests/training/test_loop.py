@@ -58,7 +58,6 @@ def test_loss_by_hand():
     model = build()
     args = TrainArgs(distillation=0.3, temperature=3.0)
     job = Learner(model, ROUTES, args)
-    job.begin()
     images, labels = data()[:8]
     batch = {"pixel_values": images, "labels": labels}
     with torch.no_grad():
@@ -133,7 +132,7 @@ def test_resume_is_exact(tmp_path, save_steps):
         assert {file.name for file in folder.iterdir()} == {"training.safetensors", "training.json"}
         keys = load_file(folder / "training.safetensors")
         assert {key.split("/")[1].split(".")[0] for key in keys} == {"stitches"}
-    with pytest.raises(ValueError, match="is of another training"):
+    with pytest.raises(ValueError, match="belongs to another training"):
         train(build(), data(16), TrainArgs(output_dir=out, resume_from_checkpoint=True, **args))
 
 
@@ -169,7 +168,6 @@ def test_images_whose_label_is_ignored():
     """-100: they have no part in the cross-entropy, and still learn from the teacher."""
     model, args = build(), TrainArgs(distillation=0.3)
     job = Learner(model, ROUTES, args)
-    job.begin()
     images, labels = data()[:8]
 
     def losses(images, labels):
@@ -441,7 +439,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
     rows.tensors[0][16:] = float("nan")
     loader = DataLoader(rows, batch_size=8)
     out = str(tmp_path / "run")
-    with pytest.raises(ValueError, match="the loss of route .* is nan at step 2; .* written so far are sound"):
+    with pytest.raises(ValueError, match="the loss of route .* is nan at step 2; .* written so far are valid"):
         train(build(), loader, TrainArgs(output_dir=out, save_steps=1, **FAST))
     (whole, fine) = build(), DataLoader(data(), batch_size=8)
     train(whole, fine, TrainArgs(save_steps=1, **FAST))
@@ -494,10 +492,10 @@ def test_stopped_from_outside(tmp_path):
         )
         for how in ("signal", "disk")
     }
-    said = {how: job.communicate()[1] for how, job in jobs.items()}
-    assert jobs["signal"].returncode == 143 and "Traceback" not in said["signal"], said["signal"]
-    assert jobs["disk"].returncode == 1 and "cannot be written to" in said["disk"].splitlines()[-1], said["disk"]
-    assert "Free some disk space and go on with resume_from_checkpoint=True from checkpoint-3" in said["disk"]
+    printed = {how: job.communicate()[1] for how, job in jobs.items()}
+    assert jobs["signal"].returncode == 143 and "Traceback" not in printed["signal"], printed["signal"]
+    assert jobs["disk"].returncode == 1 and "cannot be written to" in printed["disk"].splitlines()[-1], printed["disk"]
+    assert "Free some disk space and go on with resume_from_checkpoint=True from checkpoint-3" in printed["disk"]
     assert not [file for file in (tmp_path / "disk").iterdir() if file.name.startswith(".")], "a half-written folder"
     for how in jobs:
         again = build()

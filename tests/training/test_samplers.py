@@ -34,7 +34,7 @@ def make(name, routes=ROUTES, **options):
     return SAMPLERS[name](routes, MACS, **options)
 
 
-def said(draws):
+def as_text(draws):
     return [[str(route) for route in draw] for draw in draws]
 
 
@@ -102,7 +102,7 @@ def test_other_processes_draw_the_same_and_need_no_torch():
     macs = json.dumps({str(route): value for route, value in MACS.items()})
     ours = {name: make(name, seed=7) for name in SAMPLERS}
     ours["importance"].update(MACS)
-    expected = {name: said(sampler.draw(step) for step in range(30)) for name, sampler in ours.items()}
+    expected = {name: as_text(sampler.draw(step) for step in range(30)) for name, sampler in ours.items()}
     for hash_seed in "12":
         done = subprocess.run(
             [sys.executable, "-c", code, macs],
@@ -270,9 +270,7 @@ def test_routes_and_costs_are_checked(name):
     for macs in ({ROUTES[0]: 1.0}, {ROUTES[0]: 1.0, ROUTES[2]: np.nan}):
         with pytest.raises(ValueError, match=r"macs has no finite number for \['a\[:1\] \+ b\[3:\]'\]"):
             SAMPLERS[name]([ROUTES[0], ROUTES[2]], macs)
-    with pytest.raises(
-        ValueError, match=r"saliency of \['c\[:\]'\], which are not drawn from; there are \['a\[:\]', "
-    ):
+    with pytest.raises(ValueError, match=r"saliency of \['c\[:\]'\], which are not among the routes \['a\[:\]', "):
         make(name).update({Route.parse("c[:]"): 1.0})
 
 
@@ -306,9 +304,9 @@ def test_saliency_is_checked_before_any_is_taken(value):
 def test_state_of_other_routes(routes):
     sampler = make("importance")
     sampler.update(SALIENCY)
-    with pytest.raises(ValueError, match="the state is of .* but routes are .*; give the same ones"):
+    with pytest.raises(ValueError, match="the state belongs to .* but routes are .*; give the same ones"):
         sampler.load_state_dict({"averages": {str(route): 1.0 for route in routes}})
-    with pytest.raises(ValueError, match="the state is of"):
+    with pytest.raises(ValueError, match="the state belongs to"):
         sampler.load_state_dict({})
     with pytest.raises(ValueError, match="saliency must be finite"):
         sampler.load_state_dict({"averages": {str(route): np.nan for route in ROUTES}})

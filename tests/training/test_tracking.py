@@ -133,12 +133,12 @@ def test_others_pass(tmp_path):
         def log(self, values, step=None, **kwargs):
             self.seen = values
 
-    mine = Mine()
-    assert trackers(mine, None) == [mine] and trackers(["wandb", mine], None) == ["wandb", mine]
-    accelerator = Accelerator(cpu=True, log_with=trackers([mine, "jsonl"], tmp_path))
+    own = Mine()
+    assert trackers(own, None) == [own] and trackers(["wandb", own], None) == ["wandb", own]
+    accelerator = Accelerator(cpu=True, log_with=trackers([own, "jsonl"], tmp_path))
     accelerator.init_trackers("anything")
     accelerator.log({"loss": 1.0}, 1)
-    assert mine.seen == {"loss": 1.0} and lines(tmp_path)[0]["loss"] == 1.0
+    assert own.seen == {"loss": 1.0} and lines(tmp_path)[0]["loss"] == 1.0
     for tracker in accelerator.trackers:
         tracker.finish()
 
