@@ -7,8 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from hub_server import World, running
+from safetensors.torch import save_file
 
 from restnet_hf.cli import app
 from restnet_hf.data import AUGMENTATIONS
@@ -80,6 +82,7 @@ def test_code_runs(page, tmp_path, monkeypatch, tables):
 
 def test_code_runs_with_a_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    save_file({"images": torch.zeros(1)}, tmp_path / "images.safetensors")  # what every process of a World reads
     with running() as hub:
         printed = World(hub, tmp_path).run(code_of("share", "python"), whole=True)
         assert {*hub.repos} == {"me/my-stitch"}
