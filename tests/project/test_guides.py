@@ -16,6 +16,7 @@ from restnet_hf.cli import app
 from restnet_hf.data import AUGMENTATIONS
 from restnet_hf.profiling import timing
 from restnet_hf.routes.families import FAMILIES
+from restnet_hf.runtime import RUNTIMES
 from restnet_hf.selection.selectors import SELECTORS
 from restnet_hf.stitches.layers import STITCHES
 from restnet_hf.training.samplers import SAMPLERS
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 GUIDES = {path.stem: path for path in sorted((ROOT / "recipes" / "guides").glob("*.md"))}
 PAGES = {"README": ROOT / "README.md", "recipes": ROOT / "recipes" / "README.md", **GUIDES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
-EXTENDED = (AUGMENTATIONS, FAMILIES, SAMPLERS, SELECTORS, STITCHES)
+EXTENDED = (AUGMENTATIONS, FAMILIES, RUNTIMES, SAMPLERS, SELECTORS, STITCHES)
 COMMANDS = typer.main.get_command(app).commands
 OPTIONS = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
 BENCHMARKS = "".join(path.read_text() for path in (ROOT / "recipes" / "benchmarks").glob("*.py"))
