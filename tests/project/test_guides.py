@@ -77,8 +77,12 @@ def test_code_runs(page, tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "HOPELESS", float("inf"))  # other tests run beside this one
     code = compile(code_of(page, "python"), PAGES[page], "exec")
+    names = {"__name__": page}
     with contextlib.redirect_stdout(None):
-        exec(code, {"__name__": page})
+        exec(code, names)
+    for made in (each for each in names.values() if isinstance(each, type) and each.__module__ == page):
+        public = {name for name in vars(made) if callable(getattr(made, name)) and not name.startswith("_")}
+        assert public <= {*dir(made.__base__)}, f"{made.__name__} has methods that nothing calls"
 
 
 def test_code_runs_with_a_hub(tmp_path, monkeypatch):
