@@ -12,10 +12,10 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "ground": ["auto_classes", "distributed", "errors", "files", "hashing", "limits", "public_names"],
     "routes": ["blocks", "families", "profile", "route"],
     "runtime": ["controller", "exported_files", "exported_model", "runners", "torch_archives"],
-    "data": ["augment", "datasets", "labels", "preprocessing"],
+    "data": ["augment", "datasets", "labels", "preprocessing", "targets"],
     "anchors": [
-        *("anchor", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "segments", "tracing"),
-        "weights",
+        *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "segments"),
+        *("tracing", "weights"),
     ],
     "stitches": ["branches", "layers", "least_squares", "norms", "pruning", "tuning"],
     "middle": ["configuration_restnet", "steps"],
