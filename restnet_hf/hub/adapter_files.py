@@ -314,8 +314,8 @@ def build_model(
     dtype = resolve_dtype(config.dtype if dtype in (None, "auto") else dtype)
     adapter = {k: v for k, v in weights.items() if not (standalone and k.startswith("anchors."))}
     parts = Parts(adapter, config.part_names(), where)  # before any network is made
-    made = load_anchors(config, weights, anchors, dtype, options, routes, where, standalone)
-    model = model_class(config, made, unchecked if ignore_mismatched_sizes else parts.check)
+    loaded = load_anchors(config, weights, anchors, dtype, options, routes, where, standalone)
+    model = model_class(config, loaded, unchecked if ignore_mismatched_sizes else parts.check)
     model.profiled = profile
     mismatched = load_weights(model, adapter, where, ignore_mismatched_sizes)
     if where != STATE_DICT:

@@ -244,19 +244,19 @@ def choose_route(
 def load_anchors(
     config: RestNetConfig,
     weights: Mapping[str, Tensor],
-    given: Mapping[str, nn.Module | str],
+    replacements: Mapping[str, nn.Module | str],
     dtype: torch.dtype,
     options: Mapping[str, Any],
     used: Sequence[Route],
     where: str,
     whole: bool,
 ) -> list[Anchor]:
-    """Load the anchors that a config describes: as given, from the checkpoint itself, or from their source.
+    """Load the anchors of a config: replacements, those in the checkpoint itself, or from their own source.
 
     Args:
         config: config of the model.
         weights: tensors of the checkpoint by name.
-        given: modules or folders by anchor name, in place of those that the config names.
+        replacements: modules or folders by anchor name, in place of those that the config names.
         dtype: dtype of the weights.
         options: further arguments of `load_anchor`.
         used: routes whose weights are checked at once.
@@ -268,11 +268,11 @@ def load_anchors(
         ValueError: an anchor is not one of the config, or not the one the adapter was made for.
     """
     entries = config.anchors or []
-    unknown = sorted(given.keys() - {entry["name"] for entry in entries})
+    unknown = sorted(replacements.keys() - {entry["name"] for entry in entries})
     if unknown:
         raise ValueError(f"anchors= names {unknown}, which the adapter does not have")
     if where != STATE_DICT and not os.path.isdir(where) and not whole:
-        elsewhere = [e["name"] for e in entries if e["name"] not in given and not is_hub_id(e["repo_id"])]
+        elsewhere = [e["name"] for e in entries if e["name"] not in replacements and not is_hub_id(e["repo_id"])]
         if elsewhere:
             raise ValueError(
                 f"anchors {elsewhere} of {where} are not on the Hub but on the machine it was made on; pass them: "
@@ -280,7 +280,7 @@ def load_anchors(
             )
     return [
         embedded(entry, weights, dtype, used, where)
-        if whole and entry["name"] not in given
-        else reload(entry, given.get(entry["name"]), dtype, options, used)
+        if whole and entry["name"] not in replacements
+        else reload(entry, replacements.get(entry["name"]), dtype, options, used)
         for entry in entries
     ]

@@ -63,16 +63,16 @@ def add_adapter(
     heads = _make_heads(model, config, anchors, rename, check)
     modules |= {f"heads.{key}": head for key, head in heads.items()}
     tuned = _tuned_configs(config, anchors, rename)
-    for key, (new, about) in tuned.items():
-        check(f"tuned.{key}", tuned_on_meta(model.anchors, about))
-        modules[f"tuned.{key}"] = new, Tuned(model.anchors[about.anchor], about)
+    for key, (new, options) in tuned.items():
+        check(f"tuned.{key}", tuned_on_meta(model.anchors, options))
+        modules[f"tuned.{key}"] = new, Tuned(model.anchors[options.anchor], options)
     for key, (_, module) in modules.items():
         module.load_state_dict({k: weights[f"{key}.{k}"] for k in module.state_dict()})
     for key, (new, module) in modules.items():  # from here on nothing can fail
         parts: Any = getattr(model, key.split(".")[0])  # stitches, heads or tuned
         parts[new] = module.eval()
     model.config.stitches = {**model.config.stitches, **entries}
-    model.config.tuned = {**model.config.tuned, **{new: asdict(about) for new, about in tuned.values()}}
+    model.config.tuned = {**model.config.tuned, **{new: asdict(options) for new, options in tuned.values()}}
     model.config.routes = [*model.config.routes, *map(str, routes)]
     trained = {heads[key][0] for key in config.trained_heads or () if key in heads}
     _record_training(model.config, config, trained, name)
@@ -137,8 +137,8 @@ def _tuned_configs(
         keys, new_keys = (map(str, chain.from_iterable(tuned_keys(r))) for r in (route, rename(route)))
         for key, new in zip(keys, new_keys, strict=True):
             if key in (config.tuned or {}):
-                about = config.tuned_config(key)
-                tuned[key] = new, replace(about, anchor=anchors[about.anchor])
+                options = config.tuned_config(key)
+                tuned[key] = new, replace(options, anchor=anchors[options.anchor])
     return tuned
 
 

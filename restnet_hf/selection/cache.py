@@ -20,15 +20,15 @@ CODE = ("data", "anchors", "stitches", "steps.py", "selection")  # rooms and fil
 logger = logging.getLogger(__name__)
 
 
-def cache_file(about: Mapping[str, Any]) -> Path | None:
-    """Path of the cached similarity that depends on ``about``; None if there can be no cache.
+def cache_file(dependencies: Mapping[str, Any]) -> Path | None:
+    """Path of the cached similarity that depends on ``dependencies``; None if there can be no cache.
 
     The files are in ``HF_HOME/assets/restnet_hf`` and can be deleted.
 
     Args:
-        about: everything the similarity depends on besides our code and the libraries, fit for JSON.
+        dependencies: everything the similarity depends on besides our code and the libraries, fit for JSON.
     """
-    key = json.dumps(about, sort_keys=True, default=str) + software_sha256(LIBRARIES, CODE)
+    key = json.dumps(dependencies, sort_keys=True, default=str) + software_sha256(LIBRARIES, CODE)
     name = hashlib.sha256(key.encode()).hexdigest()
     try:
         return cached_assets_path("restnet_hf", "similarities") / f"{name}.npz"

@@ -110,7 +110,7 @@ class SelectionMixin:
             Pair(self.anchors[front], self.anchors[end], self.finish(end), config or StitchConfig())
             for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
         ]
-        files = self._files(self._about(calibration, config, batch_size, kept_images), options, pairs)
+        files = self._files(self._dependencies(calibration, config, batch_size, kept_images), options, pairs)
         cached = {
             name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
             for name in options
@@ -129,18 +129,18 @@ class SelectionMixin:
         return {name: computed.get(name) or [each for each in cached[name] if each is not None] for name in options}
 
     def _files(
-        self, about: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
+        self, dependencies: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
     ) -> dict[tuple[str, str], Path | None]:
         """Paths of cached similarities, by method and front; None where there is no cache."""
         fronts = [(name, pair.front.name) for name in options for pair in pairs]
-        if about is None:
+        if dependencies is None:
             return dict.fromkeys(fronts)
         return {
-            (name, front): cache_file({**about, "front": front, "method": name, "options": dict(options[name])})
+            (name, front): cache_file({**dependencies, "front": front, "method": name, "options": dict(options[name])})
             for name, front in fronts
         }
 
-    def _about(
+    def _dependencies(
         self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int
     ) -> dict[str, Any] | None:
         """Everything that similarities depend on besides the selector, fit for JSON.

@@ -143,9 +143,9 @@ class CKA(Selector):
     def settings(self) -> dict[str, Any]:
         """Settings that the values depend on."""
         samples = TOKENS**2 if self.features == "tokens" else 1
-        about = {"estimator": self.sums.estimator, "average": self.sums.average, "kernel": self.kernel}
+        settings = {"estimator": self.sums.estimator, "average": self.sums.average, "kernel": self.kernel}
         return {
-            **about,
+            **settings,
             "features": self.features,
             "images": self.sums.images // samples,
             "batch_size": self.batch_size,
