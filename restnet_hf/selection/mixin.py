@@ -101,15 +101,7 @@ class SelectionMixin:
                 "there is one anchor, and similarity joins two; add_family('skip') makes routes within one"
             )
         options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
-        first, *_, last = self.anchors
-        ends = [first, last]
-        untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
-        if untrained and {*options} & {"kl_probe", "fitted_accuracy"}:
-            raise ValueError(f"{sorted(options)}: the new heads of {untrained} are not trained yet; train them first")
-        pairs = [
-            Pair(self.anchors[front], self.anchors[end], self.finish(end), config or StitchConfig())
-            for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
-        ]
+        pairs = self._pairs(order, options, config or StitchConfig())
         files = self._files(self._dependencies(calibration, config, batch_size, kept_images), options, pairs)
         cached = {
             name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
@@ -127,6 +119,18 @@ class SelectionMixin:
                 if file is not None and this_process().is_main_process:
                     cache_similarity(similarity, file)
         return {name: computed.get(name) or [each for each in cached[name] if each is not None] for name in options}
+
+    def _pairs(self, order: str, methods: Iterable[str], config: StitchConfig) -> list[Pair]:
+        """The first and the last anchor in the wanted directions; raises ValueError if a selector lacks heads."""
+        first, *_, last = self.anchors
+        ends = [first, last]
+        untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
+        if untrained and {*methods} & {"kl_probe", "fitted_accuracy"}:
+            raise ValueError(f"{sorted(methods)}: the new heads of {untrained} are not trained yet; train them first")
+        return [
+            Pair(self.anchors[front], self.anchors[end], self.finish(end), config)
+            for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
+        ]
 
     def _files(
         self, dependencies: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
