@@ -236,7 +236,7 @@ def test_images_left_out(tmp_path):
 
 
 PUTS = {
-    "not every name": (0, {"x": torch.zeros(1, 2)}, "all of .* are to be put together"),
+    "not every name": (0, {"x": torch.zeros(1, 2)}, "all of .* must be put together"),
     "another shape": (
         0,
         {"x": torch.zeros(1, 3), "y": torch.zeros(1).long()},
