@@ -114,7 +114,7 @@ def route_of(row: Mapping[str, str], blocks: Mapping[str, Blocks]) -> Route:
     for index, name in enumerate(names[:-1]):
         last, first = numbers[2 * index : 2 * index + 2]
         segments.append(Segment(name, start, blocks[name].stages[at][last]))
-        start = blocks[names[index + 1]].before(at, first)
+        start = blocks[names[index + 1]].cut_before(at, first)
     return Route((*segments, Segment(names[-1], start)))
 
 

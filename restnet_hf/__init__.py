@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from restnet_hf.auto_classes import register_when_imported
-from restnet_hf.public_names import imported_when_used
+from restnet_hf.public_names import lazy_imports
 
 
 if TYPE_CHECKING:
@@ -58,6 +58,6 @@ MODULES = {
     "train": "training.loop",
     "with_pixel_values": "data.datasets",
 }
-__getattr__, __dir__, __all__ = imported_when_used(__name__, MODULES)
+__getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES)
 
 register_when_imported()

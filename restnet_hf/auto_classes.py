@@ -1,4 +1,4 @@
-"""The Auto classes of transformers know ours as soon as both packages are imported, in whichever order."""
+"""Register our classes with the Auto classes of transformers once both packages are imported, in either order."""
 
 import sys
 from collections.abc import Sequence
@@ -9,33 +9,33 @@ from importlib.util import find_spec
 from types import ModuleType
 
 
-OURS = {  # modules of transformers that hold an Auto class, and those of ours that register with it
+REGISTERING = {  # modules of transformers that hold an Auto class, and ours that register with it
     "transformers.models.auto.configuration_auto": "restnet_hf.configuration_restnet",
     "transformers.models.auto.modeling_auto": "restnet_hf.modeling_restnet",
 }
 
 
-class _Registering(Loader):
+class _RegisteringLoader(Loader):
     """A loader that imports one of our modules after the one that it loads."""
 
-    def __init__(self, loader: Loader, ours: str) -> None:
-        self._loader, self._ours = loader, ours
+    def __init__(self, loader: Loader, module: str) -> None:
+        self._loader, self._module = loader, module
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """The module, not executed yet; None for one of Python's own making."""
+        """The module before it is executed; None to let Python create it."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module, then import ours, which registers itself."""
         self._loader.exec_module(module)
-        import_module(self._ours)
+        import_module(self._module)
 
 
 class _Finder(MetaPathFinder):
-    """Finds Auto classes as they are found anyway, has ours registered after them, and is gone after the last one.
+    """Finds modules of Auto classes with a loader that then registers ours; removes itself after the last one.
 
     Args:
-        waiting: modules of transformers that are not imported yet.
+        waiting: names of modules of transformers that are not imported yet.
     """
 
     def __init__(self, waiting: set[str]) -> None:
@@ -52,17 +52,17 @@ class _Finder(MetaPathFinder):
             sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader, OURS[fullname])
+            spec.loader = _RegisteringLoader(spec.loader, REGISTERING[fullname])
         return spec
 
 
 def register_when_imported() -> None:
-    """Register our classes with the Auto classes that are imported already, and with the others when they will be.
+    """Register our classes with the Auto classes that are imported already, and with the others on their import.
 
-    To import them here would take torch and seconds, which reading a profile must not.
+    Importing them here would import torch and take seconds, and reading a profile must do neither.
     """
-    for theirs in OURS.keys() & sys.modules.keys():
-        import_module(OURS[theirs])
-    waiting = OURS.keys() - sys.modules.keys()
+    for auto_module in REGISTERING.keys() & sys.modules.keys():
+        import_module(REGISTERING[auto_module])
+    waiting = REGISTERING.keys() - sys.modules.keys()
     if waiting:
         sys.meta_path.insert(0, _Finder(waiting))

@@ -25,9 +25,9 @@ from restnet_hf.stitches.tuning import TunedConfig
 
 ANCHOR_KEYS = {"name", "repo_id", "revision", "fingerprint", "config", "preprocessing", "label_names"}
 ANCHOR_KEYS |= {"granularity", "pieces"}
-SETTABLE = ("model_type", "num_labels", "name_or_path", "torch_dtype", "output_attentions")  # and are no fields
-REFUSED = ("attn_implementation", "experts_implementation", "__class__", "__dict__")  # by no file of ours
-WORDS = {
+SETTABLE = ("model_type", "num_labels", "name_or_path", "torch_dtype", "output_attentions")  # allowed, but not fields
+REFUSED = ("attn_implementation", "experts_implementation", "__class__", "__dict__")  # never written by us
+TYPE_NAMES = {
     (list, object): "a list",
     (dict, object): "an object",
     (list, str): "a list of strings",
@@ -40,17 +40,18 @@ class RestNetConfig(PreTrainedConfig):
     """Configuration of `StitchedModelForImageClassification`.
 
     Args:
-        anchors: one dict for each, front first: ``name``, ``repo_id``, ``revision``, ``fingerprint``, ``config`` (of
-            the anchor itself), ``preprocessing``, ``label_names``, ``granularity``, ``pieces`` (each
-            cut's name and shape, and the SHA-256 of the weights before it).
-        stitches: by name: ``point``, ``config``, ``source`` and ``target`` layouts, and ``r2`` once fitted.
-        routes: as strings.
-        active_route: as a string.
+        anchors: one dict for each anchor, front first: ``name``, ``repo_id``, ``revision``, ``fingerprint``,
+            ``config`` (the anchor's own), ``preprocessing``, ``label_names``, ``granularity``, ``pieces`` (name and
+            shape of each cut, and the SHA-256 of the weights before it).
+        stitches: dict of each stitch by name: ``point``, ``config``, ``source`` and ``target`` layouts, and ``r2``
+            once fitted.
+        routes: string form of each route.
+        active_route: string form of the active route.
         trained_heads: keys of the new heads that were trained.
-        tuned: what takes the place of anchors' own weights, by key; see `TunedConfig`.
-        training: how stitches and heads were fitted and trained, one dict for each time.
-        standalone: the checkpoint holds the anchors' weights too.
-        new_head: in place of the anchors' own classifiers each has a new one for this model's labels.
+        tuned: tensors that replace anchors' own weights, by key; see `TunedConfig`.
+        training: settings of each fit or training of stitches and heads, one dict for each.
+        standalone: whether the checkpoint also holds the anchors' weights.
+        new_head: whether each anchor has a new classifier for this model's labels instead of its own.
     """
 
     model_type = "restnet"
@@ -72,7 +73,7 @@ class RestNetConfig(PreTrainedConfig):
         self.trained_heads = self.trained_heads or []
         self.training = self.training or []
         self.tuned = self.tuned or {}
-        kwargs.pop(SHA256, None)  # it is of the folder that was read, not of the model
+        kwargs.pop(SHA256, None)  # checksums of the folder that was read, not part of the model
         labels = kwargs.get("num_labels")
         if labels is not None and (type(labels) is not int or not 0 < labels <= MAX_LABELS):
             raise ValueError(f"num_labels={quote(labels)} must be a whole number from 1 to {MAX_LABELS}")
@@ -80,12 +81,20 @@ class RestNetConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; raises ValueError where the values are not of the right types, or far too many."""
+        """Make a config from a dict, as in transformers.
+
+        Args:
+            config_dict: parsed content of config.json.
+            **kwargs: values that override those of the dict.
+
+        Raises:
+            ValueError: values have the wrong types, or are far too many.
+        """
         check_json(config_dict, "config.json")
         own = {*SETTABLE, *(field.name for field in fields(cls))}
-        strange = [key for key in config_dict if key in REFUSED or (key not in own and hasattr(cls, key))]
-        if strange:
-            raise ValueError(f"config.json must not set {quote(strange)}; remove it")
+        refused = [key for key in config_dict if key in REFUSED or (key not in own and hasattr(cls, key))]
+        if refused:
+            raise ValueError(f"config.json must not set {quote(refused)}; remove it")
         if config_dict.get("output_attentions"):
             raise ValueError("config.json must not set output_attentions: not every anchor has attention; remove it")
         auto_map = config_dict.get("auto_map") or {}
@@ -94,10 +103,10 @@ class RestNetConfig(PreTrainedConfig):
         try:
             return super().from_dict(config_dict, **kwargs)
         except Exception as error:  # transformers trusts its files
-            raise ValueError(f"config.json is not sound: {type(error).__name__}: {shorten(str(error))}") from None
+            raise ValueError(f"config.json is invalid: {type(error).__name__}: {shorten(str(error))}") from None
 
     def stitch_parts(self, name: str) -> tuple[StitchPoint, AnyLayout, AnyLayout, StitchConfig]:
-        """What a stitch is made from; raises ValueError where its entry is not sound."""
+        """Point, source layout, target layout and config of a stitch; raises ValueError where its entry is invalid."""
         try:
             entry = (self.stitches or {})[name]
             point = StitchPoint(**entry["point"])
@@ -108,25 +117,23 @@ class RestNetConfig(PreTrainedConfig):
             )
             _check_point(point)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"config.json: the entry of stitch {quote(name)} is not sound: {quote(error)}") from error
+            raise ValueError(f"config.json: the entry of stitch {quote(name)} is invalid: {quote(error)}") from error
         if point.name != name:
-            raise ValueError(f"config.json: stitch {quote(name)} says of itself that it is {quote(point.name)}")
+            raise ValueError(f"config.json: stitch {quote(name)} has the point of {quote(point.name)}")
         return point, *parts
 
     def tuned_config(self, key: str) -> TunedConfig:
-        """What is tuned under a key; raises ValueError where its entry is not sound."""
+        """The config of the tensors tuned under a key; raises ValueError where its entry is invalid."""
         try:
             config, kind = TunedConfig(**(self.tuned or {})[key]), TunedKey.parse(key).kind
             if config.anchor not in {entry["name"] for entry in self.anchors or []} or kind != config.kind:
-                raise ValueError("it is of an anchor that is not there, or its key names another kind")
+                raise ValueError("its anchor does not exist, or its key names another kind")
             return config
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"config.json: the entry of what is tuned as {quote(key)} is not sound: {quote(error)}"
-            ) from error
+            raise ValueError(f"config.json: the tuned entry {quote(key)} is invalid: {quote(error)}") from error
 
     def check(self) -> "RestNetConfig":
-        """Return the config if a model can be built from it; raise ValueError that says which entry is not sound."""
+        """Return the config if a model can be built from it; raise ValueError that names an invalid entry."""
         for key, kind, inner in (
             ("anchors", list, object),
             ("stitches", dict, object),
@@ -138,7 +145,7 @@ class RestNetConfig(PreTrainedConfig):
             value = getattr(self, key)
             entries = value.values() if isinstance(value, dict) else value
             if not isinstance(value, kind) or not all(isinstance(entry, inner) for entry in entries):
-                raise ValueError(f"config.json: {key} must be {WORDS[kind, inner]}, not {quote(value)}")
+                raise ValueError(f"config.json: {key} must be {TYPE_NAMES[kind, inner]}, not {quote(value)}")
         for key in ("new_head", "standalone"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"config.json: {key} must be true or false, not {quote(getattr(self, key))}")
@@ -161,7 +168,7 @@ class RestNetConfig(PreTrainedConfig):
         try:
             names = class_names(None, self.id2label)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"config.json: id2label is not sound: {quote(error)}") from error
+            raise ValueError(f"config.json: id2label is invalid: {quote(error)}") from error
         if len(names) > MAX_LABELS or not all(isinstance(name, str) for name in (self.id2label or {}).values()):
             raise ValueError(f"config.json: id2label must hold at most {MAX_LABELS} strings")
         numbers = (self.label2id or {}).values() if isinstance(self.label2id, dict | None) else [self.label2id]
@@ -170,27 +177,27 @@ class RestNetConfig(PreTrainedConfig):
 
     def _check_routes(self, names: AbstractSet[str], points: AbstractSet[str]) -> None:
         if len(self.routes or ()) > MAX_ROUTES or sum(map(len, self.routes or ())) > 64 * MAX_ROUTES:
-            raise ValueError(f"config.json: the routes are too many or too long; there may be {MAX_ROUTES}")
+            raise ValueError(f"config.json: the routes are too many or too long; at most {MAX_ROUTES} are allowed")
         for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
-            strange = {segment.anchor for segment in route.segments} - names
-            if strange or not points >= {point.name for point in route.stitch_points}:
+            unknown = {segment.anchor for segment in route.segments} - names
+            if unknown or not points >= {point.name for point in route.stitch_points}:
                 raise ValueError(
                     f"config.json: route {quote(str(route))} names anchors or stitches that are not there"
                 )
 
     def _check_anchors(self) -> set[str]:
-        """The anchors' names; raises ValueError where an entry is not sound."""
+        """The anchors' names; raises ValueError where an entry is invalid."""
         entries = self.anchors or []
         if not 0 < len(entries) <= MAX_ANCHORS:
-            none = "there are no anchors" if not entries else f"there are {len(entries)} anchors"
-            raise ValueError(f"config.json: {none}, and a model has from 1 to {MAX_ANCHORS}")
+            count = "there are no anchors" if not entries else f"there are {len(entries)} anchors"
+            raise ValueError(f"config.json: {count}, and a model has from 1 to {MAX_ANCHORS}")
         names = [self._anchor_name(index, entry) for index, entry in enumerate(entries)]
         if len(set(names)) < len(names):
             raise ValueError(f"config.json: two anchors have the same name: {quote(names)}")
         return set(names)
 
     def _anchor_name(self, index: int, entry: Any) -> str:
-        """The name of an anchor; raises ValueError where its entry is not sound."""
+        """The name of an anchor; raises ValueError where its entry is invalid."""
         missing = sorted(ANCHOR_KEYS - entry.keys()) if isinstance(entry, dict) else ["everything"]
         if missing or not isinstance(entry["fingerprint"], str):
             raise ValueError(
@@ -205,28 +212,28 @@ class RestNetConfig(PreTrainedConfig):
             pieces = list(map(Piece.from_dict, entry["pieces"]))
             texts += [piece.sha256 for piece in pieces]
             if not all(type(number) is int for piece in pieces for number in piece.shape):
-                raise ValueError("a shape holds something else than whole numbers")
+                raise ValueError("a shape holds other values than whole numbers")
             if not all(isinstance(text, str) for text in texts) or not isinstance(entry["config"], dict | None):
-                raise ValueError("a name, an id, a label, a hash or the config is of another type")
+                raise ValueError("a name, an id, a label, a hash or the config has the wrong type")
             if not ANCHOR_NAME.fullmatch(entry["name"]):
                 raise ValueError("its name may hold only letters, digits, '_' and '-'")
             stored_dtype(entry["fingerprint"])
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"config.json: the entry of anchor {index} is not sound: {quote(error)}") from error
+            raise ValueError(f"config.json: the entry of anchor {index} is invalid: {quote(error)}") from error
         return entry["name"]
 
     def set_stitch(self, point: StitchPoint, source: AnyLayout, target: AnyLayout, config: StitchConfig) -> None:
-        """Write down a stitch."""
+        """Add or replace the entry of a stitch."""
         entry = {"point": asdict(point), "source": asdict(source), "target": asdict(target), "config": asdict(config)}
         self.stitches = {**(self.stitches or {}), point.name: entry}
 
     def head_keys(self) -> list[str]:
-        """The keys of all new heads: every anchor's, and those again of every named adapter."""
+        """The keys of all new heads: one for each anchor, and for each anchor in every named adapter."""
         adapters = sorted({"", *(route.adapter for route in self.parsed_routes())}) if self.new_head else []
         return [str(HeadKey(entry["name"], adapter)) for adapter in adapters for entry in self.anchors or []]
 
     def part_names(self) -> Iterator[str]:
-        """The names of the stitches, heads and tuned parts, as the names of their tensors begin."""
+        """The names of all stitches, heads and tuned parts, which are prefixes of the names of their tensors."""
         parts = {"stitches": self.stitches or {}, "heads": self.head_keys(), "tuned": self.tuned or {}}
         return (f"{kind}.{key}" for kind, keys in parts.items() for key in keys)
 
@@ -236,7 +243,7 @@ class RestNetConfig(PreTrainedConfig):
 
 
 def _check_point(point: StitchPoint) -> None:
-    """Raise ValueError unless a stitch's place is of anchors, numbers and names that a route can hold."""
+    """Raise ValueError unless a stitch's anchors, cuts and names are such as a route can hold."""
     names = [point.source, point.target, *(name for name in (point.adapter, point.via) if name != "")]
     if not all(isinstance(name, str) and ANCHOR_NAME.fullmatch(name) for name in names):
         raise ValueError("its names may hold only letters, digits, '_' and '-'")
@@ -250,11 +257,15 @@ def _parsed(text: str) -> Route:
 
 
 def read_config(path_or_id: str, hub_kwargs: Mapping[str, Any]) -> RestNetConfig:
-    """The config of an adapter in a local folder or on the Hub, checked.
+    """Read and check the config of an adapter.
+
+    Args:
+        path_or_id: local folder or Hub id of the adapter.
+        hub_kwargs: options of `cached_file`, such as ``revision`` and ``token``.
 
     Raises:
         OSError: there is no config.json, or it is not JSON.
-        ValueError: it is not that of an adapter.
+        ValueError: the config is not that of an adapter, or is invalid.
     """
     try:
         file = cached_file(path_or_id, CONFIG_NAME, **hub_kwargs)

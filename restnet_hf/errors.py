@@ -1,4 +1,4 @@
-"""Errors: those of our own, and messages of documented length and content."""
+"""Our own errors, and messages of documented length and content."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,12 @@ class BudgetError(ValueError):
 
 
 def quote(value: Any, most: int = MAX_QUOTE) -> str:
-    """A value as ``repr`` gives it, its middle left out where it is long."""
-    return shorten(repr(value[: 2 * most] if isinstance(value, str | bytes) else value), most)
+    """The ``repr`` of a value with its middle left out where it is long; its type where it has none."""
+    try:
+        text = repr(value[: 2 * most] if isinstance(value, str | bytes) else value)
+    except (ValueError, RecursionError):  # it holds an integer of too many digits, or is nested too deeply
+        text = type(value).__name__
+    return shorten(text, most)
 
 
 def shorten(text: str, most: int = MAX_ERROR) -> str:
@@ -25,7 +29,7 @@ def shorten(text: str, most: int = MAX_ERROR) -> str:
 
 @contextmanager
 def short_errors() -> Iterator[None]:
-    """Shorten the messages of documented errors: they quote files, which may hold megabytes in one value."""
+    """Shorten the messages of documented errors, which may quote megabytes of an untrusted file."""
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
@@ -33,13 +37,13 @@ def short_errors() -> Iterator[None]:
         if len(text) <= MAX_ERROR:
             raise
         kind = next(kind for kind in (BudgetError, OSError, TypeError, ValueError) if isinstance(error, kind))
-        raise kind(shorten(text)) from None  # else the long one is shown too
+        raise kind(shorten(text)) from None  # a cause would be shown at full length
 
 
 @contextmanager
 def hub_errors() -> Iterator[None]:
-    """Make a Hub that cannot be reached, or whose answer breaks off, an OSError that says what to do."""
-    from huggingface_hub.utils import httpx  # a device that follows budgets has none
+    """Raise OSError, with what to do next, where the Hub cannot be reached or the connection breaks off."""
+    from huggingface_hub.utils import httpx  # not installed on a device that only follows budgets
 
     try:
         yield
@@ -47,5 +51,6 @@ def hub_errors() -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         raise OSError(
-            f"the Hub could not be reached, or broke off: {error}. Try again, or set HF_HUB_OFFLINE=1 to use the cache"
+            f"the Hub could not be reached, or the connection broke off: {error}. Try again, or set HF_HUB_OFFLINE=1 "
+            "to use the cache"
         ) from error

@@ -1,4 +1,4 @@
-"""Write a file or a folder whole, or leave what was there before; read a folder as one save left it."""
+"""Write a file or a folder completely or not at all; read a folder so that all files are of the same save."""
 
 import glob
 import hashlib
@@ -20,18 +20,18 @@ from safetensors import SafetensorError
 
 
 T = TypeVar("T")
-SHA256 = "sha256"  # the key under which a folder's first file holds the checksums of the others
-PENDING = ".pending"  # the end of the name of a folder inside another that holds a save on its way
-NEW = ".new"  # the end of the name of a temporary folder beside one that does not exist yet
-LOCK_SECONDS = 600.0  # no save takes so long; a process that holds the lock for longer hangs
-WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # between attempts to read a folder that changes
-LONGEST = 2**26  # bytes of a first file
-PLAIN = re.compile(r"[^./\\:\0][^/\\:\0]*")  # the name of a file that stays in its folder
+SHA256 = "sha256"  # key of a folder's first file that holds the checksums of the others
+PENDING = ".pending"  # suffix of a folder inside another that holds an unfinished save
+NEW = ".new"  # suffix of a temporary folder beside one that does not exist yet
+LOCK_SECONDS = 600.0  # no save takes this long: a process that holds the lock longer has hung
+WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # before each attempt to read a folder that may change
+MAX_FIRST_BYTES = 2**26  # of a first file
+PLAIN_NAME = re.compile(r"[^./\\:\0][^/\\:\0]*")  # a file name that cannot lead out of its folder
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; the file written there takes its place if the block succeeds."""
+    """Yield a temporary path beside ``path``; the file written there replaces ``path`` if the block succeeds."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp{target.suffix}")
@@ -45,17 +45,17 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def folder_written_whole(path: str | os.PathLike[str], first: str, ours: Collection[str] = ()) -> Iterator[Path]:
-    """Yield a temporary folder; its files take their places in ``path`` when the block ends without error.
+    """Yield a temporary folder; its files are moved into ``path`` when the block ends without error.
 
-    A folder that did not exist appears in one rename. In one that did, all files lie in a pending folder inside it
-    before ``first`` takes its place, which decides; then the others do. `read_whole` reads the old files before that
-    moment and the new ones after it, also where the process is killed, and the next save finishes what was left.
+    A new folder appears in one rename. In an existing one, all files lie in a pending folder inside it before
+    ``first`` is replaced, which commits the save; then the others are. `read_whole` reads the old files before that
+    moment and the new ones after it, also where the process is killed, and the next save finishes an interrupted one.
     Processes that write to the same folder wait for one another.
 
     Args:
-        path: folder to write.
+        path: path of the folder to write.
         first: name of a JSON file that is always written; the checksums of the others are added to it.
-        ours: names of files that are removed where they are not written again; all others stay.
+        ours: names of files to remove where they are not written again; all others stay.
 
     Raises:
         OSError: a file cannot be written, or another process holds the folder.
@@ -87,13 +87,13 @@ def folder_written_whole(path: str | os.PathLike[str], first: str, ours: Collect
 
 
 def read_whole(path: str | os.PathLike[str], first: str, read: Callable[[Path], T]) -> T:
-    """Read a folder that `folder_written_whole` writes, so that all files are those of one save. Writes nothing.
+    """Read a folder that `folder_written_whole` wrote, so that all files are of the same save; write nothing.
 
     Args:
-        path: folder to read.
-        first: name of the file that decides; see `folder_written_whole`.
-        read: function of the folder in which the files lie. It is called again where another process has written
-            meanwhile.
+        path: path of the folder to read.
+        first: name of the file that commits a save; see `folder_written_whole`.
+        read: function that takes the folder in which the files lie. It is called again where another process wrote
+            to the folder meanwhile.
 
     Raises:
         OSError: the folder changed during every attempt.
@@ -107,36 +107,36 @@ def read_whole(path: str | os.PathLike[str], first: str, read: Callable[[Path], 
         try:
             result = read(folder)
         except Exception:
-            if _stamp(target / first) == before and _is_there(folder, first, target):
+            if _stamp(target / first) == before and _still_counts(folder, first, target):
                 raise
         else:
-            if _stamp(target / first) == before and _is_there(folder, first, target):
+            if _stamp(target / first) == before and _still_counts(folder, first, target):
                 return result
     raise OSError(f"{target} was written to by other processes during all of {len(WAITS_S)} attempts to read it; wait")
 
 
 def whole_folder(path: str | os.PathLike[str], first: str) -> Path:
-    """The folder itself, or the one inside it that holds all files of a save that was cut off after it counted.
+    """The folder itself, or the pending one inside it if a committed save was interrupted.
 
-    That one holds a copy of ``first``, and every file that ``first`` names, with its checksum.
+    Such a pending folder holds a copy of ``first``, and every file that ``first`` names, with its checksum.
     """
     target = Path(path)
     with suppress(OSError):
-        decides = _content(target / first)
+        first_bytes = _read_regular(target / first)
         for folder in sorted(target.glob(f".*{PENDING}")):
-            if _is_folder(folder) and _holds(folder, first, decides):
+            if _is_folder(folder) and _is_complete(folder, first, first_bytes):
                 return folder
     return target
 
 
-def checksums(decides: bytes) -> Mapping[str, str]:
-    """What the content of a first file says of the others: SHA-256 by name; empty where it says nothing valid."""
+def checksums(first_bytes: bytes) -> Mapping[str, str]:
+    """SHA-256 of the other files by name, from the content of a first file; empty where there are no valid ones."""
     try:
-        found = json.loads(decides)[SHA256]
-        valid = all(isinstance(v, str) and PLAIN.fullmatch(k) for k, v in found.items())
+        digests = json.loads(first_bytes)[SHA256]
+        valid = all(isinstance(v, str) and PLAIN_NAME.fullmatch(k) for k, v in digests.items())
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return {}
-    return found if valid else {}
+    return digests if valid else {}
 
 
 def sha256_of(file: Path) -> str:
@@ -147,11 +147,11 @@ def sha256_of(file: Path) -> str:
 
 @contextmanager
 def _one_writer(target: Path) -> Iterator[None]:
-    """Hold the lock of a folder. Its file lies beside the folder where that is possible, and goes with its owner."""
+    """Hold the lock of a folder. Its file lies beside the folder where possible, and is removed on release."""
     beside = target.with_name(f".{target.name}.lock")
     path = beside if os.access(target.parent, os.W_OK) else target / ".lock"
     lock = _lock(path)
-    while not _is_locked(path):  # its owner before has removed the file that this lock is on
+    while not _is_locked(path):  # the previous owner has removed the file that this lock is on
         lock.release()
         lock = _lock(path)
     try:
@@ -183,7 +183,7 @@ def _is_locked(path: Path) -> bool:
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """Make what safetensors raises where a file cannot be written, on a full disk say, an OSError."""
+    """Raise OSError where safetensors cannot write a file, on a full disk for example."""
     try:
         yield
     except SafetensorError as error:
@@ -191,7 +191,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
 
 
 def _seal(folder: Path, first: str) -> None:
-    """Add the checksums of all files to the first one, and let others read them."""
+    """Add the checksums of all files to the first one, and make all files readable for others."""
     folder.chmod(0o755)
     files = sorted(folder.iterdir())
     for file in files:
@@ -202,9 +202,9 @@ def _seal(folder: Path, first: str) -> None:
 
 
 def _finish(target: Path, first: str, ours: Collection[str], only: Collection[str] = ()) -> None:
-    """Put the files of a save that counts into their places; nothing where no such save was left.
+    """Move the files of a committed save into the folder; do nothing where there is no such save.
 
-    With ``only``, as of a save that another process has left, no file of another name is replaced.
+    With ``only``, for a save that another process left unfinished, no existing file of another name is replaced.
     """
     folder = whole_folder(target, first)
     if folder == target or not _is_own(folder):
@@ -220,7 +220,7 @@ def _finish(target: Path, first: str, ours: Collection[str], only: Collection[st
 
 
 def _put(source: Path, target: Path) -> None:
-    """Have a file at another place too, in one step."""
+    """Link or copy a file to another path, replacing what is there in one step."""
     aside = source.with_name(f".{source.name}.put")
     aside.unlink(missing_ok=True)
     try:
@@ -228,7 +228,7 @@ def _put(source: Path, target: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(source, aside)
     os.replace(aside, target)
-    aside.unlink(missing_ok=True)  # it stays where both were the same file already
+    aside.unlink(missing_ok=True)  # os.replace leaves it where both were the same file already
 
 
 def _remove_leftovers(place: Path, prefix: str, suffix: str) -> None:
@@ -238,47 +238,48 @@ def _remove_leftovers(place: Path, prefix: str, suffix: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _holds(folder: Path, first: str, decides: bytes) -> bool:
+def _is_complete(folder: Path, first: str, first_bytes: bytes) -> bool:
     """Whether a pending folder holds the same first file, and every file that it names, as regular files."""
-    names = checksums(decides)
+    names = checksums(first_bytes)
     if not names or not all(_is_file(folder / name) for name in (first, *names)):
         return False
     with suppress(OSError):
-        same = (folder / first).stat().st_size == len(decides) and _content(folder / first) == decides
+        copy = folder / first
+        same = copy.stat().st_size == len(first_bytes) and _read_regular(copy) == first_bytes
         return same and all(sha256_of(folder / name) == digest for name, digest in names.items())
     return False
 
 
-def _content(file: Path) -> bytes:
-    """The bytes of a regular file that is not too long; none of others, such as pipes, whose reading may not end."""
-    about = file.stat()
-    return file.read_bytes() if stat.S_ISREG(about.st_mode) and about.st_size <= LONGEST else b""
+def _read_regular(file: Path) -> bytes:
+    """The bytes of a regular file that is not too long; none of other files, such as pipes, which may not end."""
+    info = file.stat()
+    return file.read_bytes() if stat.S_ISREG(info.st_mode) and info.st_size <= MAX_FIRST_BYTES else b""
 
 
-def _is_there(folder: Path, first: str, target: Path) -> bool:
-    """Whether a folder that was read still counts: pending ones lose their first file before the others."""
+def _still_counts(folder: Path, first: str, target: Path) -> bool:
+    """Whether a folder was still valid after it was read: pending ones lose their first file before the others."""
     return folder == target or (folder / first).exists()
 
 
 def _stamp(file: Path) -> Any:
-    """What changes whenever another file takes the place of this one; None where there is none."""
+    """A value that changes whenever the file is replaced; None where there is no file."""
     try:
-        about = file.stat()
+        info = file.stat()
     except OSError:
         return None
-    return about.st_ino, about.st_mtime_ns, about.st_size
+    return info.st_ino, info.st_mtime_ns, info.st_size
 
 
 def _is_file(path: Path) -> bool:
-    """Whether there is a regular file, and no link to one."""
+    """Whether a path is a regular file and not a link."""
     return stat.S_ISREG(path.lstat().st_mode) if os.path.lexists(path) else False
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether there is a real folder, and no link to one."""
+    """Whether a path is a folder and not a link."""
     return stat.S_ISDIR(path.lstat().st_mode) if os.path.lexists(path) else False
 
 
 def _is_own(folder: Path) -> bool:
-    """Whether there is a real folder that belongs to the user of this process."""
+    """Whether a path is a folder, not a link, that belongs to the user of this process."""
     return _is_folder(folder) and (not hasattr(os, "getuid") or folder.lstat().st_uid == os.getuid())

@@ -1,4 +1,4 @@
-"""Which network it is: SHA-256 of its weights, piece by piece between cuts; and whether they have changed since."""
+"""SHA-256 of a network's weights, piece by piece between cuts, and whether weights have changed since."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ import xxhash
 from torch import Tensor, nn
 
 
-PACKAGES = ("restnet-hf", "torch", "transformers", "timm")  # whose versions results are recorded with
+PACKAGES = ("restnet-hf", "torch", "transformers", "timm")  # their versions are recorded with results
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LARGE = 1 << 24  # bytes: hashing them takes longer than starting threads
-SHARE = 1 << 19  # bytes of a tensor that is worth a thread's while
+LARGE = 1 << 24  # bytes of all tensors, from which on hashing takes longer than starting threads
+SHARE = 1 << 19  # bytes of a tensor that is worth a thread of its own
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Piece:
     """The part of a network from one cut to the next.
 
     Args:
-        cut: name of the cut that it ends at; None for the logits.
-        shape: of the activation there, for one image.
-        sha256: of the weights.
+        cut: name of the cut at the end of the piece; None for the logits.
+        shape: shape of the activation at that cut, for one image.
+        sha256: SHA-256 of the piece's weights.
     """
 
     cut: str | None
@@ -42,31 +42,31 @@ class Piece:
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values; tensors of large pieces are hashed side by side.
+    """SHA-256 of names, types, shapes and values; tensors of large pieces are hashed in parallel.
 
     Raises:
         ValueError: a tensor is on the meta device.
     """
-    hashes = _each(tensors, lambda values: hashlib.sha256(values).hexdigest())
+    hashes = _digests(tensors, lambda values: hashlib.sha256(values).hexdigest())
     if None in hashes.values():
         raise ValueError("weights on the meta device have no values; load them, or build the model on another device")
     lines = (f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashes[name]}" for name, tensor in tensors.items())
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def _each(tensors: Mapping[str, Tensor], digest: Callable[[Any], Any]) -> dict[str, Any]:
-    """A digest of the values of each tensor, None on the meta device."""
+def _digests(tensors: Mapping[str, Tensor], digest: Callable[[Any], Any]) -> dict[str, Any]:
+    """Digest of the values of each tensor by name; None for tensors on the meta device."""
 
-    def one(tensor: Tensor) -> Any:
+    def hash_one(tensor: Tensor) -> Any:
         if tensor.is_meta:
             return None
         return digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
     if sum(tensor.nbytes for tensor in tensors.values()) < LARGE:
-        return {name: one(tensor) for name, tensor in tensors.items()}
+        return {name: hash_one(tensor) for name, tensor in tensors.items()}
     with ThreadPoolExecutor() as pool:
-        large = {name: pool.submit(one, tensor) for name, tensor in tensors.items() if tensor.nbytes > SHARE}
-        small = {name: one(tensor) for name, tensor in tensors.items() if name not in large}
+        large = {name: pool.submit(hash_one, tensor) for name, tensor in tensors.items() if tensor.nbytes > SHARE}
+        small = {name: hash_one(tensor) for name, tensor in tensors.items() if name not in large}
         return small | {name: job.result() for name, job in large.items()}
 
 
@@ -79,25 +79,27 @@ def fingerprint(model: nn.Module, pieces: Iterable[Piece], weights: Mapping[str,
 
 
 def stored_dtype(text: str) -> torch.dtype | None:
-    """The type of weights that a fingerprint names; None where they are of several types.
+    """The type of the weights that a fingerprint names; None where there are several types.
 
     Raises:
-        ValueError: no network of such weights runs.
+        ValueError: the fingerprint names a type that is not a float, or no type.
     """
-    found = [FLOATS.get(name) for name in text.split(":")[0].split("+")]
-    if None in found:
-        raise ValueError(f"the fingerprint must begin with types of weights, of {list(FLOATS)}, as float32:5f70bf18")
-    return found[0] if len(found) == 1 else None
+    dtypes = [FLOATS.get(name) for name in text.split(":")[0].split("+")]
+    if None in dtypes:
+        raise ValueError(
+            f"the fingerprint must begin with types of weights, from {list(FLOATS)}, such as float32:5f70bf18"
+        )
+    return dtypes[0] if len(dtypes) == 1 else None
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What a tensor was.
+class TensorRecord:
+    """Type, shape and checksum of a tensor at one time.
 
     Args:
-        dtype: its type.
-        shape: its shape.
-        checksum: of its values; None where they were not read.
+        dtype: type of the tensor.
+        shape: shape of the tensor.
+        checksum: checksum of the values; None where they were not read.
     """
 
     dtype: torch.dtype
@@ -105,66 +107,67 @@ class Mark:
     checksum: bytes | None = None
 
     @classmethod
-    def all(cls, tensors: Mapping[str, Tensor], read: bool = True) -> "dict[str, Mark]":
-        """Of each tensor by name; ``read`` the values, too."""
-        checksums = _each(tensors, xxhash.xxh3_128_digest) if read else {}
+    def of_all(cls, tensors: Mapping[str, Tensor], read: bool = True) -> "dict[str, TensorRecord]":
+        """A record of each tensor by name, with checksums of the values if ``read``."""
+        checksums = _digests(tensors, xxhash.xxh3_128_digest) if read else {}
         return {name: cls(t.dtype, tuple(t.shape), checksums.get(name)) for name, t in tensors.items()}
 
-    def fits(self, now: "Mark | None") -> bool:
-        """Whether a tensor is still the same, as far as its values were read and are there."""
+    def matches(self, now: "TensorRecord | None") -> bool:
+        """Whether a tensor is still the same, compared by shape where values were not read or are not in memory."""
         if now is None or self.checksum is None or now.checksum is None:
             return now is None or now.shape == self.shape
         return self == now
 
 
-class Seal:
-    """What a network's weights were at one time, to tell which have changed since; ten times as fast as SHA-256.
+class WeightsSnapshot:
+    """Records of a network's weights at one time, to find which have changed since; ten times as fast as SHA-256.
 
-    All values are read for it, since nothing else would do: version counters do not count what is written through
+    All values are read, since nothing less would do: version counters do not count what is written through
     ``tensor.data``, as PEFT does when it merges LoRA.
     """
 
     def __init__(self) -> None:
-        self.marks: dict[str, Mark] = {}
-        self.lost: set[str] = set()  # weights that had changed when they were cast, or went to files
+        self.records: dict[str, TensorRecord] = {}
+        self.lost: set[str] = set()  # weights that had changed when they were cast, or moved to files
         self.cast = False
 
     def add(self, tensors: Mapping[str, Tensor], read: bool = True) -> None:
-        """Take weights as they are now; without ``read`` they are read later."""
-        self.marks |= Mark.all(tensors, read)
+        """Record weights as they are now; without ``read`` their values are read later."""
+        self.records |= TensorRecord.of_all(tensors, read)
 
     def match(self, now: Mapping[str, Tensor | None]) -> dict[str, str | None]:
-        """By its name, the name that each weight has now; None where it is gone or has other values.
+        """The present name of each recorded weight, by its recorded name; None where it is gone or has other values.
 
-        Weights that are only of another type count as the same. Modules that were put into the network, such as
+        Weights that only have another type count as the same. Modules that were put into the network, such as
         LoRA's, make names longer: ``fc.base_layer.weight`` is ``fc.weight``.
 
         Args:
-            now: the weights by name; None for one that is not in memory, and counts as the same.
+            now: the present weights by name; None for a weight that is not in memory, which counts as the same.
         """
-        read = {k: t for k, t in now.items() if t is not None and (k not in self.marks or self.marks[k].checksum)}
-        found, more = Mark.all(read), now.keys() - self.marks.keys()
+        known = self.records
+        read = {k: t for k, t in now.items() if t is not None and (k not in known or known[k].checksum)}
+        present, added = TensorRecord.of_all(read), now.keys() - known.keys()
         names: dict[str, str | None] = {}
-        for name, mark in self.marks.items():
-            keys = [name] if name in now else [key for key in more if _is_longer(key, name)]
-            same = [key for key in keys if mark.fits(found.get(key))]
+        for name, record in known.items():
+            keys = [name] if name in now else [key for key in added if _is_longer(key, name)]
+            same = [key for key in keys if record.matches(present.get(key))]
             if not same:
-                same = [k for k in keys if found[k].dtype != mark.dtype and found[k].shape == mark.shape]
+                same = [k for k in keys if present[k].dtype != record.dtype and present[k].shape == record.shape]
                 self.cast = self.cast or bool(same)
             names[name] = same[0] if same and name not in self.lost else None
         return names
 
     def renew(self, now: Mapping[str, Tensor | None], names: Mapping[str, str | None]) -> None:
-        """Take the weights as they are after a cast, under the names that `match` found before it."""
+        """Record the weights as they are after a cast, under the names that `match` returned before it."""
         self.lost |= {name for name, key in names.items() if key is None}
-        there = {name: now[key] for name, key in names.items() if key is not None}
-        self.add({name: tensor for name, tensor in there.items() if tensor is not None})
-        self.marks |= {name: replace(self.marks[name], checksum=None) for name, t in there.items() if t is None}
+        kept = {name: now[key] for name, key in names.items() if key is not None}
+        self.add({name: tensor for name, tensor in kept.items() if tensor is not None})
+        self.records |= {name: replace(self.records[name], checksum=None) for name, t in kept.items() if t is None}
         self.cast = True
 
 
 def _is_longer(key: str, name: str) -> bool:
-    """Whether a path is another with modules in between."""
+    """Whether a module path is another path with modules in between."""
     parts = iter(key.split("."))
     return all(part in parts for part in name.split("."))
 
@@ -176,11 +179,11 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 @cache
 def software_sha256(libraries: Sequence[str], code: Sequence[str]) -> str:
-    """SHA-256 of the software that computes a result, for caches: other software computes it again.
+    """SHA-256 of the software that computes a result, so that caches recompute it after a change.
 
     Args:
-        libraries: names of installed packages, whose versions count.
-        code: rooms, as folders, and files of this package, whose content counts.
+        libraries: names of installed packages, whose versions are hashed.
+        code: folders and files of this package, whose content is hashed.
     """
     digest = hashlib.sha256(repr(package_versions(libraries)).encode())
     package = Path(__file__).parent

@@ -16,13 +16,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from restnet_hf.anchors.anchor import Anchor, free_name, unique_names
+from restnet_hf.anchors.anchor import Anchor, free_name, make_names_unique
 from restnet_hf.anchors.attention import set_attention
-from restnet_hf.anchors.config_entry import class_order, describe_model, identify, rebuild
+from restnet_hf.anchors.config_entry import add_fingerprint, class_order, describe_model, rebuild_anchor
 from restnet_hf.anchors.layouts import AnyLayout
 from restnet_hf.anchors.loading import load_anchor
 from restnet_hf.configuration_restnet import RestNetConfig
-from restnet_hf.data.datasets import batches, check_labels, check_problem, labelled
+from restnet_hf.data.datasets import batches, check_labels, check_problem_type, drop_unlabelled
 from restnet_hf.data.preprocessing import Preprocessing, Reprocess
 from restnet_hf.data.targets import check_targets
 from restnet_hf.errors import BudgetError
@@ -77,8 +77,8 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
     ) -> None:
         attention = config._attn_implementation  # before transformers sets its default
         super().__init__(config)
-        check_problem(config.problem_type)
-        anchors = anchors if anchors is not None else [rebuild(entry) for entry in config.anchors or []]
+        check_problem_type(config.problem_type)
+        anchors = anchors if anchors is not None else [rebuild_anchor(entry) for entry in config.anchors or []]
         taken = [anchor.name for anchor in anchors if free_name(anchor.name) != anchor.name]
         if taken:
             raise ValueError(f"anchors cannot be called {taken}, as attributes of modules are; add a '_' to the name")
@@ -163,7 +163,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         anchors = [load_anchor(source, **load) for source in sources]
         if order != "given":
             anchors.sort(key=Anchor.num_parameters, reverse=order == "large-to-small")
-        unique_names(anchors)
+        make_names_unique(anchors)
         for anchor in anchors:
             anchor.search()
         dtypes = {anchor.name: str(next(anchor.parameters()).dtype) for anchor in anchors}
@@ -510,7 +510,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self.set_route(chosen[0])
         self._delete(route for route in self.routes if route not in set(chosen))
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
-            identify(entry, anchor)  # while all of its weights are in memory
+            add_fingerprint(entry, anchor)  # while all of its weights are in memory
         for anchor in self.anchors.values() if self.weight_files is None else ():
             keep_weights(anchor, steps)
 
@@ -528,7 +528,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             ValueError: weights are not in memory, after `prune_to` say.
         """
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
-            identify(entry, anchor)
+            add_fingerprint(entry, anchor)
         self.weight_files = WeightFiles(folder, self.anchors)
         self.weight_files.load(self.anchors, self.steps(self.active_route))
 
@@ -684,7 +684,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
 
     def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
         """Batches of images and labels, checked to fit the model."""
-        for batch in labelled(batches(data, batch_size, name)):
+        for batch in drop_unlabelled(batches(data, batch_size, name)):
             self.preprocessing.check(batch["pixel_values"])
             if "labels" in batch:
                 check_labels(batch["labels"], self.config.num_labels)

@@ -1,4 +1,4 @@
-"""Public names of a package, each imported when it is first used (PEP 562)."""
+"""Public names of a package, each imported on first use (PEP 562)."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -6,23 +6,23 @@ from importlib import import_module
 from typing import Any
 
 
-def imported_when_used(
+def lazy_imports(
     package: str, modules: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """``__getattr__``, ``__dir__`` and ``__all__`` of a package.
+    """Make ``__getattr__``, ``__dir__`` and ``__all__`` of a package that imports its public names on first use.
 
-    Most of our modules need torch, and a device that follows budgets has none.
+    Most modules need torch, which is not installed on a device that only follows budgets.
 
     Args:
         package: name of the package.
-        modules: module of each public name, below ``restnet_hf``.
+        modules: module of each public name, relative to ``restnet_hf``.
     """
     namespace = vars(sys.modules[package])
 
-    def get(name: str) -> Any:
+    def import_name(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         namespace[name] = value = getattr(import_module(f"restnet_hf.{modules[name]}"), name)
         return value
 
-    return get, lambda: sorted({*namespace, *modules}), list(modules)
+    return import_name, lambda: sorted({*namespace, *modules}), list(modules)

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.loading import load_anchor
-from restnet_hf.data.augment import augmentation
+from restnet_hf.data.augment import make_augmentation
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
 from restnet_hf.distributed import this_process
@@ -97,7 +97,7 @@ class Recipe:
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         self.stitch_config()
-        augmentation(self.augment)
+        make_augmentation(self.augment)
         if self.augment is not None and (self.heads.cache_dir or self.stitches.cache_dir):
             raise ValueError(
                 "augment changes images each time, so cache_dir cannot hold them; leave one of the two out"

@@ -9,7 +9,7 @@ from accelerate.utils import find_executable_batch_size
 
 from restnet_hf.adaptation.search import Predictor, Rejected
 from restnet_hf.anchors.anchor import largest_anchor
-from restnet_hf.data.datasets import Batch, batches, labelled
+from restnet_hf.data.datasets import Batch, batches, drop_unlabelled
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
 from restnet_hf.routes.profile import ProfiledRoute
@@ -46,7 +46,7 @@ class Scorer:
         self.teacher = None if "labels" in first else torch.cat(list(self._teacher_predictions()))
 
     def _batches(self) -> Iterator[Batch]:
-        for batch in labelled(batches(self.data, self.batch_size, "private images")):
+        for batch in drop_unlabelled(batches(self.data, self.batch_size, "private images")):
             self.model.preprocessing.check(batch["pixel_values"])
             yield {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 

@@ -1,1 +1,1 @@
-"""Anchors: pre-trained classifiers, loaded, cut and run piece by piece."""
+"""Anchors: pre-trained classifiers, loaded, cut and run in segments."""

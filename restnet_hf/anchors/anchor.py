@@ -12,13 +12,20 @@ from restnet_hf.anchors.cut import Cut
 from restnet_hf.anchors.cut_cache import cached_cuts
 from restnet_hf.anchors.discovery import MIN_CUTS, Cuts, find_cuts
 from restnet_hf.anchors.layouts import AnyLayout
-from restnet_hf.anchors.segments import BakedSegment, outside, own_parameters, own_tensors, replace_tensors, run
+from restnet_hf.anchors.segments import (
+    BakedSegment,
+    remaining_parameters,
+    remaining_tensors,
+    replace_tensors,
+    run_segment,
+    unused_paths,
+)
 from restnet_hf.data.preprocessing import Preprocessing
-from restnet_hf.hashing import Piece, Seal, fingerprint, weights_sha256
+from restnet_hf.hashing import Piece, WeightsSnapshot, fingerprint, weights_sha256
 from restnet_hf.routes.route import ANCHOR_NAME
 
 
-Replaced = Callable[[int, int | None], Mapping[str, Tensor]]
+Tuned = Callable[[int, int | None], Mapping[str, Tensor]]  # tensors by name, for a start and a stop
 
 
 class Anchor(nn.Module):
@@ -28,20 +35,20 @@ class Anchor(nn.Module):
     weights never train and the module stays in evaluation mode.
 
     Args:
-        model: maps images (N, 3, H, W) to logits.
-        name: of letters, digits, ``_`` and ``-``; routes use it.
-        preprocessing: how images are prepared for it.
-        label_names: of its classes, None where they have no names.
-        processor: image processor that prepares images so, if there is one.
-        repo_id: where the weights come from, a Hub id or an absolute path; None for a module made in code.
-        revision: commit on the Hub.
-        granularity: see `find_cuts`.
+        model: classifier that maps images (N, 3, H, W) to logits.
+        name: name in routes, of letters, digits, ``_`` and ``-``.
+        preprocessing: size and normalisation of the anchor's images.
+        label_names: names of the classes, None where they have no names.
+        processor: image processor that prepares images so; None where there is none.
+        repo_id: Hub id or absolute path that the weights come from; None for a module made in code.
+        revision: commit of the weights on the Hub.
+        granularity: ``block`` or ``module``, the places that may be cuts; see `find_cuts`.
 
     Raises:
-        ValueError: the name does not fit a route.
+        ValueError: the name cannot be used in a route.
     """
 
-    # Both are set by the model's activation_checkpointing_enable(), as on any module of transformers that has them.
+    # set by the model's activation_checkpointing_enable(), as on any module of transformers that has them
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
 
@@ -72,7 +79,7 @@ class Anchor(nn.Module):
         self.absent: set[str] = set()  # names of weights that are not in memory
         self._found: Cuts | None = None
         self._expected: dict[int, tuple[str, dict[str, Tensor]]] = {}
-        self.seal = Seal()
+        self.snapshot = WeightsSnapshot()
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -86,20 +93,20 @@ class Anchor(nn.Module):
             return super()._apply(fn, recurse)
         if self._expected:
             self.verify()  # cast or moved, the weights cannot be checked any more, or are read in any case
-        cast = new.dtype != like.dtype and bool(self.seal.marks)
-        names = self.seal.match(self.weights()) if cast else {}
+        cast = new.dtype != like.dtype and bool(self.snapshot.records)
+        names = self.snapshot.match(self.weights()) if cast else {}
         super()._apply(fn, recurse)
         if cast:
-            self.seal.renew(self.weights(), names)
+            self.snapshot.renew(self.weights(), names)
         return self
 
     def num_parameters(self) -> int:
-        """Parameters of the network: its size, where a larger anchor is told from a smaller."""
+        """Number of parameters of the network, by which anchors are ordered."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
-    def found(self) -> Cuts:
-        """What `find_cuts` found, searched for once.
+    def search_result(self) -> Cuts:
+        """The result of `find_cuts`, which runs once, on first use.
 
         Raises:
             ValueError: there are fewer than two cuts.
@@ -108,32 +115,32 @@ class Anchor(nn.Module):
             size = self.preprocessing.image_size
             search = partial(find_cuts, self.model, size, self.granularity)
             try:
-                found = cached_cuts(self.model, size, self.granularity, search)
+                result = cached_cuts(self.model, size, self.granularity, search)
             except Exception as error:  # a network may fail in any way on a size that is not its own
                 pixels = "x".join(map(str, size))
                 raise ValueError(f"anchor '{self.name}' cannot run on images of {pixels} pixels: {error}") from error
-            if self.label_names is not None and len(self.label_names) != found.classes:
+            if self.label_names is not None and len(self.label_names) != result.classes:
                 raise ValueError(
-                    f"anchor '{self.name}' has {found.classes} classes, but {len(self.label_names)} label_names"
+                    f"anchor '{self.name}' has {result.classes} classes, but {len(self.label_names)} label_names"
                 )
-            if len(found.cuts) < MIN_CUTS:
-                failed = "".join(f"; {name}: {reason}" for name, reason in found.rejected.items())
+            if len(result.cuts) < MIN_CUTS:
+                failed = "".join(f"; {name}: {reason}" for name, reason in result.rejected.items())
                 raise ValueError(
-                    f"anchor '{self.name}' ({type(self.model).__name__}) has {len(found.cuts)} places where every "
+                    f"anchor '{self.name}' ({type(self.model).__name__}) has {len(result.cuts)} places where every "
                     f"path goes through one map or sequence of tokens, and {MIN_CUTS} are needed{failed}. "
                     "Choose another classifier, or granularity='module' to search inside its blocks"
                 )
-            self._found = found
+            self._found = result
         return self._found
 
     def search(self) -> None:
-        """Find the cuts now, not on first need; raises as `found` does."""
-        _ = self.found
+        """Find the cuts now rather than on first use; raises as `search_result` does."""
+        _ = self.search_result
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         """The certified cuts, cut 1 first."""
-        return self.found.cuts
+        return self.search_result.cuts
 
     @property
     def depth(self) -> int:
@@ -141,13 +148,13 @@ class Anchor(nn.Module):
         return len(self.cuts)
 
     def cut(self, index: int) -> Cut | None:
-        """The cut of that number; None for 0, the image. Raises ValueError where there is none."""
+        """The cut with a number; None for 0, the image. Raises ValueError where there is no such cut."""
         if not 0 <= index <= self.depth:
             raise ValueError(f"anchor '{self.name}' has cuts 1 to {self.depth}, not {index}")
         return self.cuts[index - 1] if index else None
 
     def cut_index(self, cut: int | str) -> int:
-        """The number of a cut given by number or by the name of its module (any of its names)."""
+        """The number of a cut that is given by number or by any name of its module."""
         if isinstance(cut, str):
             for index, candidate in enumerate(self.cuts, 1):
                 if cut in (candidate.name, *candidate.aliases):
@@ -160,31 +167,32 @@ class Anchor(nn.Module):
         return cut
 
     def layout(self, index: int) -> AnyLayout:
-        """Layout of the activation at a cut from 1 on."""
+        """The layout of the activation at a cut from 1 on."""
         cut = self.cut(index)
         if cut is None:
             raise ValueError("cut 0 is the image; a stitch joins cuts from 1 on")
         return cut.layout
 
-    def forward(self, x: Tensor, start: int = 0, stop: int | None = None, tuned: Replaced | None = None) -> Tensor:
-        """Run a segment. With activation checkpointing, the way back keeps the activations at cuts alone.
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None, tuned: Tuned | None = None) -> Tensor:
+        """Run a segment. With activation checkpointing, only the activations at cuts are kept for the backward pass.
 
         Args:
             x: images (N, 3, H, W) for ``start=0``, else the activation at cut ``start`` in its layout.
-            stop: the cut to run to; None for the logits (N, classes), or the features (N, C) of a headless anchor.
-            tuned: gives, for a start and a stop, the tensors that take the place of the network's own, by name.
+            start: cut to run from; 0 for the image.
+            stop: cut to run to; None for the logits (N, classes), or the features (N, C) of a headless anchor.
+            tuned: function of a start and a stop that returns tensors to use instead of the network's own, by name.
 
         Raises:
             ValueError: there is no such cut, or the segment is empty.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled() and x.requires_grad and start:
             inner = range(start + 1, self.depth + 1 if stop is None else stop)
-            for piece in pairwise([start, *inner, stop]):
-                x = self._gradient_checkpointing_func(self._segment, x, *piece, tuned)
+            for ends in pairwise([start, *inner, stop]):
+                x = self._gradient_checkpointing_func(self._segment, x, *ends, tuned)
             return x
         return self._segment(x, start, stop, tuned)
 
-    def _segment(self, x: Tensor, start: int, stop: int | None, tuned: Replaced | None) -> Tensor:
+    def _segment(self, x: Tensor, start: int, stop: int | None, tuned: Tuned | None) -> Tensor:
         return self.capture(x, (stop,), start, tensors={} if tuned is None else tuned(start, stop))[stop]
 
     def capture(
@@ -199,14 +207,15 @@ class Anchor(nn.Module):
         """The activation at every cut in ``stops``, in one forward from ``start``; None stands for the logits.
 
         Args:
-            x: as of `forward`.
-            stops: cuts to read.
-            start: where ``x`` belongs.
-            see: is called with each cut and its activation as it comes; what it returns is kept instead.
-            tensors: in the place of the network's own, by name.
-            features: give what the classifier takes, (N, C), for None; the logits where there is no linear classifier.
+            x: images (N, 3, H, W) for ``start=0``, else the activation at cut ``start`` in its layout.
+            stops: numbers of the cuts to read; None for the logits.
+            start: cut at which ``x`` enters; 0 for the image.
+            see: function called with each cut and activation once it is computed; its result is kept instead.
+            tensors: tensors to use instead of the network's own, by name.
+            features: whether to return the classifier's input (N, C) for None; the logits where there is no linear
+                classifier.
         """
-        classifier = self.found.classifier if features else self.classifier if self.headless else None
+        classifier = self.search_result.classifier if features else self.classifier if self.headless else None
         if start == 0 and set(stops) == {None} and not (classifier or tensors):
             return dict.fromkeys(stops, self.logits(x))  # an anchor alone needs no cuts
         wanted = {-1 if stop is None else stop: None if stop is None else self.cut(stop) for stop in stops}
@@ -215,42 +224,42 @@ class Anchor(nn.Module):
         if self._expected:
             self.verify(start, None if -1 in wanted else max(wanted))
         if self.absent:
-            self.check_present(start, None if -1 in wanted else max(wanted))
+            self.check_in_memory(start, None if -1 in wanted else max(wanted))
         size = self.preprocessing.image_size
-        result = run(self.model, x, self.cut(start), wanted, size, classifier, see, tensors or {})
+        result = run_segment(self.model, x, self.cut(start), wanted, size, classifier, see, tensors or {})
         return {None if key == -1 else key: value for key, value in result.items()}
 
     def logits(self, x: Tensor) -> Tensor:
-        """The network's own logits (N, classes) for images, whether or not a new head has taken their place."""
+        """The network's own logits (N, classes) for images, also where a new head replaces its classifier."""
         if self._expected:
             self.verify()
         if self.absent:
-            self.check_present()
-        return run(self.model, x, None, {0: None}, self.preprocessing.image_size)[0]
+            self.check_in_memory()
+        return run_segment(self.model, x, None, {0: None}, self.preprocessing.image_size)[0]
 
     @property
     def classifier(self) -> str | None:
-        """Path of the layer that is left out; None unless the anchor is headless."""
-        return self.found.classifier if self.headless else None
+        """Path of the classifier that is left out; None unless the anchor is headless."""
+        return self.search_result.classifier if self.headless else None
 
     def drop_classifier(self) -> int:
         """Make the anchor headless: it ends in features instead of logits. Returns the number of features.
 
         Raises:
-            ValueError: its logits do not come from one linear layer.
+            ValueError: the logits do not come from one linear layer.
         """
-        if self.found.classifier is None or self.found.features is None:
+        if self.search_result.classifier is None or self.search_result.features is None:
             raise ValueError(
                 f"anchor '{self.name}' ({type(self.model).__name__}) cannot take a new head: its logits do not come "
                 "from one linear layer"
             )
         self.headless = True
-        return self.found.features
+        return self.search_result.features
 
     def bake(
         self, start: int = 0, stop: int | None = None, tensors: Mapping[str, Tensor] | None = None
     ) -> BakedSegment:
-        """The segment as a plain module with only its own weights, or with ``tensors`` in the place of them."""
+        """Make a plain module of a segment with only its own weights, or with ``tensors`` instead of some of them."""
         self.verify(start, stop)
         size = self.preprocessing.image_size
         last = None if stop is None else self.cut(stop)
@@ -259,122 +268,131 @@ class Anchor(nn.Module):
         return baked
 
     def own_parameters(self, start: int = 0, stop: int | None = None) -> dict[str, nn.Parameter]:
-        """The parameters of a segment, by name: those of the network that `bake` keeps."""
+        """The parameters of a segment by name: those of the network that `bake` keeps."""
         last = None if stop is None else self.cut(stop)
-        return own_parameters(self.model, outside(self.cut(start) if start else None, last, self.classifier))
+        return remaining_parameters(
+            self.model, unused_paths(self.cut(start) if start else None, last, self.classifier)
+        )
 
     def pieces(
         self, given: Mapping[str, Tensor] | None = None, names: Mapping[str, str | None] | None = None
     ) -> list[Piece]:
-        """The network piece by piece, from cut to cut, with the SHA-256 of the weights of each.
+        """The pieces of the network from cut to cut, each with the SHA-256 of its weights.
 
         Args:
-            given: weights in the place of its own, by name.
-            names: by the names that weights are to have, those that they have now; no others then count.
+            given: weights to use instead of the network's own, by name.
+            names: present names of weights by the names to use for them; weights without one are then left out.
         """
-        known = None if names is None else {now: name for name, now in names.items()}
-        found = []
+        renamed = None if names is None else {now: name for name, now in names.items()}
+        pieces = []
         for index, cut in enumerate((*self.cuts, None)):
             tensors = {key: (given or {}).get(key, tensor) for key, tensor in self._piece_tensors(index).items()}
-            if known is not None:
-                tensors = {known[key]: tensor for key, tensor in tensors.items() if key in known}
+            if renamed is not None:
+                tensors = {renamed[key]: tensor for key, tensor in tensors.items() if key in renamed}
             shape = cut.layout.shape(1)[1:] if cut else ()
-            found.append(Piece(cut.name if cut else None, shape, weights_sha256(tensors)))
-        return found
+            pieces.append(Piece(cut.name if cut else None, shape, weights_sha256(tensors)))
+        return pieces
 
     def _piece_tensors(self, index: int) -> dict[str, Tensor]:
         stop = None if index == self.depth else self.cut(index + 1)
-        return own_tensors(self.model, outside(self.cut(index), stop, None))
+        return remaining_tensors(self.model, unused_paths(self.cut(index), stop, None))
 
     def fingerprint(self) -> str:
-        """Types of the weights and a SHA-256 of class, cuts and weights: equal ones mean equal networks."""
+        """Types of the weights and a SHA-256 of class, cuts and weights; equal fingerprints mean equal networks."""
         return fingerprint(self.model, self.pieces())
 
     def weights(self, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor | None]:
-        """Parameters and saved buffers by name, or ``given`` in their place; None for one that is not in memory."""
-        own, known = own_tensors(self.model, ()), self.seal.marks.keys()
-        if given and known and known <= given.keys():  # whatever a wrapper has made of the network's own
-            return {key: given[key] for key in known}
+        """Parameters and saved buffers by name, or ``given`` instead; None for a tensor that is not in memory."""
+        own, recorded = remaining_tensors(self.model, ()), self.snapshot.records.keys()
+        if given and recorded and recorded <= given.keys():  # whatever a wrapper made of the network's own
+            return {key: given[key] for key in recorded}
         own |= {key: tensor for key, tensor in (given or {}).items() if key in own}
         return {key: None if key in self.absent else tensor for key, tensor in own.items()}
 
-    def seal_weights(self) -> None:
-        """Have `changed` tell from now on what has changed, unless it tells it already."""
-        if not self.seal.marks:
-            self.seal.add({key: tensor for key, tensor in self.weights().items() if tensor is not None})
+    def record_weights(self) -> None:
+        """Record the weights for `changed_weights`, unless they are recorded already."""
+        if not self.snapshot.records:
+            self.snapshot.add({key: tensor for key, tensor in self.weights().items() if tensor is not None})
 
-    def changed(self, pieces: Sequence[Piece] | None = None, given: Mapping[str, Tensor] | None = None) -> list[str]:
-        """Names of the weights that are other ones than when they were sealed, or than is expected of them.
+    def changed_weights(
+        self, pieces: Sequence[Piece] | None = None, given: Mapping[str, Tensor] | None = None
+    ) -> list[str]:
+        """Names of the weights that differ from those recorded or expected.
 
         Args:
-            pieces: what they were, in case they were not sealed.
-            given: weights in the place of the network's own, by name.
+            pieces: pieces to compare with where no weights were recorded.
+            given: weights to use instead of the network's own, by name.
         """
-        unsealed = not self.seal.marks and not self._expected and pieces is not None
-        found: list[str] = []
-        for index, (expected, tensors) in list((self._pending(pieces or ()) if unsealed else self._expected).items()):
+        unrecorded = not self.snapshot.records and not self._expected and pieces is not None
+        changed: list[str] = []
+        pending = self._pending(pieces or ()) if unrecorded else self._expected
+        for index, (expected, tensors) in list(pending.items()):
             if tensors.keys() & self.absent:
                 continue
             tensors = {key: (given or {}).get(key, tensor) for key, tensor in tensors.items()}
             if weights_sha256(tensors) != expected:
-                found += tensors
-            elif not unsealed:
-                self.seal.add(tensors)
+                changed += tensors
+            elif not unrecorded:
+                self.snapshot.add(tensors)
                 self._expected.pop(index, None)
-        if unsealed and not found:
-            self.seal_weights()
-        found += [name for name, now in self.seal.match(self.weights(given)).items() if now is None]
-        return list(dict.fromkeys(found))
+        if unrecorded and not changed:
+            self.record_weights()
+        changed += [name for name, now in self.snapshot.match(self.weights(given)).items() if now is None]
+        return list(dict.fromkeys(changed))
 
-    def expect(self, pieces: Sequence[Piece]) -> None:
-        """Raise ValueError, when a piece first runs, if the weights it has now are other ones.
+    def expect_weights(self, pieces: Sequence[Piece]) -> None:
+        """Check the weights of each piece when it first runs; a difference is a ValueError then.
 
         Until then the weights of a memory-mapped file need not be read.
+
+        Args:
+            pieces: pieces of the network with the expected SHA-256.
         """
         self._expected = self._pending(pieces)
         for _, tensors in self._expected.values():
-            self.seal.add(tensors, read=False)
+            self.snapshot.add(tensors, read=False)
 
     def _pending(self, pieces: Sequence[Piece]) -> dict[int, tuple[str, dict[str, Tensor]]]:
         return {index: (piece.sha256, self._piece_tensors(index)) for index, piece in enumerate(pieces)}
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
-        """Check the weights of a segment against what is expected of them.
+        """Check the weights of a segment against the expected ones.
 
         Raises:
-            ValueError: they are other ones.
+            ValueError: the weights differ.
         """
         end = self.depth + 1 if stop is None else stop
         for index, (expected, tensors) in list(self._expected.items()):
             if not start <= index < end:
                 continue
-            found = weights_sha256(tensors)
-            if found != expected:
+            digest = weights_sha256(tensors)
+            if digest != expected:
                 raise ValueError(
-                    f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {found}; the "
+                    f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {digest}; the "
                     f"adapter was made for {expected}. Load it with the right network: "
                     f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}}). Before you change them "
                     f"yourself, as merging LoRA does, call model.anchors[{self.name!r}].verify()"
                 )
-            self.seal.add(tensors)
+            self.snapshot.add(tensors)
             self._expected.pop(index, None)  # another thread may have been faster
 
-    def check_present(self, start: int = 0, stop: int | None = None) -> None:
+    def check_in_memory(self, start: int = 0, stop: int | None = None) -> None:
         """Raise ValueError where weights of a segment are not in memory."""
         gone = sorted(self.absent & self.own_parameters(start, stop).keys()) if self.absent else []
         if gone:
             raise ValueError(
                 f"weights of anchor '{self.name}' are not in memory ({gone[0]} and {len(gone) - 1} more), since the "
-                "model was pruned to other routes, or pages its weights in for the active route alone: set_route "
-                "brings them back where page_to was called; else load the model again"
+                "model was pruned to other routes, or only loads the weights of the active route: set_route "
+                "loads them where page_to was called; else load the model again"
             )
 
     def extra_repr(self) -> str:
+        """The name and the number of cuts, for ``print``."""
         return f"name={self.name!r}, cuts={'not searched' if self._found is None else self.depth}"
 
 
-def unique_names(anchors: Iterable[Anchor]) -> None:
-    """Give the second anchor of a name the suffix ``_2``, and so on; for names of attributes see `free_name`."""
+def make_names_unique(anchors: Iterable[Anchor]) -> None:
+    """Give the second anchor of a name the suffix ``_2``, and so on, and each a `free_name`."""
     taken: set[str] = set()
     for anchor in anchors:
         anchor.name = name = free_name(anchor.name)
@@ -386,7 +404,7 @@ def unique_names(anchors: Iterable[Anchor]) -> None:
 
 
 def free_name(name: str) -> str:
-    """The name, with ``_`` after it where torch has no module called so, as it is an attribute of modules."""
+    """The name, with ``_`` appended where it is an attribute of modules, which torch does not allow as a name."""
     while hasattr(nn.ModuleDict(), name):
         name += "_"
     return name

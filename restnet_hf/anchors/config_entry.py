@@ -1,4 +1,4 @@
-"""What config.json says of an anchor, and the anchor back from it."""
+"""The entry of an anchor in config.json, and how to rebuild an anchor from it."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.loading import HEAD, anchor_from_config, at_most, load_anchor
+from restnet_hf.anchors.loading import HEAD, anchor_from_config, limit_network_size, load_anchor
 from restnet_hf.anchors.weights import check_weights
 from restnet_hf.data.labels import class_names, label_order
 from restnet_hf.data.preprocessing import Preprocessing
@@ -24,16 +24,16 @@ from restnet_hf.routes.route import Route
 
 
 LARGE_IMAGE = 2**20  # pixels
-logger = logging.getLogger(__name__)
 PARTS = 8  # modules, parameters and buffers for each tensor that is saved; networks of transformers and timm have 3
-NO_SETTINGS = {"label_names", "num_classes", "pretrained_cfg"}  # of timm: what the model does with images is elsewhere
+NOT_COMPARED = {"label_names", "num_classes", "pretrained_cfg"}  # of timm, without effect on how the model runs
+logger = logging.getLogger(__name__)
 
 
-def describe(anchor: Anchor) -> dict[str, Any]:
-    """What config.json says of an anchor; from now on a change of weights that lie elsewhere is told."""
+def make_entry(anchor: Anchor) -> dict[str, Any]:
+    """Make the entry of an anchor, without its fingerprint, and record weights that are loaded from elsewhere."""
     config = anchor.model.config if isinstance(anchor.model, PreTrainedModel) else None
     if anchor.repo_id is not None:
-        anchor.seal_weights()
+        anchor.record_weights()
     return {
         "name": anchor.name,
         "repo_id": anchor.repo_id,
@@ -47,26 +47,26 @@ def describe(anchor: Anchor) -> dict[str, Any]:
     }
 
 
-def identify(entry: dict[str, Any], anchor: Anchor) -> None:
-    """Write into what config.json says of an anchor, unless it stands there already, which weights it has.
+def add_fingerprint(entry: dict[str, Any], anchor: Anchor) -> None:
+    """Add the pieces and the fingerprint of an anchor's weights to its entry, unless it has them.
 
-    Where they have changed since it was loaded, ``changed`` stands there, too: ``repo_id`` holds others.
+    Where weights have changed since the anchor was loaded, ``changed`` is added too: ``repo_id`` holds other ones.
     """
     if entry["fingerprint"] is not None:
         return
-    names = anchor.seal.match(anchor.weights()) if anchor.seal.marks else None
+    names = anchor.snapshot.match(anchor.weights()) if anchor.snapshot.records else None
     if names is not None and None in names.values():
         names, entry["changed"] = None, True
     entry.update(_identity(anchor, names=names))
-    anchor.seal_weights()
-    anchor.seal.cast = False
+    anchor.record_weights()
+    anchor.snapshot.cast = False
 
 
 def _identity(
     anchor: Anchor, given: Mapping[str, Tensor] | None = None, names: Mapping[str, str | None] | None = None
 ) -> dict[str, Any]:
     pieces, now = anchor.pieces(given, names), anchor.weights(given)
-    own = now if names is None else names.values()  # without those of LoRA, say
+    own = now if names is None else names.values()  # without the weights of LoRA, for example
     weights = {key: tensor for key, tensor in now.items() if key in own and tensor is not None}
     return {
         "pieces": [asdict(piece) for piece in pieces],
@@ -75,43 +75,43 @@ def _identity(
 
 
 def _changes(entry: dict[str, Any], anchor: Anchor, given: Mapping[str, Tensor] | None = None) -> list[str]:
-    unnamed = entry["fingerprint"] is None and bool(anchor.seal.marks)
-    if unnamed and (changed := anchor.changed(given=given)):
-        return changed  # nothing is written down, as they may be set right
-    identify(entry, anchor)
-    return anchor.changed([Piece.from_dict(piece) for piece in entry["pieces"]], given)
+    unnamed = entry["fingerprint"] is None and bool(anchor.snapshot.records)
+    if unnamed and (changed := anchor.changed_weights(given=given)):
+        return changed  # nothing is recorded, since the weights may be restored
+    add_fingerprint(entry, anchor)
+    return anchor.changed_weights([Piece.from_dict(piece) for piece in entry["pieces"]], given)
 
 
-def present(entry: dict[str, Any], anchor: Anchor) -> dict[str, Any]:
-    """What config.json would say of an anchor that has the weights it has now; ``entry`` where none has changed."""
-    changed = _changes(entry, anchor) or anchor.weights().keys() - anchor.seal.marks.keys()
+def current_entry(entry: dict[str, Any], anchor: Anchor) -> dict[str, Any]:
+    """The entry of an anchor with its present weights; ``entry`` itself where none has changed."""
+    changed = _changes(entry, anchor) or anchor.weights().keys() - anchor.snapshot.records.keys()
     return {**entry, **_identity(anchor), "changed": True} if changed else entry
 
 
 def saved_entry(
     entry: dict[str, Any], anchor: Anchor, standalone: bool, given: Mapping[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """What config.json is to say of an anchor that is saved.
+    """The entry to save for an anchor.
 
     Args:
-        entry: what it says so far.
-        anchor: whose it is.
-        standalone: whether its weights are saved, too.
-        given: weights that are saved in the place of its own, by name.
+        entry: present entry of the anchor.
+        anchor: anchor that is saved.
+        standalone: whether the anchor's weights are saved too.
+        given: weights to save instead of the anchor's own, by name.
 
     Raises:
-        ValueError: weights that are not saved have changed, or such as no config could rebuild are to be saved.
+        ValueError: weights that are not saved have changed, or the config could not rebuild the saved weights.
     """
     changed = _changes(entry, anchor, given)
     if standalone:
         _check_layers(anchor, given)
-        if not changed and not anchor.seal.cast:
+        if not changed and not anchor.snapshot.cast:
             return entry
         return {**entry, **_identity(anchor, given), **({"changed": True} if changed else {})}
     if not changed and not entry.get("changed"):
         return entry
     what = f"{len(changed)} of its weights have changed, {changed[0]} first" if changed else "its weights have changed"
-    ways = (
+    advice = (
         "save with standalone=True, which writes them too, or keep LoRA as it is instead of merging it, and save it "
         "beside with PEFT"
         if entry["config"] is not None
@@ -119,25 +119,35 @@ def saved_entry(
     )
     raise ValueError(
         f"anchor '{anchor.name}' is no longer the network that the adapter names ({entry['repo_id']}): {what}, and an "
-        f"adapter holds no weights of anchors. Nothing was saved: {ways}"
+        f"adapter holds no weights of anchors. Nothing was saved: {advice}"
     )
 
 
 def _check_layers(anchor: Anchor, given: Mapping[str, Tensor] | None) -> None:
     """Raise ValueError where an anchor has other layers than its config would build."""
-    now, then = anchor.weights(given), anchor.seal.marks
-    odd = sorted(now.keys() ^ then.keys()) if then else []
-    odd += [name for name, mark in then.items() if (t := now.get(name)) is not None and t.shape != mark.shape]
-    if odd:
+    now, records = anchor.weights(given), anchor.snapshot.records
+    different = sorted(now.keys() ^ records.keys()) if records else []
+    different += [
+        name for name, record in records.items() if (t := now.get(name)) is not None and t.shape != record.shape
+    ]
+    if different:
         raise ValueError(
-            f"anchor '{anchor.name}' has other layers than its config says ({odd[0]} and {len(odd) - 1} more), and a "
-            "checkpoint with them could not be loaded. Merge LoRA with merge_and_unload() first, or leave "
+            f"anchor '{anchor.name}' has other layers than its config ({different[0]} and {len(different) - 1} more), "
+            "and a checkpoint with them could not be loaded. Merge LoRA with merge_and_unload() first, or leave "
             "standalone=True out and save it beside with PEFT"
         )
 
 
-def rebuild(entry: Mapping[str, Any], check: Callable[[nn.Module], None] | None = None) -> Anchor:
-    """An anchor with random weights from what config.json says of it; see `anchor_from_config`."""
+def rebuild_anchor(entry: Mapping[str, Any], check: Callable[[nn.Module], None] | None = None) -> Anchor:
+    """Rebuild an anchor with random weights from its entry.
+
+    Args:
+        entry: entry of the anchor in config.json.
+        check: function that raises ValueError for a wrong network; see `anchor_from_config`.
+
+    Raises:
+        ValueError: no image classifier has such a config.
+    """
     if entry["config"] is None:
         raise ValueError(f"anchor '{entry['name']}' was made in code and cannot be rebuilt from a config")
     preprocessing = Preprocessing.from_dict(entry["preprocessing"])
@@ -145,20 +155,27 @@ def rebuild(entry: Mapping[str, Any], check: Callable[[nn.Module], None] | None 
     return anchor_from_config(entry["config"], entry["name"], preprocessing, check, **options)
 
 
-def reload(
+def reload_anchor(
     entry: Mapping[str, Any],
     given: nn.Module | str | None,
     dtype: torch.dtype,
     options: Mapping[str, Any],
     routes: Iterable[Route],
 ) -> Anchor:
-    """An anchor as config.json names it, or the one given for it; checked to be the same network.
+    """Load the anchor of an entry, or use the one given, and check that it is the same network.
 
     The weights that ``routes`` use are checked at once, the others when they first run.
 
+    Args:
+        entry: entry of the anchor in config.json.
+        given: module, folder or Hub id to use instead of the entry's; None to load the entry's.
+        dtype: type to cast the weights to.
+        options: options of `load_anchor`, such as ``token``.
+        routes: routes whose weights are checked at once.
+
     Raises:
-        OSError: it cannot be loaded.
-        ValueError: it is another network.
+        OSError: the anchor cannot be loaded.
+        ValueError: the anchor is another network.
     """
     if isinstance(given, Anchor):
         given = given.model
@@ -166,7 +183,7 @@ def reload(
     source = entry["repo_id"] if given is None else given
     if source is None:
         raise ValueError(f"anchor '{entry['name']}' was made in code; pass it: {hint}")
-    # the weights are compared in the type that they had, and cast after
+    # the weights are compared in the type that they had, and cast afterwards
     stored = stored_dtype(entry["fingerprint"])
     try:
         anchor = load_anchor(
@@ -181,39 +198,46 @@ def reload(
         )
     except OSError as error:
         raise OSError(f"{error} If the anchor has moved, pass it: {hint}") from error
-    return _checked(anchor, entry, dtype, routes, type(source).__name__ if given is not None else str(source))
+    return _check_anchor(anchor, entry, dtype, routes, type(source).__name__ if given is not None else str(source))
 
 
-def embedded(
+def load_embedded_anchor(
     entry: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, routes: Iterable[Route], where: str
 ) -> Anchor:
-    """An anchor whose weights lie in the checkpoint itself, under ``anchors.NAME.model.``; checked as by `reload`.
+    """Rebuild an anchor whose weights are in the checkpoint, under ``anchors.NAME.model.``, and check it.
+
+    Args:
+        entry: entry of the anchor in config.json.
+        weights: tensors of the checkpoint, by name.
+        dtype: type to cast the weights to.
+        routes: routes whose weights are checked at once.
+        where: file or argument that holds the weights, for errors.
 
     Raises:
-        ValueError: it cannot be rebuilt, or is another network.
+        ValueError: the anchor cannot be rebuilt, or is another network.
     """
     prefix = f"anchors.{entry['name']}.model."
-    mine = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    with at_most(PARTS * (len(mine) + 32), 2 * sum(tensor.numel() for tensor in mine.values()) + HEAD):
-        anchor = rebuild(entry, lambda model: check_weights(mine, model.state_dict(), where))
-    anchor.model.load_state_dict(mine, assign=True)
-    return _checked(anchor, entry, dtype, routes, where)
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    with limit_network_size(PARTS * (len(own) + 32), 2 * sum(tensor.numel() for tensor in own.values()) + HEAD):
+        anchor = rebuild_anchor(entry, lambda model: check_weights(own, model.state_dict(), where))
+    anchor.model.load_state_dict(own, assign=True)
+    return _check_anchor(anchor, entry, dtype, routes, where)
 
 
 def _hint(entry: Mapping[str, Any]) -> str:
     return f"from_pretrained(..., anchors={{{entry['name']!r}: a module or a folder}})"
 
 
-def _checked(
+def _check_anchor(
     anchor: Anchor, entry: Mapping[str, Any], dtype: torch.dtype, routes: Iterable[Route], where: str
 ) -> Anchor:
     pieces = [Piece.from_dict(piece) for piece in entry["pieces"]]
     if math.prod(anchor.preprocessing.image_size) > LARGE_IMAGE:
-        _same_sizes(anchor, pieces)
+        _check_sizes(anchor, pieces)
     try:
-        _same_settings(anchor.model, entry["config"] or {}, _hint(entry))
-        _same_cuts(anchor, pieces)
-        anchor.expect(pieces)
+        _check_settings(anchor.model, entry["config"] or {}, _hint(entry))
+        _check_cuts(anchor, pieces)
+        anchor.expect_weights(pieces)
         if fingerprint(anchor.model, pieces) != entry["fingerprint"]:
             raise ValueError(f"its class or the type of its weights differs. Pass the right one: {_hint(entry)}")
         used = [segment for route in routes for segment in route.segments if segment.anchor == anchor.name]
@@ -222,27 +246,28 @@ def _checked(
         if any(parameter.dtype != dtype for parameter in anchor.parameters()):
             anchor.verify()
     except ValueError as error:
-        found = anchor.fingerprint()
-        differs = f"its fingerprint is {found}, not {entry['fingerprint']}. " if found != entry["fingerprint"] else ""
+        present = anchor.fingerprint()
+        differs = f"its fingerprint is {present}, not {entry['fingerprint']}. "
+        differs = differs if present != entry["fingerprint"] else ""
         raise ValueError(
             f"anchor '{anchor.name}' ({where}) is not the network this adapter was made for: {differs}{error}"
         ) from error
     return anchor.to(dtype)
 
 
-def _same_settings(model: nn.Module, saved: Mapping[str, Any], hint: str) -> None:
-    """Raise ValueError where a setting that both know differs, such as the number of attention heads."""
+def _check_settings(model: nn.Module, saved: Mapping[str, Any], hint: str) -> None:
+    """Raise ValueError where a setting that both have differs, such as the number of attention heads."""
     config = getattr(model, "config", None)
-    found = json.loads(json.dumps(config.to_dict(), default=str)) if isinstance(config, PreTrainedConfig) else {}
-    for key in sorted(found.keys() & saved.keys() - PreTrainedConfig().to_dict().keys() - NO_SETTINGS):
+    settings = json.loads(json.dumps(config.to_dict(), default=str)) if isinstance(config, PreTrainedConfig) else {}
+    for key in sorted(settings.keys() & saved.keys() - PreTrainedConfig().to_dict().keys() - NOT_COMPARED):
         then = json.loads(json.dumps(saved[key], default=str))
-        if found[key] != then:
-            raise ValueError(f"its setting {key} is {found[key]!r} and was {then!r}. Pass the right one: {hint}")
+        if settings[key] != then:
+            raise ValueError(f"its setting {key} is {settings[key]!r} and was {then!r}. Pass the right one: {hint}")
 
 
 @torch.no_grad()
-def _same_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
-    """Raise ValueError where activations are not as large as they were, before any is computed.
+def _check_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
+    """Raise ValueError where the sizes of activations differ from the entry's, before any is computed.
 
     The network runs on the meta device, so that a config that asks for images of 4096x4096 pixels takes no memory.
     """
@@ -250,13 +275,13 @@ def _same_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
     for name in sizes:
         if not isinstance(name, str) or name not in modules:
             raise ValueError(f"anchor '{anchor.name}' has no module {quote(name)}, where it had a cut")
-    found: dict[str, list[int]] = {}
+    counts: dict[str, list[int]] = {}
 
-    def see(name: str, output: Any) -> None:
-        found[name] = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    def count(name: str, output: Any) -> None:
+        counts[name] = [leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
     hooks = [
-        modules[name].register_forward_hook(lambda module, args, output, name=name: see(name, output))
+        modules[name].register_forward_hook(lambda module, args, output, name=name: count(name, output))
         for name in sizes
         if name
     ]
@@ -264,29 +289,29 @@ def _same_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
     images = torch.empty(1, 3, *anchor.preprocessing.image_size, device="meta", dtype=next(anchor.parameters()).dtype)
     try:
         functional_call(anchor.model, {name: tensor.to("meta") for name, tensor in tensors}, (images,))
-    except Exception:  # not every network runs without values; then the search for cuts will tell
+    except Exception:  # not every network runs without values; the search for cuts then checks them
         logger.info("%s does not run on the meta device", type(anchor.model).__name__)
     finally:
         for hook in hooks:
             hook.remove()
-    for name, there in found.items():
-        if there and sizes[name] not in (*there, sum(there)):
+    for name, numbers in counts.items():
+        if numbers and sizes[name] not in (*numbers, sum(numbers)):
             pixels = "x".join(map(str, anchor.preprocessing.image_size))
             raise ValueError(
-                f"'{name}' of anchor '{anchor.name}' gives {there} numbers for an image of {pixels} pixels, and "
+                f"'{name}' of anchor '{anchor.name}' returns {numbers} numbers for an image of {pixels} pixels, and "
                 f"{sizes[name]} when the adapter was made"
             )
 
 
-def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
-    """Raise ValueError unless the anchor has the cuts that it had, from which routes count."""
-    found = [(cut.name, cut.layout.shape(1)[1:]) for cut in anchor.cuts]
+def _check_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
+    """Raise ValueError unless the anchor has the cuts of its entry, by which routes are numbered."""
+    present = [(cut.name, cut.layout.shape(1)[1:]) for cut in anchor.cuts]
     saved = [(piece.cut, piece.shape) for piece in pieces[:-1]]
-    if found != saved:
+    if present != saved:
         number = next(
-            (i for i, (a, b) in enumerate(zip(found, saved, strict=False)) if a != b), min(len(found), len(saved))
+            (i for i, (a, b) in enumerate(zip(present, saved, strict=False)) if a != b), min(len(present), len(saved))
         )
-        here, then = (f"'{c[number][0]}' {c[number][1]}" if number < len(c) else "missing" for c in (found, saved))
+        here, then = (f"'{c[number][0]}' {c[number][1]}" if number < len(c) else "missing" for c in (present, saved))
         raise ValueError(
             f"cut {number + 1} is {here} here and was {then}. Where the weights are the same, the versions of "
             "transformers or timm differ too much for its routes: install those that profile.json names."
@@ -294,19 +319,27 @@ def _same_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
 
 
 def class_order(front: Anchor, anchor: Anchor) -> list[int]:
-    """Where the front's classes are among the anchor's logits."""
-    if front.label_names is None and anchor.label_names is None and front.found.classes == anchor.found.classes:
-        return list(range(front.found.classes))
+    """The position among an anchor's logits of each class of the front.
+
+    Raises:
+        ValueError: the anchors do not name the same classes.
+    """
+    if (
+        front.label_names is None
+        and anchor.label_names is None
+        and front.search_result.classes == anchor.search_result.classes
+    ):
+        return list(range(front.search_result.classes))
     order = None
     if front.label_names is not None and anchor.label_names is not None:
         order = label_order(front.label_names, anchor.label_names)
     if order is None:
-        says = [
+        counts = [
             f"'{a.name}': {len(a.label_names)} names" if a.label_names else f"'{a.name}': no names"
             for a in (front, anchor)
         ]
         raise ValueError(
-            f"the anchors do not name the same classes ({', '.join(says)}). Name them with "
+            f"the anchors do not name the same classes ({', '.join(counts)}). Name them with "
             "load_anchor(..., label_names=), or ask for a new head with num_labels= or id2label="
         )
     return order
@@ -324,9 +357,9 @@ def describe_model(
     """
     front = anchors[0]
     names = class_names(num_labels, id2label) or dict(enumerate(front.label_names or ()))
-    names = names or {index: f"LABEL_{index}" for index in range(front.found.classes)}
+    names = names or {index: f"LABEL_{index}" for index in range(front.search_result.classes)}
     return {
-        "anchors": [describe(anchor) for anchor in anchors],
+        "anchors": [make_entry(anchor) for anchor in anchors],
         "new_head": num_labels is not None or id2label is not None,
         "id2label": names,
         "label2id": {name: index for index, name in names.items()},

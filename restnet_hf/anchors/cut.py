@@ -1,4 +1,4 @@
-"""What is kept of the outputs of a network's modules, and the cut: a place where it can be left and entered."""
+"""Cut: a place where a network can be left and entered, with descriptions of its modules' outputs."""
 
 import math
 from collections.abc import Mapping
@@ -31,14 +31,14 @@ def first_tensor(output: Any) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """What is kept of a tensor of an output: its shape and, where it does not depend on the image, its values.
+    """Description of a tensor in an output: its shape and, where it does not depend on the image, its values.
 
     Args:
-        shape: with the first axis for one image, where that is the batch or windows of it.
-        dtype: of the tensor.
-        batched: whether it is.
+        shape: shape of the tensor for one image, where the first axis is the batch or a multiple of it.
+        dtype: type of the tensor.
+        batched: whether the first axis grows with the batch.
         constant: whether the values do not depend on the image, such as the positions of patches.
-        values: of a constant, once they are known.
+        values: values of a constant; None until they are computed.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Leaf:
 
     @classmethod
     def of(cls, tensor: Tensor, batch: int) -> "Leaf":
-        """Of a tensor of a watched forward."""
+        """Describe a tensor of a traced forward with so many images."""
         shape = tuple(tensor.shape)
         batched = bool(shape) and shape[0] % batch == 0
         if batched:
@@ -57,22 +57,22 @@ class Leaf:
         return cls(shape, tensor.dtype, batched, tensor.grad_fn is None)
 
     def with_values(self, tensor: Tensor) -> "Leaf":
-        """With the values of that tensor, the same one for one image, where it is a constant."""
+        """A copy with the values of the tensor, computed for one image; unchanged where it is not a constant."""
         if not self.constant:
             return self
-        # a table may have had an even number of rows by chance
+        # the traced batch may divide the rows of a table by chance
         batched = self.batched and tensor.shape[0] == self.shape[0]
         return replace(self, shape=tuple(tensor.shape), batched=batched, values=tensor)
 
-    def tells(self, tensor: Tensor, batch: int) -> bool:
-        """Whether the values kept are those of that tensor, the same one for other images."""
+    def matches(self, tensor: Tensor, batch: int) -> bool:
+        """Whether the values are those of the tensor when it is computed for other images."""
         return self.values is not None and torch.equal(self._repeated(self.values, batch), tensor)
 
     def _repeated(self, value: Tensor, batch: int) -> Tensor:
         return value.repeat(batch, *[1] * (value.dim() - 1)) if self.batched else value.clone()
 
     def fill(self, like: Tensor) -> Tensor:
-        """The tensor for the batch of ``like``; zeros for values, as one expanded scalar that takes no memory."""
+        """The tensor for the batch of ``like``; without values, zeros as one expanded scalar that takes no memory."""
         dtype = like.dtype if self.dtype.is_floating_point else self.dtype
         if self.values is None:
             value, shape = torch.zeros((), dtype=dtype, device=like.device), self.shape
@@ -82,29 +82,29 @@ class Leaf:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The structure of a module's output, with what is kept of its tensors, computed from a batch of images."""
+    """The structure of a module's output, with a description of its tensors."""
 
     leaves: tuple[Any, ...]
     tree: TreeSpec
 
     @classmethod
     def of(cls, output: Any, batch: int) -> "OutputSpec":
-        """Of an output of a watched forward; `with_values` completes it."""
+        """Describe an output of a traced forward with so many images; `with_values` completes it."""
         leaves, tree = tree_flatten(output)
         return cls(tuple(Leaf.of(x, batch) if isinstance(x, Tensor) else x for x in leaves), tree)
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """The leaves whose values are to be kept."""
+        """Indices of the leaves whose values must be stored."""
         return tuple(i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Leaf) and leaf.constant)
 
     def with_values(self, values: Mapping[int, Tensor]) -> "OutputSpec":
-        """With the values of those leaves."""
+        """A copy with the values of leaves, by index."""
         leaves = (leaf.with_values(values[i]) if i in values else leaf for i, leaf in enumerate(self.leaves))
         return OutputSpec(tuple(leaves), self.tree)
 
     def fill(self, like: Tensor, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
-        """The structure for the batch of ``like``, with the tensors ``given`` in place of those leaves."""
+        """The output for the batch of ``like``, with the tensors ``given`` in place of leaves, by index."""
         filled = [
             given[index] if index in given else leaf.fill(like) if isinstance(leaf, Leaf) else leaf
             for index, leaf in enumerate(self.leaves)
@@ -113,14 +113,14 @@ class OutputSpec:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A tensor of an activation and where the network makes it.
+class CutTensor:
+    """A tensor of the activation at a cut, and where the network makes it.
 
     Args:
-        path: of the module in whose output it is.
+        path: path of the module whose output holds the tensor.
         output: structure of that output.
-        leaf: which of its leaves the tensor is.
-        modified: a later module writes into it.
+        leaf: index of the tensor among the leaves of the output.
+        modified: whether a later module writes into the tensor.
     """
 
     path: str
@@ -134,26 +134,27 @@ class Cut:
     """A place where a network can be left and entered: the output of a block that every path to the logits crosses.
 
     Args:
-        name: path of the module in the network; ``aliases`` are other modules that return the very same tensor.
-        layout: of the activation.
-        tensors: what the activation is made of: one tensor, or several that only together carry the image.
-        before: modules that are complete before the block starts, outermost only, with their outputs.
-        after: paths of the modules that start after the block is complete, outermost only, with their outputs.
+        name: path of the module in the network.
+        aliases: paths of other modules that return the very same tensor.
+        layout: layout of the activation.
+        tensors: tensors of the activation: one, or several that only together carry the image.
+        before: paths and outputs of the modules that are complete before the block starts, outermost only.
+        after: paths and outputs of the modules that start after the block is complete, outermost only.
     """
 
     name: str
     aliases: tuple[str, ...]
     layout: AnyLayout
-    tensors: tuple[Made, ...]
+    tensors: tuple[CutTensor, ...]
     before: tuple[tuple[str, OutputSpec], ...]
     after: tuple[tuple[str, OutputSpec], ...]
 
     def specs(self) -> dict[str, OutputSpec]:
-        """Every spec, by path of its module."""
+        """Every output of the cut, by path of its module."""
         return {**dict(self.before), **dict(self.after), **{made.path: made.output for made in self.tensors}}
 
     def with_specs(self, specs: Mapping[str, OutputSpec]) -> "Cut":
-        """With other specs for the same modules."""
+        """A copy with other outputs for the same modules, by path."""
         return replace(
             self,
             tensors=tuple(replace(made, output=specs[made.path]) for made in self.tensors),
@@ -167,9 +168,12 @@ class Cut:
         return tuple(dict.fromkeys(made.path for made in self.tensors))
 
     def read(self, path: str, output: Any, copy: bool = True) -> dict[int, Tensor]:
-        """Those of the tensors that this module made, by number.
+        """The tensors of the activation that a module made, by their index in `tensors`.
 
-        With ``copy``, those that the network would write into are copied; not needed where they are used at once.
+        Args:
+            path: path of the module.
+            output: output of the module.
+            copy: whether to copy tensors that the network will write into; not needed where they are used at once.
         """
         leaves = tree_flatten(output)[0]
         return {
@@ -179,7 +183,7 @@ class Cut:
         }
 
     def pack(self, tensors: Mapping[int, Tensor]) -> Tensor:
-        """The activation out of its tensors."""
+        """Combine the tensors of the activation, by index, into one."""
         if len(self.tensors) == 1:
             return tensors[0]
         flat = []
@@ -189,7 +193,7 @@ class Cut:
         return torch.cat(flat, dim=1)
 
     def write(self, path: str, activation: Tensor) -> Any:
-        """The output of the module that made tensors of the activation, with them in place."""
+        """The output of a module, with its tensors of the activation in place."""
         made = {number: made for number, made in enumerate(self.tensors) if made.path == path}
         tensors = self._unpack(activation)
         given = {m.leaf: tensors[n].clone() if m.modified else tensors[n] for n, m in made.items()}

@@ -1,4 +1,4 @@
-"""Layouts of activations (NCHW, NHWC, tokens with a prefix) and the way from one to another."""
+"""Layouts of activations (NCHW, NHWC, tokens with a prefix) and conversion between them."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -17,13 +17,16 @@ MAX_PREFIX = 8  # class, distillation and register tokens; no known classifier h
 
 @dataclass(frozen=True)
 class Layout:
-    """How an activation is laid out.
+    """The layout of an activation.
 
     Args:
-        kind: ``NCHW`` and ``NHWC`` are maps, ``NLC`` is tokens, row by row.
+        kind: ``NCHW`` or ``NHWC`` for maps, ``NLC`` for tokens, row by row.
         channels: size of the channel axis.
-        grid: height and width of the map, or of the grid the tokens stand on.
-        prefix: tokens before those of the grid (class, distillation, registers).
+        grid: height and width of the map, or of the grid of tokens.
+        prefix: number of tokens before those of the grid (class, distillation, registers).
+
+    Raises:
+        ValueError: the values are no layout.
     """
 
     kind: str
@@ -34,13 +37,13 @@ class Layout:
     def __post_init__(self) -> None:
         numbers = (self.channels, *self.grid)
         if self.kind not in KINDS or len(self.grid) != 2 or not all(type(n) is int and n > 0 for n in numbers):
-            raise ValueError(f"{self} is not a layout: kind is one of {KINDS}, channels and grid are above 0")
+            raise ValueError(f"{self} is not a layout: kind must be one of {KINDS}, channels and grid above 0")
         if type(self.prefix) is not int or not 0 <= self.prefix <= MAX_PREFIX or (self.prefix and self.kind != "NLC"):
             raise ValueError(f"{self} is not a layout: 0 to {MAX_PREFIX} prefix tokens, and only with NLC")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Layout":
-        """See `layout_from_dict`."""
+        """The inverse of ``dataclasses.asdict``, also after JSON made a list of the grid."""
         return cls(**{**data, "grid": tuple(data["grid"])})
 
     def shape(self, batch: int) -> tuple[int, ...]:
@@ -72,10 +75,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class JointLayout:
-    """Several tensors that carry the image together, each flattened, one after the other: (N, total).
+    """The layout of several tensors that carry the image together, flattened and concatenated: (N, total).
 
-    It reads as one map on the finest of their grids, with the channels of all; prefix tokens stand likewise side by
-    side, zeros for a tensor that has fewer.
+    `split` returns one map on the finest of their grids, with the channels of all; prefix tokens are also concatenated
+    along the channels, with zeros for a tensor that has fewer.
 
     Args:
         parts: layout of each tensor.
@@ -94,12 +97,12 @@ class JointLayout:
 
     @property
     def channels(self) -> int:
-        """Channels of all parts."""
+        """The channels of all parts together."""
         return sum(part.channels for part in self.parts)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The finest grid."""
+        """The finest grid of a part."""
         return max((part.grid for part in self.parts), key=math.prod)
 
     @property
@@ -108,14 +111,14 @@ class JointLayout:
         return max(part.prefix for part in self.parts)
 
     def shape(self, batch: int) -> tuple[int, ...]:
-        """The shape of a batch."""
+        """The shape of a batch in this layout."""
         return (batch, sum(self._sizes()))
 
     def _sizes(self) -> list[int]:
         return [math.prod(part.shape(1)) for part in self.parts]
 
     def unpack(self, x: Tensor) -> list[Tensor]:
-        """Each part in its own layout."""
+        """Split an activation into its parts, each in its own layout."""
         pieces = x.split(self._sizes(), dim=1)
         return [piece.unflatten(1, part.shape(1)[1:]) for piece, part in zip(pieces, self.parts, strict=True)]
 
@@ -141,7 +144,7 @@ def layout_from_dict(data: Mapping[str, Any]) -> AnyLayout:
 
 
 def resize(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A map (N, C, H, W) on another grid: averaged where it shrinks, bilinear where it grows.
+    """Resize a map (N, C, H, W) to another grid: area averages where it shrinks, bilinear where it grows.
 
     Every output is a weighted mean of inputs with weights that sum to 1, so resizing commutes with a 1x1 convolution.
     """
@@ -155,45 +158,45 @@ def resize(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @cache
 def resize_matrix(source: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """What `resize` does to every channel, as a matrix (positions of ``grid``, positions of ``source``)."""
-    places = math.prod(source)
-    return resize(torch.eye(places).unflatten(1, (1, *source)), grid).flatten(1).T.contiguous()
+    """The matrix by which `resize` maps each channel (positions of ``grid``, positions of ``source``)."""
+    positions = math.prod(source)
+    return resize(torch.eye(positions).unflatten(1, (1, *source)), grid).flatten(1).T.contiguous()
 
 
 def infer_layout(
     shape: Sequence[int], image_size: tuple[int, int], grids: Collection[tuple[int, int]] = (), maps: str = "NCHW"
 ) -> Layout | None:
-    """Read a layout off a shape (N, ...), or None for a vector or anything else that has no grid.
+    """Infer a layout from a shape (N, ...); None for a vector or anything else that has no grid.
 
     Args:
-        shape: of the activation, batch first.
-        image_size: height and width of the image it was computed from; a grid has about the same proportions.
-        grids: grids seen elsewhere in the same network; they decide how many tokens are prefix.
-        maps: the kind to assume where channels, height and width are all equal.
+        shape: shape of the activation, batch first.
+        image_size: height and width of the image; a grid has about the same proportions.
+        grids: grids of maps elsewhere in the same network, which decide how many tokens are prefix.
+        maps: kind to assume where channels, height and width are all equal.
     """
     proportion = image_size[0] / image_size[1]
 
-    def off(height: int, width: int) -> float:
+    def distortion(height: int, width: int) -> float:
         return abs(math.log(height / width / proportion))
 
     if len(shape) == 4:
         _, a, b, c = shape
-        nchw, nhwc = off(b, c), off(a, b)
+        nchw, nhwc = distortion(b, c), distortion(a, b)
         kind = maps if nchw == nhwc else "NCHW" if nchw < nhwc else "NHWC"
         layout = Layout("NCHW", a, (b, c)) if kind == "NCHW" else Layout("NHWC", c, (a, b))
         return layout if math.prod(layout.grid) > 1 else None
     if len(shape) != 3:
         return None
-    for known in (True, False):
+    for must_be_known in (True, False):
         for prefix in range(min(MAX_PREFIX + 1, shape[1])):
             grid = _grid(shape[1] - prefix, proportion)
-            if grid and math.prod(grid) > 1 and (not known or grid in grids):
+            if grid and math.prod(grid) > 1 and (not must_be_known or grid in grids):
                 return Layout("NLC", shape[2], grid, prefix)
     return None
 
 
 def _grid(length: int, proportion: float) -> tuple[int, int] | None:
-    """Height and width with that product and about that proportion, if there are such."""
+    """Height and width with a product and about a proportion; None where there are none."""
     height = round(math.sqrt(length * proportion))
     for candidate in (height, height - 1, height + 1):
         if candidate > 0 and length % candidate == 0:

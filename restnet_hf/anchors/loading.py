@@ -1,4 +1,4 @@
-"""Anchors from the Hub, from folders, from modules and from configs."""
+"""Load anchors from the Hub, folders, modules and configs."""
 
 import copy
 import os
@@ -27,9 +27,9 @@ from transformers.utils.hub import resolve_revision
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.labels import label_names
-from restnet_hf.data.preprocessing import MAX_SIDE, Preprocessing, timm_processor, with_image_size
+from restnet_hf.data.preprocessing import Preprocessing, timm_processor, with_image_size
 from restnet_hf.errors import hub_errors, quote, short_errors, shorten
-from restnet_hf.limits import check_network, read_json, values
+from restnet_hf.limits import MAX_SIDE, check_network, read_json, walk_json
 from restnet_hf.routes.route import ANCHOR_NAME
 
 
@@ -39,8 +39,8 @@ REGISTRATIONS = (
     register_module_buffer_registration_hook,
 )
 HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "proxies", "subfolder")
-FEW_PARTS, MOST_PARTS = 2**12, 2**15  # modules and tensors of a network, whatever its file holds
-HEAD = 2**24  # weights of a classifier, which may be missing in a file
+FEW_PARTS, MOST_PARTS = 2**12, 2**15  # modules and tensors that a network may always and at most have
+HEAD = 2**24  # weights of a classifier, which a file may lack
 LOAD_KEYS = ("dtype", "force_download", "trust_remote_code", "use_safetensors")
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IMAGES = "preprocessor_config.json"
@@ -63,49 +63,48 @@ def load_anchor(
     trust_remote_code: bool = False,
     **hub_kwargs: Any,
 ) -> Anchor:
-    """A classifier as an anchor.
+    """Load a classifier as an anchor.
 
     Args:
-        source: a Hub id of transformers or timm (``timm/resnet50.a1_in1k``), a local folder of either, or a module.
-        name: in routes; by default the last part of the id up to its first dot.
+        source: Hub id of transformers or timm (``timm/resnet50.a1_in1k``), local folder of either, or module.
+        name: name in routes; by default the last part of the id up to its first dot.
         revision: branch, tag or commit on the Hub.
-        image_size: in pixels, instead of the anchor's own.
-        preprocessing: instead of what the anchor's image processor says; for a module without one.
-        label_names: class names, for an anchor that does not know them.
-        dtype: of the weights, as in ``from_pretrained``.
-        trust_remote_code: run code from the Hub.
+        image_size: image size in pixels to use instead of the anchor's own.
+        preprocessing: preprocessing to use instead of the image processor's, or for a module without one.
+        label_names: names of the classes, for an anchor without them.
+        granularity: ``block`` or ``module``, the places that may be cuts; see `find_cuts`.
+        dtype: type of the weights, as in ``from_pretrained``.
+        trust_remote_code: whether to run code from the Hub.
         **hub_kwargs: ``token``, ``cache_dir``, ``local_files_only``, ... as in ``from_pretrained``. Without
             ``use_safetensors=False`` no pickle such as ``pytorch_model.bin`` is read.
 
     Raises:
         OSError: the model cannot be found or read.
-        ValueError: how the model wants its images is not known, or options contradict each other.
+        ValueError: the model's preprocessing is unknown, or options contradict each other.
     """
     if isinstance(source, Anchor):
         if any(option is not None for option in (name, revision, image_size, preprocessing, label_names)):
-            raise ValueError(f"anchor '{source.name}' is made already; give its options where it is made")
-        return copy.copy(source)  # of the same network, but with a name and a head of its own
+            raise ValueError(f"anchor '{source.name}' is made already; pass its options where it is made")
+        return copy.copy(source)  # the same network, but with its own name and head
     if preprocessing is not None and image_size is not None:
-        raise ValueError("give either image_size or preprocessing, which holds the image size")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        raise ValueError("pass either image_size or preprocessing, which holds the image size")
     if isinstance(source, nn.Module):
         named = getattr(source, "name_or_path", "")
         model, repo_id = source, _source_id(named) if named else None
     else:
         repo_id = _source_id(source)
-        revision = at_commit(repo_id, revision, hub_kwargs)  # all files from one commit, and it is known which
+        revision = resolve_commit(repo_id, revision, hub_kwargs)  # all files from one known commit
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
-        model = _pretrained(repo_id, load)
-    of = repo_id or type(model).__name__
-    with _processor_errors(of):
-        found = _processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
-        preprocessing, processor = _preparation(of, found, preprocessing, size)
-    config = getattr(model, "config", None)
+        model = _load_pretrained(repo_id, load)
+    source_name = repo_id or type(model).__name__
+    with _processor_errors(source_name):
+        processor = _load_processor(model, repo_id, revision, trust_remote_code, hub_kwargs)
+        preprocessing, processor = _choose_preprocessing(source_name, processor, preprocessing, image_size)
     return Anchor(
         model,
-        name or _short_name(of),
+        name or _short_name(source_name),
         preprocessing,
-        label_names=label_names or _labels(config),
+        label_names=label_names or _config_labels(getattr(model, "config", None)),
         processor=processor,
         repo_id=repo_id,
         revision=revision.resolved if isinstance(revision, ResolvedRevision) else None,
@@ -114,18 +113,18 @@ def load_anchor(
 
 
 @contextmanager
-def _processor_errors(of: str) -> Iterator[None]:
-    """Image processors trust their files, and may fail in any way; raise OSError for what is not documented."""
+def _processor_errors(source_name: str) -> Iterator[None]:
+    """Raise OSError for undocumented errors of image processors, which trust their files and may fail in any way."""
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError):
         raise
     except Exception as error:
-        raise OSError(f"the image processor of {quote(of)} cannot be used: {quote(error)}") from error
+        raise OSError(f"the image processor of {quote(source_name)} cannot be used: {quote(error)}") from error
 
 
-def at_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """The revision of a repository with the commit that it now stands for, where the Hub or the cache can tell."""
+def resolve_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
+    """The revision of a repository with its present commit, where the Hub or the cache knows it."""
     keys = ("token", "cache_dir", "local_files_only")
     return resolve_revision(repo_id, revision, **{key: hub_kwargs[key] for key in keys if hub_kwargs.get(key)})
 
@@ -137,15 +136,15 @@ def anchor_from_config(
     check: Callable[[nn.Module], None] | None = None,
     **kwargs: Any,
 ) -> Anchor:
-    """An anchor of the architecture that a transformers config describes, with random weights.
+    """Make an anchor of the architecture in a transformers config, with random weights.
 
     Args:
-        config: as JSON; nothing is fetched for it and no code of it runs.
-        name: of the anchor.
-        preprocessing: of its images.
-        check: raises ValueError for a network that is not the one meant; it gets one on the meta device, which takes
-            no memory, before there is any other.
-        **kwargs: of `Anchor`.
+        config: config as JSON; nothing is downloaded for it and none of its code runs.
+        name: name of the anchor.
+        preprocessing: size and normalisation of the anchor's images.
+        check: function that raises ValueError for a wrong network. It is called with one on the meta device, which
+            takes no memory, before the anchor's own is made.
+        **kwargs: other arguments of `Anchor`.
 
     Raises:
         ValueError: no image classifier has such a config.
@@ -159,8 +158,8 @@ def anchor_from_config(
         make = partial(AutoModelForImageClassification.from_config, rebuilt, dtype=torch.get_default_dtype())
         if check is not None:
             with torch.device("meta"):
-                ghost = make()
-            check(ghost)
+                meta_model = make()
+            check(meta_model)
         model = make()
     except Exception as error:  # transformers and timm trust their configs, and may fail in any way
         raise ValueError(f"anchor '{name}' cannot be rebuilt from its config: {shorten(str(error))}") from error
@@ -168,19 +167,19 @@ def anchor_from_config(
 
 
 @contextmanager
-def at_most(parts: int, weights: int, meta: bool = True) -> Iterator[None]:
-    """Raise ValueError where this thread makes networks of more modules and tensors, or of more weights.
+def limit_network_size(parts: int, weights: int, meta: bool = True) -> Iterator[None]:
+    """Raise ValueError where this thread makes networks with more modules and tensors, or more weights, than allowed.
 
     Args:
-        parts: modules and tensors.
-        weights: numbers in tensors.
-        meta: count those on the meta device alone, where networks are made first and take no memory.
+        parts: largest number of modules and tensors.
+        weights: largest number of elements of tensors.
+        meta: whether to count only weights on the meta device, where networks are made first and take no memory.
     """
-    parts_left, weights_left, here = parts, weights, threading.get_ident()
+    parts_left, weights_left, thread = parts, weights, threading.get_ident()
 
     def count(module: nn.Module, name: str, part: Any) -> None:
         nonlocal parts_left, weights_left
-        if threading.get_ident() == here:
+        if threading.get_ident() == thread:
             parts_left -= 1
             weights_left -= part.numel() if isinstance(part, Tensor) and (part.is_meta or not meta) else 0
         if parts_left < 0 or weights_left < 0:
@@ -204,7 +203,7 @@ def _source_id(source: str | os.PathLike[str]) -> str:
     return str(Path(text).resolve()) if Path(text).is_dir() else text
 
 
-def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
+def _load_pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
     hub = {key: value for key, value in load.items() if key != "dtype"}
     try:
         size = _check_files(repo_id, hub)
@@ -213,13 +212,15 @@ def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
         if config.model_type == "timm_wrapper" and config.model_args:
             config.model_args.pop("num_classes", None)
         load = {"use_safetensors": True, **load}  # other files are pickles
-        with at_most(min(size // 16 + FEW_PARTS, MOST_PARTS), size + HEAD):  # each weight takes a byte at least
+        with limit_network_size(
+            min(size // 16 + FEW_PARTS, MOST_PARTS), size + HEAD
+        ):  # each weight takes a byte at least
             return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
     except httpx.HTTPError:
         raise
     except Exception as error:  # transformers and timm trust their files, and may fail in any way
         if isinstance(error, TypeError) and not load.keys() <= {*HUB_KEYS, *LOAD_KEYS}:
-            raise  # an option is not known
+            raise  # an unknown option
         raise OSError(
             f"anchor {quote(repo_id)} cannot be loaded: it must be a local folder with config.json and "
             "model.safetensors, or the Hub id of an image classifier of transformers or timm, such as "
@@ -228,16 +229,16 @@ def _pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
 
 
 def _check_files(repo_id: str, hub: Mapping[str, Any]) -> int:
-    """The bytes of an anchor's weights, or as many as there can be where they lie in several files of the Hub.
+    """Check an anchor's files; return the bytes of its weights, or a huge number for several files on the Hub.
 
     Raises:
-        OSError, ValueError: the files would bring code or pickles, or ask for more than a reasonable network has.
+        OSError, ValueError: the files would bring code or pickles, or ask for an unreasonably large network.
     """
     at = {key: hub[key] for key in HUB_KEYS if hub.get(key) is not None}
     config = read_json(cached_file(repo_id, CONFIG_NAME, **at) or os.path.join(repo_id, CONFIG_NAME))
     check_network(config, f"its {CONFIG_NAME}")
     if isinstance(config, dict) and config.get("model_type") == "restnet":
-        raise ValueError("It is a stitched model itself, which cannot be an anchor of another")
+        raise ValueError("It is a stitched model itself, which cannot be an anchor")
     check_peft(repo_id, at)
     if os.path.isdir(repo_id):
         return sum(file.stat().st_size for file in Path(repo_id).glob("*.safetensors") if file.is_file())
@@ -246,15 +247,15 @@ def _check_files(repo_id: str, hub: Mapping[str, Any]) -> int:
 
 
 def check_peft(repo_id: str, at: Mapping[str, Any]) -> int:
-    """The bytes of the weights that PEFT wrote into a folder or repository, 0 where it has written nothing.
+    """Check PEFT's files in a folder or repository; return the bytes of the weights, 0 where there are no such files.
 
     Args:
         repo_id: local folder or Hub id.
         at: revision and other options of `cached_file`.
 
     Raises:
-        OSError: they are no safetensors file but a pickle.
-        ValueError: its config is invalid.
+        OSError: the weights are not a safetensors file but a pickle.
+        ValueError: PEFT's config is invalid.
     """
     config = cached_file(repo_id, PEFT_CONFIG, **QUIET, **at)
     if config is None:
@@ -267,7 +268,7 @@ def check_peft(repo_id: str, at: Mapping[str, Any]) -> int:
     with safe_open(weights, "pt") as file:
         longest = max((size for key in file.keys() for size in file.get_slice(key).get_shape()), default=0)  # noqa: SIM118
     patterns = data.get("rank_pattern") or {}
-    ranks = [value for key, value, _ in (*values(data), *values(patterns)) if key in ("r", *patterns)]
+    ranks = [value for key, value, _ in (*walk_json(data), *walk_json(patterns)) if key in ("r", *patterns)]
     if any(type(rank) is int and rank > longest for rank in ranks):
         raise ValueError(
             f"its {PEFT_CONFIG} asks for ranks {quote(ranks)}, and {PEFT_WEIGHTS} holds none above {longest}"
@@ -276,67 +277,75 @@ def check_peft(repo_id: str, at: Mapping[str, Any]) -> int:
 
 
 def load_lora(model: PreTrainedModel, source: str, options: Mapping[str, Any]) -> None:
-    """Put on a model what PEFT wrote into a folder or repository.
+    """Load an adapter that PEFT saved into a model.
+
+    Args:
+        model: model to load the adapter into.
+        source: local folder or Hub id.
+        options: revision and other options of `cached_file`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the adapter cannot be read.
     """
     hub = {key: options[key] for key in HUB_KEYS if options.get(key) is not None}
     try:
         size = check_peft(source, hub)
-        with at_most(MOST_PARTS, size, meta=False):
+        with limit_network_size(MOST_PARTS, size, meta=False):
             info = model.load_adapter(source, adapter_kwargs=dict(options), low_cpu_mem_usage=True)
     except (httpx.HTTPError, OSError):
         raise
     except Exception as error:  # PEFT trusts its files, and may fail in any way
-        raise OSError(f"what PEFT wrote into {source} cannot be loaded: {quote(error)}") from error
+        raise OSError(f"the PEFT adapter in {source} cannot be loaded: {quote(error)}") from error
     if info.missing_keys:
         first = quote(min(info.missing_keys))
         raise OSError(f"{PEFT_WEIGHTS} of {source} lacks what its {PEFT_CONFIG} asks for, such as {first}")
 
 
-def _processor(model: nn.Module, repo_id: str | None, revision: str | None, trust: bool, hub: dict[str, Any]) -> Any:
+def _load_processor(
+    model: nn.Module, repo_id: str | None, revision: str | None, trust: bool, hub: dict[str, Any]
+) -> Any:
     cfg = getattr(getattr(model, "config", None), "pretrained_cfg", None) or getattr(model, "pretrained_cfg", None)
     at = {"revision": revision, **hub}
     if cfg:
-        found = timm_processor(dict(cfg))
+        processor = timm_processor(dict(cfg))
     elif repo_id is None or (file := cached_file(repo_id, IMAGES, **QUIET, **at)) is None:
         return None
     else:
         check_network(read_json(file), IMAGES)
-        found = AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
-    _check_sizes(found)
-    return found
+        processor = AutoImageProcessor.from_pretrained(repo_id, trust_remote_code=trust, **at)
+    _check_sizes(processor)
+    return processor
 
 
 def _check_sizes(processor: Any) -> None:
-    """Raise ValueError where images would become too large to try."""
+    """Raise ValueError where a processor's images would be too large to try it."""
     settings = processor.to_dict()
-    for key, value, _ in values(settings):
+    for key, value, _ in walk_json(settings):
         if key == "crop_pct" and value is not None and not 0.1 <= value <= 1:
             raise ValueError(f"{key}={quote(value)} must be from 0.1 to 1")
         if type(value) is int and abs(value) > MAX_SIDE:
             raise ValueError(f"{quote(key)} is {quote(value)}, and images have at most {MAX_SIDE} pixels a side")
 
 
-def _preparation(
-    of: str, processor: Any, preprocessing: Preprocessing | None, size: tuple[int, int] | None
+def _choose_preprocessing(
+    source_name: str, processor: Any, preprocessing: Preprocessing | None, image_size: int | tuple[int, int] | None
 ) -> tuple[Preprocessing, Any]:
-    """How images are prepared, and the processor that does it (None where it does otherwise)."""
+    """The preprocessing to use, and the processor for it; None where the processor differs."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = preprocessing.image_size if preprocessing is not None else size
     if processor is not None and size is not None:
         processor = with_image_size(processor, size)
     measured = None if processor is None else Preprocessing.of(processor)
-    wanted = preprocessing or measured
-    if wanted is None:
+    chosen = preprocessing or measured
+    if chosen is None:
         raise ValueError(
-            f"how {of} wants its images is not known: it has no image processor. Pass "
+            f"the preprocessing of {source_name} is unknown: it has no image processor. Pass "
             "load_anchor(..., preprocessing=Preprocessing(image_size, mean, std))"
         )
-    return wanted, processor if wanted == measured else None
+    return chosen, processor if chosen == measured else None
 
 
-def _labels(config: Any) -> tuple[str, ...] | None:
+def _config_labels(config: Any) -> tuple[str, ...] | None:
     id2label = getattr(config, "id2label", None)
     return label_names(id2label) if id2label else None
 

@@ -1,4 +1,4 @@
-"""Run part of a network through its own forward: what lies before is bypassed, what lies after does not run."""
+"""Run a segment of a network through its own forward: modules before it are bypassed, those after it do not run."""
 
 import copy
 import threading
@@ -15,10 +15,10 @@ from restnet_hf.anchors.cut import Cut, OutputSpec, logits_of
 
 
 class _Flow:
-    """What the replaced forwards of one run share: the input they take their batch from, and the tensors kept."""
+    """State that the replaced forwards of one run share: the segment's input, and the tensors at its end."""
 
-    def __init__(self, given: Tensor | None = None) -> None:
-        self.given = given
+    def __init__(self, source: Tensor | None = None) -> None:
+        self.source = source
         self.kept: dict[int, Tensor] = {}
 
 
@@ -26,7 +26,7 @@ _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def _lock(model: nn.Module) -> Any:
-    """One lock for each network: while a segment runs, its modules have other forwards, in every thread."""
+    """The lock of a network: while a segment runs, its modules have replaced forwards, in every thread."""
     return _LOCKS.setdefault(model, threading.RLock())
 
 
@@ -37,8 +37,8 @@ class _Placeholder:
         self.flow, self.spec = flow, spec
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.flow.given is not None
-        return self.spec.fill(self.flow.given)
+        assert self.flow.source is not None
+        return self.spec.fill(self.flow.source)
 
 
 class _Entry:
@@ -48,12 +48,12 @@ class _Entry:
         self.flow, self.cut, self.path = flow, cut, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.flow.given is not None
-        return self.cut.write(self.path, self.flow.given)
+        assert self.flow.source is not None
+        return self.cut.write(self.path, self.flow.source)
 
 
 class _Exit:
-    """Forward of a block after which a baked segment stops: keeps its tensors and lets the network go on."""
+    """Forward of a block at which a baked segment stops: stores its tensors, and the network continues."""
 
     def __init__(self, flow: _Flow, cut: Cut, path: str, forward: Callable[..., Any]) -> None:
         self.flow, self.cut, self.path, self.forward = flow, cut, path, forward
@@ -65,19 +65,19 @@ class _Exit:
 
 
 class _Features:
-    """Forward of a classifier that a new head takes the place of: passes on the features."""
+    """Forward of a classifier that a new head replaces: returns the features."""
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
 
 
 class _Reached(BaseException):
-    """Raised by the hook at the last cut wanted; no network catches a BaseException."""
+    """Raised by the hook at the last cut to read; no network catches a BaseException."""
 
 
 @contextmanager
 def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Give modules another forward for one call. The objects stay, so parents can read their attributes."""
+    """Replace the forward of modules during the block. The modules stay, so that parents can read their attributes."""
     before = []
     try:
         for module, forward in forwards:
@@ -94,11 +94,11 @@ def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
 
 @contextmanager
 def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give modules other tensors for one call, wherever theirs are used."""
+    """Replace tensors of modules during the block, wherever they are used."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for name, tensor in tensors.items():
-            for own, leaf, value in _put(model, name, tensor):
+            for own, leaf, value in _replacements(model, name, tensor):
                 before.append((own, leaf, own[leaf]))
                 own[leaf] = value
         yield
@@ -107,8 +107,8 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             own[leaf] = value
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Where in a module's attributes a tensor goes, and what must change with its size."""
+def _replacements(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Yield the dict, key and new value of each attribute to change for a tensor."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     depthwise = isinstance(module, nn.Conv2d) and leaf == "weight" and 1 < module.groups == len(module.weight)
@@ -118,19 +118,19 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str
 
 
 def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give modules copies of other tensors for good."""
+    """Replace tensors of modules permanently, by copies of other tensors with their names."""
     for name, tensor in tensors.items():
-        for own, leaf, value in _put(model, name, tensor.detach().clone()):
+        for own, leaf, value in _replacements(model, name, tensor.detach().clone()):
             own[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(own[leaf], nn.Parameter) else value
 
 
 @contextmanager
-def _kept(
+def _collected(
     model: nn.Module, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None
 ) -> Iterator[dict[int, Any]]:
-    """Collect the activations at cuts, or what ``see`` makes of them, for one call.
+    """Collect the activations at cuts, or the results of ``see`` for them, during the block.
 
-    The call ends with the last of the cuts unless it is to go on.
+    The model's forward stops at the last of the cuts unless ``go_on``.
     """
     kept: dict[int, Any] = {}
 
@@ -139,7 +139,7 @@ def _kept(
         tensors |= cut.read(path, output, copy=see is None or len(cut.tensors) > 1)
         if len(tensors) == len(cut.tensors):
             kept[key] = cut.pack(tensors) if see is None else see(key, cut.pack(tensors))
-            tensors.clear()  # nothing of it is held here
+            tensors.clear()  # frees their memory
         if not go_on and len(kept) == len(wanted):
             raise _Reached
 
@@ -156,8 +156,8 @@ def _kept(
             handle.remove()
 
 
-def _entering(flow: _Flow, start: Cut | None, classifier: str | None) -> list[tuple[str, Any]]:
-    """What to replace for a run that enters at ``start`` and, with ``classifier``, ends in features."""
+def _entry_forwards(flow: _Flow, start: Cut | None, classifier: str | None) -> list[tuple[str, Any]]:
+    """Paths and new forwards for a run that enters at ``start`` and, with ``classifier``, ends in features."""
     forwards: list[tuple[str, Any]] = [(classifier, _Features())] if classifier else []
     if start is not None:
         forwards += [(path, _Placeholder(flow, spec)) for path, spec in start.before if path not in start.paths]
@@ -169,7 +169,7 @@ def _image(x: Tensor, start: Cut | None, image_size: tuple[int, int]) -> Tensor:
     return x if start is None else torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape[0], 3, *image_size)
 
 
-def run(
+def run_segment(
     model: nn.Module,
     x: Tensor,
     start: Cut | None,
@@ -182,22 +182,22 @@ def run(
     """Run ``model`` from ``start`` and return its activation at each of ``stops``, in one forward.
 
     Args:
-        model: the network.
+        model: network that the segment is a part of.
         x: images (N, 3, H, W), or the activation at ``start``.
-        start: where ``x`` belongs; None for images.
-        stops: cuts to read, under any key; None stands for the logits. Nothing runs past the last of them.
-        image_size: of the images the network is used with.
-        classifier: path of the last layer, to be left out: the logits are then the features before it.
-        see: is called with each key and activation as it comes; what it returns is returned instead of the activation,
-            which is then not kept.
-        tensors: in the place of the network's own parameters and buffers, by name.
+        start: cut at which ``x`` enters; None for images.
+        stops: cuts to read, by any key; None for the logits. Nothing runs past the last of them.
+        image_size: height and width of the images that the network is used with.
+        classifier: path of a last layer to leave out; the features before it are then returned for the logits.
+        see: function called with each key and activation once it is computed. Its result is returned instead of the
+            activation, which is then not kept.
+        tensors: tensors to use instead of the network's own parameters and buffers, by name.
     """
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
-    entering = _entering(_Flow(x), start, classifier)
+    forwards = _entry_forwards(_Flow(x), start, classifier)
     with (
         _lock(model),
-        _kept(model, wanted, go_on=len(wanted) < len(stops), see=see) as kept,
-        _replaced((model.get_submodule(path), forward) for path, forward in entering),
+        _collected(model, wanted, go_on=len(wanted) < len(stops), see=see) as kept,
+        _replaced((model.get_submodule(path), forward) for path, forward in forwards),
         _swapped(model, tensors or {}),
     ):
         try:
@@ -206,12 +206,18 @@ def run(
             return kept
     missing = [cut.name for key, cut in wanted.items() if key not in kept]
     if missing:
-        raise RuntimeError(f"{type(model).__name__} did not run {missing} on this input; cuts must be found again")
+        raise RuntimeError(f"{type(model).__name__} did not run {missing} on this input; find its cuts again")
     return kept | {key: logits_of(output) for key, cut in stops.items() if cut is None}
 
 
-def outside(start: Cut | None, stop: Cut | None, classifier: str | None) -> tuple[str, ...]:
-    """Paths of the modules that a segment does not run."""
+def unused_paths(start: Cut | None, stop: Cut | None, classifier: str | None) -> tuple[str, ...]:
+    """Paths of the modules that a segment does not run.
+
+    Args:
+        start: cut at which the segment starts; None for the image.
+        stop: cut at which the segment stops; None for the logits.
+        classifier: path of a last layer that is left out; None where it runs.
+    """
     paths = [] if start is None else [*(path for path, _ in start.before), *start.paths]
     if stop is not None:
         paths += [path for path, _ in stop.after]
@@ -220,47 +226,53 @@ def outside(start: Cut | None, stop: Cut | None, classifier: str | None) -> tupl
     return tuple(paths)
 
 
-def own_modules(model: nn.Module, paths: Iterable[str]) -> dict[nn.Module, str]:
-    """The modules of ``model`` that can be reached other than through ``paths``, with their names.
+def remaining_modules(model: nn.Module, paths: Iterable[str]) -> dict[nn.Module, str]:
+    """The modules of ``model`` that remain without those at ``paths``, with their names.
 
-    A module that blocks share stays as long as one of them does.
+    A module that several blocks share remains as long as one of them does.
     """
-    dropped, found = set(paths), dict[nn.Module, str]()
+    dropped, remaining = set(paths), dict[nn.Module, str]()
     pending = [("", model)]
     while pending:
         name, module = pending.pop()
         if name not in dropped:
-            found.setdefault(module, name)
+            remaining.setdefault(module, name)
             children = [(f"{name}.{key}" if name else key, child) for key, child in module._modules.items()]
             pending += [(key, child) for key, child in reversed(children) if child is not None]
-    return found
+    return remaining
 
 
-def own_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of those modules, each once."""
-    found: dict[nn.Parameter, str] = {}
-    for module, name in own_modules(model, paths).items():
+def remaining_parameters(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of `remaining_modules` by name, each once."""
+    names: dict[nn.Parameter, str] = {}
+    for module, name in remaining_modules(model, paths).items():
         for key, parameter in module.named_parameters(recurse=False):
-            found.setdefault(parameter, f"{name}.{key}" if name else key)
-    return {name: parameter for parameter, name in found.items()}
+            names.setdefault(parameter, f"{name}.{key}" if name else key)
+    return {name: parameter for parameter, name in names.items()}
 
 
-def own_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters and saved buffers of those modules."""
-    found: dict[str, Tensor] = {}
-    for module, name in own_modules(model, paths).items():
+def remaining_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tensor]:
+    """The parameters and saved buffers of `remaining_modules` by name."""
+    tensors: dict[str, Tensor] = {}
+    for module, name in remaining_modules(model, paths).items():
         unsaved = module._non_persistent_buffers_set
         buffers = ((key, b) for key, b in module.named_buffers(recurse=False) if key not in unsaved)
         for key, tensor in (*module.named_parameters(recurse=False), *buffers):
-            found[f"{name}.{key}" if name else key] = tensor
-    return found
+            tensors[f"{name}.{key}" if name else key] = tensor
+    return tensors
 
 
 class BakedSegment(nn.Module):
-    """A segment as a plain module with only its own weights: no hooks, no exceptions; compiles and exports.
+    """A segment as a plain module with only its own weights, without hooks or exceptions; compiles and exports.
 
-    ``forward`` takes what `run` takes and returns the activation at ``stop``, or the logits. One call at a time: give
-    each thread a copy of its own.
+    It runs one call at a time: give each thread a copy of its own.
+
+    Args:
+        model: network that the segment is a part of.
+        start: cut at which the segment starts; None for images.
+        stop: cut at which the segment stops; None for the logits.
+        image_size: height and width of the images that the network is used with.
+        classifier: path of a last layer to leave out; the features before it are then returned for the logits.
     """
 
     def __init__(
@@ -272,15 +284,15 @@ class BakedSegment(nn.Module):
         classifier: str | None = None,
     ) -> None:
         super().__init__()
-        dropped = outside(start, stop, classifier)
-        kept = {id(parameter) for parameter in own_parameters(model, dropped).values()}
+        dropped = unused_paths(start, stop, classifier)
+        kept = {id(parameter) for parameter in remaining_parameters(model, dropped).values()}
         empty: dict[int, Any] = {
             id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters() if id(p) not in kept
         }
         self.model = copy.deepcopy(model, empty)  # weights that are left out are never copied
         self.start, self.stop, self.image_size = start, stop, image_size
         self.flow = _Flow()
-        forwards = dict(_entering(self.flow, start, classifier if stop is None else None))
+        forwards = dict(_entry_forwards(self.flow, start, classifier if stop is None else None))
         if stop is not None:
             forwards |= {path: _Placeholder(self.flow, spec) for path, spec in stop.after}
             for path in stop.paths:
@@ -289,15 +301,16 @@ class BakedSegment(nn.Module):
                 forwards[path] = _Exit(self.flow, stop, path, inner)
         for path, forward in forwards.items():
             self.model.get_submodule(path).forward = forward
-        own = own_modules(self.model, dropped)
+        remaining = remaining_modules(self.model, dropped)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if module not in own:
+                if module not in remaining:
                     setattr(module, name, buffer.new_empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.flow.given = x
+        """The activation at ``stop``, or the logits, for images or the activation at ``start``."""
+        self.flow.source = x
         output = self.model(_image(x, self.start, self.image_size))
         result = logits_of(output) if self.stop is None else self.stop.pack(self.flow.kept)
-        self.flow.given, self.flow.kept = None, {}
+        self.flow.source, self.flow.kept = None, {}
         return result

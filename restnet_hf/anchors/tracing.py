@@ -1,4 +1,4 @@
-"""One watched forward of a classifier: every call of its modules, and the autograd graph of the logits."""
+"""Trace a forward of a classifier: every call of its modules, and the autograd graph of the logits."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,11 @@ class Product:
     """A tensor in the output of a call.
 
     Args:
-        leaf: which leaf of the output it is.
-        tensor: itself.
-        node: that made it, in the autograd graph; None where it does not depend on the image.
-        version: of the tensor when the call ended.
-        passed: the call only passes it on, from its own inputs.
+        leaf: index of the tensor among the leaves of the output.
+        tensor: the tensor itself, with its graph.
+        node: autograd node that made the tensor; None where it does not depend on the image.
+        version: version counter of the tensor when the call ended.
+        passed: whether the tensor is one of the call's inputs.
     """
 
     leaf: int
@@ -62,13 +62,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """What `trace` returns.
+    """The result of `trace`.
 
     Args:
-        model: that ran.
-        calls: in order of completion.
-        graph: of autograd, from the logits (``end``) to the image (``start``).
-        classes: number of logits.
+        model: network that was traced.
+        calls: calls of modules, in order of completion.
+        graph: autograd graph from the logits to the image.
+        end: node of the logits.
+        start: node of the image.
+        classes: number of logits for an image.
     """
 
     model: nn.Module
@@ -87,72 +89,73 @@ class Trace:
             node = immediate.get(node)
         return chain
 
-    def on_way(self, call: Call) -> set[Any]:
+    def output_nodes(self, call: Call) -> set[Any]:
         """Nodes of a call's output that the logits are computed from."""
         return {product.node for product in call.products if product.node in self.graph}
 
     def ancestors(self, call: Call) -> set[Any]:
-        """Those nodes, and all that they were computed from."""
-        made = self.on_way(call)
-        return made.union(*(nx.descendants(self.graph, node) for node in made))
+        """The `output_nodes` of a call, and all nodes that they were computed from."""
+        nodes = self.output_nodes(call)
+        return nodes.union(*(nx.descendants(self.graph, node) for node in nodes))
 
     def frontier(self, inside: set[Any]) -> frozenset[Any]:
-        """Those of the nodes that others read: together they carry the image on."""
+        """The nodes of ``inside`` that nodes outside read: together they carry the image on."""
         return frozenset(n for n in inside if any(reader not in inside for reader in self.graph.predecessors(n)))
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Gradients with respect to the image alone, whatever mode or ``torch.device`` the caller is in.
+def tracing_mode(model: nn.Module) -> Iterator[None]:
+    """Compute gradients with respect to the image alone, whatever mode or ``torch.device`` the caller is in.
 
-    Everything is as before afterwards.
+    The model's state is restored afterwards.
     """
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    before = [(p, p.requires_grad) for p in model.parameters()]
     training = {module: module.training for module in model.modules()}
-    device = next((p.device for p, _ in wanted), torch.device("cpu"))
-    here = device if torch.get_default_device().type != "cpu" else nullcontext()  # what it makes meets its weights
+    device = next((p.device for p, _ in before), torch.device("cpu"))
+    # tensors that the network creates must be on the device of its weights
+    default = device if torch.get_default_device().type != "cpu" else nullcontext()
     model.eval()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), here:
-            for parameter, _ in wanted:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), default:
+            for parameter, _ in before:
                 parameter.requires_grad_(False)
             yield
     finally:
-        for parameter, needed in wanted:
+        for parameter, needed in before:
             parameter.requires_grad_(needed)
         for module, mode in training.items():
             module.training = mode
 
 
-def sketch(model: nn.Module) -> nn.Module:
-    """A copy without weights, on the meta device: it computes shapes and builds graphs, at no cost."""
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, without weights: it computes shapes and builds graphs at no cost."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): b.to("meta") for b in model.buffers()}
     return copy.deepcopy(model, memo)
 
 
-def with_values(model: nn.Module) -> nn.Module:
-    """The model, or if it has no values, being on the meta device, one on the CPU like it with random ones.
+def materialize(model: nn.Module) -> nn.Module:
+    """The model, or a copy on the CPU with random weights if it is on the meta device.
 
     Raises:
-        ValueError: it is no model of transformers, of which another could be made.
+        ValueError: the model has buffers on the meta device and is not one of transformers, so it cannot be rebuilt.
     """
     if not any(parameter.is_meta for parameter in model.parameters()):
         return model
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    twin = model
+    copied = model
     from transformers import PreTrainedModel  # the Auto classes import our config while transformers loads its models
 
     if any(buffer.is_meta for buffer in model.buffers()) and isinstance(model, PreTrainedModel):
         with torch.device("cpu"):  # buffers hold tables that only the constructor can compute
-            twin = type(model)(copy.deepcopy(model.config)).to(dtype).eval()
-    if any(buffer.is_meta for buffer in twin.buffers()):
+            copied = type(model)(copy.deepcopy(model.config)).to(dtype).eval()
+    if any(buffer.is_meta for buffer in copied.buffers()):
         raise ValueError(
-            f"{type(model).__name__} is on the meta device, where it has no values to be searched with; build it on "
-            "another device, and move it after"
+            f"{type(model).__name__} is on the meta device, where it has no values to find cuts with; build it on "
+            "another device, and move it afterwards"
         )
-    memo: dict[int, Any] = {id(p): _random(p) for p in twin.parameters() if p.is_meta}
-    return copy.deepcopy(twin, memo) if memo else twin
+    memo: dict[int, Any] = {id(p): _random(p) for p in copied.parameters() if p.is_meta}
+    return copy.deepcopy(copied, memo) if memo else copied
 
 
 def _random(parameter: nn.Parameter) -> nn.Parameter:
@@ -161,10 +164,10 @@ def _random(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def trace(model: nn.Module, images: Tensor) -> Trace:
-    """Run a model on images (N, 3, H, W), within `undisturbed`.
+    """Run a model on images (N, 3, H, W), within `tracing_mode`.
 
     Raises:
-        ValueError: it does not map them to logits that depend on them.
+        ValueError: the model does not map images to logits that depend on them.
     """
     names = {module: name for name, module in model.named_modules()}
     calls: list[Call] = []
@@ -190,7 +193,7 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
             handle.remove()
     if logits.grad_fn is None or logits.dim() != 2:
         raise ValueError(
-            f"{type(model).__name__} does not map images to logits: from {tuple(images.shape)} it gave "
+            f"{type(model).__name__} does not map images to logits: for {tuple(images.shape)} it returned "
             f"{tuple(logits.shape)}, {'' if logits.grad_fn else 'not '}depending on the images"
         )
     graph, start = _graph(logits.grad_fn, images)
@@ -198,16 +201,16 @@ def trace(model: nn.Module, images: Tensor) -> Trace:
 
 
 def _products(output: Any, inputs: Any) -> list[Product]:
-    given = {id(leaf) for leaf in tree_leaves(inputs)}
+    input_ids = {id(leaf) for leaf in tree_leaves(inputs)}
     return [
-        Product(index, leaf, leaf.grad_fn, leaf._version, id(leaf) in given)
+        Product(index, leaf, leaf.grad_fn, leaf._version, id(leaf) in input_ids)
         for index, leaf in enumerate(tree_leaves(output))
         if isinstance(leaf, Tensor)
     ]
 
 
 def _graph(end: Any, image: Tensor) -> tuple["nx.DiGraph[Any]", Any]:
-    """The nodes on a way from ``end`` to the accumulator of ``image``, and that accumulator."""
+    """The nodes on paths from ``end`` to the accumulator of ``image``, and that accumulator."""
     graph: nx.DiGraph[Any] = nx.DiGraph()
     start, stack, seen = None, [end], {end}
     while stack:

@@ -1,4 +1,4 @@
-"""Weights compared with those that a config asks for."""
+"""Check weights against those that a config asks for."""
 
 from collections.abc import Collection, Mapping
 from itertools import islice
@@ -9,43 +9,54 @@ from restnet_hf.errors import MAX_QUOTE, shorten
 from restnet_hf.hashing import FLOATS
 
 
-FIRST = 8  # so many names of tensors stand in an error
+SHOWN = 8  # names of tensors in an error
 
 
 class WeightsError(ValueError, RuntimeError):
-    """Weights that do not fit a config; a RuntimeError too, as transformers raises."""
+    """Weights do not fit a config; also a RuntimeError, which transformers raises."""
 
 
-def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raise WeightsError unless there is exactly every tensor that is expected, in its shape and of its kind."""
-    both = sorted(expected.keys() & found.keys())
-    kinds = tuple(FLOATS.values())  # one may be cast to another
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Raise WeightsError unless the weights are exactly the expected tensors, in shape and kind of type.
+
+    Args:
+        weights: tensors to check, by name.
+        expected: expected tensors by name, possibly on the meta device.
+        where: file or argument that holds the weights, for errors.
+    """
+    both = sorted(expected.keys() & weights.keys())
+    floats = {*FLOATS.values()}  # may be cast to one another
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "not expected": sorted(found.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - weights.keys()),
+        "not expected": sorted(weights.keys() - expected.keys()),
         "of another shape": [
-            f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+            f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
             for key in both
-            if found[key].shape != expected[key].shape
+            if weights[key].shape != expected[key].shape
         ],
         "of another type": [
-            f"{key} {found[key].dtype} instead of {expected[key].dtype}"
+            f"{key} {weights[key].dtype} instead of {expected[key].dtype}"
             for key in both
-            if found[key].dtype != expected[key].dtype and {found[key].dtype, expected[key].dtype} - {*kinds}
+            if weights[key].dtype != expected[key].dtype and {weights[key].dtype, expected[key].dtype} - floats
         ],
     }
-    refuse(problems, where)
+    raise_problems(problems, where)
 
 
-def refuse(problems: Mapping[str, Collection[str]], where: str) -> None:
-    """Raise WeightsError that names the first of each problem, where there is any."""
-    said = "; ".join(
-        f"{problem}: {', '.join(shorten(key, MAX_QUOTE) for key in islice(keys, FIRST))}"
-        + f" and {len(keys) - FIRST} more" * (len(keys) > FIRST)
+def raise_problems(problems: Mapping[str, Collection[str]], where: str) -> None:
+    """Raise WeightsError if there are problems, with the first names of each.
+
+    Args:
+        problems: names of tensors by problem.
+        where: file or argument that holds the weights, for errors.
+    """
+    summary = "; ".join(
+        f"{problem}: {', '.join(shorten(key, MAX_QUOTE) for key in islice(keys, SHOWN))}"
+        + f" and {len(keys) - SHOWN} more" * (len(keys) > SHOWN)
         for problem, keys in problems.items()
         if keys
     )
-    if said:
-        message = f"the weights in {where} do not fit its config.json. {said}. Save the adapter again"
-        begin_anew = ", or pass ignore_mismatched_sizes=True to begin these anew"
-        raise WeightsError(message + begin_anew * bool(problems.get("of another shape")))
+    if summary:
+        message = f"the weights in {where} do not fit its config.json. {summary}. Save the adapter again"
+        reinitialize = ", or pass ignore_mismatched_sizes=True to begin these anew"
+        raise WeightsError(message + reinitialize * bool(problems.get("of another shape")))

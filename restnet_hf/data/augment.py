@@ -1,4 +1,4 @@
-"""Images changed at random, so that a network never trains on quite the same one twice."""
+"""Random augmentation of images for training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,24 +10,24 @@ from torchvision.transforms import v2
 
 Augment = Callable[[Image.Image], Image.Image]
 
-AREA = v2.RandomResizedCrop(size=1, scale=(0.6, 1.0))  # only draws where to cut, so its size is never used
+AREA = v2.RandomResizedCrop(size=1, scale=(0.6, 1.0))  # only draws where to crop; its size is never used
 
 
-def random_cut(image: Image.Image) -> Image.Image:
-    """0.6 to 1 of an image's area, from 3:4 to 4:3 in shape; the anchor's processor resizes it, once and not twice."""
+def random_crop(image: Image.Image) -> Image.Image:
+    """Crop an image to 0.6 to 1 of its area, 3:4 to 4:3 in shape; only the anchor's processor resizes it, once."""
     return v2.functional.crop(image, **AREA.make_params([image]))
 
 
-def _after_cut(*others: Callable[[], Augment]) -> Augment:
-    return v2.Compose([random_cut, v2.RandomHorizontalFlip(), *(make() for make in others)])
+def _after_crop(*others: Callable[[], Augment]) -> Augment:
+    return v2.Compose([random_crop, v2.RandomHorizontalFlip(), *(make() for make in others)])
 
 
-# Factories of transforms from an RGB image to an RGB image; they draw from torch's global generator alone.
+# Factories of transforms from an RGB image to an RGB image, which draw only from torch's global generator.
 AUGMENTATIONS: dict[str, Callable[[], Augment]] = {
     "flip": v2.RandomHorizontalFlip,
-    "crop": _after_cut,
+    "crop": _after_crop,
     # arXiv 1909.13719
-    "randaugment": lambda: _after_cut(lambda: v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)),
+    "randaugment": lambda: _after_crop(lambda: v2.RandAugment(interpolation=v2.InterpolationMode.BILINEAR)),
     # arXiv 2103.10158
     "trivial": lambda: v2.Compose(
         [v2.RandomHorizontalFlip(), v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)]
@@ -35,11 +35,11 @@ AUGMENTATIONS: dict[str, Callable[[], Augment]] = {
 }
 
 
-def augmentation(augment: str | Augment | None) -> Augment | None:
-    """The transform that a key of `AUGMENTATIONS` stands for; anything callable is one itself.
+def make_augmentation(augment: str | Augment | None) -> Augment | None:
+    """Make the transform of a key of `AUGMENTATIONS`; return None and callables as they are.
 
     Raises:
-        ValueError: it is no key, and cannot be called.
+        ValueError: ``augment`` is neither a key nor callable.
     """
     if augment is None or callable(augment):
         return augment
@@ -51,20 +51,20 @@ def augmentation(augment: str | Augment | None) -> Augment | None:
     return AUGMENTATIONS[augment]()
 
 
-def augmented(augment: Augment, images: Sequence[Any]) -> list[Image.Image]:
-    """PIL images or arrays of any mode as RGB images, each of them changed on its own.
+def augment_images(augment: Augment, images: Sequence[Any]) -> list[Image.Image]:
+    """Convert PIL images or arrays of any mode to RGB images, and augment each on its own.
 
     Raises:
-        TypeError: ``augment`` gives anything but a PIL image.
+        TypeError: ``augment`` returns anything but a PIL image.
     """
-    changed = []
+    results = []
     for image in images:
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        result = augment(picture.convert("RGB"))
+        pil_image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        result = augment(pil_image.convert("RGB"))
         if not isinstance(result, Image.Image):
             raise TypeError(
-                f"augment gives {type(result).__name__}; it must give a PIL image, which the anchor's own processor "
-                "then turns into a tensor"
+                f"augment returns {type(result).__name__}; it must return a PIL image, which the anchor's own "
+                "processor then turns into a tensor"
             )
-        changed.append(result)
-    return changed
+        results.append(result)
+    return results

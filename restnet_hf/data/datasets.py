@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers.utils import logging
 
-from restnet_hf.data.augment import Augment, augmentation, augmented
+from restnet_hf.data.augment import Augment, augment_images, make_augmentation
 from restnet_hf.data.labels import label_names, label_order
-from restnet_hf.data.preprocessing import prepare
+from restnet_hf.data.preprocessing import prepare_images
 from restnet_hf.distributed import this_process
 from restnet_hf.hashing import weights_sha256
 
 
 Batch = dict[str, Tensor]
 
-IGNORED = -100  # the label of images that losses of torch and transformers ignore
+IGNORED = -100  # label of images that losses of torch and transformers ignore
 MULTI_LABEL = "multi_label_classification"  # a problem_type of transformers
-PARQUET = ("{}*.parquet", "{}/*.parquet", "data/{}-*.parquet")  # where a folder may have the files of a split
-SHARDS = 64  # of a streamed imagefolder: no fewer than anyone has workers
-MIXED_FILES = 10  # of a stream, whose images a subset takes in turn
+PARQUET = ("{}*.parquet", "{}/*.parquet", "data/{}-*.parquet")  # patterns of the files of a split in a folder
+SHARDS = 64  # of a streamed imagefolder, at least as many as loaders have workers
+MIXED_FILES = 10  # of a stream, from which a subset takes images in turn
 ROWS = 32  # of a stream, prepared at a time
 
 
@@ -32,14 +32,14 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
     """Batches with ``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,).
 
     Args:
-        data: a tensor of images; a map-style dataset (its items are dicts with ``pixel_values`` and ``labels``,
-            pairs, or image tensors); or an iterable of such batches, a DataLoader for one.
-        batch_size: for a tensor or a dataset.
-        name: of the argument, for errors and the progress bar.
+        data: tensor of images; map-style dataset whose items are dicts with ``pixel_values`` and ``labels``, pairs or
+            image tensors; or iterable of such batches, such as a DataLoader.
+        batch_size: number of images in a batch, for a tensor or a dataset.
+        name: name of the argument, for errors and the progress bar.
 
     Raises:
-        ValueError: there is not a single image.
-        TypeError: batches are something else.
+        ValueError: there are no images.
+        TypeError: a batch has another type.
     """
     if isinstance(data, Mapping) and "pixel_values" in data:
         data = [data]
@@ -51,7 +51,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
     for item in logging.tqdm(source, desc=name, disable=not this_process().is_local_main_process):
-        batch = as_batch(item, name)
+        batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False
             yield batch
@@ -59,8 +59,12 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
         raise ValueError(f"{name} is empty: at least one image is needed")
 
 
-def as_batch(item: Any, name: str = "data") -> Batch:
-    """One batch of a loader as a dict with ``pixel_values`` and perhaps ``labels``; TypeError for anything else."""
+def to_batch(item: Any, name: str = "data") -> Batch:
+    """Convert a batch of a loader to a dict with ``pixel_values`` and optionally ``labels``.
+
+    Raises:
+        TypeError: the batch has another type.
+    """
     if isinstance(item, Tensor):
         return {"pixel_values": item}
     if isinstance(item, Mapping) and isinstance(item.get("pixel_values"), Tensor):
@@ -69,16 +73,16 @@ def as_batch(item: Any, name: str = "data") -> Batch:
     if isinstance(item, list | tuple) and item and all(isinstance(part, Tensor) for part in item):
         return dict(zip(("pixel_values", "labels"), item, strict=False))
     raise TypeError(
-        f"{name} gives {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or "
+        f"{name} yields {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or "
         "a dict with a tensor of pixel_values. For a data set of images see restnet_hf.data.with_pixel_values"
     )
 
 
 def data_fingerprint(data: Any) -> str | None:
-    """What tells these images from all others.
+    """A string that identifies the images of a data set.
 
-    None for loaders, streams and datasets of your own, which have nothing such, and for images that are augmented by
-    `with_pixel_values`: they are others every time.
+    None for loaders, streams and datasets of your own, which cannot be identified, and for images that
+    `with_pixel_values` augments, since they differ each time.
     """
     if isinstance(data, Dataset):
         prepared = _prepared(data)
@@ -92,11 +96,11 @@ def data_fingerprint(data: Any) -> str | None:
     return None
 
 
-def check_problem(problem_type: str | None) -> None:
-    """Raise ValueError where a ``problem_type`` of transformers is not of classification."""
+def check_problem_type(problem_type: str | None) -> None:
+    """Raise ValueError where a ``problem_type`` of transformers is not a classification."""
     if problem_type == "regression":
         raise ValueError(
-            "problem_type='regression', which is what num_labels=1 means to transformers, too: the model classifies; "
+            "problem_type='regression', which is what num_labels=1 means to transformers: the model only classifies; "
             f"leave problem_type out for one class of two or more for each image, or set {MULTI_LABEL!r}"
         )
 
@@ -106,8 +110,8 @@ def check_labels(labels: Tensor, classes: int) -> None:
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
             f"labels must be class indices (N,), one for each image, not {labels.dtype} of shape "
-            f"{tuple(labels.shape)}; several classes for an image are learned with the Trainer of transformers and "
-            f"problem_type={MULTI_LABEL!r} alone"
+            f"{tuple(labels.shape)}; several classes for an image need transformers' Trainer and "
+            f"problem_type={MULTI_LABEL!r}"
         )
     labels = labels[labels != IGNORED]
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
@@ -117,11 +121,11 @@ def check_labels(labels: Tensor, classes: int) -> None:
         )
 
 
-def labelled(data: Iterable[Batch]) -> Iterator[Batch]:
-    """Batches without the images whose label is -100; images of batches without labels stay.
+def drop_unlabelled(data: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches without the images whose label is -100; batches without any labels stay as they are.
 
     Raises:
-        ValueError: no image is left.
+        ValueError: no image remains.
     """
     empty = True
     for batch in data:
@@ -132,22 +136,22 @@ def labelled(data: Iterable[Batch]) -> Iterator[Batch]:
             empty = False
             yield batch
     if empty:
-        raise ValueError(f"every image has the label {IGNORED}, which stands for no label")
+        raise ValueError(f"every image has the label {IGNORED}, which means no label")
 
 
 def check_classes(data: Any, id2label: Mapping[int, str]) -> None:
-    """Check that the classes that ``data`` names are the model's, one by one, before labels are taken for them.
+    """Check that the class names of ``data`` are the model's, in the same order, before its labels are used.
 
-    Names are compared as in `label_order`, and ``_`` is a space; where either side only numbers its
-    classes, their count is compared. Labels that `with_pixel_values` puts in the model's order pass, and so does data
-    that names no classes, such as a dataset of your own.
+    Names are compared as by `label_order`, with ``_`` for a space; where the classes of either are only numbered,
+    their counts are compared. Labels that `with_pixel_values` puts into the model's order pass, and so does data
+    without class names, such as a dataset of your own.
 
     Args:
-        data: a data set of labelled images, or a loader of one.
-        id2label: the model's classes.
+        data: data set of labelled images, or a loader of one.
+        id2label: names of the model's classes.
 
     Raises:
-        ValueError: they are not as many, not called the same, or in another order.
+        ValueError: the classes differ in number, names or order.
     """
     while not isinstance(data, Dataset | IterableDataset) and hasattr(data, "dataset"):
         data = data.dataset
@@ -159,51 +163,51 @@ def check_classes(data: Any, id2label: Mapping[int, str]) -> None:
     names = _class_names(data) if prepared is None else prepared.names
     if names is None:
         return
-    model, both = [str(id2label[index]) for index in sorted(id2label)], [label_names(id2label), names]
-    told = f"the data set has {len(names)} classes ({_some(names)}), the model {len(model)} ({_some(model)})"
-    ways = (
+    model, named = [str(id2label[index]) for index in sorted(id2label)], [label_names(id2label), names]
+    both_sets = f"the data set has {len(names)} classes ({_first(names)}), the model {len(model)} ({_first(model)})"
+    advice = (
         f"build the model with id2label= or num_labels={len(names)} to train new heads for the data set's classes, or "
         "pass with_pixel_values(..., order), which gives the model's class for each class of the data set"
     )
     if len(names) != len(model):
-        raise ValueError(f"{told}; {ways}")
-    if any(each is None or list(each) == [str(index) for index in range(len(each))] for each in both):
+        raise ValueError(f"{both_sets}; {advice}")
+    if any(each is None or list(each) == [str(index) for index in range(len(each))] for each in named):
         return
     order = label_order(*([name.replace("_", " ") for name in each] for each in (names, model)))
     if order is None:
-        raise ValueError(f"{told}, and they are not called the same; {ways}")
+        raise ValueError(f"{both_sets}, and their names differ; {advice}")
     if order != list(range(len(order))):
         raise ValueError(
-            f"{told}, the same in another order; pass with_pixel_values(..., order), with the order that "
-            "restnet_hf.data.labels.label_order(names of the data set, names of the model) gives"
+            f"{both_sets}, the same in another order; pass with_pixel_values(..., order), with the order that "
+            "restnet_hf.data.labels.label_order(names of the data set, names of the model) returns"
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _class_names(data: Dataset | IterableDataset) -> tuple[str, ...] | None:
     """Names of the classes in a column ``label`` or ``labels``; None where there are none."""
-    found = [(data.features or {}).get(column) for column in ("label", "labels")]
-    return next((tuple(feature.names) for feature in found if isinstance(feature, ClassLabel)), None)
+    features = [(data.features or {}).get(column) for column in ("label", "labels")]
+    return next((tuple(feature.names) for feature in features if isinstance(feature, ClassLabel)), None)
 
 
 def load_images(source: str | Path, split: str, streaming: bool = False) -> Dataset | IterableDataset:
-    """A split of a labelled image data set, columns ``image`` and ``label``.
+    """Load a split of a labelled image data set, with columns ``image`` and ``label``.
 
     Args:
-        source: a folder with ``SPLIT*.parquet``, ``SPLIT/*.parquet`` or ``data/SPLIT-*.parquet`` files, an imagefolder
-            (``SPLIT/CLASS/*.png``), or an id on the Hub.
-        split: such as ``train``.
-        streaming: read images one after another, with nothing downloaded or converted first. The images of an
-            imagefolder, which lie there class by class, then come in a random order that is always the same.
+        source: folder with ``SPLIT*.parquet``, ``SPLIT/*.parquet`` or ``data/SPLIT-*.parquet`` files, imagefolder
+            (``SPLIT/CLASS/*.png``), or id on the Hub.
+        split: name of the split, such as ``train``.
+        streaming: whether to read images one after another, without downloading or converting all first. The images
+            of an imagefolder, which are sorted by class, then come in a random order that is always the same.
 
     Returns:
         A Dataset, or for ``streaming`` an IterableDataset.
 
     Raises:
-        ValueError: it cannot be loaded, or has no such columns.
+        ValueError: the data set cannot be loaded, or has no column of images.
     """
     try:
         dataset = _load(source, split, streaming)
@@ -214,10 +218,10 @@ def load_images(source: str | Path, split: str, streaming: bool = False) -> Data
             f"{split}/<class>/<image> in it, or an id on the Hub. {error}"
         ) from error
     if "image" not in columns:
-        found = next((name for name in ("img", "pixel_values") if name in columns), None)
-        if found is None:
+        images = next((name for name in ("img", "pixel_values") if name in columns), None)
+        if images is None:
             raise ValueError(f"data set {str(source)!r} has columns {columns}; one must be called 'image'")
-        dataset = dataset.rename_column(found, "image")
+        dataset = dataset.rename_column(images, "image")
     return dataset
 
 
@@ -228,7 +232,7 @@ def _load(source: str | Path, split: str, streaming: bool) -> Dataset | Iterable
     for pattern in PARQUET:
         if files := sorted(map(str, folder.glob(pattern.format(split)))):
             return load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
-    dataset = load_dataset("imagefolder", data_dir=str(folder), split=split)  # reads paths, and no images yet
+    dataset = load_dataset("imagefolder", data_dir=str(folder), split=split)  # reads paths, but no images yet
     if not streaming:
         return dataset
     mixed = dataset.shuffle(seed=0, keep_in_memory=True)
@@ -236,16 +240,20 @@ def _load(source: str | Path, split: str, streaming: bool) -> Dataset | Iterable
 
 
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; those of the first row where a stream says none."""
+    """Names of the columns; those of the first row where a stream does not name them."""
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def subset(dataset: Dataset | IterableDataset, size: int | None, seed: int = 0) -> Dataset | IterableDataset:
-    """``size`` random images, always the same for a seed; all of them for None or where there are fewer.
+    """Select ``size`` random images, always the same for a seed; all of them for None or where there are fewer.
 
-    Of a stream, whose length nobody knows, it is another draw: its files, or other shards, come in random order, ten
-    of them at a time, and the first images are taken from each in turn. They too are the same in every epoch; out of
-    a buffer that is shuffled they would not be.
+    A stream of unknown length is sampled differently: its files, or other shards, are shuffled, and the first images
+    are taken from ten of them in turn. These too are the same in every epoch, unlike those of a shuffled buffer.
+
+    Args:
+        dataset: data set or stream to select from.
+        size: number of images; None for all.
+        seed: seed of the random selection.
     """
     if size is None:
         return dataset
@@ -259,13 +267,13 @@ def subset(dataset: Dataset | IterableDataset, size: int | None, seed: int = 0) 
 
 @dataclass(frozen=True, eq=False)
 class PixelValues:
-    """What `with_pixel_values` does to rows: a data set that holds it tells what became of its images and labels.
+    """The transform of `with_pixel_values`; a data set holds it, so that its images and labels can be identified.
 
     Args:
-        processor: of transformers.
+        processor: image processor of transformers.
         order: the model's class for each class of the data set; None where they are the same.
-        augment: from one PIL image to another; None for images as they are.
-        names: of the data set's classes; None where it has none.
+        augment: function from one PIL image to another; None to leave images as they are.
+        names: names of the data set's classes; None where it has none.
     """
 
     processor: Any
@@ -275,8 +283,8 @@ class PixelValues:
 
     def __call__(self, rows: Mapping[str, list[Any]]) -> Batch:
         """``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,); labels below 0 stay as they are."""
-        images = rows["image"] if self.augment is None else augmented(self.augment, rows["image"])
-        prepared = {"pixel_values": prepare(self.processor, images)}
+        images = rows["image"] if self.augment is None else augment_images(self.augment, rows["image"])
+        prepared = {"pixel_values": prepare_images(self.processor, images)}
         if "label" in rows:
             order = self.order
             labels = [label if order is None or label < 0 else order[label] for label in rows["label"]]
@@ -290,33 +298,33 @@ def with_pixel_values(
     order: Sequence[int] | None = None,
     augment: str | Augment | None = None,
 ) -> Dataset | IterableDataset:
-    """The data set with images prepared by ``processor`` as they are read: items hold ``pixel_values`` and ``labels``.
+    """Prepare the images of a data set as they are read: its items hold ``pixel_values`` and ``labels``.
 
     Args:
-        dataset: with a column ``image`` and perhaps ``label``; or a stream of such rows, which gives a stream.
-        processor: of transformers.
-        order: the model's class for each class of the data set, where the two are not the same.
-        augment: what to do to each RGB image before ``processor``, at random: a key of
-            `AUGMENTATIONS`, or a function from one PIL image to another. The draws are those of
-            torch's global generator, so after ``torch.manual_seed`` they are the same again.
+        dataset: data set or stream with a column ``image`` and optionally ``label``; a stream returns a stream.
+        processor: image processor of transformers.
+        order: the model's class for each class of the data set; None where they are the same.
+        augment: random augmentation of each RGB image before ``processor``: a key of `AUGMENTATIONS`, or a function
+            from one PIL image to another. It draws from torch's global generator, so that ``torch.manual_seed``
+            makes it repeatable.
 
     Raises:
         ValueError: there is no such augmentation.
     """
-    prepared = PixelValues(processor, order, augmentation(augment), _class_names(dataset))
+    prepared = PixelValues(processor, order, make_augmentation(augment), _class_names(dataset))
     if isinstance(dataset, IterableDataset):
         return dataset.map(prepared, batched=True, batch_size=ROWS, remove_columns=_columns(dataset))
     return dataset.with_transform(prepared)
 
 
 def _prepared(data: Dataset | IterableDataset) -> PixelValues | None:
-    """What `with_pixel_values` made of it, also where images were chosen or shuffled since; None if it did not."""
+    """The transform of `with_pixel_values`, also after images were selected or shuffled; None where there is none."""
     if isinstance(data, Dataset):
-        found = data.format["format_kwargs"].get("transform")
-        return found if isinstance(found, PixelValues) else None
+        transform = data.format["format_kwargs"].get("transform")
+        return transform if isinstance(transform, PixelValues) else None
     layer = data._ex_iterable
     while layer is not None:
-        if isinstance(found := getattr(layer, "function", None), PixelValues):
-            return found
+        if isinstance(transform := getattr(layer, "function", None), PixelValues):
+            return transform
         layer = getattr(layer, "ex_iterable", None)
     return None

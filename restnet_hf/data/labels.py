@@ -1,4 +1,4 @@
-"""Class names of classifiers, and the order of one set of names in another."""
+"""Class names of classifiers, and how the classes of one match those of another."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,18 @@ def label_names(id2label: Mapping[int, str]) -> tuple[str, ...] | None:
 def label_order(reference: Sequence[str], other: Sequence[str]) -> list[int] | None:
     """Positions in ``other`` of the names in ``reference``; None where the two do not name the same classes.
 
-    Names are compared without regard to case; WordNet ids are read as timm describes them; and where whole names
-    differ, the first of comma-separated synonyms decides if it is unique, or equal at every position.
+    Names are compared without regard to case. WordNet ids are replaced by timm's descriptions. Where whole names
+    differ, the first of comma-separated synonyms is compared, if it is unique or equal at every position.
     """
     if len(reference) != len(other):
         return None
-    for key in (_whole, _first):
-        ours, theirs = [key(name) for name in reference], [key(name) for name in other]
-        if ours == theirs:
-            return list(range(len(ours)))
-        positions = {name: index for index, name in enumerate(theirs)}
-        if len(positions) == len(theirs) and set(ours) == set(positions):
-            return [positions[name] for name in ours]
+    for normalize in (_whole, _first):
+        wanted, names = [normalize(name) for name in reference], [normalize(name) for name in other]
+        if wanted == names:
+            return list(range(len(wanted)))
+        positions = {name: index for index, name in enumerate(names)}
+        if len(positions) == len(names) and set(wanted) == set(positions):
+            return [positions[name] for name in wanted]
     return None
 
 
@@ -57,7 +57,7 @@ def class_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> d
     """Names of a new task's classes; empty where there is no new task.
 
     Raises:
-        ValueError: they do not number the classes from 0 on, or are not ``num_labels``.
+        ValueError: the classes are not numbered from 0 on, or their count is not ``num_labels``.
     """
     if id2label is None:
         if num_labels is not None and num_labels < 1:
@@ -76,7 +76,7 @@ def class_names_of(rows: Dataset) -> list[str]:
     """Names of the classes in the column ``label`` of a data set.
 
     Raises:
-        ValueError: it has no such column, or one that names no classes.
+        ValueError: there is no such column, or it does not name the classes.
     """
     feature = rows.features.get("label")
     if not isinstance(feature, ClassLabel):

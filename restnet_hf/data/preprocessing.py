@@ -1,10 +1,9 @@
-"""How an anchor wants its images: measured from its image processor, converted from one anchor's way to another's."""
+"""An anchor's preprocessing: measured from its image processor, and converted from one anchor's to another's."""
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,36 +12,49 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from restnet_hf.limits import MAX_SIDE, MAX_VALUE, MIN_STD, is_mean, is_side, is_std
 
-MAX_SIDE = 4096  # pixels: a larger number in a file is a mistake, or an attempt on the memory
-MAX_VALUE = 1e6  # of means and standard deviations, and of 1 / std: float32 holds their products and ratios
-# What image processors make of settings of another kind than theirs.
-ODD_SETTINGS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+# errors that image processors raise for invalid settings
+SETTINGS_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Images of ``image_size`` (height, width), RGB values of 0..1 less ``mean`` over ``std`` per channel."""
+    """Size and normalisation of an anchor's images.
+
+    Args:
+        image_size: height and width in pixels.
+        mean: mean of each channel, subtracted from RGB values from 0 to 1.
+        std: standard deviation of each channel, by which the difference is divided.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
 
     image_size: tuple[int, int]
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __post_init__(self) -> None:
-        size, values = self.image_size, (self.mean, self.std)
-        if not _is_row(size, 2) or not all(type(side) is int and 0 < side <= MAX_SIDE for side in size):
+        size = self.image_size
+        if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(is_side, size)):
             raise ValueError(
                 f"image_size={str(size)[:100]} must be two whole numbers, height and width, from 1 to {MAX_SIDE}"
             )
-        if not all(_is_row(row, 3) and all(map(_is_value, row)) for row in values) or min(self.std) < 1 / MAX_VALUE:
+        if not (is_mean(self.mean) and is_std(self.std)):
             raise ValueError(
-                f"mean and std must hold three numbers each, up to {MAX_VALUE:g}, std above 0 (from {1 / MAX_VALUE:g} "
-                f"on); they are {str(values)[:200]}"
+                f"mean and std must hold three numbers each, up to {MAX_VALUE:g}, std from {MIN_STD:g} on; they are "
+                f"{str((self.mean, self.std))[:200]}"
             )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Preprocessing":
-        """The inverse of ``dataclasses.asdict``, also after JSON made lists of the tuples; raises ValueError."""
+        """The inverse of ``dataclasses.asdict``, also after JSON made lists of the tuples.
+
+        Raises:
+            ValueError: a value is of the wrong type, or out of range.
+        """
         try:
             return cls(**{key: tuple(value) for key, value in data.items()})
         except (AttributeError, TypeError) as error:
@@ -50,10 +62,10 @@ class Preprocessing:
 
     @classmethod
     def of(cls, processor: Any) -> "Preprocessing":
-        """Measure an image processor: a black and a white image show its size, mean and std whatever its options.
+        """Measure an image processor's size, mean and std, whatever its options, on a black and a white image.
 
         Raises:
-            ValueError: it prepares no image, or not by mean and std.
+            ValueError: the processor cannot prepare an image, or not by mean and std.
         """
         try:
             black, white = (
@@ -61,37 +73,29 @@ class Preprocessing:
                 for level in (0, 255)
             )
             low, high = (image[:, image.shape[1] // 2, image.shape[2] // 2].double() for image in (black, white))
-        except ODD_SETTINGS as error:
+        except SETTINGS_ERRORS as error:
             raise ValueError(f"{type(processor).__name__} cannot prepare an image: {str(error)[:200]}") from error
         std = 1 / (high - low)
         mean = -low * std
-        # pixels are float32: what lies past six digits is rounding
+        # pixels are float32: digits after the sixth are rounding errors
         rounded = (tuple(float(f"{v:.6g}") for v in values.tolist()) for values in (mean, std))
         return cls((black.shape[-2], black.shape[-1]), *rounded)
 
     def check(self, pixel_values: Tensor) -> None:
         """Raise ValueError or TypeError unless ``pixel_values`` is a batch of such images, (N, 3, height, width)."""
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-            came = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-            raise TypeError(f"pixel_values must be a floating point tensor, normalised by the processor; it is {came}")
-        wanted = (3, *self.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
+            kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            raise TypeError(f"pixel_values must be a floating point tensor, normalised by the processor; it is {kind}")
+        expected = (3, *self.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
-                f"pixel_values must have shape (N, {', '.join(map(str, wanted))}), not {tuple(pixel_values.shape)}; "
+                f"pixel_values must have shape (N, {', '.join(map(str, expected))}), not {tuple(pixel_values.shape)}; "
                 "for another size build the model with from_anchors(..., image_size=...)"
             )
 
 
-def _is_row(value: Any, length: int) -> bool:
-    return isinstance(value, tuple | list) and len(value) == length
-
-
-def _is_value(value: float) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -MAX_VALUE <= value <= MAX_VALUE
-
-
 class Reprocess(nn.Module):
-    """Images prepared for one anchor, (N, 3, H, W), as another wants them: exact in value, bilinear in size."""
+    """Converts images from one anchor's preprocessing to another's: exact in value, bilinear in size."""
 
     scale: Tensor
     shift: Tensor
@@ -105,22 +109,23 @@ class Reprocess(nn.Module):
         self.register_buffer("shift", torch.tensor(shift).view(3, 1, 1), persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Convert ``pixel_values`` (N, 3, H, W)."""
         if tuple(pixel_values.shape[-2:]) != self.image_size:
             pixel_values = interpolate(pixel_values, size=self.image_size, mode="bilinear", antialias=True)
         return pixel_values * self.scale + self.shift
 
 
 def timm_processor(pretrained_cfg: dict[str, Any]) -> Any:
-    """timm's evaluation transform as an image processor that can be saved.
+    """Make an image processor, which can be saved, from the settings of timm's evaluation transform.
 
-    It agrees with timm's own within two of 255 levels, and half a pixel where the crop's margin is odd.
+    It matches timm's own within two of 255 levels, and half a pixel where the crop's margin is odd.
 
     Raises:
         ValueError: the settings are not those of a transform.
     """
     try:
         return _timm_processor(pretrained_cfg)
-    except ODD_SETTINGS as error:
+    except SETTINGS_ERRORS as error:
         raise ValueError(f"timm's settings of an image transform are invalid: {str(error)[:200]}") from error
 
 
@@ -133,7 +138,7 @@ def _timm_processor(pretrained_cfg: dict[str, Any]) -> Any:
     resized = (
         {"height": height, "width": width} if squash else {"shortest_edge": math.floor(max(height, width) / crop_pct)}
     )
-    from transformers import BitImageProcessor  # see `restnet_hf.anchors.tracing.sketch`
+    from transformers import BitImageProcessor  # see `restnet_hf.anchors.tracing.materialize`
 
     return BitImageProcessor(
         size=resized,
@@ -146,10 +151,10 @@ def _timm_processor(pretrained_cfg: dict[str, Any]) -> Any:
 
 
 def with_image_size(processor: Any, image_size: tuple[int, int]) -> Any:
-    """A copy of an image processor that yields another size, its proportions of resizing and cropping kept.
+    """A copy of an image processor for another image size, with the same proportions of resizing and cropping.
 
     Raises:
-        ValueError: the size is not from 1 to ``MAX_SIDE``, or the processor does not follow.
+        ValueError: the size is not from 1 to ``MAX_SIDE``, or the processor cannot be set to it.
     """
     Preprocessing(image_size)
     native = Preprocessing.of(processor).image_size
@@ -163,20 +168,20 @@ def with_image_size(processor: Any, image_size: tuple[int, int]) -> Any:
             settings[key] = {"shortest_edge": (edge := round(size["shortest_edge"] * factor))}
             if edge > 2 * MAX_SIDE:
                 raise ValueError(
-                    f"for {image_size} images would be resized to {edge} pixels first; give a smaller image_size"
+                    f"for {image_size} images would be resized to {edge} pixels first; pass a smaller image_size"
                 )
         elif size:
             settings[key] = {"height": image_size[0], "width": image_size[1]}
     changed = type(processor).from_dict(settings)
     if Preprocessing.of(changed).image_size != image_size:
         raise ValueError(
-            f"{type(processor).__name__} gives images of {native}, and cannot be set to {image_size}; "
+            f"{type(processor).__name__} returns images of {native}, and cannot be set to {image_size}; "
             "leave image_size out, or pass preprocessing= for this anchor"
         )
     return changed
 
 
-def prepare(processor: Any, images: Sequence[Any]) -> Tensor:
-    """PIL images or arrays of any mode as ``pixel_values`` (N, 3, H, W)."""
-    pictures = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
-    return processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")["pixel_values"]
+def prepare_images(processor: Any, images: Sequence[Any]) -> Tensor:
+    """Prepare PIL images or arrays of any mode as ``pixel_values`` (N, 3, H, W)."""
+    pil_images = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
+    return processor([image.convert("RGB") for image in pil_images], return_tensors="pt")["pixel_values"]

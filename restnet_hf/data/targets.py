@@ -1,9 +1,9 @@
-"""Labels that a model's loss takes."""
+"""Check the labels that a loss is computed from."""
 
 import torch
 from torch import Tensor
 
-from restnet_hf.data.datasets import MULTI_LABEL, check_labels, check_problem
+from restnet_hf.data.datasets import MULTI_LABEL, check_labels, check_problem_type
 
 
 def check_targets(labels: Tensor, classes: int, problem_type: str | None) -> None:
@@ -16,7 +16,7 @@ def check_targets(labels: Tensor, classes: int, problem_type: str | None) -> Non
         classes: number of classes of the model.
         problem_type: kind of task as in transformers; None to infer it from the labels.
     """
-    check_problem(problem_type if problem_type or classes > 1 else "regression")  # as transformers takes one class
+    check_problem_type(problem_type if problem_type or classes > 1 else "regression")  # as transformers
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     if problem_type != MULTI_LABEL and not (problem_type is None and labels.is_floating_point() and labels.dim() == 2):

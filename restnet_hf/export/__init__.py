@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from restnet_hf.public_names import imported_when_used
+from restnet_hf.public_names import lazy_imports
 
 
 if TYPE_CHECKING:
@@ -16,4 +16,4 @@ MODULES = {
     "UnsupportedExportError": "export.exporter",
     "export_routes": "export.export",
 }
-__getattr__, __dir__, __all__ = imported_when_used(__name__, MODULES)
+__getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES)

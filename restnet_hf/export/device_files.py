@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from restnet_hf.data.preprocessing import Preprocessing, prepare
+from restnet_hf.data.preprocessing import Preprocessing, prepare_images
 from restnet_hf.runtime.exported_files import LABELS, PREPROCESSING
 from restnet_hf.runtime.exported_model import prepare_image
 from restnet_hf.runtime.runners import RUNTIMES
@@ -53,7 +53,7 @@ def _check_same(processor: Any, how: Mapping[str, Any]) -> None:
     for size in SIZES:
         coarse = Image.fromarray(rng.integers(0, 256, (7, 6, 3), np.uint8))
         picture = coarse.resize(size, Image.Resampling.BICUBIC)
-        ours, expected = prepare_image(picture, how), prepare(processor, [picture])[0].numpy()
+        ours, expected = prepare_image(picture, how), prepare_images(processor, [picture])[0].numpy()
         difference = np.inf
         if ours.shape == expected.shape:
             scale = np.array(how["std"], np.float32)[:, None, None]

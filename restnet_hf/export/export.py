@@ -35,7 +35,7 @@ from restnet_hf.profiling.timing import time_runs
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
-from restnet_hf.runtime.exported_model import ExportedModel, in_batches
+from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
 from restnet_hf.runtime.runners import RUNTIMES, Run
 from restnet_hf.steps import split_at_shared_cuts, walk_tree
 
@@ -309,7 +309,7 @@ class _Job:
             raise UnsupportedExportError(
                 f"{self.exporter.runtime} cannot load what was exported to it: {error}"
             ) from error
-        return run if self.batch_size is None else partial(in_batches, run, batch_size=self.batch_size)
+        return run if self.batch_size is None else partial(run_in_batches, run, batch_size=self.batch_size)
 
     def _profile(
         self, folder: Path, entries: Mapping[Route, Mapping[str, str]], kept: Mapping[str, list[str]]

@@ -15,7 +15,7 @@ import torch
 
 from restnet_hf.export.programs import Program
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.runners import RUNTIMES, need
+from restnet_hf.runtime.runners import RUNTIMES, import_for_runtime
 
 
 ALIGNED = 64  # bytes of a cache line and of the widest vector, at multiples of which tensors begin
@@ -74,7 +74,7 @@ class Exporter(ABC):
                 f"precision={precision!r} is not one of {self.precisions} of runtime '{self.runtime}'"
             )
         for package in self.packages:
-            need(package, self.runtime)
+            import_for_runtime(package, self.runtime)
 
     @abstractmethod
     def convert(self, program: Program, precision: str) -> Any:

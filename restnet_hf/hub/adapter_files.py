@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import cached_file
 
-from restnet_hf.anchors.loading import at_commit
-from restnet_hf.anchors.weights import check_weights, refuse
+from restnet_hf.anchors.loading import resolve_commit
+from restnet_hf.anchors.weights import check_weights, raise_problems
 from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.errors import quote
 from restnet_hf.files import read_whole
@@ -138,7 +138,7 @@ class Parts:
             name = ".".join(key.split(".")[:2])
             self.tensors.setdefault(name, {})[key] = tensor
         asked = set(names)
-        refuse(
+        raise_problems(
             {
                 "missing": sorted(asked - self.tensors.keys()),
                 "not expected": sorted(key for key in weights if ".".join(key.split(".")[:2]) not in asked),
@@ -277,7 +277,7 @@ def read_checkpoint(
     where, at = STATE_DICT, {**hub_kwargs, "subfolder": subfolder}
     if path_or_id is not None:
         where = os.fspath(path_or_id)
-        at["revision"] = at_commit(where, revision, hub_kwargs)
+        at["revision"] = resolve_commit(where, revision, hub_kwargs)
     config, profile, weights = read_adapter(where, at, config, state_dict)
     config = override_config(config, options)
     if state_dict is not None:

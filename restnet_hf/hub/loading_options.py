@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.config_entry import embedded, identify, rebuild, reload
+from restnet_hf.anchors.config_entry import add_fingerprint, load_embedded_anchor, rebuild_anchor, reload_anchor
 from restnet_hf.anchors.loading import load_lora
 from restnet_hf.anchors.weights import check_weights
 from restnet_hf.configuration_restnet import RestNetConfig
@@ -149,9 +149,9 @@ def read_state_dict(state_dict: Mapping[str, Tensor], config: RestNetConfig, whe
         for entry in new if holds_anchors(weights) else ():
             prefix = f"anchors.{entry['name']}.model."
             own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-            anchor = rebuild(entry, partial(_check, own, where))
+            anchor = rebuild_anchor(entry, partial(_check, own, where))
             anchor.model.load_state_dict(own, assign=True)
-            identify(entry, anchor)
+            add_fingerprint(entry, anchor)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the config given with {where} is invalid: {error!r}") from error
     return weights
@@ -279,8 +279,8 @@ def load_anchors(
                 "from_pretrained(..., anchors={name: a module or a folder})"
             )
     return [
-        embedded(entry, weights, dtype, used, where)
+        load_embedded_anchor(entry, weights, dtype, used, where)
         if whole and entry["name"] not in replacements
-        else reload(entry, replacements.get(entry["name"]), dtype, options, used)
+        else reload_anchor(entry, replacements.get(entry["name"]), dtype, options, used)
         for entry in entries
     ]

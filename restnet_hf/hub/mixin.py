@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.config_entry import present, saved_entry
-from restnet_hf.anchors.loading import at_commit
+from restnet_hf.anchors.config_entry import current_entry, saved_entry
+from restnet_hf.anchors.loading import resolve_commit
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.errors import hub_errors, short_errors
 from restnet_hf.files import folder_written_whole
@@ -113,7 +113,7 @@ class AdapterHubMixin:
                     "loaded from the Hub or a folder"
                 )
             for anchor in self.anchors.values():
-                anchor.check_present()
+                anchor.check_in_memory()
         self.config.active_route = str(self.active_route)
         entries = [
             saved_entry(
@@ -242,7 +242,7 @@ class AdapterHubMixin:
         """
         hub = hub_options("load_stitch", hub_kwargs)
         where = os.fspath(repo_id)
-        at = {**hub, "revision": at_commit(where, revision, hub), "subfolder": subfolder}
+        at = {**hub, "revision": resolve_commit(where, revision, hub), "subfolder": subfolder}
         config, profile, weights = read_adapter(where, at)
         if config.standalone:
             weights = {key: value for key, value in weights.items() if not key.startswith("anchors.")}
@@ -332,7 +332,11 @@ class AdapterHubMixin:
         hashes = {key: weights_sha256(part.state_dict()) for key, part in parts.items()}
         if entries is None:
             pairs = zip(self.config.anchors, self.anchors.values(), strict=True)
-            entries = [present(*pair) for pair in pairs if pair[0]["fingerprint"] is not None or pair[1].changed()]
+            entries = [
+                current_entry(*pair)
+                for pair in pairs
+                if pair[0]["fingerprint"] is not None or pair[1].changed_weights()
+            ]
         hashes |= {f"anchors.{entry['name']}": entry["fingerprint"] for entry in entries if entry.get("changed")}
         return hashes
 

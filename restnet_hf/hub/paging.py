@@ -66,9 +66,9 @@ class WeightFiles:
     def __init__(self, folder: str | os.PathLike[str], anchors: Mapping[str, Anchor]) -> None:
         self.paths = {name: Path(folder) / f"{name}.safetensors" for name in anchors}
         for name, anchor in anchors.items():
-            anchor.check_present()
+            anchor.check_in_memory()
             anchor.verify()  # the files are read without another check
-            anchor.seal.lost.update(anchor.changed())
+            anchor.snapshot.lost.update(anchor.changed_weights())
             self.paths[name].parent.mkdir(parents=True, exist_ok=True)
             weights = {key: p.detach().contiguous() for key, p in anchor.model.named_parameters()}
             with written_whole(self.paths[name]) as temporary:

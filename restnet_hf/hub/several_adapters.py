@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from restnet_hf.anchors.config_entry import present
+from restnet_hf.anchors.config_entry import current_entry
 from restnet_hf.anchors.layouts import layout_from_dict
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.preprocessing import Preprocessing
@@ -166,7 +166,7 @@ def _check_name(name: str, routes: Iterable[Route]) -> None:
 
 def _match_anchors(model: Any, config: RestNetConfig, where: str) -> dict[str, str]:
     """The name in the model of each of an adapter's anchors; raises ValueError if one is not there."""
-    own = [present(*pair) for pair in zip(model.config.anchors, model.anchors.values(), strict=True)]
+    own = [current_entry(*pair) for pair in zip(model.config.anchors, model.anchors.values(), strict=True)]
     names = {}
     for entry in config.anchors or []:
         keys = ("fingerprint", "granularity")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.segments import outside, own_modules
+from restnet_hf.anchors.segments import remaining_modules, unused_paths
 from restnet_hf.routes.route import Segment
 from restnet_hf.steps import Step, run_steps
 
@@ -182,7 +182,7 @@ def _tensors(step: Step) -> Iterator[Tensor]:
         anchor, stop = step.module, step.segment.stop
         last = None if stop is None else anchor.cut(stop)
         start = anchor.cut(step.segment.start) if step.segment.start else None
-        modules = own_modules(anchor.model, outside(start, last, anchor.classifier))
+        modules = remaining_modules(anchor.model, unused_paths(start, last, anchor.classifier))
     for module in modules:
         yield from module.buffers(recurse=False)
     for tuned in step.tuned:

@@ -1,4 +1,4 @@
-"""FAMILIES: the routes that published methods join anchors by, enumerated one at a time; no torch."""
+"""FAMILIES: the routes by which published methods join anchors, enumerated one at a time. No torch."""
 
 import random
 import re
@@ -13,7 +13,7 @@ from restnet_hf.routes.route import Route, Segment
 
 
 def one_cut(front: Blocks, end: Blocks) -> Iterator[Route]:
-    """Every route from the end of a block to the end of a block (ReStNet, arXiv 2506.09066)."""
+    """Every route from the end of a block in ``front`` to that of one in ``end`` (ReStNet, arXiv 2506.09066)."""
     for stop in chain.from_iterable(front.stages):
         for start in chain.from_iterable(end.stages):
             yield _joined(front, stop, end, start)
@@ -27,14 +27,14 @@ def paired(
     Blocks 0 to j of ``front`` and k to the last of ``end`` run, for all j and k in a window.
 
     Args:
-        front: where routes start.
-        end: where they end; its stages are as deep.
-        kernel: blocks in a window.
-        stride: how far it moves.
-        overlap: also where j >= k, so that ``end`` starts at a depth that ``front`` has run. SN-Net keeps these for
-            DeiT and leaves them out for Swin.
-        share: one stitch for each window, as in the paper; else one for each pair of cuts. Routes into the first
-            block of all have their own in any case, since its input may have another layout.
+        front: blocks of the anchor in which routes start.
+        end: blocks of the anchor in which routes end, with stages as deep as those of ``front``.
+        kernel: number of blocks in a window.
+        stride: number of blocks that the window moves each time.
+        overlap: whether to include routes with j >= k, so that ``end`` starts at a depth that ``front`` has run.
+            SN-Net keeps these for DeiT and leaves them out for Swin.
+        share: whether to use one stitch for each window, as in the paper, and not one for each pair of cuts. Routes
+            into the very first block always have their own, since its input may have another layout.
 
     Raises:
         ValueError: the stages are not equally deep, or ``kernel`` or ``stride`` is below 1.
@@ -45,20 +45,21 @@ def paired(
         if depth != other:
             raise ValueError(
                 f"paired: stage {stage + 1} has {depth} blocks in '{front.anchor}' and {other} in '{end.anchor}'; "
-                "use unpaired, or nearest, which takes whichever fits"
+                "use unpaired, or nearest, which chooses the one that fits"
             )
         yield from _entered(front, end, stage, _windows(depth, kernel, stride, overlap), share)
 
 
 def unpaired(front: Blocks, end: Blocks, share: bool = True) -> Iterator[Route]:
-    """Each block of the deeper anchor is joined to the one at its place in the other (SN-Net, nearest interpolation).
+    """Each block of the deeper anchor is joined to one of the other by nearest interpolation (SN-Net).
 
-    Of stages of a and b blocks, a <= b, block i of the deeper belongs to floor(i * a / b) of the other. Blocks 0 to j
-    of ``front`` and k to the last of ``end`` run. Where k is the first of its stage the route is left out, unless it
-    is the first of all and ``end`` has an entry. With ``share``, a block of ``front`` has one stitch, as in the paper.
+    For stages of a and b blocks, a <= b, block i of the deeper is joined to block floor(i * a / b) of the other.
+    Blocks 0 to j of ``front`` and k to the last of ``end`` run. Where k is the first of its stage the route is left
+    out, unless it is the very first and ``end`` has an entry. With ``share``, a block of ``front`` has one stitch, as
+    in the paper.
 
     Raises:
-        ValueError: the anchors have not equally many stages.
+        ValueError: the anchors have different numbers of stages.
     """
     for stage, depth, other in _stages(front, end):
         deeper = range(max(depth, other))
@@ -71,7 +72,7 @@ def nearest(
 ) -> Iterator[Route]:
     """Stage by stage `paired` where both are equally deep and `unpaired` where not: all of SN-Net's rules in one."""
     for stage, depth, other in _stages(front, end):
-        one, two = (Blocks(b.anchor, (b.stages[stage],), b.before(stage, 0)) for b in (front, end))
+        one, two = (Blocks(b.anchor, (b.stages[stage],), b.cut_before(stage, 0)) for b in (front, end))
         yield from paired(one, two, kernel, stride, overlap, share) if depth == other else unpaired(one, two, share)
 
 
@@ -79,17 +80,17 @@ def two_way(front: Blocks, end: Blocks, stitches: int = 2) -> Iterator[Route]:
     """Routes that start in ``front`` and change anchors at places of equal depth (SN-Netv2, arXiv 2307.00154).
 
     With a small anchor S in front of a large one L these are SL and SLS, the other way round LS and LSL; `family` with
-    ``directions="both"`` gives all four. Of stages of a and b blocks, a <= b, the end of block i of the shallower
-    meets that of block floor(i * b / a) of the deeper, counted from 1. Where the last stages end no route changes:
-    only a head would follow.
+    ``directions="both"`` gives all four. For stages of a and b blocks, a <= b, the end of block i of the shallower is
+    joined to that of block floor(i * b / a) of the deeper, counted from 1. No route changes anchors at the end of the
+    last stages, where only a head would follow.
 
     Args:
-        front: where routes start.
-        end: the other anchor.
-        stitches: how many at most; routes with few come first.
+        front: blocks of the anchor in which routes start.
+        end: blocks of the other anchor.
+        stitches: most stitches in a route; routes with few come first.
 
     Raises:
-        ValueError: the anchors have not equally many stages, or ``stitches`` is below 1.
+        ValueError: the anchors have different numbers of stages, or ``stitches`` is below 1.
     """
     if stitches < 1:
         raise ValueError(f"stitches={stitches} must be at least 1")
@@ -120,18 +121,17 @@ def skip(
 ) -> Iterator[Route]:
     """Routes that leave an anchor and enter it again later (AdaptiveNet, arXiv 2303.07129).
 
-    Each block runs as it is, or so many neighbours are left out together and a stitch takes their place, or the stitch
-    takes the place of one block alone and is a pruned copy of it. Of n blocks and ``merge=(2, 3)`` these are the
-    compositions of n into parts of 1, 2 and 3: 10,609 of 16. Nothing takes the place of the first block where the
-    anchor has no entry.
+    Each block runs as it is, or is replaced together with its neighbours by one stitch, or alone by a stitch that is a
+    pruned copy of it. For n blocks and ``merge=(2, 3)`` these are the compositions of n into parts of 1, 2 and 3:
+    10,609 for 16 blocks. The first block is never replaced where the anchor has no entry.
 
     Args:
-        anchor: whose blocks they are.
-        merge: how many neighbours a stitch may stand for, in the order in which routes come.
-        prune: shares of the hidden channels that copies go without, in whole percents; their stitches are called
+        anchor: blocks of the anchor.
+        merge: numbers of neighbouring blocks that a stitch may replace, in the order of the routes.
+        prune: shares of the hidden channels to remove from copies, in whole percents; their stitches are called
             ``prune25_3`` and so on, with the cut before the block.
-        prunable: the cuts before the blocks that can be pruned, by anchor; all by default.
-        seed: draw routes at random, each once, in place of all in order, of which there may be too many.
+        prunable: cuts before the blocks that can be pruned, by anchor; all by default.
+        seed: seed to draw routes at random, each once; None for all routes in order, which may be too many.
 
     Raises:
         ValueError: a number is out of range.
@@ -143,14 +143,14 @@ def skip(
             f"merge={merge} must be whole numbers above 0, and prune={prune} whole percents between 0 and 1, as 0.25"
         )
     cuts = [*([anchor.entry] if anchor.entry else []), *chain.from_iterable(anchor.stages)]
-    ways: dict[int, list[tuple[int, str]]] = {}  # of each place, where a stitch may lead and its name
+    jumps: dict[int, list[tuple[int, str]]] = {}  # for each cut, where a stitch may lead and its name
     for index, cut in enumerate(cuts):
         pruned = (
             percents if index + 1 < len(cuts) and (prunable is None or cut in prunable.get(anchor.anchor, ())) else ()
         )
-        ways[cut] = [(cuts[index + width], "") for width in dict.fromkeys(merge) if index + width < len(cuts)]
-        ways[cut] += [(cuts[index + 1], f"{PRUNED}{percent}_{cut}") for percent in dict.fromkeys(pruned)]
-    for taken in _jumps(cuts, ways, 0) if seed is None else _drawn(cuts, ways, seed):
+        jumps[cut] = [(cuts[index + width], "") for width in dict.fromkeys(merge) if index + width < len(cuts)]
+        jumps[cut] += [(cuts[index + 1], f"{PRUNED}{percent}_{cut}") for percent in dict.fromkeys(pruned)]
+    for taken in _all_paths(cuts, jumps, 0) if seed is None else _random_paths(cuts, jumps, seed):
         if taken:
             starts = [0, *(target for _, target, _ in taken)]
             stops = [*(source for source, _, _ in taken), None]
@@ -159,40 +159,40 @@ def skip(
 
 
 def pruned_share(via: str) -> float:
-    """The share of hidden channels that a stitch of that name goes without, from 0 to 1."""
-    said = PRUNED_BY.fullmatch(via)
-    return int(said[1]) / 100 if said else 0.0
+    """The share of hidden channels, from 0 to 1, that a stitch of that name removes."""
+    match = PRUNED_BY.fullmatch(via)
+    return int(match[1]) / 100 if match else 0.0
 
 
-def _jumps(cuts: Sequence[int], ways: Mapping[int, list[tuple[int, str]]], index: int) -> Iterator[list[Any]]:
-    """Every way on from a place, as its jumps (source, target, name); the one without any comes first."""
+def _all_paths(cuts: Sequence[int], jumps: Mapping[int, list[tuple[int, str]]], index: int) -> Iterator[list[Any]]:
+    """Every path from a cut to the end, as its jumps (source, target, name); the one without any comes first."""
     if index == len(cuts):
         yield []
         return
-    yield from _jumps(cuts, ways, index + 1)
-    for target, via in ways[cuts[index]]:
-        for rest in _jumps(cuts, ways, cuts.index(target)):
+    yield from _all_paths(cuts, jumps, index + 1)
+    for target, via in jumps[cuts[index]]:
+        for rest in _all_paths(cuts, jumps, cuts.index(target)):
             yield [(cuts[index], target, via), *rest]
 
 
-def _drawn(cuts: Sequence[int], ways: Mapping[int, list[tuple[int, str]]], seed: int) -> Iterator[list[Any]]:
-    """Some of these at random, each once, until a thousand draws in a row bring nothing new."""
-    dice, known, old = random.Random(seed), set[tuple[Any, ...]](), 0
-    while old < 1000:
+def _random_paths(cuts: Sequence[int], jumps: Mapping[int, list[tuple[int, str]]], seed: int) -> Iterator[list[Any]]:
+    """Paths at random, each once, until a thousand draws in a row are repeats."""
+    rng, drawn, repeats = random.Random(seed), set[tuple[Any, ...]](), 0
+    while repeats < 1000:
         index, taken = 0, []
         while index < len(cuts):
-            target, via = dice.choice([(0, ""), *ways[cuts[index]]])
+            target, via = rng.choice([(0, ""), *jumps[cuts[index]]])
             taken += [(cuts[index], target, via)] if target else []
             index = cuts.index(target) if target else index + 1
-        old = old + 1 if tuple(taken) in known else 0
-        if not old:
-            known.add(tuple(taken))
+        repeats = repeats + 1 if tuple(taken) in drawn else 0
+        if not repeats:
+            drawn.add(tuple(taken))
             yield taken
 
 
 PRUNED = "prune"
 PRUNED_BY = re.compile(rf"{PRUNED}(\d\d?)_\d+")
-Rule = Callable[..., Iterator[Route]]  # of a front, an end and options, or of one anchor and options
+Rule = Callable[..., Iterator[Route]]  # takes a front, an end and options, or one anchor and options
 
 FAMILIES: dict[str, Rule] = {
     "one_cut": one_cut,
@@ -216,35 +216,35 @@ DIRECTIONS: dict[str, Callable[[Blocks, Blocks], tuple[tuple[Blocks, Blocks], ..
 def family(
     anchors: Iterable[Blocks], kind: str = "nearest", pairs: str = "adjacent", directions: str = "up", **options: Any
 ) -> Iterator[Route]:
-    """Every anchor alone, then the routes that join two of them or skip blocks of one; each is made when asked for.
+    """Every anchor alone, then the routes that join two of them or skip blocks of one, generated lazily.
 
     Args:
-        anchors: from the cheapest to the dearest.
-        kind: a key of `FAMILIES`: how two anchors are joined; or of `WITHIN`: what is left out of each.
-        pairs: a key of `PAIRS`: ``adjacent`` joins neighbours in cost alone (SN-Net's nearest stitching).
-        directions: a key of `DIRECTIONS`: ``up`` starts in the cheaper of two anchors, ``down`` in the dearer.
-        **options: of that kind.
+        anchors: blocks of each anchor, from the cheapest to the most expensive.
+        kind: key of `FAMILIES`, which join two anchors, or of `WITHIN`, which skip blocks of one.
+        pairs: key of `PAIRS`; ``adjacent`` joins only neighbours in cost (SN-Net's nearest stitching).
+        directions: key of `DIRECTIONS`; ``up`` starts in the cheaper of two anchors, ``down`` in the other.
+        **options: options of that kind of family.
 
     Raises:
         ValueError: a key or an option is unknown, or two anchors have the same name.
     """
-    known: dict[str, tuple[str, Mapping[str, object]]] = {
+    choices: dict[str, tuple[str, Mapping[str, object]]] = {
         "kind": (kind, {**FAMILIES, **WITHIN}),
         "pairs": (pairs, PAIRS),
         "directions": (directions, DIRECTIONS),
     }
-    for name, (given, table) in known.items():
-        if given not in table:
-            raise ValueError(f"{name}={given!r} is not one of {sorted(table)}")
+    for name, (choice, table) in choices.items():
+        if choice not in table:
+            raise ValueError(f"{name}={choice!r} is not one of {sorted(table)}")
     rule = {**FAMILIES, **WITHIN}[kind]
-    taken = [name for name in signature(rule).parameters if name not in ("front", "end", "anchor")]
-    strange = sorted(options.keys() - {*taken})
-    if strange:
-        raise ValueError(f"family {kind!r} has no options {strange}; it takes {taken}")
+    allowed = [name for name in signature(rule).parameters if name not in ("front", "end", "anchor")]
+    unknown = sorted(options.keys() - {*allowed})
+    if unknown:
+        raise ValueError(f"family {kind!r} has no options {unknown}; it takes {allowed}")
     members = tuple(anchors)
     names = [blocks.anchor for blocks in members]
     if len({*names}) < len(names):
-        raise ValueError(f"the anchors {names} must have names of their own")
+        raise ValueError(f"the anchors {names} must have different names")
     alone = (blocks.alone() for blocks in members)
     if kind in WITHIN:
         return chain(alone, *(rule(blocks, **options) for blocks in members))
@@ -256,17 +256,14 @@ def family(
 def within_budget(
     routes: Iterable[Route], costs: Callable[[Route], Mapping[str, float]], budget: Budget
 ) -> Iterator[Route]:
-    """Those routes that fit, one at a time.
+    """Yield the routes that a budget allows, one at a time.
 
     Args:
-        routes: such as from `family`.
-        costs: of a route; a model's ``route_costs()``.
+        routes: routes to filter, such as those of `family`.
+        costs: function that returns the costs of a route, such as a model's ``route_costs()``.
         budget: limits on those costs.
     """
-    for route in routes:
-        found = costs(route)
-        if all(found[cost] <= limit for cost, limit in budget.limits.items()):
-            yield route
+    return (route for route in routes if budget.allows(costs(route)))
 
 
 def _joined(front: Blocks, stop: int, end: Blocks, start: int, via: str = "") -> Route:
@@ -274,37 +271,37 @@ def _joined(front: Blocks, stop: int, end: Blocks, start: int, via: str = "") ->
 
 
 def _stages(front: Blocks, end: Blocks) -> Iterator[tuple[int, int, int]]:
-    """Number of each stage, and how many blocks it has in both anchors."""
+    """Yield the index of each stage and the number of blocks it has in both anchors."""
     if len(front.stages) != len(end.stages):
         raise ValueError(
-            f"'{front.anchor}' has {len(front.stages)} stages and '{end.anchor}' {len(end.stages)}; give as many of "
-            "both, the ones that belong together in the same order"
+            f"'{front.anchor}' has {len(front.stages)} stages and '{end.anchor}' {len(end.stages)}; give equally many "
+            "of both, with stages that belong together in the same order"
         )
     for stage, (one, two) in enumerate(zip(front.stages, end.stages, strict=True)):
         yield stage, len(one), len(two)
 
 
 def _windows(depth: int, kernel: int, stride: int, overlap: bool) -> Iterator[tuple[int, int, int]]:
-    """Every pair of blocks that a window holds, each once, with the window's first; the last may be cut short."""
-    known = 0  # blocks below it that are in this window were together in the one before
+    """Yield every pair of blocks in a window once, with the window's first block; the last window may be shorter."""
+    done = 0  # pairs of blocks below this number were in the window before
     for start in range(0, depth, stride):
         window = range(start, min(start + kernel, depth))
         for j in window:
             for k in window:
-                if max(j, k) >= known and (overlap or j < k):
+                if max(j, k) >= done and (overlap or j < k):
                     yield j, k, start
-        known = window.stop
+        done = window.stop
 
 
 def _entered(
     front: Blocks, end: Blocks, stage: int, places: Iterable[tuple[int, int, int]], share: bool
 ) -> Iterator[Route]:
-    """A route for every last block of ``front`` and first block of ``end``, if there is a cut before it.
+    """Yield a route for each last block of ``front`` and first block of ``end``, if there is a cut before the latter.
 
-    The third number is a block of ``front`` by which stitches that are shared are called.
+    The third number of a place is a block of ``front`` that names the stitch that routes share.
     """
     for j, k, group in places:
-        start = end.before(stage, k)
+        start = end.cut_before(stage, k)
         if start:
             shared = f"w{front.stages[stage][group]}" if share and k else ""
             yield _joined(front, front.stages[stage][j], end, start, shared)

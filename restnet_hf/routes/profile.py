@@ -1,4 +1,4 @@
-"""Profiles and budgets: routes with their costs and scores, and the best one within limits. No torch."""
+"""Profiles and budgets: routes with their costs and scores, and the best route within limits. No torch."""
 
 import json
 import math
@@ -9,28 +9,28 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Real
 from typing import Any
 
-from restnet_hf.errors import BudgetError
+from restnet_hf.errors import BudgetError, quote
 from restnet_hf.files import written_whole
 from restnet_hf.limits import MAX_BYTES
 from restnet_hf.routes.route import Route
 
 
 RUNTIME_KEYS = ("device", "runtime", "precision", "threads")  # what a latency depends on
-MOST_NESTED = 32  # levels of metadata; ours has 4, and writing it again must not reach Python's recursion limit
-LONGEST_ERROR = 300  # characters of what is wrong with a file, which may hold megabytes of anything
+MAX_NESTING = 32  # levels of metadata; ours has 4, and writing it again must not reach Python's recursion limit
+MAX_CAUSE = 300  # characters of what is wrong with a file, which may hold megabytes of anything
 LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on what a route may cost, None where there is none.
+    """Upper limits on the costs of a route; None where a cost is not limited.
 
     Args:
         macs: multiply-accumulate operations for one image.
         params: parameters of the route's own segments, stitches and head.
-        memory_mb: megabytes (2**20 bytes).
-        latency_ms: milliseconds for one image, on the device the profile names.
-        energy_j: joules for one image, of all that the processor uses meanwhile.
+        memory_mb: megabytes of memory (2**20 bytes).
+        latency_ms: milliseconds for one image, on the device that the profile names.
+        energy_j: joules for one image, including all else that the processor does meanwhile.
     """
 
     macs: float | None = None
@@ -44,7 +44,7 @@ class Budget:
             if isinstance(limit, bool) or not isinstance(limit, Real) or not limit > 0:
                 raise ValueError(f"budget {cost}={limit!r} must be a number above 0")
             if limit > LARGEST and limit != math.inf:  # a whole number that no float can hold
-                raise ValueError(f"budget {cost} must be at most {LARGEST:.3g}; leave it out where there is no limit")
+                raise ValueError(f"budget {cost} must be at most {LARGEST:.3g}; leave it out for no limit")
         if not self.limits:
             raise ValueError(f"a budget needs at least one of {[f.name for f in fields(self)]}")
 
@@ -54,8 +54,12 @@ class Budget:
         return {cost: limit for cost, limit in asdict(self).items() if limit is not None}
 
     def allows(self, costs: Mapping[str, float]) -> bool:
-        """Whether costs are within all limits; one that is limited and not known is not."""
+        """Whether costs are within all limits; a limited cost that is missing is not."""
         return all(costs.get(cost, math.inf) <= limit for cost, limit in self.limits.items())
+
+    def usage(self, costs: Mapping[str, float]) -> float:
+        """The largest share of a limit that costs take: at most 1 where the budget allows them."""
+        return max(costs[cost] / limit for cost, limit in self.limits.items())
 
     def __str__(self) -> str:
         return ", ".join(f"{cost}<={limit:g}" for cost, limit in self.limits.items())
@@ -63,7 +67,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class ProfiledRoute:
-    """One route with what it costs and what it gives."""
+    """One route with its costs and scores."""
 
     route: Route
     costs: Mapping[str, float]
@@ -72,46 +76,43 @@ class ProfiledRoute:
 
 @dataclass(frozen=True)
 class Profile:
-    """Routes x costs x scores, with where the numbers come from.
+    """Costs and scores of routes, with where the numbers come from.
 
     Args:
-        routes: the profiled routes.
-        metadata: device, data, date and software versions; anything JSON holds.
+        routes: profiled routes, in any order.
+        metadata: device, data, date and software versions, or any other JSON.
     """
 
     routes: tuple[ProfiledRoute, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def best(self, budget: Budget, score: str = "accuracy") -> ProfiledRoute:
-        """The route of the highest score within ``budget``; of equals, the one of fewer MACs.
+        """The route with the highest score within ``budget``; of equals, the one with fewer MACs.
 
-        Where no route has that score, the one of the most MACs within the budget.
+        Where no route has that score, the one with the most MACs within the budget.
 
         Raises:
-            BudgetError: nothing fits (the message names the cheapest route), or a cost was not measured.
+            BudgetError: no route fits (the message names the cheapest), or a cost was not measured.
         """
-        limits = budget.limits
-        for cost in limits:
-            if not all(cost in row.costs for row in self.routes):
-                known = sorted(set.intersection(*(set(row.costs) for row in self.routes)) if self.routes else ())
-                raise BudgetError(f"the profile holds no {cost} for its routes, only {known}; profile the model again")
+        self.check_costs(budget)
         fitting = [row for row in self.routes if budget.allows(row.costs)]
         if not fitting:
-            raise BudgetError(f"no route fits {budget}; {self._cheapest(budget)}")
+            cheapest = describe_cheapest(self.routes, budget) if self.routes else "the profile is empty"
+            raise BudgetError(f"no route fits {budget}; {cheapest}")
         scored = [row for row in fitting if score in row.scores]
         if scored:
             return max(scored, key=lambda row: (row.scores[score], -row.costs.get("macs", 0)))
         return max(fitting, key=lambda row: row.costs.get("macs", 0))
 
-    def _cheapest(self, budget: Budget) -> str:
-        if not self.routes:
-            return "the profile is empty"
-        limits = budget.limits
-        row = min(self.routes, key=lambda row: max(row.costs[c] / limit for c, limit in limits.items()))
-        return f"the cheapest is '{row.route}' with " + ", ".join(f"{c}={row.costs[c]:g}" for c in limits)
+    def check_costs(self, budget: Budget) -> None:
+        """Raise BudgetError unless all routes have the costs that a budget limits."""
+        for cost in budget.limits:
+            if not all(cost in row.costs for row in self.routes):
+                common = sorted(set.intersection(*(set(row.costs) for row in self.routes)))
+                raise BudgetError(f"the profile has no {cost} for its routes, only {common}; profile the model again")
 
     def pareto(self, cost: str = "macs", score: str = "accuracy") -> tuple[ProfiledRoute, ...]:
-        """The routes that no other beats on both ``cost`` and ``score``, cheapest first.
+        """The routes that no other route beats on both ``cost`` and ``score``, cheapest first.
 
         Raises:
             ValueError: a route has no such cost or score.
@@ -126,10 +127,10 @@ class Profile:
         return tuple(front)
 
     def with_runtime(self, exported: "Profile") -> "Profile":
-        """With what the profile of an exported folder says, in ``metadata["runtimes"]``.
+        """A copy with the measurements of an exported folder's profile added to ``metadata["runtimes"]``.
 
-        Each entry there is of one device, runtime, precision and number of threads, with ``latency_ms`` and scores by
-        route. What is known of other routes in the same stays.
+        Each entry there is for one device, runtime, precision and number of threads, with ``latency_ms`` and scores by
+        route. An existing entry keeps its measurements of other routes.
 
         Raises:
             ValueError: the exported profile does not hold the device, runtime, precision, threads or latencies.
@@ -146,13 +147,13 @@ class Profile:
         return Profile(self.routes, {**self.metadata, "runtimes": [*others, {**entry, "routes": routes}]})
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The profile as plain JSON values."""
         rows = [{"route": str(r.route), "costs": dict(r.costs), "scores": dict(r.scores)} for r in self.routes]
         return {"metadata": dict(self.metadata), "routes": rows}
 
     @classmethod
     def from_dict(cls, data: Any) -> "Profile":
-        """The inverse of `to_dict`; raises ValueError where ``data`` is not a profile, whatever else it is."""
+        """The inverse of `to_dict`; raises ValueError for any ``data`` that is not a profile."""
         try:
             rows = tuple(
                 ProfiledRoute(Route.parse(row["route"]), _numbers(row["costs"]), _numbers(row["scores"]))
@@ -164,7 +165,7 @@ class Profile:
                 _check_runtime(entry)
             return cls(rows, metadata)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ValueError(f"not a profile: {_shortened(error)}") from None  # the cause may be as long as the file
+            raise ValueError(f"not a profile: {quote(error, MAX_CAUSE)}") from None  # it may be as long as the file
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON."""
@@ -176,8 +177,8 @@ class Profile:
         """Read what `save` wrote.
 
         Raises:
-            OSError: there is no such file, or it cannot be read.
-            ValueError: it is not a profile, or larger than ``MAX_BYTES``.
+            OSError: the file cannot be read.
+            ValueError: the file is not a profile, or is larger than ``MAX_BYTES``.
         """
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -189,11 +190,22 @@ class Profile:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
+def describe_cheapest(rows: Iterable[Any], budget: Budget) -> str:
+    """The part of an error message that names the route closest to a budget that allows none.
+
+    Args:
+        rows: rows with a ``route`` and ``costs``, at least one.
+        budget: limits on those costs.
+    """
+    row = min(rows, key=lambda row: budget.usage(row.costs))
+    return f"the cheapest is '{row.route}' with " + ", ".join(f"{cost}={row.costs[cost]:g}" for cost in budget.limits)
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     for key, value in values.items():
         if isinstance(value, bool) or not isinstance(key, str) or not isinstance(value, int | float):
             raise ValueError(f"{key!r} is {value!r}, not a number")
-        if not abs(value) <= LARGEST:  # as is said of NaN, and of whole numbers that no float can hold
+        if not abs(value) <= LARGEST:  # true for NaN, and for whole numbers that no float can hold
             raise ValueError(f"{key!r} is not finite, or above {LARGEST:.3g}")
     return dict(values)
 
@@ -209,23 +221,15 @@ def _check_runtime(entry: Mapping[str, Any]) -> None:
 
 
 def _check_nesting(metadata: Any) -> None:
-    """Raise ValueError where there are more than ``MOST_NESTED`` levels."""
+    """Raise ValueError where metadata has more than ``MAX_NESTING`` levels."""
     level = [metadata]
-    for _ in range(MOST_NESTED):
+    for _ in range(MAX_NESTING):
         inside = (item for value in level for item in _items(value))
         level = list({id(item): item for item in inside}.values())  # what YAML repeats by reference counts once
         if not level:
             return
-    raise ValueError(f"metadata is nested deeper than {MOST_NESTED} levels")
+    raise ValueError(f"metadata is nested deeper than {MAX_NESTING} levels")
 
 
 def _items(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-
-
-def _shortened(error: Exception) -> str:
-    try:
-        text = repr(error)
-    except (ValueError, RecursionError):  # it holds a number of too many digits, or is nested too deep
-        text = type(error).__name__
-    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]}..."

@@ -1,4 +1,4 @@
-"""Routes: which part of which anchor runs, in which order. Written and parsed the way Python slices; no torch."""
+"""Routes: which part of which anchor runs, in which order. Written and parsed as Python slices. No torch."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ from itertools import pairwise, repeat, zip_longest
 ANCHOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
 ADAPTER = re.compile(rf"\s*({ANCHOR_NAME.pattern}):(.*)", re.S)
 SEGMENT = re.compile(rf"(?:({ANCHOR_NAME.pattern})\s+)?({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
-LONGEST = 10_000  # characters; thirty segments take about 1,000
+MAX_LENGTH = 10_000  # characters; thirty segments take about 1,000
 EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone"
 
 
@@ -27,10 +27,10 @@ class Segment:
 
 @dataclass(frozen=True, order=True)
 class StitchPoint:
-    """Where a stitch sits: it reads the activation at cut ``source_cut`` and replaces the one at ``target_cut``.
+    """The place of a stitch: it reads the activation at cut ``source_cut`` and replaces the one at ``target_cut``.
 
-    Stitches of several adapters may sit at the same place; ``adapter`` names the set, and is empty for the first. A
-    stitch that has a name of its own, ``via``, may serve several places, and there may be several at one place.
+    Stitches of several adapters may be at the same place; ``adapter`` names the adapter, and is empty for the first. A
+    stitch with a name of its own, ``via``, may serve several places, and there may be several at one place.
     """
 
     source: str
@@ -44,31 +44,31 @@ class StitchPoint:
     def name(self) -> str:
         """A name without dots, fit for a module key: ``resnet50_7__mobilenetv2_11``, or ``small__large~shared``."""
         if self.via:
-            return of_adapter(self.adapter, f"{self.source}__{self.target}~{self.via}")
-        return of_adapter(self.adapter, f"{self.source}_{self.source_cut}__{self.target}_{self.target_cut}")
+            return prefix_key(self.adapter, f"{self.source}__{self.target}~{self.via}")
+        return prefix_key(self.adapter, f"{self.source}_{self.source_cut}__{self.target}_{self.target_cut}")
 
 
-def of_adapter(adapter: str, key: str) -> str:
-    """The key of a module of a named adapter; no anchor's name holds a colon."""
+def prefix_key(adapter: str, key: str) -> str:
+    """The key of a module of a named adapter, with a colon, which no anchor's name holds."""
     return f"{adapter}:{key}" if adapter else key
 
 
 @dataclass(frozen=True, order=True)
 class Route:
-    """A way from image to logits: segments with a stitch between neighbours; an anchor alone is one segment.
+    """A path from image to logits: segments with a stitch between neighbours; an anchor alone is one segment.
 
-    ``adapter`` names whose stitches and head it uses where a model holds several sets on the same anchors. It stands
-    in front, ``night: resnet50[:7] + mobilenetv2[11:]``, and is empty for the first set. A stitch belongs to the two
-    cuts that it joins, unless it has a name of its own, ``small[:3] +shared large[3:]``: routes that name the same
-    one share it, whatever cuts they join.
+    ``adapter`` names the adapter whose stitches and head the route uses where a model holds several on the same
+    anchors. It is written in front, ``night: resnet50[:7] + mobilenetv2[11:]``, and is empty for the first adapter. A
+    stitch belongs to the two cuts that it joins, unless it has a name of its own, ``small[:3] +shared large[3:]``:
+    routes that name the same one share it, whatever cuts they join.
 
     Args:
-        segments: from the image on.
-        adapter: name of the set of stitches.
+        segments: segments of the route, from the image on.
+        adapter: name of the adapter whose stitches and head the route uses.
         via: name of each stitch, empty for those without; an empty tuple where no stitch has one.
 
     Raises:
-        ValueError: the segments do not lead from an image to logits, or there are not as many names as stitches.
+        ValueError: the segments do not lead from an image to logits, or the numbers of names and stitches differ.
     """
 
     segments: tuple[Segment, ...]
@@ -91,14 +91,14 @@ class Route:
             least = segment.start if 0 < index < len(self.segments) - 1 else segment.start + 1
             if segment.start < 0 or (segment.stop is not None and segment.stop < least):
                 raise ValueError(
-                    f"route '{self}': segment '{segment}' holds no block; its stop must be above its start. Only "
-                    "between two stitches that follow one another they are equal, 'a[:2] + a[4:4] + a[6:]'"
+                    f"route '{self}': segment '{segment}' holds no block; its stop must be above its start. They "
+                    "may be equal only between two consecutive stitches, 'a[:2] + a[4:4] + a[6:]'"
                 )
         names = [via for via in self.via if via]
         if self.via and (len(self.via) != len(self.segments) - 1 or not all(map(ANCHOR_NAME.fullmatch, names))):
             raise ValueError(
-                f"route '{self}': the stitches' names {self.via} must be one for each of {len(self.segments) - 1}, of "
-                "letters, digits, '_' and '-'"
+                f"route '{self}': the stitches' names {self.via} must be one for each of its {len(self.segments) - 1} "
+                "stitches, of letters, digits, '_' and '-'"
             )
 
     @classmethod
@@ -107,26 +107,26 @@ class Route:
 
         Args:
             anchor: name of the anchor.
-            adapter: name of the adapter whose head it uses.
+            adapter: name of the adapter whose head the route uses.
         """
         return cls((Segment(anchor),), adapter)
 
     @classmethod
     def parse(cls, text: str, cut_number: Callable[[str, str], int] | None = None) -> "Route":
-        """Read a route from its string form.
+        """Parse a route from its string form.
 
         Args:
-            text: such as ``resnet50[:7] + mobilenetv2[11:]``.
-            cut_number: of an anchor's name and a cut's name, the number of that cut; with it, a cut may be given by
-                name.
+            text: string form of a route, such as ``resnet50[:7] + mobilenetv2[11:]``.
+            cut_number: function that takes the names of an anchor and a cut and returns the number of the cut; None
+                where cuts may be given only by number.
 
         Raises:
-            ValueError: the text does not parse, is longer than ``LONGEST``, or names a cut that is not there.
+            ValueError: the text does not parse, is longer than ``MAX_LENGTH``, or names an unknown cut.
         """
-        if len(text) > LONGEST:
-            raise ValueError(f"{len(text):,} characters are no route, the longest has {LONGEST:,}; {EXAMPLE}")
+        if len(text) > MAX_LENGTH:
+            raise ValueError(f"{len(text):,} characters are no route, the longest has {MAX_LENGTH:,}; {EXAMPLE}")
 
-        def number(anchor: str, cut: str) -> int:
+        def parse_cut(anchor: str, cut: str) -> int:
             if cut.isdecimal():
                 return int(cut)
             if cut_number is None:
@@ -144,20 +144,20 @@ class Route:
             anchor, start, stop = match[2], match[3].strip(), match[4].strip()
             via.append(match[1] or "")
             segments.append(
-                Segment(anchor, number(anchor, start) if start else 0, number(anchor, stop) if stop else None)
+                Segment(anchor, parse_cut(anchor, start) if start else 0, parse_cut(anchor, stop) if stop else None)
             )
         return cls(tuple(segments), adapter, tuple(via[1:]))
 
     def __str__(self) -> str:
         first, *others = self.segments
         joints = zip_longest(self.via[: len(others)], others, fillvalue="")
-        said = "".join([str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
-        return f"{self.adapter}: {said}" if self.adapter else said
+        text = "".join([str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
+        return f"{self.adapter}: {text}" if self.adapter else text
 
     @property
     def head(self) -> str:
-        """The key of the new head that it ends in, where the model has new heads."""
-        return of_adapter(self.adapter, self.segments[-1].anchor)
+        """The key of the new head that the route ends in, where the model has new heads."""
+        return prefix_key(self.adapter, self.segments[-1].anchor)
 
     @property
     def stitch_points(self) -> tuple[StitchPoint, ...]:
@@ -169,7 +169,11 @@ class Route:
         )
 
     def check(self, depths: Mapping[str, int]) -> "Route":
-        """Return the route if it fits anchors with so many cuts; raise ValueError that says what does not."""
+        """Return the route if it fits anchors; raise ValueError that says what does not.
+
+        Args:
+            depths: number of cuts of each anchor, by name.
+        """
         for segment in self.segments:
             if segment.anchor not in depths:
                 raise ValueError(f"route '{self}': no anchor named '{segment.anchor}'; there are {sorted(depths)}")
@@ -181,7 +185,7 @@ class Route:
 
 
 def one_cut_routes(front: str, front_cuts: int, end: str, end_cuts: int) -> Iterator[Route]:
-    """Every route that runs ``front`` up to one of its cuts and ``end`` from one of its own (ReStNet's space)."""
+    """Every route that runs ``front`` up to one of its cuts and ``end`` from one of its cuts (ReStNet's space)."""
     for i in range(1, front_cuts + 1):
         for j in range(1, end_cuts + 1):
             yield Route((Segment(front, 0, i), Segment(end, j)))
@@ -221,7 +225,7 @@ class HeadKey:
         return cls(anchor, adapter)
 
     def __str__(self) -> str:
-        return of_adapter(self.adapter, self.anchor)
+        return prefix_key(self.adapter, self.anchor)
 
 
 @dataclass(frozen=True, order=True)

@@ -1,45 +1,45 @@
-"""Which route runs now: follows measured latency and memory and a changing budget, and ignores noise. No torch."""
+"""Controller: chooses the route to run from measured latency and memory and a changing budget. No torch."""
 
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 from restnet_hf.errors import BudgetError
+from restnet_hf.limits import is_number
 from restnet_hf.routes.profile import LARGEST, Budget, Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
 SURE = 4.0  # standard deviations that noise does not reach: once in 16,000 measurements
-REMEMBERED = 8  # windows
-FLOOR = 0.01  # no measurement is trusted to less than one percent
+REMEMBERED = 8  # windows of measurements
+FLOOR = 0.01  # least relative error of a measurement
 OF_MEDIAN = math.sqrt(math.pi / 2)  # standard deviation of the median of n normal numbers, times sqrt(n)
 OF_MIDDLE = 0.6745  # median of the distance of normal numbers from their mean, in standard deviations
-UNNOTICED = math.sqrt(2)  # a level may change by so many times its error before noise cannot explain it
-LEAST, MOST = 1e-12, 1e12  # milliseconds or megabytes: what lies outside was not measured, and would not fit a float
-MOST_MARGIN, MOST_WINDOW = 1000.0, 10_000  # above these no route has room, and changes are seen far too late
+UNNOTICED = math.sqrt(2)  # a level may change by this many times its error before noise cannot explain it
+LEAST, MOST = 1e-12, 1e12  # milliseconds or megabytes: values outside were not measured, and would not fit a float
+MOST_MARGIN, MOST_WINDOW = 1000.0, 10_000  # above these no route has room, or changes are noticed far too late
 
-FAR = 700.0  # the exponential of more is no float, and one of this is over any limit
+MAX_EXPONENT = 700.0  # the exponential of more is not a float, and that of 700 is over any limit
 
-# On these scales, what the device does to a cost is the same number for all routes, to be added: a busy device is
-# slower by a factor, and a process holds so much memory besides the route's own. With the way back.
+# Functions to and from scales on which the device adds the same number to the cost of every route: a busy device is
+# slower by a factor, and a process holds a fixed amount of memory besides the route's own.
 SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
-    "latency_ms": (math.log, lambda x: math.exp(min(x, FAR))),
+    "latency_ms": (math.log, lambda x: math.exp(min(x, MAX_EXPONENT))),
     "memory_mb": (float, float),
 }
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What runs from now on, and why.
+    """The route to run from now on, and why.
 
     Args:
         route: the route to run.
-        switched: whether it is another one than before.
-        fits: whether it is within the budget, as far as is known.
-        reason: a sentence for people.
+        switched: whether the route differs from the one before.
+        fits: whether the route is within the budget, as far as measured.
+        reason: explanation of the decision for people to read.
     """
 
     route: Route
@@ -49,46 +49,46 @@ class Decision:
 
 
 class Estimate(NamedTuple):
-    """A number that is known up to an error."""
+    """A measured number and its error."""
 
     value: float
     error: float
 
     def above(self, other: "Estimate") -> bool:
-        """Whether it is larger, by more than the errors explain."""
+        """Whether the value is larger by more than the errors explain."""
         return self.value - other.value > math.hypot(self.error, other.error)
 
 
 class Level:
-    """Where noisy numbers are now: the median of those since the last change.
+    """The present level of noisy numbers: the median of those since the last change.
 
-    They have changed when more than half of the latest n agree with one another and are off from those before, all on
-    one side, by more than ``SURE * noise * sqrt(window / n)``. As n is one, two and four windows, a clear change shows
-    soon and a slight one takes longer. Outliers do not agree, and too few are off at a time.
+    A change is when more than half of the latest n numbers agree with one another and differ from those before, all
+    in one direction, by more than ``SURE * noise * sqrt(window / n)``. As n is one, two and four windows, a large
+    change is noticed soon and a small one later. Outliers do not agree, and too few differ at a time.
 
     Args:
-        window: in which fewer than half of the numbers may be anything, without effect.
-        noise: standard deviation of one number, believed until it is measured.
-        floor: the least that it is taken for.
+        window: number of measurements of which fewer than half may have any value without effect.
+        noise: standard deviation of one number, used until it is measured.
+        floor: lower bound on the measured standard deviation.
     """
 
     def __init__(self, window: int, noise: float, floor: float) -> None:
         self._window, self._floor = window, floor
-        self._numbers = deque([0.0] * window, REMEMBERED * window)  # as if the profile had been seen to be right
-        self._of_noise = OF_MIDDLE * math.sqrt(1 + OF_MEDIAN**2 / window)
-        self._distances = deque([noise * self._of_noise] * window, 2 * REMEMBERED * window)
+        self._numbers = deque([0.0] * window, REMEMBERED * window)  # as if the profile had been confirmed
+        self._per_noise = OF_MIDDLE * math.sqrt(1 + OF_MEDIAN**2 / window)
+        self._distances = deque([noise * self._per_noise] * window, 2 * REMEMBERED * window)
         self.now = Estimate(0.0, 0.0)
 
     @property
     def settled(self) -> bool:
-        """Whether it stands on two windows."""
+        """Whether at least two windows of numbers were added since the last change."""
         return len(self._numbers) >= 2 * self._window
 
     def add(self, number: float) -> None:
-        """Take in one number."""
+        """Add one number and update the level."""
         numbers = list(self._numbers)
         self._distances.append(abs(number - median(numbers[-self._window :])))  # a change makes few of them large
-        noise = max(self._floor, median(self._distances) / self._of_noise)
+        noise = max(self._floor, median(self._distances) / self._per_noise)
         self._numbers.append(number)
         numbers = self._since_change([*self._numbers], noise)
         if len(numbers) < len(self._numbers):
@@ -104,9 +104,9 @@ class Level:
             new = median(latest)
             if abs(new - old) <= off:
                 continue
-            alike = [x for x in latest if abs(x - new) <= math.sqrt(2) * SURE * noise]
-            if sum((x - old) * math.copysign(1, new - old) > off for x in alike) > count // 2:
-                return alike[-(count // 2 + 1) :]
+            agreeing = [x for x in latest if abs(x - new) <= math.sqrt(2) * SURE * noise]
+            if sum((x - old) * math.copysign(1, new - old) > off for x in agreeing) > count // 2:
+                return agreeing[-(count // 2 + 1) :]
         return numbers
 
 
@@ -117,25 +117,25 @@ def median(numbers: Sequence[float] | deque[float]) -> float:
 
 
 class Controller:
-    """Says which route of a profile should run.
+    """Chooses which route of a profile should run.
 
     A route is kept while conditions are those that it was chosen for, up to noise. When they get worse and it may be
-    over a limit, the best route with room to every limit takes its place at once. When they have eased and a better
-    route has room, that one is taken as soon as enough was measured and the last switch is ``dwell_s`` ago; if this is
-    soon undone, the next step up waits twice as long, as the profile may not know the better route well. A new budget
-    acts at once. Where no route has room the cheapest runs, and the decision says whether it fits.
+    over a limit, the best route with room to every limit replaces it at once. When they improve and a better route has
+    room, that route is chosen once enough was measured and the last switch is ``dwell_s`` ago; if this is soon undone,
+    the next step up waits twice as long, since the profile may not describe the better route well. A new budget takes
+    effect at once. Where no route has room the cheapest runs, and the decision reports whether it fits.
 
-    Limits on costs that nobody measures, such as MACs, are exact and need no room. As the best route with room is
-    taken, only those on the Pareto front of the score and the limited costs ever are.
+    Limits on costs that are not measured, such as MACs, are exact and need no room. Since the best route with room is
+    chosen, only routes on the Pareto front of the score and the limited costs ever run.
 
     Args:
         profile: routes with costs and scores.
-        budget: the limits to begin with.
-        score: what makes a route better. Where no route has it, more MACs do.
-        margin: room, as a share of what a route costs. More is kept where measurements scatter widely.
-        dwell_s: seconds.
-        window: measurements of which fewer than half may be far off without effect. A clear change is known after
-            more than half as many.
+        budget: limits at the start.
+        score: score by which routes are compared; MACs where no route has it.
+        margin: room to every limit, as a share of a route's cost. More is kept where measurements scatter widely.
+        dwell_s: seconds from a switch to the next switch to a better route.
+        window: number of measurements of which fewer than half may be far off without effect. A large change is
+            noticed after more than half as many.
 
     Raises:
         BudgetError: the profile is empty, or does not hold a cost that the budget limits.
@@ -152,8 +152,8 @@ class Controller:
         dwell_s: float = 2.0,
         window: int = 5,
     ) -> None:
-        numbers = all(_is_number(number) for number in (margin, dwell_s)) and isinstance(window, int)
-        if not (numbers and 0 < margin <= MOST_MARGIN and dwell_s >= 0 and 3 <= window <= MOST_WINDOW):
+        finite = all(_is_finite(number) for number in (margin, dwell_s)) and isinstance(window, int)
+        if not (finite and 0 < margin <= MOST_MARGIN and dwell_s >= 0 and 3 <= window <= MOST_WINDOW):
             raise ValueError(
                 f"{margin=} must be above 0 and at most {MOST_MARGIN:g}, {dwell_s=} at least 0 and finite, and "
                 f"{window=} a whole number from 3 to {MOST_WINDOW}"
@@ -161,7 +161,7 @@ class Controller:
         if not profile.routes:
             raise BudgetError("the profile is empty; profile the model again")
         self.score, self.margin, self.dwell_s, self.window = score, margin, dwell_s, window
-        self._rows = list(profile.routes)
+        self._profile, self._rows = profile, list(profile.routes)
         self._scored = any(score in row.scores for row in self._rows)
         self._levels = {cost: self._level(cost) for cost in SCALES if all(cost in r.costs for r in self._rows)}
         self._now = self._switched_at = -math.inf
@@ -183,10 +183,7 @@ class Controller:
         return Level(self.window, max(floor, room / 2), floor)
 
     def _limit(self, budget: Budget) -> None:
-        for cost in budget.limits:
-            if not all(cost in row.costs for row in self._rows):
-                known = sorted(set.intersection(*(set(row.costs) for row in self._rows)))
-                raise BudgetError(f"the profile holds no {cost} for its routes, only {known}; profile the model again")
+        self._profile.check_costs(budget)
         self.budget, self._limits = budget, budget.limits
         self._followed = [cost for cost in budget.limits if cost in self._levels]
         self._rows = sorted(self._rows, key=lambda row: (-self._worth(row), [row.costs[c] for c in budget.limits]))
@@ -198,46 +195,47 @@ class Controller:
 
     @property
     def load(self) -> float:
-        """How many times longer routes take than the profile says; 1 until a latency is measured."""
+        """The present latency of routes relative to the profile's; 1 until a latency is measured."""
         return math.exp(self._levels["latency_ms"].now.value) if "latency_ms" in self._levels else 1.0
 
     def observe(self, now: float, latency_ms: float | None = None, memory_mb: float | None = None) -> Decision:
-        """Take in what was measured while `route` ran, and say what should run.
+        """Add what was measured while `route` ran, and decide which route should run.
 
-        A cost that the profile does not hold for all routes is left out, as there is nothing to compare it with.
+        A cost that the profile does not have for all routes is ignored, since there is nothing to compare it with.
 
         Args:
             now: seconds of a clock that does not go back, such as `time.monotonic`.
             latency_ms: milliseconds for one image.
-            memory_mb: megabytes, of the same kind as the budget's limit.
+            memory_mb: megabytes, measured in the same way as the budget's limit.
 
         Raises:
-            ValueError: the clock went back, or a measurement is not from ``LEAST`` to ``MOST``. Nothing is taken in.
+            ValueError: the clock went back, or a measurement is not from ``LEAST`` to ``MOST``. Nothing is added then.
         """
-        measured = {"latency_ms": latency_ms, "memory_mb": memory_mb}
-        given = {cost: value for cost, value in measured.items() if value is not None}
-        for cost, value in given.items():
-            if isinstance(value, bool) or not isinstance(value, Real) or not LEAST <= value <= MOST:
+        costs = {"latency_ms": latency_ms, "memory_mb": memory_mb}
+        measured = {cost: value for cost, value in costs.items() if value is not None}
+        for cost, value in measured.items():
+            if not is_number(value, LEAST, MOST):
                 raise ValueError(
-                    f"measured {cost}={value!r} must be a number from {LEAST:g} to {MOST:g}; leave out what failed"
+                    f"measured {cost}={value!r} must be a number from {LEAST:g} to {MOST:g}; leave out failed "
+                    "measurements"
                 )
         self._tick(now)
-        for cost, value in given.items():
+        for cost, value in measured.items():
             if cost in self._levels:
                 scale, _ = SCALES[cost]
                 self._levels[cost].add(scale(value) - scale(self._row.costs[cost]))
-        self._measured += bool(given)
+        self._measured += bool(measured)
         return self._decide(at_once=False)
 
     def set_budget(self, now: float, budget: Budget) -> Decision:
-        """Take a new budget, which acts at once, and say what should run.
+        """Follow a new budget at once, and decide which route should run.
 
         Args:
-            now: see `observe`.
-            budget: takes the place of the one before.
+            now: seconds of the clock that `observe` is given.
+            budget: limits that replace the present ones.
 
         Raises:
-            BudgetError: the profile does not hold a cost that it limits; the budget before stays.
+            BudgetError: the profile does not hold a cost that the new budget limits; the present budget stays.
             ValueError: the clock went back.
         """
         self._tick(now)
@@ -245,7 +243,7 @@ class Controller:
         return self._decide(at_once=True)
 
     def _tick(self, now: float) -> None:
-        if not _is_number(now) or now < self._now:
+        if not _is_finite(now) or now < self._now:
             raise ValueError(f"now={now} must be finite and not before {self._now}; take it from time.monotonic()")
         self._now = now
 
@@ -298,7 +296,7 @@ class Controller:
         return row.scores.get(self.score, -math.inf) if self._scored else row.costs.get("macs", 0.0)
 
     def _with_room(self) -> ProfiledRoute | None:
-        """The best route with the margin to every limit, and with room for any change that would go unnoticed."""
+        """The best route with the margin to every limit and room for changes too small to notice; None if none has."""
         for row in self._rows:
             if self._fits(row, UNNOTICED) and all(
                 self._expected(row, cost) * (1 + self.margin) <= self._limits[cost] for cost in self._followed
@@ -307,22 +305,20 @@ class Controller:
         return None
 
     def _cheapest(self) -> ProfiledRoute:
-        """The route that is least over the limit that it is most over."""
-        return min(
-            self._rows, key=lambda row: max(self._expected(row, c) / limit for c, limit in self._limits.items())
-        )
+        """The route whose expected costs are closest to the budget."""
+        return min(self._rows, key=lambda row: self.budget.usage({c: self._expected(row, c) for c in self._limits}))
 
     def _fits(self, row: ProfiledRoute, errors: float = 0.0) -> bool:
         return all(self._expected(row, cost, errors) <= limit for cost, limit in self._limits.items())
 
     def _expected(self, row: ProfiledRoute, cost: str, errors: float = 0.0) -> float:
-        """What a route costs now, were the level so many times its error higher than it seems."""
+        """The present cost of a route if the level is this many times its error higher than estimated."""
         if cost not in self._levels:
             return row.costs[cost]
         (scale, back), now = SCALES[cost], self._levels[cost].now
         return back(scale(row.costs[cost]) + now.value + errors * now.error)
 
 
-def _is_number(value: float) -> bool:
-    """Whether it is a number that is finite as a float."""
-    return isinstance(value, Real) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+def _is_finite(value: float) -> bool:
+    """Whether a value is a number that is finite as a float."""
+    return is_number(value, -LARGEST, LARGEST)

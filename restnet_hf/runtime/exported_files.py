@@ -1,4 +1,4 @@
-"""The files of an exported folder, which is untrusted: checked before anything of them is used."""
+"""The files of an exported folder, which is untrusted: all are checked before they are used."""
 
 import json
 import re
@@ -12,6 +12,7 @@ from PIL import Image
 
 from restnet_hf.errors import quote, shorten
 from restnet_hf.files import SHA256, checksums, sha256_of
+from restnet_hf.limits import MAX_SIDE, MAX_VALUE, MIN_STD, is_mean, is_side, is_std
 from restnet_hf.limits import read_json as read_limited
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
@@ -19,19 +20,17 @@ from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError
 
 
 PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
-MAX_SIDE = 4096  # pixels of an image; published classifiers take up to 1,024, and 4,096 are 200 MB in float32
 MAX_BATCH = 4096  # images in a run; programs for any number of images take up to 1,024
-VALUES = (1e-6, 1e6)  # of std, and the most of mean: pixels from 0 to 1 stay finite and apart in float32
 MAX_NAME = 255  # bytes of a file's name on the usual file systems
 MAX_MESSAGE = 500  # characters of what a file or a runtime adds to an error
 
 
 @contextmanager
 def documented_errors(what: str) -> Iterator[None]:
-    """Errors of the block as OSError, ValueError or MissingRuntimeError, with `MAX_MESSAGE` of their text at most.
+    """Raise errors of the block as OSError, ValueError or MissingRuntimeError, with at most `MAX_MESSAGE` characters.
 
     Args:
-        what: the file, or what was done, for the message.
+        what: file or failed action, for the message.
     """
     try:
         yield
@@ -47,11 +46,11 @@ def documented_errors(what: str) -> Iterator[None]:
 def checked_path(folder: Path, name: Any) -> Path:
     """The path of a file that lies in the folder itself.
 
-    Files of a snapshot in the cache of the Hub are links into that cache, which are followed; no others are.
+    Files of a snapshot in the Hub's cache are links into that cache, which are followed; no other links are.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the name leads elsewhere, or what it names is no file.
+        ValueError: the name leads out of the folder, or is not that of a file.
     """
     plain = isinstance(name, str) and 0 < len(name.encode()) <= MAX_NAME and "\0" not in name
     if not plain or name in (".", "..") or Path(name).name != name:
@@ -69,11 +68,11 @@ def checked_path(folder: Path, name: Any) -> Path:
 
 
 def read_json(folder: Path, name: str, kind: type) -> Any:
-    """What a file of the folder holds.
+    """Read a JSON file of the folder.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not JSON of that kind, or too large.
+        OSError: the file cannot be read.
+        ValueError: the file is not JSON of that kind, or is too large.
     """
     path = checked_path(folder, name)
     try:
@@ -86,24 +85,24 @@ def read_json(folder: Path, name: str, kind: type) -> Any:
 
 
 def read_profile(folder: Path) -> Profile:
-    """The profile of the folder, whose metadata say how to run it: all of it checked, except the files' contents.
+    """Read the folder's profile, whose metadata tell how to run its routes; all is checked but the files' contents.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is not the profile of an exported folder.
+        OSError: the profile cannot be read.
+        ValueError: the file is not the profile of an exported folder.
     """
     data = read_json(folder, PROFILE, dict)
     with documented_errors(str(folder / PROFILE)):
         profile = Profile.from_dict(data)
-        about = profile.metadata
-        runtime = about.get("runtime")
+        metadata = profile.metadata
+        runtime = metadata.get("runtime")
         if not isinstance(runtime, str) or runtime not in RUNTIMES:
             raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNTIMES)}")
-        if not isinstance(about.get("precision"), str):
-            raise ValueError(f"precision={about.get('precision')!r} must be text")
+        if not isinstance(metadata.get("precision"), str):
+            raise ValueError(f"precision={metadata.get('precision')!r} must be text")
         for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
-            _check_count(key, about.get(key), most)
-        entries = about.get("files")
+            _check_count(key, metadata.get(key), most)
+        entries = metadata.get("files")
         if not isinstance(entries, dict) or not entries:
             raise ValueError("it does not name a file for each of its routes; export them again")
         for name, entry in entries.items():
@@ -133,11 +132,11 @@ def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
 
 
 def read_labels(folder: Path) -> list[str]:
-    """The names of classes.
+    """Read the names of the classes.
 
     Raises:
-        OSError: they cannot be read.
-        ValueError: they are not a list of text.
+        OSError: the names cannot be read.
+        ValueError: the names are not a list of text.
     """
     labels = read_json(folder, LABELS, list)
     for label in labels:
@@ -149,66 +148,62 @@ def read_labels(folder: Path) -> list[str]:
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """How images are prepared, as `prepare_image` reads it.
+    """Read the settings of `prepare_image`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: a field is missing or not what it should be.
+        OSError: the settings cannot be read.
+        ValueError: a field is missing or invalid.
     """
-    how = read_json(folder, PREPROCESSING, dict)
+    settings = read_json(folder, PREPROCESSING, dict)
     with documented_errors(str(folder / PREPROCESSING)):
-        for name, value in (("resize", how.get("resize")), ("crop", how.get("crop"))):
-            single = name == "resize" and _is_side(value)
+        for name, value in (("resize", settings.get("resize")), ("crop", settings.get("crop"))):
+            single = name == "resize" and is_side(value)
             none = name == "crop" and value is None
-            pair = isinstance(value, list) and len(value) == 2 and all(map(_is_side, value))
+            pair = isinstance(value, list) and len(value) == 2 and all(map(is_side, value))
             if not (single or none or pair):
                 raise ValueError(f"{name}={value!r} must be height and width, each from 1 to {MAX_SIDE} pixels")
         names = [each.name.lower() for each in Image.Resampling]
-        if not isinstance(how.get("resample"), str) or how["resample"].lower() not in names:
-            raise ValueError(f"resample={how.get('resample')!r} is not one of {names}")
-        for name, least in (("mean", -VALUES[1]), ("std", VALUES[0])):
-            values = how.get(name)
-            listed = isinstance(values, list) and len(values) == 3
-            if not listed or not all(_is_number(value) and least <= value <= VALUES[1] for value in values):
-                raise ValueError(f"{name}={values!r} must be three numbers from {least:g} to {VALUES[1]:g}")
-    return how
+        resample = settings.get("resample")
+        if not isinstance(resample, str) or resample.lower() not in names:
+            raise ValueError(f"resample={resample!r} is not one of {names}")
+        for name, least, is_valid in (("mean", -MAX_VALUE, is_mean), ("std", MIN_STD, is_std)):
+            if not is_valid(settings.get(name)):
+                raise ValueError(
+                    f"{name}={settings.get(name)!r} must be three numbers from {least:g} to {MAX_VALUE:g}"
+                )
+    return settings
 
 
-def _is_side(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIDE
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def image_size(how: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Height and width of prepared images; None where they depend on the picture."""
-    size = how["crop"] if how["crop"] is not None else how["resize"]
+def image_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Height and width of prepared images; None where they depend on the image."""
+    size = settings["crop"] if settings["crop"] is not None else settings["resize"]
     return None if isinstance(size, int) else (size[0], size[1])
 
 
-def known_checksums(profile: bytes) -> dict[str, str]:
-    """SHA-256 of each file that `ExportedModel` reads, as `PROFILE` says; folders of earlier versions have none."""
-    return {
-        name: digest for name, digest in checksums(profile).items() if name != EXAMPLE
-    }  # people change their scripts
+def exported_checksums(profile: bytes) -> dict[str, str]:
+    """SHA-256 by name of each file that `ExportedModel` reads; none for folders of earlier versions.
+
+    Args:
+        profile: content of the file `PROFILE`.
+    """
+    # people change their scripts
+    return {name: digest for name, digest in checksums(profile).items() if name != EXAMPLE}
 
 
-def verify(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> None:
+def verify_files(folder: Path, names: Iterable[str], digests: Mapping[str, str]) -> None:
     """Compare files with their checksums.
 
     Args:
-        folder: of the files.
-        names: of the files; those without a checksum are left out.
-        known: checksums by name.
+        folder: folder that holds the files.
+        names: names of the files to compare; files without a checksum are left out.
+        digests: SHA-256 of files by name.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a file is not as it was exported.
     """
     for name in names:
-        if name in known and sha256_of(checked_path(folder, name)) != known[name]:
+        if name in digests and sha256_of(checked_path(folder, name)) != digests[name]:
             raise ValueError(
                 f"{folder / name} is not the file that was exported: it is damaged, or of another export. Export or "
                 f"copy the folder again, or if you changed the file yourself, remove its entry in '{SHA256}' of "

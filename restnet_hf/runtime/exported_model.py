@@ -1,4 +1,4 @@
-"""ExportedModel: the routes of an exported folder, prepared for, run and switched without torch."""
+"""ExportedModel: prepares images for the routes of an exported folder, runs and switches them without torch."""
 
 import os
 from collections import OrderedDict
@@ -12,42 +12,42 @@ from PIL import Image
 
 from restnet_hf.errors import quote
 from restnet_hf.files import read_whole
+from restnet_hf.limits import MAX_SIDE
 from restnet_hf.routes.profile import Budget
 from restnet_hf.routes.route import Route
 from restnet_hf.runtime.exported_files import (
     LABELS,
     MAX_MESSAGE,
-    MAX_SIDE,
     PREPROCESSING,
     PROFILE,
     documented_errors,
+    exported_checksums,
     image_size,
-    known_checksums,
     read_labels,
     read_preprocessing,
     read_profile,
-    verify,
+    verify_files,
 )
 from restnet_hf.runtime.runners import RUNTIMES, Run
 
 
 def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
-    """One picture as a network wants it, (3, H, W) in float32.
+    """Prepare an image for a network, (3, H, W) in float32.
 
     Args:
-        image: of any mode and size.
-        how: ``resize`` (pixels of the shorter edge, or height and width), ``crop`` (height and width of the middle
-            that is kept, or null), ``resample`` (a name of Pillow's), and ``mean`` and ``std`` of values from 0 to 1.
+        image: image of any mode and size.
+        how: ``resize`` (pixels of the shorter edge, or height and width), ``crop`` (height and width of the centre
+            crop, or null), ``resample`` (a filter of Pillow), and ``mean`` and ``std`` of values from 0 to 1.
 
     Raises:
-        ValueError: the picture has no pixels, or is so narrow that it would be larger than `MAX_SIDE` squared.
+        ValueError: the image has no pixels, or is so narrow that it would be larger than `MAX_SIDE` squared.
     """
     image, resize = image.convert("RGB"), how["resize"]
     if isinstance(resize, int):
         edge = max(1, min(image.size))
         resize = [int(resize * each / edge) for each in (image.height, image.width)]
     if not all(image.size) or resize[0] * resize[1] > MAX_SIDE**2:
-        raise ValueError(f"a picture of {image.width}x{image.height} pixels would be resized to {resize[::-1]}")
+        raise ValueError(f"an image of {image.width}x{image.height} pixels would be resized to {resize[::-1]}")
     image = image.resize((resize[1], resize[0]), Image.Resampling[how["resample"].upper()])
     if how["crop"] is not None:
         height, width = how["crop"]
@@ -57,35 +57,35 @@ def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def in_batches(run: Run, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Logits (N, classes) from a function that takes so many images and no others; the last batch is filled up."""
-    filled = np.concatenate([images, images[-1:].repeat(-len(images) % batch_size, 0)])
-    pieces = [run(filled[start : start + batch_size]) for start in range(0, len(filled), batch_size)]
-    return np.concatenate(pieces)[: len(images)]
+def run_in_batches(run: Run, images: np.ndarray, batch_size: int) -> np.ndarray:
+    """Logits (N, classes) from a function that only takes batches of one size; the last batch is padded."""
+    padded = np.concatenate([images, images[-1:].repeat(-len(images) % batch_size, 0)])
+    logits = [run(padded[start : start + batch_size]) for start in range(0, len(padded), batch_size)]
+    return np.concatenate(logits)[: len(images)]
 
 
 class ExportedModel:
     """The routes that `export_routes` or ``restnet-hf export`` wrote, on a device without torch.
 
-    One route is active and in memory; others are loaded when they are switched to, and their files are mapped where
-    the runtime does that. ``profiled`` is what was measured at the export, for `Controller` and `set_budget`.
+    One route is active and in memory; others are loaded when they are switched to, memory-mapped where the runtime
+    does that. ``profiled`` is the profile measured at export, for `Controller` and `set_budget`.
 
-    The files are checked before they are used, as the folder may be untrusted: nothing of it is run as Python, and
-    no file outside of it is opened. What a model computes is its runtime's affair: it may take long, or much memory,
-    and ExecuTorch's runtime does not check all of a program, so that a malicious one may crash it. ``runtimes`` leaves
-    out those that are not to be trusted with the folder.
+    The files are checked before they are used, since the folder may be untrusted: none of it is run as Python, and no
+    file outside of it is opened. What a model computes is left to its runtime: it may take long, or much memory, and
+    ExecuTorch's runtime does not check all of a program, so that a malicious one may crash it. ``runtimes`` can leave
+    out runtimes that should not run an untrusted folder.
 
     Args:
-        folder: that was written.
-        threads: of the processor; as the runtime has it by default.
-        keep: how many routes stay loaded, the last ones used.
-        runtimes: names of those that may run the folder; all by default.
+        folder: folder that the export wrote.
+        threads: number of processor threads; the runtime's own default if None.
+        keep: number of routes that stay loaded, the last ones used.
+        runtimes: names of the runtimes that may run the folder; all by default.
         trust_remote_code: whether to load what may run code of the folder's author, which only a program of the
             ``torch`` runtime with custom operators or objects needs.
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file is not what it should be, or of a runtime that may not run it.
+        ValueError: a file is invalid, or of a runtime that may not run the folder.
         MissingRuntimeError: the runtime is not installed.
     """
 
@@ -108,20 +108,22 @@ class ExportedModel:
         read_whole(self.folder, PROFILE, partial(self._open, allowed))
 
     def _open(self, allowed: Collection[str], folder: Path) -> None:
-        """Read all but the routes' files from a folder that holds them, and load the first route."""
+        """Read all files but those of the routes, and load the first route."""
         self.profiled = read_profile(folder)
-        about = self.profiled.metadata
-        self.runtime: str = about["runtime"]
-        self.precision: str = about["precision"]
-        self.batch_size: int | None = about.get("batch_size")
+        metadata = self.profiled.metadata
+        self.runtime: str = metadata["runtime"]
+        self.precision: str = metadata["precision"]
+        self.batch_size: int | None = metadata.get("batch_size")
         if self.runtime not in allowed:
             raise ValueError(
                 f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
                 "it to runtimes, or export the routes again"
             )
-        self._entries: dict[Route, dict[str, str]] = {Route.parse(name): each for name, each in about["files"].items()}
-        self._decides = (folder / PROFILE).read_bytes()
-        self._unverified = known_checksums(self._decides)
+        self._entries: dict[Route, dict[str, str]] = {
+            Route.parse(name): entry for name, entry in metadata["files"].items()
+        }
+        self._profile_bytes = (folder / PROFILE).read_bytes()
+        self._unverified = exported_checksums(self._profile_bytes)
         self.labels = read_labels(folder)
         self.preprocessing = read_preprocessing(folder)
         self._verify(folder, LABELS, PREPROCESSING)
@@ -142,8 +144,20 @@ class ExportedModel:
     ) -> "ExportedModel":
         """Load a folder, and make a route active: the first, a given one, or the best within a budget.
 
+        Args:
+            folder: folder that the export wrote.
+            route: route to make active.
+            budget: limits such as ``{"latency_ms": 20}``; the best route within them is made active.
+            threads: number of processor threads; the runtime's own default if None.
+            keep: number of routes that stay loaded, the last ones used.
+            runtimes: names of the runtimes that may run the folder; all by default.
+            trust_remote_code: whether to load what may run code of the folder's author.
+
         Raises:
-            BudgetError: no route fits; otherwise as the class.
+            BudgetError: no route fits the budget.
+            OSError: a file is missing.
+            ValueError: a file is invalid, or there is no such route.
+            MissingRuntimeError: the runtime is not installed.
         """
         model = cls(folder, threads, keep, runtimes=runtimes, trust_remote_code=trust_remote_code)
         if route is not None:
@@ -153,22 +167,22 @@ class ExportedModel:
         return model
 
     def _verify(self, folder: Path, *names: str) -> None:
-        """Compare files with their checksums, each once."""
-        verify(folder, names, self._unverified)
+        """Compare files with their checksums, each file once."""
+        verify_files(folder, names, self._unverified)
         for name in names:
             self._unverified.pop(name, None)
 
     def _check_same(self, folder: Path) -> None:
-        """Raise OSError where a folder is not what it was when it was loaded."""
-        if (folder / PROFILE).read_bytes() != self._decides:
+        """Raise OSError where the folder was written to since it was loaded."""
+        if (folder / PROFILE).read_bytes() != self._profile_bytes:
             raise OSError(f"{self.folder} was exported to again since it was loaded; load it anew")
 
     def _load(self, route: Route, folder: Path) -> Run:
-        """A route in its runtime, which takes the images that are prepared for it."""
+        """Load a route in its runtime, and check that it takes images as they are prepared."""
         self._check_same(folder)
         entry = self._entries[route]
-        alone = {each["file"] for each in self._entries.values()} - {entry["file"]}
-        self._verify(folder, *(name for name in self._unverified if name not in alone))
+        others = {other["file"] for other in self._entries.values()} - {entry["file"]}
+        self._verify(folder, *(name for name in self._unverified if name not in others))
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
             run = RUNTIMES[self.runtime].run(folder, entry, self.threads, self._trust_remote_code)
             shape = getattr(run, "input_shape", None)
@@ -177,20 +191,20 @@ class ExportedModel:
         return run
 
     def _check_shape(self, shape: tuple[int | None, ...]) -> None:
-        """Raise ValueError where a model takes other images than profile.json and preprocessing.json say."""
+        """Raise ValueError where a model takes images of another shape than the folder prepares."""
         size = image_size(self.preprocessing) or (None, None)
         expected = (self.batch_size, 3, *size)
         fits = len(shape) == 4 and all(a is None or b is None or a == b for a, b in zip(shape, expected, strict=True))
         if not fits or (self.batch_size is None and shape[0] is not None):
-            raise ValueError(f"it takes images of shape {shape}, and the folder prepares {expected}, None being free")
+            raise ValueError(f"it takes images of shape {shape}, the folder prepares {expected} (None: any size)")
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        """Logits of the active route for as many images as it takes."""
+        """Logits of the active route for one batch of images."""
         with documented_errors(f"route {quote(str(self.active_route))} of {self.folder} cannot run {images.shape}"):
             logits = np.asarray(self._loaded[self.active_route](images))
             if logits.shape != (len(images), len(self.labels)) or logits.dtype.kind != "f":
                 raise ValueError(
-                    f"it gives {logits.dtype} of shape {logits.shape}, and {LABELS} has {len(self.labels)} labels"
+                    f"it returns {logits.dtype} of shape {logits.shape}, but {LABELS} has {len(self.labels)} labels"
                 )
         return logits
 
@@ -200,17 +214,18 @@ class ExportedModel:
         return tuple(self._entries)
 
     def set_route(self, route: Route | str) -> Route:
-        """Make a route active; it is loaded if it is not any more.
+        """Make a route active; it is loaded unless it still is.
 
         Raises:
             ValueError: there is no such route.
+            OSError: the folder was written to since it was loaded.
         """
         route = Route.parse(route) if isinstance(route, str) else route
         if route not in self._entries:
-            known = quote(list(map(str, self.routes)), MAX_MESSAGE)
-            raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {known}")
+            names = quote(list(map(str, self.routes)), MAX_MESSAGE)
+            raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {names}")
         if route not in self._loaded:
-            read_whole(self.folder, PROFILE, self._check_same)  # while there is something that runs
+            read_whole(self.folder, PROFILE, self._check_same)  # while the active route can still run
             while len(self._loaded) >= self.keep:
                 self._loaded.popitem(last=False)  # before another takes memory
             self._loaded[route] = read_whole(self.folder, PROFILE, partial(self._load, route))
@@ -222,34 +237,35 @@ class ExportedModel:
         """Make the best route within limits active, and return it.
 
         Args:
-            score: of the profile; by default ``accuracy`` where it was measured, else ``agreement``.
-            **limits: of `Budget`, ``latency_ms=`` for one.
+            score: score of the profile that decides; by default ``accuracy`` where it was measured, else
+                ``agreement``.
+            **limits: limits of a `Budget`, such as ``latency_ms=20``.
 
         Raises:
-            BudgetError: nothing fits; the message names the cheapest route.
+            BudgetError: no route fits; the message names the cheapest.
         """
         scored = all("accuracy" in row.scores for row in self.profiled.routes)
         best = self.profiled.best(Budget(**limits), score or ("accuracy" if scored else "agreement"))
         return self.set_route(best.route)
 
     def prepare(self, images: Image.Image | Iterable[Image.Image]) -> np.ndarray:
-        """Pictures as ``pixel_values`` (N, 3, H, W)."""
-        pictures = [images] if isinstance(images, Image.Image) else list(images)
-        return np.stack([prepare_image(picture, self.preprocessing) for picture in pictures])
+        """Prepare images as ``pixel_values`` (N, 3, H, W)."""
+        batch = [images] if isinstance(images, Image.Image) else list(images)
+        return np.stack([prepare_image(image, self.preprocessing) for image in batch])
 
     def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
         """Logits (N, classes) of the active route, for images (N, 3, H, W) that `prepare` made.
 
         Raises:
-            ValueError: the route does not take the images, or gives no logits for the labels.
+            ValueError: the route does not take the images, or does not return one logit for each label.
         """
         images = np.ascontiguousarray(pixel_values, np.float32)
         self.set_route(self.active_route)  # a switch that failed may have taken it from memory
-        return self._run(images) if self.batch_size is None else in_batches(self._run, images, self.batch_size)
+        return self._run(images) if self.batch_size is None else run_in_batches(self._run, images, self.batch_size)
 
     def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
-        """The likeliest classes of one picture, as transformers' pipeline gives them: ``label`` and ``score``."""
+        """The most likely classes of one image as ``label`` and ``score``, like a transformers pipeline."""
         logits = self(self.prepare(image))[0].astype(np.float64)
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
-        return [{"label": self.labels[i], "score": float(shares[i])} for i in np.argsort(-shares)[:top_k]]
+        scores = np.exp(logits - logits.max())
+        scores /= scores.sum()
+        return [{"label": self.labels[i], "score": float(scores[i])} for i in np.argsort(-scores)[:top_k]]

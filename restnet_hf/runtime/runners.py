@@ -1,4 +1,4 @@
-"""RUNTIMES: how routes are exported to each runtime, and run as functions from images to logits. No torch of ours."""
+"""RUNTIMES: how routes are exported to each runtime, and run as functions from images to logits. No torch here."""
 
 import importlib
 import sys
@@ -17,20 +17,20 @@ from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archiv
 Run = Callable[[np.ndarray], np.ndarray]
 """Images (N, 3, H, W) in float32 to logits (N, classes).
 
-It may have an attribute ``input_shape``: the four sizes that the model takes, None for those that are free.
+It may have an attribute ``input_shape``: the four sizes that the model takes, None for any size.
 """
 TELEMETRY = "openvino_telemetry"
 
 
 class MissingRuntimeError(ImportError):
-    """A runtime, or what exports to it, is not installed."""
+    """A runtime, or a package that exports to it, is not installed."""
 
 
-def need(package: str, runtime: str) -> Any:
-    """A module by name.
+def import_for_runtime(package: str, runtime: str) -> Any:
+    """Import a module that a runtime needs.
 
     Raises:
-        MissingRuntimeError: it is not installed; the message says how to install it.
+        MissingRuntimeError: the module is not installed; the message says how to install it.
     """
     try:
         with without_telemetry():
@@ -39,23 +39,23 @@ def need(package: str, runtime: str) -> Any:
         name = package.partition(".")[0]
         raise MissingRuntimeError(
             f"runtime '{runtime}' needs {name}, which cannot be imported ({error}); pip install {name}, or all that "
-            f"exporting takes: pip install 'restnet-hf[{runtime}]'"
+            f"exporting needs: pip install 'restnet-hf[{runtime}]'"
         ) from error
 
 
 @contextmanager
 def without_telemetry() -> Iterator[None]:
-    """OpenVINO and NNCF, imported or called in the block, report nothing and write nothing in the home folder.
+    """Keep OpenVINO and NNCF, imported or called in the block, from sending reports and writing to the home folder.
 
-    Both of them report by a package that they do without where it is not installed, and which no setting of a process
-    switches off: when they are imported it writes an identity into the home folder, and each quantisation is reported.
+    Both send reports through a package that they do without where it is not installed, and that no setting of a
+    process turns off: on import it writes an identity into the home folder, and it reports each quantisation.
     """
     package = sys.modules.get(TELEMETRY)
     try:
-        reporter = None if package is None else package.Telemetry()  # the only one, if something was imported before
+        reporter = None if package is None else package.Telemetry()  # the only instance, if it was imported before
     except RuntimeError:  # it was never configured
         reporter = None
-    agreed = getattr(reporter, "consent", False)
+    consent = getattr(reporter, "consent", False)
     sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # as if it were not installed
     try:
         if reporter is not None:
@@ -63,14 +63,14 @@ def without_telemetry() -> Iterator[None]:
         yield
     finally:
         if reporter is not None:
-            reporter.consent = agreed
+            reporter.consent = consent
         sys.modules.pop(TELEMETRY, None)
         if package is not None:
             sys.modules[TELEMETRY] = package
 
 
-class _Shaped:
-    """A function from images to logits that knows which images it takes."""
+class _ShapedRun:
+    """A function from images to logits with an ``input_shape``."""
 
     def __init__(self, run: Run, shape: Sequence[Any]) -> None:
         self._run = run
@@ -81,59 +81,62 @@ class _Shaped:
 
 
 def run_onnx(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
-    """A session of ONNX Runtime on the processor."""
-    onnxruntime = need("onnxruntime", "onnx")
+    """Load a session of ONNX Runtime on the CPU."""
+    onnxruntime = import_for_runtime("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(folder / entry["file"], options, providers=["CPUExecutionProvider"])
-    (given,) = session.get_inputs()
-    return _Shaped(lambda images: session.run(None, {given.name: images})[0], given.shape)
+    (source,) = session.get_inputs()
+    return _ShapedRun(lambda images: session.run(None, {source.name: images})[0], source.shape)
 
 
 @cache
 def openvino_core() -> Any:
     """The only core of OpenVINO in this process.
 
-    A core gives the thread a stack for signals and, when it goes, brings back the one that it found. Of two cores that
-    go in the order in which they came the first one's stack is brought back after it was freed, and the next signal
-    ends the process. One that never goes also spares loading its plugins again.
+    A core sets the thread's stack for signals and, when it is deleted, restores the previous one. If two cores are
+    deleted in the order of their creation, the first one's stack is restored after it was freed, and the next signal
+    ends the process. A core that is never deleted also avoids loading its plugins again.
     """
-    return need("openvino", "openvino").Core()
+    return import_for_runtime("openvino", "openvino").Core()
 
 
 def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
-    """A compiled model of OpenVINO on the processor, in the precision it was exported for."""
-    # left to itself, a processor that has bfloat16 computes in it
+    """Load a compiled model of OpenVINO on the CPU, in the precision it was exported for."""
+    # by default, a processor with bfloat16 computes in it
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": entry["compute"], "PERFORMANCE_HINT": "LATENCY"}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     core = openvino_core()
-    able = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if entry["compute"] == "bf16" and "BF16" not in able:
-        raise ValueError(f"this processor does not compute in bfloat16 (OpenVINO lists {able}); choose fp32 or int8")
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if entry["compute"] == "bf16" and "BF16" not in capabilities:
+        raise ValueError(
+            f"this processor does not compute in bfloat16 (OpenVINO lists {capabilities}); choose fp32 or int8"
+        )
     model = core.read_model(folder / entry["file"], folder / entry["weights"])
     compiled = core.compile_model(model, "CPU", config)
     sizes = [size.get_length() if size.is_static else None for size in compiled.input().partial_shape]
-    return _Shaped(lambda images: compiled(images)[0], sizes)
+    return _ShapedRun(lambda images: compiled(images)[0], sizes)
 
 
 def run_executorch(
     folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False
 ) -> Run:
-    """A method of an ExecuTorch program. Its Python package needs torch; its C++ and mobile ones do not."""
-    runtime = need("executorch.runtime", "executorch")
-    torch = need("torch", "executorch")
+    """Load a method of an ExecuTorch program. Its Python package needs torch; its C++ and mobile ones do not."""
+    runtime = import_for_runtime("executorch.runtime", "executorch")
+    torch = import_for_runtime("torch", "executorch")
     if threads is not None:
-        need("executorch.extension.pybindings.portable_lib", "executorch")._unsafe_reset_threadpool(threads)
+        bindings = import_for_runtime("executorch.extension.pybindings.portable_lib", "executorch")
+        bindings._unsafe_reset_threadpool(threads)
     method = runtime.Runtime.get().load_program(folder / entry["file"]).load_method(entry["method"])
     sizes = method.metadata.input_tensor_meta(0).sizes()
-    return _Shaped(lambda images: method.execute([torch.from_numpy(images)])[0].numpy(), sizes)
+    return _ShapedRun(lambda images: method.execute([torch.from_numpy(images)])[0].numpy(), sizes)
 
 
 def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
-    """A program of torch.export, from which all that may run code was left out, unless it is trusted."""
-    torch = need("torch", "torch")
+    """Load a program of torch.export, without any part that may run code unless it is trusted."""
+    torch = import_for_runtime("torch", "torch")
     if threads is not None:
         torch.set_num_threads(threads)
     file = folder / entry["file"]
@@ -141,17 +144,16 @@ def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust
         program = torch.export.load(file if trust_remote_code else safe_archive(file))
     except UntrustedProgramError as error:
         raise UntrustedProgramError(
-            f"{error}, so that loading it could run code of whoever made it; if you trust them, give "
-            "trust_remote_code=True"
+            f"{error}, so that loading it could run code of its author; if you trust them, pass trust_remote_code=True"
         ) from error
     module, dtype = program.module(), getattr(torch, entry["compute"])
-    (given,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    (source,) = (node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
 
     def run(images: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             return module(torch.from_numpy(images).to(dtype)).float().numpy()
 
-    return _Shaped(run, given.meta["val"].shape)
+    return _ShapedRun(run, source.meta["val"].shape)
 
 
 class LoadRoute(Protocol):

@@ -1,8 +1,8 @@
-"""Archives of torch.export (.pt2) that cannot run code when they are loaded; no torch.
+"""Make archives of torch.export (.pt2) that cannot run code when they are loaded. No torch.
 
 `torch.export.load` trusts its file: it unpickles several members, evaluates symbolic sizes and guards as Python, looks
-up operators by any dotted name below ``torch`` and imports the modules of enumerations. So an archive is not given to
-it as it is: what a program needs is checked piece by piece against what is known to be harmless, and copied.
+up operators by any dotted name below ``torch`` and imports the modules of enumerations. So an archive is never passed
+to it unchanged: the parts that a program needs are checked one by one against a list of harmless ones, and copied.
 """
 
 import ast
@@ -26,8 +26,8 @@ MEMBER = re.compile(
     r"|data/weights/(weight_\d{1,7}|model_weights_config\.json)"
     r"|data/constants/(tensor_\d{1,7}|model_constants_config\.json)"
 )
-NAME = re.compile(r"[A-Za-z0-9_.+-]{0,500}")  # without parentheses and quotes, it calls nothing where it is evaluated
-TEXT = re.compile(r"[A-Za-z0-9_.,> -]{0,200}")  # the mode of an operator or the equation of an einsum, but no path
+NAME = re.compile(r"[A-Za-z0-9_.+-]{0,500}")  # without parentheses and quotes, it calls nothing if it is evaluated
+TEXT = re.compile(r"[A-Za-z0-9_.,> -]{0,200}")  # the mode of an operator or the equation of an einsum, but not a path
 OPERATOR = re.compile(
     # aten.save writes a file and aten.from_file maps one
     r"torch\.ops\.aten\.(?!save\.|from_file\.)(_?[A-Za-z0-9]\w*|__(and|or|xor|lshift|rshift)__)\.[A-Za-z0-9]\w*"
@@ -40,46 +40,46 @@ ARGUMENT = re.compile(
     r"as_((bool|complex|float|int|string|sym_bool|sym_float|sym_int|tensor)s?|device|expr|float_lists|graph|int_lists"
     r"|layout|memory_format|name|nested_tensors|none|optional_tensors?|scalar_type)"
 )
-NAMED = ("config", "tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values")  # their keys are names
+NAME_KEYED = ("config", "tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values")  # with names as keys
 SYMBOLIC = re.compile(
     r"Symbol|Integer|Float|Rational|Add|Mul|Max|Min|Mod|And|Or|Not|Equality|Unequality|GreaterThan|LessThan"
     r"|Strict(Greater|Less)Than|Where|(Floor|Clean|Ceil|IntTrue|FloatTrue)Div|ModularIndexing|PythonMod"
     r"|(Ceil|Floor|Trunc|Round)ToInt|(Trunc)?ToFloat|Identity"
 )
-LONGEST = 2000  # characters of a symbolic size, which takes longer to evaluate than to read
+MAX_SIZE_LENGTH = 2000  # characters of a symbolic size, which takes longer to evaluate than to read
 
 
 class UntrustedProgramError(ValueError):
-    """An archive holds what may run code when it is loaded."""
+    """An archive holds parts that may run code when it is loaded."""
 
 
 def safe_archive(path: Path) -> io.BytesIO:
-    """The archive with nothing in it that may run code: sample inputs, guards and remarks on nodes are left out.
+    """A copy of an archive without parts that may run code, such as sample inputs, guards and metadata of nodes.
 
     Args:
-        path: the file that `torch.export.save` wrote.
+        path: file that `torch.export.save` wrote.
 
     Raises:
         BadZipFile: the file is damaged.
-        UntrustedProgramError: a part of it is not known to be harmless.
+        UntrustedProgramError: a part of the archive is not known to be harmless.
         OSError: the file cannot be read.
     """
-    made = io.BytesIO()
-    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(made, "w") as copy:
+    safe = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(safe, "w") as copy:
         members = _members(archive, path.stat().st_size)
         for name, member in members.items():
             data = b"" if name == SAMPLES else archive.read(member)
             if name == PROGRAM:
-                data = json.dumps(_program(json.loads(data))).encode()
+                data = json.dumps(_safe_program(json.loads(data))).encode()
             elif name in CONFIGS.values():
                 _check_config(json.loads(data), name, members)
             copy.writestr(f"program/{name}", data)
-    made.seek(0)
-    return made
+    safe.seek(0)
+    return safe
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The members by name, without the folder that all of them are in."""
+    """The members by name, without the folder that holds all of them."""
     members = {}
     for member in archive.infolist():
         name = member.filename.partition("/")[2]
@@ -92,12 +92,12 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
         raise UntrustedProgramError("its members together are larger than the file")
     for name in (PROGRAM, *CONFIGS.values()):
         if name not in members:
-            raise UntrustedProgramError(f"it has no member '{name}', without which other ones are unpickled")
+            raise UntrustedProgramError(f"it has no member '{name}', without which other members are unpickled")
     return members
 
 
 def _check_config(config: Any, name: str, members: Mapping[str, zipfile.ZipInfo]) -> None:
-    """Tensors are bytes of members, not pickled, and none takes memory that the file does not have."""
+    """Raise UntrustedProgramError unless tensors are plain bytes of members, as many as their sizes need."""
     _check(config)
     for meta in config["config"].values():
         member = members.get(name.rpartition("/")[0] + f"/{meta['path_name']}")
@@ -107,8 +107,8 @@ def _check_config(config: Any, name: str, members: Mapping[str, zipfile.ZipInfo]
             raise UntrustedProgramError(f"a tensor in '{name}' has elements, but no bytes")
 
 
-def _program(program: dict[str, Any]) -> dict[str, Any]:
-    """The program without guards and remarks, every other piece checked."""
+def _safe_program(program: dict[str, Any]) -> dict[str, Any]:
+    """The program without guards and metadata, every other part checked."""
     if program["graph_module"].get("treespec_namedtuple_fields"):
         raise UntrustedProgramError("its inputs or outputs have types of their own")
     program = {**program, "guards_code": []}
@@ -118,12 +118,12 @@ def _program(program: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(value: Any, key: str = "") -> None:
-    """Raise UntrustedProgramError at anything that is not known to be harmless; remarks on nodes are removed."""
+    """Raise UntrustedProgramError at anything that is not known to be harmless; remove the metadata of nodes."""
     if isinstance(value, dict):
         if "target" in value and "inputs" in value:  # a node
             value["metadata"] = {}
         for inner, item in value.items():
-            kind = inner.startswith("as_") and key not in NAMED
+            kind = inner.startswith("as_") and key not in NAME_KEYED
             if not NAME.fullmatch(inner) or (kind and not ARGUMENT.fullmatch(inner)):
                 raise UntrustedProgramError(f"it has {inner[:100]!r} in its program")
             _check(item, inner)
@@ -138,14 +138,14 @@ def _is_harmless(text: str, key: str) -> bool:
     if key == "target":
         return OPERATOR.fullmatch(text) is not None
     if key == "expr_str":
-        return len(text) <= LONGEST and all(map(_is_symbolic, ast.walk(ast.parse(text, mode="eval"))))
+        return len(text) <= MAX_SIZE_LENGTH and all(map(_is_symbolic, ast.walk(ast.parse(text, mode="eval"))))
     if key in ("in_spec", "out_spec"):
         return text == "" or _is_plain_tree(json.loads(text))
     return (TEXT if key in ("as_string", "as_strings") else NAME).fullmatch(text) is not None
 
 
 def _is_symbolic(node: ast.AST) -> bool:
-    """Whether a part of a symbolic size only builds a formula; powers, which may be huge, do more."""
+    """Whether a part of a symbolic size only builds a formula; powers may become huge, and are not allowed."""
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name)
     if isinstance(node, ast.Name):
@@ -158,7 +158,7 @@ def _is_symbolic(node: ast.AST) -> bool:
 
 
 def _is_plain_tree(value: Any) -> bool:
-    """Whether a description of nested inputs has tuples, lists and dictionaries alone."""
+    """Whether a description of nested inputs holds only tuples, lists and dictionaries."""
     if isinstance(value, list):
         return all(map(_is_plain_tree, value))
     if not isinstance(value, dict):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.config_entry import present
+from restnet_hf.anchors.config_entry import current_entry
 from restnet_hf.data.datasets import data_fingerprint
 from restnet_hf.distributed import this_process
 from restnet_hf.profiling.macs import MacsTable
@@ -159,7 +159,7 @@ class SelectionMixin:
 
     def identity(self) -> dict[str, Any]:
         """Everything that the anchors' activations and logits depend on besides the images, fit for JSON."""
-        entries = [present(*pair) for pair in zip(self.config.anchors, self.anchors.values(), strict=True)]
+        entries = [current_entry(*pair) for pair in zip(self.config.anchors, self.anchors.values(), strict=True)]
         keys = ("name", "fingerprint", "preprocessing", "granularity")
         anchors = [{key: entry[key] for key in keys} for entry in entries]
         heads = {key: value for key, value in self.weights_sha256(entries).items() if key.startswith("heads.")}
@@ -184,7 +184,7 @@ class SelectionMixin:
         table = MacsTable()
         alone = {name: table.macs(self.steps(Route.alone(name))) for name in self.anchors}
         blocks = [
-            Blocks.alike(name, [cut.layout for cut in self.anchors[name].cuts])
+            Blocks.from_layouts(name, [cut.layout for cut in self.anchors[name].cuts])
             for name in sorted(self.anchors, key=alone.__getitem__)
         ]
         if kind in WITHIN and options.get("prune"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from restnet_hf.routes.profile import Budget
+from restnet_hf.routes.profile import Budget, describe_cheapest
 from restnet_hf.routes.route import Route, Segment
 
 
@@ -78,11 +78,10 @@ def rank_routes(
     if not rows:
         raise ValueError("no pair of cuts has a defined score")
     if budget is not None:
-        least = min(rows, key=lambda row: max(row.costs[cost] / limit for cost, limit in budget.limits.items()))
-        rows = [row for row in rows if all(row.costs[cost] <= limit for cost, limit in budget.limits.items())]
-        if not rows:
-            lowest = ", ".join(f"{cost}={least.costs[cost]:g}" for cost in budget.limits)
-            raise ValueError(f"no stitched route fits {budget}; the cheapest is '{least.route}' with {lowest}")
+        fitting = [row for row in rows if budget.allows(row.costs)]
+        if not fitting:
+            raise ValueError(f"no stitched route fits {budget}; {describe_cheapest(rows, budget)}")
+        rows = fitting
     return sorted(_mark_dominated(rows), key=lambda row: (-row.score, row.costs.get("macs", 0.0)))
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.segments import outside, own_modules
-from restnet_hf.anchors.tracing import sketch
+from restnet_hf.anchors.segments import remaining_modules, unused_paths
+from restnet_hf.anchors.tracing import meta_copy
 from restnet_hf.routes.families import pruned_share
 from restnet_hf.routes.route import StitchPoint
 from restnet_hf.stitches.layers import BRANCH, Problem, Stitch, StitchConfig, make_stitch
@@ -141,7 +141,7 @@ def stitch_that_fits(
 
 def block_tensors(anchor: Anchor, block: int) -> dict[str, Tensor]:
     """The parameters that the block ending in cut ``block`` uses, and the statistics of its norms, by name."""
-    own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
+    own = remaining_modules(anchor.model, unused_paths(anchor.cut(block - 1), anchor.cut(block), None))
     names = {parameter: name for name, parameter in anchor.own_parameters(block - 1, block).items()}
     anchor = _on_one_device(anchor)
     with torch.inference_mode(False), torch.enable_grad():
@@ -162,6 +162,6 @@ def _on_one_device(anchor: Anchor) -> Anchor:
     """The anchor, or its copy on the meta device if its weights are there and its buffers are not."""
     if len({tensor.is_meta for tensor in (*anchor.model.parameters(), *anchor.model.buffers())}) == 1:
         return anchor
-    copy = Anchor(sketch(anchor.model), anchor.name, anchor.preprocessing, granularity=anchor.granularity)
-    copy._found = anchor.found
+    copy = Anchor(meta_copy(anchor.model), anchor.name, anchor.preprocessing, granularity=anchor.granularity)
+    copy._found = anchor.search_result
     return copy

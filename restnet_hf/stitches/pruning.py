@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.segments import outside, own_modules
+from restnet_hf.anchors.segments import remaining_modules, unused_paths
 from restnet_hf.stitches.norms import is_norm
 
 
@@ -134,7 +134,7 @@ def _same(
 
 def _single(anchor: Anchor, block: int) -> dict[str, Tensor]:
     """The tensors of a block in float32: the rounding of half precision would hide a wrong channel."""
-    own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
+    own = remaining_modules(anchor.model, unused_paths(anchor.cut(block - 1), anchor.cut(block), None))
     tensors = {
         f"{path}.{leaf}" if path else leaf: tensor
         for module, path in own.items()
@@ -146,7 +146,7 @@ def _single(anchor: Anchor, block: int) -> dict[str, Tensor]:
 def _hidden(anchor: Anchor, block: int, x: Tensor) -> Iterator[_Hidden]:
     """Groups of layers that look like those of hidden channels, by the order in which layers run."""
     order: dict[nn.Module, str] = {}
-    own = own_modules(anchor.model, outside(anchor.cut(block - 1), anchor.cut(block), None))
+    own = remaining_modules(anchor.model, unused_paths(anchor.cut(block - 1), anchor.cut(block), None))
     layers = {module: name for module, name in own.items() if _ends(module) or is_norm(module)}
     handles = [m.register_forward_pre_hook(lambda m, args: order.setdefault(m, layers[m]) and None) for m in layers]
     try:

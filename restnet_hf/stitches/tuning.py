@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.segments import outside, own_modules
-from restnet_hf.routes.route import Route, TunedKey, of_adapter
+from restnet_hf.anchors.segments import remaining_modules, unused_paths
+from restnet_hf.routes.route import Route, TunedKey, prefix_key
 from restnet_hf.stitches.norms import is_norm
 
 
@@ -138,7 +138,9 @@ def tunable(anchor: Anchor, kind: str, start: int = 0, stop: int | None = None) 
     """
     last = None if stop is None else anchor.cut(stop)
     names, seen = [], set()
-    for module, path in own_modules(anchor.model, outside(anchor.cut(start), last, anchor.classifier)).items():
+    for module, path in remaining_modules(
+        anchor.model, unused_paths(anchor.cut(start), last, anchor.classifier)
+    ).items():
         for leaf, tensor in TUNINGS[kind](module):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -186,7 +188,7 @@ def tuned_keys(route: Route) -> list[list[TunedKey]]:
     own = "+".join(point.name for point in points)
     keys = []
     for index, segment in enumerate(route.segments):
-        shared = of_adapter(route.adapter, segment.anchor)
+        shared = prefix_key(route.adapter, segment.anchor)
         last = index == len(route.segments) - 1
         keys.append(
             [

@@ -123,7 +123,7 @@ class FrozenPart:
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, anchor_cuts in self.cuts.items():
             anchor = anchor_cuts.anchor
-            final = (anchor.found.features or anchor.found.classes,)
+            final = (anchor.search_result.features or anchor.search_result.classes,)
             for kind, cuts in (("front", anchor_cuts.fronts), ("goal", anchor_cuts.goals)):
                 for cut in cuts:
                     shape = final if cut is None else anchor.layout(cut).shape(1)[1:]

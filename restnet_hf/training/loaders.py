@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from restnet_hf.data.datasets import Batch, as_batch, batches, data_fingerprint
+from restnet_hf.data.datasets import Batch, batches, data_fingerprint, to_batch
 from restnet_hf.distributed import this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.training.args import TrainArgs
@@ -162,7 +162,7 @@ def first_images(train_set: Any, count: int, batch_size: int = 64) -> Iterator[B
         loader = DataLoader(train_set, batch_size=batch_size)
     seen = 0
     for item in loader:
-        batch = as_batch(item, "train_set")
+        batch = to_batch(item, "train_set")
         yield batch
         seen += len(batch["pixel_values"])
         if seen >= count:

@@ -13,8 +13,8 @@ from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from restnet_hf.data.datasets import MULTI_LABEL, Batch, as_batch, check_classes, check_labels
-from restnet_hf.distributed import told_to_stop
+from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_classes, check_labels, to_batch
+from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import TrainArgs, TrainResult
@@ -149,7 +149,7 @@ class Training:
 
     def run(self) -> None:
         """Train all steps, from the last checkpoint on if there is one."""
-        with self._tracked(), self.training_mode(), told_to_stop() as asked:
+        with self._tracked(), self.training_mode(), catch_sigterm() as asked:
             self._run_epochs(asked)
         trained = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
         self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
@@ -278,14 +278,14 @@ class Training:
         """An item of the loader as a batch, after a check of its images and labels.
 
         Args:
-            item: a batch of images and labels in any form of `as_batch`, or of cached features.
+            item: a batch of images and labels in any form of `to_batch`, or of cached features.
 
         Raises:
             ValueError: labels are missing, or images or labels do not fit the model.
         """
         if isinstance(item, Mapping) and not {"pixel_values"} & item.keys():
             return dict(item)  # from the cache
-        batch = as_batch(item, "train_set")
+        batch = to_batch(item, "train_set")
         self.model.preprocessing.check(batch["pixel_values"])
         labels = batch.get("labels")
         if labels is None and self.args.distillation < 1 and self.args.num_train_epochs:

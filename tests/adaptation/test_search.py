@@ -79,7 +79,7 @@ def blocks(route, depths):
 
 
 def published():
-    routes = [*family([Blocks.of("S", 12), Blocks.of("L", 24)], "two_way", directions="both")]
+    routes = [*family([Blocks.from_depths("S", 12), Blocks.from_depths("L", 24)], "two_way", directions="both")]
     found = dict(zip(routes, map(float, PUBLISHED.split()), strict=True))
     cost = {"S": 4.61 / 12, "L": 61.6 / 24}  # of a block
     runs = {route: blocks(route, {"S": 12, "L": 24}) for route in routes}
@@ -127,7 +127,7 @@ def pair(seed, cuts_a, cuts_b, both_ways=False):
 def skips(seed, depth=16):
     """One anchor, two or three neighbours of its blocks merged in any places; that hurts more than additively."""
     rng = np.random.default_rng(seed)
-    routes = [*family([Blocks.of("a", depth, entry=1)], "skip")]
+    routes = [*family([Blocks.from_depths("a", depth, entry=1)], "skip")]
     matters, hurts = rng.gamma(2, 0.6, depth + 1), rng.uniform(0.1, 0.25, (depth + 2, depth + 2))
 
     def value(route):
@@ -372,7 +372,7 @@ def changed(routes, text):
 
 
 def test_skips_come_go_move_and_change_their_length():
-    found = changed(family([Blocks.of("a", 12, entry=1)], "skip"), "a[:3] + a[5:8] + a[10:]")
+    found = changed(family([Blocks.from_depths("a", 12, entry=1)], "skip"), "a[:3] + a[5:8] + a[10:]")
     assert {"a[:3] + a[5:]", "a[:8] + a[10:]"} <= found, "one fewer"
     assert {"a[:1] + a[3:3] + a[5:8] + a[10:]", "a[:3] + a[5:8] + a[10:10] + a[13:]"} <= found, "one more"
     assert {"a[:2] + a[4:8] + a[10:]", "a[:3] + a[5:6] + a[8:]"} <= found, "moved"
@@ -380,7 +380,7 @@ def test_skips_come_go_move_and_change_their_length():
 
 
 def test_names_and_anchors_change():
-    routes = [*family([Blocks.of("a", 4, entry=1)], "skip", prune=(0.25, 0.5))]
+    routes = [*family([Blocks.from_depths("a", 4, entry=1)], "skip", prune=(0.25, 0.5))]
     found = changed(routes, "a[:2] +prune25_2 a[3:]")
     assert {"a[:2] +prune50_2 a[3:]", "a[:2] + a[4:]", "a[:]"} <= found and "a[:2] +prune25_2 a[3:]" not in found
     found = changed(LAND.routes, "S[:4] + L[8:]")
@@ -401,7 +401,7 @@ def test_what_makes_a_route_dearer_is_compensated():
     found = children(routes, Route.parse("a[:4] + b[5:]"), lambda r: r.segments[0].stop + 10 - r.segments[1].start)
     assert {"a[:5] + b[6:]", "a[:6] + b[7:]", "a[:5] + b[7:]"} <= found, "compensated"
     assert all(route.stop - 4 <= end.start - 5 for route, end in (Route.parse(text).segments for text in found))
-    routes = [*family([Blocks.of("a", 12, entry=1)], "skip")]
+    routes = [*family([Blocks.from_depths("a", 12, entry=1)], "skip")]
     cost = {route: blocks(route, {"a": 13})["a"].sum() for route in routes}
     found = children(routes, Route.parse("a[:3] + a[5:]"), cost.get)
     assert {"a[:8] + a[10:]", "a[:11] + a[13:]"} <= found, "nowhere near, so one came for the other"
@@ -437,7 +437,10 @@ def test_what_a_predictor_says_is_standardized():
 
 
 def test_features_tell_all_routes_apart():
-    routes = [*family([Blocks.of("a", 5, entry=1)], "skip", prune=(0.25, 0.5)), *one_cut_routes("a", 5, "b", 5)]
+    routes = [
+        *family([Blocks.from_depths("a", 5, entry=1)], "skip", prune=(0.25, 0.5)),
+        *one_cut_routes("a", 5, "b", 5),
+    ]
     routes += [Route(route.segments, "night", route.via) for route in routes if route.via]
     features = route_features(routes, np.ones((len(routes), 1)))
     assert len(np.unique(features.round(9), axis=0)) == len(routes) == len(features)

@@ -8,7 +8,7 @@ import torch
 from conftest import MODELS, SIZE, OneBlock, assert_parts_make_the_whole, make_anchor, make_model, spread
 from torch import nn
 
-from restnet_hf.anchors.anchor import Anchor, unique_names
+from restnet_hf.anchors.anchor import Anchor, make_names_unique
 from restnet_hf.data.preprocessing import Preprocessing
 
 
@@ -146,7 +146,7 @@ def test_names():
     with pytest.raises(ValueError, match="may hold only letters"):
         Anchor(OneBlock(), "a b", Preprocessing((16, 16)))
     same = [Anchor(OneBlock(), "net", Preprocessing((16, 16))) for _ in range(3)]
-    unique_names(same)
+    make_names_unique(same)
     assert [anchor.name for anchor in same] == ["net", "net_2", "net_3"]
 
 

@@ -54,7 +54,10 @@ def test_the_second_load_does_not_search(images, name):
     first, second = anchor(name), anchor(name, seed=1)
     assert ran(first) and not ran(second)
     assert [(c.name, c.aliases, c.layout) for c in second.cuts] == [(c.name, c.aliases, c.layout) for c in first.cuts]
-    assert (second.found.classes, second.found.classifier) == (first.found.classes, first.found.classifier)
+    assert (second.search_result.classes, second.search_result.classifier) == (
+        first.search_result.classes,
+        first.search_result.classifier,
+    )
     assert_parts_make_the_whole(second, images)
     with torch.no_grad():
         assert torch.equal(second.bake(2)(second(images, stop=2)), second(images))
@@ -188,7 +191,7 @@ def test_without_a_place_to_write(folder):
 def test_models_without_values(tmp_path, folder, images, names, context):
     """A config builds a model on the meta device also where its cuts were never searched for; weights come after."""
     model = two(tmp_path, names)
-    found = [other.found for other in model.anchors.values()]
+    found = [other.search_result for other in model.anchors.values()]
     config = copy.deepcopy(model.config)
     for file in folder.iterdir():
         file.unlink()
@@ -198,7 +201,7 @@ def test_models_without_values(tmp_path, folder, images, names, context):
     assert empty.state_dict().keys() == model.state_dict().keys()
     for other, before in zip(empty.anchors.values(), found, strict=True):
         assert [(c.name, c.layout) for c in other.cuts] == [(c.name, c.layout) for c in before.cuts]
-        assert (other.found.classes, other.found.classifier) == (before.classes, before.classifier)
+        assert (other.search_result.classes, other.search_result.classifier) == (before.classes, before.classifier)
     assert list(folder.iterdir()), "kept for the next time"
     if context is init_empty_weights:  # buffers have values
         empty.load_state_dict(model.state_dict(), assign=True)

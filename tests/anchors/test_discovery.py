@@ -20,9 +20,9 @@ from restnet_hf.stitches.layers import StitchConfig, make_stitch
 def test_cuts_and_layouts(anchors, name):
     anchor = anchors[name]
     _, kind, prefix = MODELS[name]
-    assert anchor.depth >= 2 and not anchor.found.rejected
+    assert anchor.depth >= 2 and not anchor.search_result.rejected
     assert {(cut.layout.kind, cut.layout.prefix) for cut in anchor.cuts} == {(kind, prefix)}
-    assert anchor.found.classes == CLASSES
+    assert anchor.search_result.classes == CLASSES
 
 
 def test_module_granularity_finds_more():
@@ -119,7 +119,7 @@ class Positioned(OneBlock):
 
 def test_values_that_do_not_depend_on_the_image_are_kept():
     anchor = Anchor(spread(Positioned(), 0), "positioned", Preprocessing((16, 16)))
-    assert anchor.depth == 3 and not anchor.found.rejected
+    assert anchor.depth == 3 and not anchor.search_result.rejected
     assert_parts_make_the_whole(anchor, torch.randn(5, 3, 16, 16))
     images = torch.randn(4, 3, 16, 16)
     assert torch.equal(anchor.bake(2)(anchor(images, stop=2)), anchor(images))
@@ -141,7 +141,7 @@ class Tabled(Positioned):
 
 def test_a_table_is_not_taken_for_a_batch():
     anchor = Anchor(spread(Tabled(), 0), "tabled", Preprocessing((16, 16)))
-    assert anchor.depth == 3 and not anchor.found.rejected
+    assert anchor.depth == 3 and not anchor.search_result.rejected
     for size in (2, 5):
         assert_parts_make_the_whole(anchor, torch.randn(size, 3, 16, 16))
 
@@ -162,7 +162,7 @@ class Masked(Positioned):
 
 
 class Late(Masked):
-    """Only the last block hands on a mask, so all places before it are sound."""
+    """Only the last block hands on a mask, so all places before it are valid cuts."""
 
     class Patches(nn.Conv2d):
         pass
@@ -187,7 +187,7 @@ class Late(Masked):
 def test_values_that_change_later_do_no_harm():
     anchor = Anchor(spread(Late(), 0), "late", Preprocessing((16, 16)))
     assert [cut.name for cut in anchor.cuts] == [f"blocks.{k}" for k in range(3)]
-    assert list(anchor.found.rejected) == ["blocks.3"]
+    assert list(anchor.search_result.rejected) == ["blocks.3"]
     images = torch.randn(5, 3, 16, 16)
     assert_parts_make_the_whole(anchor, images)
     assert torch.equal(anchor.bake(2)(anchor.bake(0, 2)(images)), anchor(images))
@@ -286,7 +286,7 @@ def test_two_tensors_together():
     assert [[made.path for made in cut.tensors] for cut in anchor.cuts[1:]] == [
         [f"blocks.{k}", f"blocks.{k - 1}"] for k in range(1, 5)
     ]
-    assert {cut.layout for cut in anchor.cuts} == {JointLayout((part, part))} and not anchor.found.rejected
+    assert {cut.layout for cut in anchor.cuts} == {JointLayout((part, part))} and not anchor.search_result.rejected
     images = torch.randn(5, 3, 16, 16)
     assert_parts_make_the_whole(anchor, images)
     with torch.no_grad():
@@ -373,7 +373,7 @@ def test_a_sketch_finds_what_a_real_forward_finds(monkeypatch, anchors, name):
     def refuse(model):
         raise NotImplementedError
 
-    monkeypatch.setattr(discovery, "sketch", refuse)
+    monkeypatch.setattr(discovery, "meta_copy", refuse)
     model = make_model(name)
     found = discovery.find_cuts(model, (SIZE, SIZE))
     assert [(c.name, c.aliases, c.layout) for c in found.cuts] == [

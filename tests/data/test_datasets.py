@@ -259,7 +259,7 @@ def test_an_augmentation_of_ones_own():
     rows = numbered(3)
     negative = with_pixel_values(rows, small(), augment=ImageOps.invert)[:]["pixel_values"]
     assert torch.allclose(negative, -with_pixel_values(rows, small())[:]["pixel_values"], atol=1e-6)
-    with pytest.raises(TypeError, match="augment gives Tensor; it must give a PIL image"):
+    with pytest.raises(TypeError, match="augment returns Tensor; it must return a PIL image"):
         with_pixel_values(rows, small(), augment=lambda image: torch.zeros(3, 8, 8))[0]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
-from restnet_hf.data.preprocessing import Preprocessing, Reprocess, prepare, timm_processor, with_image_size
+from restnet_hf.data.preprocessing import Preprocessing, Reprocess, prepare_images, timm_processor, with_image_size
 
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -47,7 +47,7 @@ def test_measured(processor, expected):
 def test_timm_processor_does_what_timm_does(name):
     config = timm.get_pretrained_cfg(name).to_dict()
     picture = PICTURE.resize((320, 320))  # libraries round half a pixel of crop differently
-    ours = prepare(timm_processor(config), [picture])[0]
+    ours = prepare_images(timm_processor(config), [picture])[0]
     model_config = resolve_model_data_config(None, pretrained_cfg=config)
     theirs = create_transform(**model_config, is_training=False)(picture)
     level = 2.01 / 255 / min(model_config["std"])
@@ -89,7 +89,12 @@ def test_reprocess_resizes():
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
 def test_prepare_takes_any_mode(mode):
-    assert prepare(ViTImageProcessor(size={"height": 8, "width": 8}), [PICTURE.convert(mode)]).shape == (1, 3, 8, 8)
+    assert prepare_images(ViTImageProcessor(size={"height": 8, "width": 8}), [PICTURE.convert(mode)]).shape == (
+        1,
+        3,
+        8,
+        8,
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,9 @@ def test_sizes_that_are_not_square(size):
     found = Preprocessing.of(with_image_size(processor, size))
     assert found.image_size == size
     assert found.mean == pytest.approx(IMAGENET[0], rel=1e-6) and found.std == pytest.approx(IMAGENET[1], rel=1e-6)
-    assert prepare(with_image_size(processor, size), [Image.new("RGB", (300, 260), "white")]).min() > 0  # no padding
+    assert (
+        prepare_images(with_image_size(processor, size), [Image.new("RGB", (300, 260), "white")]).min() > 0
+    )  # no padding
 
 
 BAD = [math.nan, math.inf, -math.inf, 10**400, 1e308, "0.5", True, None, [0.5]]
@@ -132,7 +139,7 @@ def test_mean_and_std_are_finite_numbers(field, value):
 
 @pytest.mark.parametrize("std", [0.0, -1.0, 1e-9])
 def test_std_is_above_0(std):
-    with pytest.raises(ValueError, match="std above 0"):
+    with pytest.raises(ValueError, match="std from 1e-06 on"):
         Preprocessing((8, 8), std=(1.0, 1.0, std))
 
 

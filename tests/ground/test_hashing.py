@@ -55,7 +55,7 @@ def test_pieces_survive_json():
 
 def test_pieces_are_checked_when_they_first_run(images):
     anchor = make_anchor("resnet")
-    anchor.expect(anchor.pieces())
+    anchor.expect_weights(anchor.pieces())
     last = f"resnet.{anchor.cuts[-1].name.removeprefix('resnet.')}"
     with torch.no_grad():
         next(p for n, p in anchor.model.named_parameters() if n.startswith(last)).add_(1)
@@ -76,7 +76,7 @@ def test_pieces_are_checked_when_they_first_run(images):
 
 def test_checked_once(images, monkeypatch):
     anchor = make_anchor("vit")
-    anchor.expect(anchor.pieces())
+    anchor.expect_weights(anchor.pieces())
     anchor.verify()
     monkeypatch.setattr("restnet_hf.anchors.anchor.weights_sha256", None)  # would not be callable
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_checked_once(images, monkeypatch):
 
 def test_threads_check_at_once(images):
     anchor = make_anchor("resnet")
-    anchor.expect(anchor.pieces())
+    anchor.expect_weights(anchor.pieces())
     with torch.no_grad():
         expected = make_anchor("resnet")(images[:1])
 
@@ -110,7 +110,7 @@ def test_modules_put_into_a_network_are_no_change_of_its_weights(images):
             return self.base(x) + self.more(x)
 
     anchor = make_anchor("vit")
-    anchor.expect(anchor.pieces())
+    anchor.expect_weights(anchor.pieces())
     layer = anchor.model.vit.layers[1]
     layer.mlp.fc1 = Wrapped(layer.mlp.fc1)
     with torch.no_grad():

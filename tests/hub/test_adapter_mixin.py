@@ -220,12 +220,12 @@ STITCH = ("stitches", "resnet_2__vit_1")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (at(*STITCH, "config", "kind", value="cubic"), "the entry of stitch 'resnet_2__vit_1' is not sound"),
-        (at(*STITCH, "source", "channels", value=-4), "the entry of stitch 'resnet_2__vit_1' is not sound"),
-        (at(*STITCH, "source", "prefix", value=10**9), "the entry of stitch 'resnet_2__vit_1' is not sound"),
+        (at(*STITCH, "config", "kind", value="cubic"), "the entry of stitch 'resnet_2__vit_1' is invalid"),
+        (at(*STITCH, "source", "channels", value=-4), "the entry of stitch 'resnet_2__vit_1' is invalid"),
+        (at(*STITCH, "source", "prefix", value=10**9), "the entry of stitch 'resnet_2__vit_1' is invalid"),
         (at(*STITCH, "source", "grid", value=[9, 9]), "was made for .* at cut 2 of 'resnet', which is"),
-        (at(*STITCH, "point", "target_cut", value=2), "says of itself that it is"),
-        (at("stitches", value={"../up": {}}), "the entry of stitch '../up' is not sound"),
+        (at(*STITCH, "point", "target_cut", value=2), "has the point of"),
+        (at("stitches", value={"../up": {}}), "the entry of stitch '../up' is invalid"),
         (at("anchors", value=[]), "there are no anchors"),
         (at("anchors", value=[3, 4]), "anchor 0 lacks"),
         (at("anchors", 0, "fingerprint", value=None), "anchor 0 lacks its fingerprint"),
@@ -237,7 +237,7 @@ STITCH = ("stitches", "resnet_2__vit_1")
         (at("routes", value=3), "routes must be a list of strings|routes"),
     ],
 )
-def test_unsound_config(saved, change, message):
+def test_invalid_config(saved, change, message):
     file = saved[1] / "config.json"
     config = json.loads(file.read_text())
     change(config)
@@ -427,14 +427,14 @@ def test_shared_stitches_are_saved_once(tmp_path, images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (at("point", "target_cut", value=1), "says of itself that it is"),
-        (at("config", "prune", value=1.5), "is not sound"),
-        (at("config", "prune", value="0.5"), "is not sound"),
+        (at("point", "target_cut", value=1), "has the point of"),
+        (at("config", "prune", value=1.5), "is invalid"),
+        (at("config", "prune", value="0.5"), "is invalid"),
         (at("config", "kind", value="linear"), "missing|not expected"),
         (at("config", "prune", value=0.5), "of another shape"),
     ],
 )
-def test_unsound_branches(tmp_path, change, message):
+def test_invalid_branches(tmp_path, change, message):
     one(tmp_path, "vit").save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / "config.json"
     config = json.loads(file.read_text())

@@ -35,7 +35,7 @@ def test_hostile_repositories(world):
     changes = {
         "evil/disk": (lambda c: c["anchors"][1].update(repo_id=secret), "not on the Hub but on the machine"),
         "evil/up": (lambda c: c["anchors"][1].update(repo_id="../vit"), "not on the Hub but on the machine"),
-        "evil/name": (lambda c: c["anchors"][1].update(name="../vit"), "not sound|names|may hold only"),
+        "evil/name": (lambda c: c["anchors"][1].update(name="../vit"), "is invalid|names|may hold only"),
         "evil/kind": (lambda c: c["stitches"][stitch]["config"].update(kind="exec"), "is not one of"),
         "evil/huge": (lambda c: c["stitches"][stitch]["target"].update(channels=2**40), "was made for"),
         "evil/code": (lambda c: None, "loaded"),

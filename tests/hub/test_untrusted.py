@@ -307,7 +307,7 @@ ASKS: dict[str, tuple[str, Callable[[dict], Any], str]] = {
     "many-labels": ("good", lambda c: c.update(id2label={i: str(i) for i in range(10**5)}), "5 classes"),
     "label-kind": ("good", lambda c: c["id2label"].update({"0": {"a": 1}}), "id2label"),
     "long-label": ("good", lambda c: anchor(c, label_names=["a" * 10**7]), "1 label_names"),
-    "long-key": ("good", long_key, "is not sound"),
+    "long-key": ("good", long_key, "is invalid"),
     "long-routes": ("good", lambda c: c.update(routes=["x" * 10**7]), "too many or too long"),
     "routes": ("good", lambda c: c.update(routes=["resnet[:2] + vit[1:]"] * 10**5), "too many or too long"),
     "segments": (

@@ -30,11 +30,15 @@ from restnet_hf.selection.ranking import spread
 
 
 DEIT = [
-    Blocks.of(name, 12, entry=2) for name in ("ti", "s", "b")
+    Blocks.from_depths(name, 12, entry=2) for name in ("ti", "s", "b")
 ]  # cut 2 is the embedding, block k from 0 ends at k + 3
-SWIN = [Blocks.of("ti", 2, 2, 6), Blocks.of("s", 2, 2, 18), Blocks.of("b", 2, 2, 18)]  # the last stage is not joined
-DEIT3 = [Blocks.of("s", 12), Blocks.of("l", 24)]
-SHALLOW, DEEP = Blocks.of("a", 2), Blocks.of("b", 4)
+SWIN = [
+    Blocks.from_depths("ti", 2, 2, 6),
+    Blocks.from_depths("s", 2, 2, 18),
+    Blocks.from_depths("b", 2, 2, 18),
+]  # the last stage is not joined
+DEIT3 = [Blocks.from_depths("s", 12), Blocks.from_depths("l", 24)]
+SHALLOW, DEEP = Blocks.from_depths("a", 2), Blocks.from_depths("b", 4)
 
 
 def names(routes):
@@ -99,7 +103,7 @@ def test_stitches_shared_by_swin():
 @pytest.mark.parametrize("kind", ["paired", "unpaired", "nearest"])
 def test_shared_stitches_join_equal_layouts(kind):
     """Whatever one of them joins lies in one stage of each anchor."""
-    front, end = Blocks.of("a", 2, 3, 4, entry=1), Blocks.of("b", 2, 3, 4, entry=1)
+    front, end = Blocks.from_depths("a", 2, 3, 4, entry=1), Blocks.from_depths("b", 2, 3, 4, entry=1)
     stage_of = {cut: index for index, stage in enumerate(front.stages) for cut in stage} | {1: -1}
     joined = {}
     for route in FAMILIES[kind](front, end):
@@ -121,8 +125,11 @@ def test_two_way_deit3():
 
 def test_no_way_in_before_the_first_block():
     """Without a cut at the embedding the routes that enter before block 0 are left out: (0, 0) and (1, 0)."""
-    assert len(list(family([Blocks.of(name, 12) for name in "abc"]))) == 71 - 2 * 2
-    assert names(paired(Blocks.of("a", 2), Blocks.of("b", 2))) == ["a[:1] +w1 b[1:]", "a[:2] +w1 b[1:]"]
+    assert len(list(family([Blocks.from_depths(name, 12) for name in "abc"]))) == 71 - 2 * 2
+    assert names(paired(Blocks.from_depths("a", 2), Blocks.from_depths("b", 2))) == [
+        "a[:1] +w1 b[1:]",
+        "a[:2] +w1 b[1:]",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_windows(depth, kernel, stride):
     windows = [range(s, min(s + kernel, depth)) for s in range(0, depth, stride)]
     cells = {cell for window in windows for cell in product(window, window)}
     listed = [f"a[:{j + 2}] + b[{k + 1}:]" for j, k in cells]
-    anchors = Blocks.of("a", depth, entry=1), Blocks.of("b", depth, entry=1)
+    anchors = Blocks.from_depths("a", depth, entry=1), Blocks.from_depths("b", depth, entry=1)
     found = list(paired(*anchors, kernel, stride))
     assert sorted(bare(found)) == sorted(listed)
     assert sorted(names(paired(*anchors, kernel, stride, share=False))) == sorted(listed)
@@ -149,12 +156,12 @@ def test_unpaired():
     assert names(unpaired(SHALLOW, DEEP)) == ["a[:1] +w1 b[1:]", "a[:2] +w2 b[2:]", "a[:2] +w2 b[3:]"]
     assert names(unpaired(SHALLOW, DEEP, share=False)) == ["a[:1] + b[1:]", "a[:2] + b[2:]", "a[:2] + b[3:]"]
     assert bare(unpaired(DEEP, SHALLOW)) == ["b[:3] + a[1:]", "b[:4] + a[1:]"]
-    assert names(unpaired(SHALLOW, Blocks.of("b", 4, entry=1)))[0] == "a[:1] + b[1:]", "before block 0"
+    assert names(unpaired(SHALLOW, Blocks.from_depths("b", 4, entry=1)))[0] == "a[:1] + b[1:]", "before block 0"
 
 
 def test_two_way_of_stages():
     """Places to change: a1-b1, a2-b3 and a3-b4; where both end there is none."""
-    a, b = Blocks.of("a", 1, 3), Blocks.of("b", 1, 4)
+    a, b = Blocks.from_depths("a", 1, 3), Blocks.from_depths("b", 1, 4)
     assert names(two_way(a, b, stitches=1)) == ["a[:1] + b[1:]", "a[:2] + b[2:]", "a[:3] + b[3:]"]
     assert names(two_way(b, a, stitches=3))[-1] == "b[:1] + a[1:2] + b[2:3] + a[3:]"
     assert len(names(two_way(a, b, stitches=9))) == 3 + 3 + 1
@@ -167,7 +174,7 @@ def test_pairs_and_directions():
     both = names(family([SHALLOW, DEEP], "one_cut", directions="both"))
     assert both[2:] == names(one_cut(SHALLOW, DEEP)) + names(one_cut(DEEP, SHALLOW)) and len(both) == 2 + 16
     for pairs, joined in {"adjacent": ["ab", "bc"], "any": ["ab", "ac", "bc"]}.items():
-        routes = family([Blocks.of(name, 3) for name in "abc"], "one_cut", pairs)
+        routes = family([Blocks.from_depths(name, 3) for name in "abc"], "one_cut", pairs)
         ends = [[segment.anchor for segment in route.segments] for route in routes]
         assert list(dict.fromkeys(map("".join, ends))) == ["a", "b", "c", *joined]
 
@@ -206,24 +213,24 @@ def test_skip_gives_the_compositions(depth, widths):
         inner = [f"a[{'' if index == 0 else left[1]}:{right[0]}]" for index, (left, right) in
                  enumerate(pairwise([(0, 0), *jumps]))]  # fmt: skip
         listed.add(" + ".join([*inner, f"a[{jumps[-1][1]}:]"]) if jumps else "a[:]")
-    found = names(skip(Blocks.of("a", depth, entry=1), widths))
+    found = names(skip(Blocks.from_depths("a", depth, entry=1), widths))
     assert len(found) == len({*found}) and {*found, "a[:]"} == listed
 
 
 def test_as_many_as_adaptivenet():
     """Its ResNet-50 of 16 blocks has 10,609 subnets: the compositions into 1, 2 and 3. Stages change nothing."""
-    routes = list(family([Blocks.of("r50", 3, 4, 6, 3, entry=1)], "skip"))
+    routes = list(family([Blocks.from_depths("r50", 3, 4, 6, 3, entry=1)], "skip"))
     assert len(routes) == len({*routes}) == ways(16, (2, 3), 1) == 10_609
     assert len(stitches(routes)) == 15 + 14, "a stitch for each pair and each three of neighbours"
     assert str(routes[0]) == "r50[:]"
-    without_entry = sum(1 for _ in family([Blocks.of("r50", 10)], "skip"))
+    without_entry = sum(1 for _ in family([Blocks.from_depths("r50", 10)], "skip"))
     assert without_entry == ways(9, (2, 3), 1) == 149, "nothing takes the place of the first block"
 
 
 @pytest.mark.parametrize("prune", [(0.5,), (0.25, 0.5), (0.2, 0.4, 0.29)])
 def test_pruned_copies_of_blocks(prune):
     """Each block has so many ways more; where some cannot be pruned, only those that can."""
-    anchor = Blocks.of("a", 4, entry=2)
+    anchor = Blocks.from_depths("a", 4, entry=2)
     routes = list(skip(anchor, prune=prune))
     assert len(routes) == len({*routes}) == ways(4, (2, 3), 1 + len(prune)) - 1
     assert stitches(routes) >= {f"a__a~prune{100 * share:.0f}_{cut}" for share in prune for cut in range(2, 6)}
@@ -251,7 +258,7 @@ def test_shares_in_names():
 
 def test_nothing_comes_twice():
     """Widths and shares that are given twice count once."""
-    anchor = Blocks.of("a", 5, entry=1)
+    anchor = Blocks.from_depths("a", 5, entry=1)
     assert names(skip(anchor, (2, 2, 3), (0.5, 0.5))) == names(skip(anchor, (2, 3), (0.5,)))
     assert {*skip(anchor, {2, 3})} == {*skip(anchor, (3, 2))}
 
@@ -263,12 +270,12 @@ def test_nothing_comes_twice():
 )
 def test_what_cannot_be_skipped(options):
     with pytest.raises(ValueError, match=r"merge=.* must be whole numbers above 0, and prune=.* whole percents"):
-        next(skip(Blocks.of("a", 5), **options))
+        next(skip(Blocks.from_depths("a", 5), **options))
 
 
 def test_skips_of_every_anchor():
     """Each anchor alone, then the routes of each; no route joins two."""
-    routes = list(family([Blocks.of("a", 3), Blocks.of("b", 4)], "skip"))
+    routes = list(family([Blocks.from_depths("a", 3), Blocks.from_depths("b", 4)], "skip"))
     assert names(routes) == ["a[:]", "b[:]", "a[:1] + a[3:]", "b[:2] + b[4:]", "b[:1] + b[3:]", "b[:1] + b[4:]"]
 
 
@@ -296,7 +303,7 @@ def test_spread_by_hand():
 
 def test_spread_uses_many_stitches():
     """Of the 926 routes of twelve blocks sixteen hold all 21 stitches, and cover the range."""
-    costs = {route: sum(1.0 for _ in blocks_of(route)) for route in skip(Blocks.of("a", 12, entry=1))}
+    costs = {route: sum(1.0 for _ in blocks_of(route)) for route in skip(Blocks.from_depths("a", 12, entry=1))}
     chosen = spread(costs, 16)
     assert len({*chosen}) == 16 and stitches(chosen) == stitches(costs)
     assert {costs[route] for route in chosen} >= {min(costs.values()), max(costs.values())}
@@ -312,14 +319,14 @@ def blocks_of(route):
 def test_stages_from_layouts(anchors):
     """The tiny Swin has stages of 1, 1, 2 and 1 blocks."""
     layouts = [cut.layout for cut in anchors["swin_nhwc"].cuts]
-    assert Blocks.alike("swin", layouts).stages == ((1,), (2,), (3, 4), (5,))
+    assert Blocks.from_layouts("swin", layouts).stages == ((1,), (2,), (3, 4), (5,))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("depths", [(5,), (1, 2, 3), (2, 1)])
 def test_contract(kind, depths):
     """Every kind: routes that fit, start in the front, end in one of the two, and no route twice."""
-    front, end = Blocks.of("a", *depths, entry=1), Blocks.of("b", *depths)
+    front, end = Blocks.from_depths("a", *depths, entry=1), Blocks.from_depths("b", *depths)
     routes = list(FAMILIES[kind](front, end))
     assert routes and len({*routes}) == len(routes)
     assert {route.segments[0].anchor for route in routes} == {"a"}
@@ -333,7 +340,7 @@ def test_contract(kind, depths):
 @pytest.mark.parametrize("depths", [(5,), (1, 2, 3), (60, 60)])
 def test_contract_within(kind, depths):
     """Every kind: the anchor itself, left and entered later, routes that fit, none twice, the first at once."""
-    routes = list(islice(WITHIN[kind](Blocks.of("a", *depths, entry=1)), 1000))
+    routes = list(islice(WITHIN[kind](Blocks.from_depths("a", *depths, entry=1)), 1000))
     assert routes and len({*routes}) == len(routes)
     for route in routes:
         assert {segment.anchor for segment in route.segments} == {"a"} and route.stitch_points
@@ -347,7 +354,7 @@ def test_lazy(kind):
     """The first routes of more than anyone could list come at once and take no memory."""
     depth, options = (100, {"stitches": 99}) if kind == "two_way" else (10**12, {})
     tracemalloc.start()
-    anchors = [Blocks.of(str(number), depth, entry=1) for number in range(4)]
+    anchors = [Blocks.from_depths(str(number), depth, entry=1) for number in range(4)]
     first = list(islice(family(anchors, kind, "any", "both", **options), 1000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -360,7 +367,7 @@ def test_lazy(kind):
         ({"kind": "random"}, "kind='random' is not one of"),
         ({"pairs": "all"}, "pairs='all' is not one of"),
         ({"directions": "left"}, "directions='left' is not one of"),
-        ({"anchors": [SHALLOW, SHALLOW]}, "names of their own"),
+        ({"anchors": [SHALLOW, SHALLOW]}, "must have different names"),
         ({"kind": "skip", "kernel": 2}, r"family 'skip' has no options \['kernel'\]; it takes \['merge', 'prune'"),
         (
             {"kind": "paired", "front": 2},
@@ -378,7 +385,7 @@ def test_what_does_not_fit_together():
         next(paired(SHALLOW, DEEP))
     for rule in (paired, unpaired, nearest, two_way):
         with pytest.raises(ValueError, match="'a' has 1 stages and 'swin' 2"):
-            next(rule(SHALLOW, Blocks.of("swin", 2, 2)))
+            next(rule(SHALLOW, Blocks.from_depths("swin", 2, 2)))
     for kernel, stride in ((0, 1), (2, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             next(paired(SHALLOW, SHALLOW, kernel, stride))
@@ -405,7 +412,7 @@ def test_budget():
             return {"macs": {"a": 4.0, "b": 20.0}[first.anchor]}
         return {"macs": first.stop + 5.0 * (4 - last.start)}
 
-    routes = family([Blocks.of("a", 4), Blocks.of("b", 4)], "one_cut")
+    routes = family([Blocks.from_depths("a", 4), Blocks.from_depths("b", 4)], "one_cut")
     fitting = within_budget(routes, costs, Budget(macs=6))
     assert str(next(fitting)) == "a[:]" and len(asked) == 1
     assert names(fitting) == ["a[:1] + b[3:]", "a[:1] + b[4:]", "a[:2] + b[4:]", "a[:3] + b[4:]", "a[:4] + b[4:]"]
@@ -473,7 +480,7 @@ def test_costs_are_those_of_the_formula():
         for name, (width, depth) in networks.items()
     ]
     costs = StitchedModelForImageClassification.from_anchors(*anchors, order="given").route_costs()
-    blocks = [Blocks.alike(anchor.name, [cut.layout for cut in anchor.cuts]) for anchor in anchors]
+    blocks = [Blocks.from_layouts(anchor.name, [cut.layout for cut in anchor.cuts]) for anchor in anchors]
     assert [len(stage) for each in blocks for stage in each.stages] == [3, 6]
     routes = {*family(blocks), *family(blocks, "two_way", directions="both")}
     assert len(routes) == 2 + 5 + (2 + 2) + (1 + 1), "alone, unpaired, SL and LS, SLS and LSL"
@@ -487,10 +494,10 @@ def test_costs_are_those_of_the_formula():
 
 def test_some_of_too_many():
     """Drawn at random: each once, all of them sooner or later, the same for a seed; nothing is listed before."""
-    anchor, options = Blocks.of("a", 4, entry=1), {"merge": (2, 3), "prune": (0.5,)}
+    anchor, options = Blocks.from_depths("a", 4, entry=1), {"merge": (2, 3), "prune": (0.5,)}
     every = set(skip(anchor, **options))
     drawn = list(skip(anchor, **options, seed=3))
     assert len(drawn) == len({*drawn}) and {*drawn} == every
     assert drawn == list(skip(anchor, **options, seed=3)) != list(skip(anchor, **options, seed=4))
-    many = skip(Blocks.of("a", 60, entry=1), prune=(0.25, 0.5), seed=0)
+    many = skip(Blocks.from_depths("a", 60, entry=1), prune=(0.25, 0.5), seed=0)
     assert len({*islice(many, 500)}) == 500

@@ -354,7 +354,7 @@ def test_slow_drift(seed):
 )
 def test_wrong_measurement(measured):
     controller = Controller(THREE, Budget(latency_ms=50))
-    with pytest.raises(ValueError, match=r"must be a number from 1e-12 to 1e\+12; leave out what failed"):
+    with pytest.raises(ValueError, match=r"must be a number from 1e-12 to 1e\+12; leave out failed measurements"):
         controller.observe(0, **measured)
 
 

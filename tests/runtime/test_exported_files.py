@@ -19,7 +19,7 @@ from mutations import ODD, Trap, places, put
 from PIL import Image
 
 from restnet_hf import ExportedModel
-from restnet_hf.runtime.exported_files import MAX_MESSAGE, known_checksums, read_labels, read_preprocessing
+from restnet_hf.runtime.exported_files import MAX_MESSAGE, exported_checksums, read_labels, read_preprocessing
 from restnet_hf.runtime.exported_model import prepare_image
 from restnet_hf.runtime.runners import RUNTIMES
 
@@ -69,38 +69,38 @@ for index in range(int(sys.argv[4]), count):
 """
 
 
-def damage(source, folder, dice, secret):
+def damage(source, folder, rng, secret):
     """A copy of a folder in which one thing is wrong, and what; half have no checksums, as hostile ones may."""
     shutil.copytree(source, folder)
     files = sorted(file for file in folder.iterdir() if file.name != "run.py")
     models = [file for file in files if file.suffix != ".json"]
-    kind = dice.choice(["json"] * 4 + ["flip"] * 2 + ["cut", "swap", "remove", "link", "pickle", "text", "folder"])
-    file = dice.choice(models if kind == "flip" else files)
+    kind = rng.choice(["json"] * 4 + ["flip"] * 2 + ["cut", "swap", "remove", "link", "pickle", "text", "folder"])
+    file = rng.choice(models if kind == "flip" else files)
     if kind == "json":
-        file = dice.choice([file for file in files if file.suffix == ".json"])
+        file = rng.choice([file for file in files if file.suffix == ".json"])
         data = json.loads(file.read_text())
-        file.write_text(json.dumps(put(data, dice.choice(places(data)), dice.choice(ODD))))
+        file.write_text(json.dumps(put(data, rng.choice(places(data)), rng.choice(ODD))))
     elif kind == "flip":
         raw = bytearray(file.read_bytes())
-        for _ in range(dice.choice([1, 1, 4, 64])):
-            raw[dice.randrange(len(raw))] ^= 1 << dice.randrange(8)
+        for _ in range(rng.choice([1, 1, 4, 64])):
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
         file.write_bytes(raw)
     elif kind == "cut":
-        file.write_bytes(file.read_bytes()[: dice.randrange(file.stat().st_size)])
+        file.write_bytes(file.read_bytes()[: rng.randrange(file.stat().st_size)])
     elif kind == "swap":
-        shutil.copyfile(dice.choice(files), folder / "other")
+        shutil.copyfile(rng.choice(files), folder / "other")
         os.replace(folder / "other", file)
     elif kind == "text":
-        file.write_text(dice.choice(["", "[]", "{}", "null", "[" * 100_000, "\x00\xff", "1" * 5000, "x" * 2**20]))
+        file.write_text(rng.choice(["", "[]", "{}", "null", "[" * 100_000, "\x00\xff", "1" * 5000, "x" * 2**20]))
     elif kind == "pickle":
         file.write_bytes(pickle.dumps(Trap(str(secret))))
     else:
         file.unlink()
         if kind == "link":
-            file.symlink_to(dice.choice([secret, "/dev/zero", "/etc/passwd", source / file.name, "missing"]))
+            file.symlink_to(rng.choice([secret, "/dev/zero", "/etc/passwd", source / file.name, "missing"]))
         elif kind == "folder":
             file.mkdir()
-    hostile = dice.random() < 0.5
+    hostile = rng.random() < 0.5
     if hostile and not (folder / "profile.json").is_symlink():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             without_checksums(folder)
@@ -140,9 +140,9 @@ def snapshot(folder):
 def test_damaged_and_hostile_folders(onnx, tmp_path):
     """Documented errors alone, of bounded length; no process, pickle or file; no crash of a runtime; quickly."""
     sources = [onnx] + [export(onnx.parent, runtime) for runtime in RUNTIMES if runtime != "onnx"]
-    dice, trap, folders = random.Random(7), tmp_path / "trap", tmp_path / "many"
+    rng, trap, folders = random.Random(7), tmp_path / "trap", tmp_path / "many"
     folders.mkdir()
-    kinds = [damage(sources[i % len(sources)], folders / str(i), dice, trap) for i in range(DAMAGES)]
+    kinds = [damage(sources[i % len(sources)], folders / str(i), rng, trap) for i in range(DAMAGES)]
     before = snapshot(tmp_path)
     said, crashed = run_all(onnx.parent, folders, DAMAGES)
     # ExecuTorch checks some of a program alone; where there are checksums, it is not given one that has changed
@@ -169,7 +169,7 @@ def test_folders_of_earlier_versions_load(onnx, tmp_path):
 
 def test_checksums(onnx, tmp_path):
     """Files that changed, or are of another export, are named; the script may change."""
-    for name in known_checksums((onnx / "profile.json").read_bytes()):
+    for name in exported_checksums((onnx / "profile.json").read_bytes()):
         folder = shutil.copytree(onnx, tmp_path / name)
         (folder / "run.py").write_text("")
         model = ExportedModel(folder)
@@ -236,7 +236,7 @@ def test_sizes_that_the_model_does_not_take(tmp_path):
     source = export(tmp_path, "onnx", batch_size=2)
     assert ExportedModel(source)(images(3)).shape == (3, 5)
     for batch_size in (None, 1, 4096):
-        with pytest.raises(ValueError, match=r"takes images of shape \(2, 3, 64, 64\), and the folder prepares"):
+        with pytest.raises(ValueError, match=r"takes images of shape \(2, 3, 64, 64\), the folder prepares"):
             ExportedModel(copied(source, tmp_path, batch_size=batch_size))
     folder = copied(source, tmp_path, batch_size=2)
     changed_json(folder, "preprocessing.json", lambda how: how.update(crop=[64, 32]))
@@ -298,7 +298,7 @@ def test_labels(tmp_path, labels, message):
 def test_as_many_labels_as_logits(onnx, tmp_path):
     folder = copied(onnx, tmp_path)
     (folder / "labels.json").write_text('["a", "b"]')
-    with pytest.raises(ValueError, match=r"shape \(2, 5\), and labels.json has 2 labels"):
+    with pytest.raises(ValueError, match=r"shape \(2, 5\), but labels.json has 2 labels"):
         ExportedModel(folder)(images())
 
 
@@ -379,7 +379,7 @@ assert not seen and not list(home.iterdir()) and "openvino_telemetry" not in sys
 # What a program agreed to itself, before it used us, is off while we work, and on again.
 AGREED = """
 import openvino_telemetry
-from restnet_hf.runtime.runners import need, without_telemetry
+from restnet_hf.runtime.runners import import_for_runtime, without_telemetry
 reporter = openvino_telemetry.Telemetry("app", "1", "G-X", backend="ga4", enable_opt_in_dialog=False)
 assert reporter.consent
 with without_telemetry():
@@ -390,7 +390,7 @@ with without_telemetry():
         again = None
     assert again is None
 assert reporter.consent and __import__("openvino_telemetry") is openvino_telemetry
-assert need("onnxruntime", "onnx") and reporter.consent
+assert import_for_runtime("onnxruntime", "onnx") and reporter.consent
 """
 
 

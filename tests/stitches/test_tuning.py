@@ -272,5 +272,5 @@ def test_invalid_config(tuned_model, tmp_path, change):
     key = next(key for key in config["tuned"] if key.startswith("norm"))
     config["tuned"][key] |= change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"the entry of what is tuned as 'norm-.*' is not sound"):
+    with pytest.raises(ValueError, match=r"the tuned entry 'norm-.*' is invalid"):
         StitchedModelForImageClassification.from_pretrained(tmp_path)
