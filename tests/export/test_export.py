@@ -60,7 +60,10 @@ def can_run(runtime, precision):
     return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-@pytest.mark.parametrize(("runtime", "precision"), CASES)
+@pytest.mark.parametrize(
+    ("runtime", "precision"),
+    [pytest.param(*case, marks=[] if case[0] == "onnx" else pytest.mark.slow) for case in CASES],
+)
 def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     """Logits close to the route's own, at any number of images; a script that prints the same class; a stored profile.
 
