@@ -75,7 +75,7 @@ def test_there_is_a_guide_for_each_task():
 @pytest.mark.parametrize("page", sorted({*GUIDES} - {"share", "contribute"}))
 def test_code_runs(page, tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "HOPELESS", float("inf"))  # other tests run beside this one
+    monkeypatch.setattr(timing, "MAX_SPREAD", float("inf"))  # other tests run beside this one
     code = compile(code_of(page, "python"), PAGES[page], "exec")
     names = {"__name__": page}
     with contextlib.redirect_stdout(None):
@@ -89,7 +89,9 @@ def test_code_runs_with_a_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file({"images": torch.zeros(1)}, tmp_path / "images.safetensors")  # what every process of a World reads
     with running() as hub:
-        printed = World(hub, tmp_path).run(code_of("share", "python"), whole=True)
+        world = World(hub, tmp_path)
+        with contextlib.closing(world.processes):
+            printed = world.run(code_of("share", "python"), whole=True)
         assert {*hub.repos} == {"me/my-stitch"}
     assert printed.startswith("me/my-stitch resnet_fashion[:")
 
