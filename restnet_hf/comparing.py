@@ -14,7 +14,7 @@ from restnet_hf.anchors.config_entry import class_order
 from restnet_hf.anchors.loading import load_anchor
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.profile import Budget
 from restnet_hf.selection.cache import write_similarity
@@ -85,7 +85,7 @@ def compare_anchors(
 
 def _write_table(model: StitchedModelForImageClassification, similarity: Similarity, path: Path) -> None:
     """Write the values of a comparison, with the names of cuts as header and first column."""
-    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow([similarity.front, *(cut.name for cut in model.anchors[similarity.end].cuts)])
         for cut, row in zip(model.anchors[similarity.front].cuts, similarity.values, strict=True):

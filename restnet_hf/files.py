@@ -30,7 +30,7 @@ PLAIN_NAME = re.compile(r"[^./\\:\0][^/\\:\0]*")  # a file name that cannot lead
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; the file written there replaces ``path`` if the block succeeds."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +44,11 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_written_whole(path: str | os.PathLike[str], first: str, ours: Collection[str] = ()) -> Iterator[Path]:
+def atomic_folder(path: str | os.PathLike[str], first: str, ours: Collection[str] = ()) -> Iterator[Path]:
     """Yield a temporary folder; its files are moved into ``path`` when the block ends without error.
 
     A new folder appears in one rename. In an existing one, all files lie in a pending folder inside it before
-    ``first`` is replaced, which commits the save; then the others are. `read_whole` reads the old files before that
+    ``first`` is replaced, which commits the save; then the others are. `read_folder` reads the old files before that
     moment and the new ones after it, also where the process is killed, and the next save finishes an interrupted one.
     Processes that write to the same folder wait for one another.
 
@@ -86,12 +86,12 @@ def folder_written_whole(path: str | os.PathLike[str], first: str, ours: Collect
             _finish(target, first, ours)
 
 
-def read_whole(path: str | os.PathLike[str], first: str, read: Callable[[Path], T]) -> T:
-    """Read a folder that `folder_written_whole` wrote, so that all files are of the same save; write nothing.
+def read_folder(path: str | os.PathLike[str], first: str, read: Callable[[Path], T]) -> T:
+    """Read a folder that `atomic_folder` wrote, so that all files are of the same save; write nothing.
 
     Args:
         path: path of the folder to read.
-        first: name of the file that commits a save; see `folder_written_whole`.
+        first: name of the file that commits a save; see `atomic_folder`.
         read: function that takes the folder in which the files lie. It is called again where another process wrote
             to the folder meanwhile.
 
@@ -103,7 +103,7 @@ def read_whole(path: str | os.PathLike[str], first: str, read: Callable[[Path], 
     for wait_s in WAITS_S:
         time.sleep(wait_s)
         before = _stamp(target / first)
-        folder = whole_folder(target, first)
+        folder = complete_folder(target, first)
         try:
             result = read(folder)
         except Exception:
@@ -115,7 +115,7 @@ def read_whole(path: str | os.PathLike[str], first: str, read: Callable[[Path], 
     raise OSError(f"{target} was written to by other processes during all of {len(WAITS_S)} attempts to read it; wait")
 
 
-def whole_folder(path: str | os.PathLike[str], first: str) -> Path:
+def complete_folder(path: str | os.PathLike[str], first: str) -> Path:
     """The folder itself, or the pending one inside it if a committed save was interrupted.
 
     Such a pending folder holds a copy of ``first``, and every file that ``first`` names, with its checksum.
@@ -206,7 +206,7 @@ def _finish(target: Path, first: str, ours: Collection[str], only: Collection[st
 
     With ``only``, for a save that another process left unfinished, no existing file of another name is replaced.
     """
-    folder = whole_folder(target, first)
+    folder = complete_folder(target, first)
     if folder == target or not _is_own(folder):
         return
     names = checksums((folder / first).read_bytes())

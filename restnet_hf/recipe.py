@@ -22,7 +22,7 @@ from restnet_hf.data.augment import make_augmentation
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
 from restnet_hf.distributed import this_process
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.routes.families import WITHIN
@@ -209,7 +209,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
         plot_tradeoff(profile, folder / "tradeoff.png", fitted)
         if model.similarity is not None:
             plot_similarity(model.similarity, model.routes, folder / "similarity.png")
-        with written_whole(folder / "report.json") as temporary:
+        with atomic_file(folder / "report.json") as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n")
     return report
 

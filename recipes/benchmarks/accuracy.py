@@ -53,7 +53,7 @@ from restnet_hf import Route, StitchConfig, StitchedModelForImageClassification,
 from restnet_hf.data import batches
 from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
 from restnet_hf.distributed import this_process
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.profiling.accuracy import score_routes
 from restnet_hf.recipe import Recipe, hold_out, load_recipe, prepare
 from restnet_hf.steps import Step
@@ -135,7 +135,7 @@ def set_up(job: Recipe, heads: Path | None, known: bool) -> Pair:
         alone = [Route.alone(name) for name in model.anchors]
         train(model, others, dataclasses.replace(job.heads, train_head=True), alone)
         if heads is not None:
-            with written_whole(heads) as temporary:
+            with atomic_file(heads) as temporary:
                 save_file(model.heads.state_dict(), temporary)
     return Pair(model, train_set, eval_set, calibration, StitchConfig(class_token=job.class_token))
 
@@ -348,7 +348,7 @@ def write(result: Mapping[str, Any], out: Path | None) -> None:
     rows = summary(result)
     label = f"{result['pair']}, {result['settings']['seconds']:g} s"
     ratios = {f"{label}, {name}: {key}": row[key][0] for name, row in rows.items() for key in ("area", "area alone")}
-    with written_whole(out) as temporary:
+    with atomic_file(out) as temporary:
         temporary.write_text(json.dumps({**result, "ratios": ratios, "summary": rows}, indent=1) + "\n")
 
 

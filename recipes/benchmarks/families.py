@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from restnet_hf import Profile, Route, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.distributed import this_process
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.recipe import hold_out, load_recipe, prepare
 
@@ -192,7 +192,7 @@ def main(
             rows = {key: summary(runs) for key, runs in result.items()}
             if out is not None:
                 ratios = {f"{key}: area": row["area"] for key, row in rows.items()}
-                with written_whole(out) as temporary:
+                with atomic_file(out) as temporary:
                     temporary.write_text(json.dumps({"ratios": ratios, "summary": rows, "runs": result}, indent=1))
     show(rows)
 

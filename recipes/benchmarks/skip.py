@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from restnet_hf import Route, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.distributed import this_process
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.timing import check_latency, measure_latency
 from restnet_hf.recipe import Recipe, hold_out, load_recipe, prepare
@@ -163,7 +163,7 @@ def main(
     Console(width=100).print(table)
     if out is not None:
         ratios = {f"{s}, {share:.0%}": row["accuracy"] for s, each in stages.items() for share, row in each.items()}
-        with written_whole(out) as temporary:
+        with atomic_file(out) as temporary:
             temporary.write_text(json.dumps({"ratios": ratios, **result}, indent=1) + "\n")
 
 

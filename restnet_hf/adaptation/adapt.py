@@ -15,7 +15,7 @@ from restnet_hf.adaptation.search import SEARCHES, Rejected, Search
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
 from restnet_hf.errors import BudgetError
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.latency import LatencyCheck, LatencyTable
 from restnet_hf.profiling.timing import check_latency
@@ -253,7 +253,7 @@ def _save_state(job: Search, scorer: Scorer, state: str | os.PathLike[str] | Non
     """Write the state of a search."""
     if state is not None:
         stopped = {str(route): scored for route, scored in scorer.stopped.items()}
-        with written_whole(state) as temporary:
+        with atomic_file(state) as temporary:
             temporary.write_text(json.dumps({"search": job.state_dict(), "stopped": stopped, "images": scorer.images}))
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from restnet_hf.anchors.cut import Cut, CutTensor, Leaf, OutputSpec
 from restnet_hf.anchors.discovery import MIN_CUTS, Cuts
 from restnet_hf.anchors.layouts import layout_from_dict
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.hashing import software_sha256
 
 
@@ -134,7 +134,7 @@ def _write(file: Path, result: Cuts) -> None:
     ]
     rest = {"classes": result.classes, "classifier": result.classifier, "features": result.features}
     text = json.dumps({"specs": specs, "cuts": cuts, "rejected": result.rejected, **rest})
-    with written_whole(file) as temporary:
+    with atomic_file(file) as temporary:
         save_file(values, temporary, {"cuts": text})
 
 

@@ -26,7 +26,7 @@ from restnet_hf.export.exporter import (
 )
 from restnet_hf.export.programs import Program, numpy_batches, trace_route
 from restnet_hf.export.sensitivity import most_sensitive
-from restnet_hf.files import folder_written_whole
+from restnet_hf.files import atomic_folder
 from restnet_hf.hashing import package_versions
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.device import processor_name
@@ -167,7 +167,7 @@ def export_routes(
     if not chosen:
         raise ValueError("there are no routes to export")
     job = _Job(model, chosen, exporter, precision, data, calibration_images, min_agreement, batch_size, threads)
-    with folder_written_whole(out, PROFILE) as folder:
+    with atomic_folder(out, PROFILE) as folder:
         profile = job.write(folder)
     model.record_runtime(profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours

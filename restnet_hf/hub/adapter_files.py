@@ -16,7 +16,7 @@ from restnet_hf.anchors.loading import resolve_commit
 from restnet_hf.anchors.weights import check_weights, raise_problems
 from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.errors import quote
-from restnet_hf.files import read_whole
+from restnet_hf.files import read_folder
 from restnet_hf.hashing import FLOATS
 from restnet_hf.hub.loading_options import (
     STATE_DICT,
@@ -229,7 +229,7 @@ def read_adapter(
     if not os.path.isdir(where):
         return read_all(where, at)
     inside = {**at, "subfolder": ""}
-    return read_whole(Path(where, at["subfolder"]), CONFIG, lambda folder: read_all(os.fspath(folder), inside))
+    return read_folder(Path(where, at["subfolder"]), CONFIG, lambda folder: read_all(os.fspath(folder), inside))
 
 
 class Checkpoint(NamedTuple):

@@ -17,7 +17,7 @@ from restnet_hf.anchors.config_entry import current_entry, saved_entry
 from restnet_hf.anchors.loading import resolve_commit
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.errors import hub_errors, short_errors
-from restnet_hf.files import folder_written_whole
+from restnet_hf.files import atomic_folder
 from restnet_hf.hashing import weights_sha256
 from restnet_hf.hub.adapter_files import (
     AUTO_MAP,
@@ -135,7 +135,7 @@ class AdapterHubMixin:
     def _write(self, save_directory: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
         profile = self.valid_profile(self.config.anchors)
         self._tag(profile)
-        with folder_written_whole(save_directory, CONFIG, OWN_FILES) as folder:
+        with atomic_folder(save_directory, CONFIG, OWN_FILES) as folder:
             super().save_pretrained(folder, state_dict={})  # type: ignore[misc]
             save_file(separate_tensors(weights), folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.steps import Step
 from restnet_hf.stitches.branches import BranchStitch
 
@@ -71,7 +71,7 @@ class WeightFiles:
             anchor.snapshot.lost.update(anchor.changed_weights())
             self.paths[name].parent.mkdir(parents=True, exist_ok=True)
             weights = {key: p.detach().contiguous() for key, p in anchor.model.named_parameters()}
-            with written_whole(self.paths[name]) as temporary:
+            with atomic_file(self.paths[name]) as temporary:
                 save_file(weights, temporary)
 
     def load(self, anchors: Mapping[str, Anchor], steps: Iterable[Step]) -> int:

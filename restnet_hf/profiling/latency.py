@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.profiling.device import device_name
 from restnet_hf.routes.route import Segment
 from restnet_hf.steps import Step
@@ -196,7 +196,7 @@ class LatencyTable:
             "checks": {name: [each.predicted_ms, *astuple(each.measured)] for name, each in self.checks.items()},
             "entries": {name: astuple(timing) for name, timing in self.entries.items()},
         }
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(tables) + "\n")
 
     @classmethod

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 
 
@@ -69,5 +69,5 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure to a file, which is replaced only once it is whole."""
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120)

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any
 
 from restnet_hf.errors import BudgetError, quote
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.limits import MAX_BYTES
 from restnet_hf.routes.route import Route
 
@@ -169,7 +169,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as JSON."""
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from restnet_hf.errors import quote
-from restnet_hf.files import read_whole
+from restnet_hf.files import read_folder
 from restnet_hf.limits import MAX_SIDE
 from restnet_hf.routes.profile import Budget
 from restnet_hf.routes.route import Route
@@ -105,7 +105,7 @@ class ExportedModel:
             raise ValueError(f"runtimes={runtimes!r} must be some of {sorted(RUNTIMES)}")
         self.folder, self.threads, self.keep = Path(folder), threads, keep
         self._trust_remote_code = trust_remote_code
-        read_whole(self.folder, PROFILE, partial(self._open, allowed))
+        read_folder(self.folder, PROFILE, partial(self._open, allowed))
 
     def _open(self, allowed: Collection[str], folder: Path) -> None:
         """Read all files but those of the routes, and load the first route."""
@@ -225,10 +225,10 @@ class ExportedModel:
             names = quote(list(map(str, self.routes)), MAX_MESSAGE)
             raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {names}")
         if route not in self._loaded:
-            read_whole(self.folder, PROFILE, self._check_same)  # while the active route can still run
+            read_folder(self.folder, PROFILE, self._check_same)  # while the active route can still run
             while len(self._loaded) >= self.keep:
                 self._loaded.popitem(last=False)  # before another takes memory
-            self._loaded[route] = read_whole(self.folder, PROFILE, partial(self._load, route))
+            self._loaded[route] = read_folder(self.folder, PROFILE, partial(self._load, route))
         self._loaded.move_to_end(route)
         self.active_route = route
         return route

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import cached_assets_path
 
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 from restnet_hf.hashing import software_sha256
 from restnet_hf.selection.ranking import Similarity
 
@@ -63,7 +63,7 @@ def write_similarity(similarity: Similarity, path: Path) -> None:
         OSError: the file cannot be written.
     """
     values = similarity.values
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         np.savez(
             temporary,
             values=values.filled(np.nan),

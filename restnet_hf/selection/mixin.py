@@ -21,7 +21,7 @@ from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, SelectionBatch
-from restnet_hf.selection.selectors import compare
+from restnet_hf.selection.selectors import SELECTORS, compare
 from restnet_hf.steps import Step
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
 from restnet_hf.stitches.pruning import prunable
@@ -137,12 +137,13 @@ class SelectionMixin:
     ) -> dict[tuple[str, str], Path | None]:
         """Paths of cached similarities, by method and front; None where there is no cache."""
         fronts = [(name, pair.front.name) for name in options for pair in pairs]
-        if dependencies is None:
-            return dict.fromkeys(fronts)
-        return {
-            (name, front): cache_file({**dependencies, "front": front, "method": name, "options": dict(options[name])})
-            for name, front in fronts
-        }
+        files: dict[tuple[str, str], Path | None] = dict.fromkeys(fronts)
+        for name, front in fronts:
+            ours = getattr(SELECTORS.get(name), "__module__", "").startswith(f"{__package__}.")  # others may change
+            if dependencies is not None and ours:
+                about = {**dependencies, "front": front, "method": name, "options": dict(options[name])}
+                files[name, front] = cache_file(about)
+        return files
 
     def _dependencies(
         self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from restnet_hf.files import folder_written_whole, whole_folder
+from restnet_hf.files import atomic_folder, complete_folder
 
 
 KEPT = 2  # checkpoints that are not deleted
@@ -61,7 +61,7 @@ class Checkpoints:
         for index, name in enumerate(parameters):
             tensors |= {f"{key}/{name}": value.contiguous() for key, value in moments.get(index, {}).items()}
         try:
-            with folder_written_whole(self.folder / f"checkpoint-{step}", PLACE) as folder:
+            with atomic_folder(self.folder / f"checkpoint-{step}", PLACE) as folder:
                 save_file(tensors, folder / WEIGHTS)
                 (folder / PLACE).write_text(json.dumps({"step": step, **place}))
         except (OSError, SafetensorError) as error:
@@ -91,7 +91,7 @@ class Checkpoints:
             ValueError: the checkpoint belongs to another training.
             OSError: the checkpoint is damaged.
         """
-        folder = whole_folder(self.paths()[-1], PLACE)
+        folder = complete_folder(self.paths()[-1], PLACE)
         try:
             place = json.loads((folder / PLACE).read_text())
             with safe_open(folder / WEIGHTS, "pt") as file:

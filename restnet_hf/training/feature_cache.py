@@ -20,7 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 
 
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape of a row, and the type in which it is stored
@@ -274,7 +274,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                 "sha256": _sha256(self._bin(name)),
                 "identity": self.identity,
             }
-            with written_whole(self._json(name)) as temporary:
+            with atomic_file(self._json(name)) as temporary:
                 temporary.write_text(_text(about))
 
     def _about(self, name: str, spec: Spec | None = None) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from restnet_hf.files import SHA256, folder_written_whole, read_whole, whole_folder, written_whole
+from restnet_hf.files import SHA256, atomic_file, atomic_folder, complete_folder, read_folder
 
 
 OURS = ("a", "b.json", "c")
@@ -22,9 +22,9 @@ OURS = ("a", "b.json", "c")
 
 def test_failed_file_leaves_the_old_one(tmp_path):
     path = tmp_path / "sub" / "a.json"
-    with written_whole(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text("old")
-    with pytest.raises(RuntimeError), written_whole(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -32,7 +32,7 @@ def test_failed_file_leaves_the_old_one(tmp_path):
 
 
 def save(out, text, names="ac", ours=OURS):
-    with folder_written_whole(out, "b.json", ours) as folder:
+    with atomic_folder(out, "b.json", ours) as folder:
         (folder / "b.json").write_text(json.dumps({"text": text}))
         for name in names:
             (folder / name).write_text(text)
@@ -45,7 +45,7 @@ def contents(folder):
 
 
 def read(out):
-    return read_whole(out, "b.json", contents)
+    return read_folder(out, "b.json", contents)
 
 
 def listing(folder):
@@ -57,7 +57,7 @@ def test_failed_folder_leaves_nothing(tmp_path, there):
     out = tmp_path / "out"
     if there:
         save(out, "old")
-    with pytest.raises(RuntimeError), folder_written_whole(out, "b.json") as folder:
+    with pytest.raises(RuntimeError), atomic_folder(out, "b.json") as folder:
         (folder / "a").write_text("half")
         raise RuntimeError
     assert listing(tmp_path) == (["out"] if there else [])
@@ -91,7 +91,7 @@ def test_changed_by_hand(tmp_path):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from restnet_hf.files import folder_written_whole
+from restnet_hf.files import atomic_folder
 
 def write(target, last):
     writes = 0
@@ -103,7 +103,7 @@ def write(target, last):
             if writes > last:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(count)
-    with folder_written_whole(target, "b.json", ours=("a", "b.json", "c")) as folder:
+    with atomic_folder(target, "b.json", ours=("a", "b.json", "c")) as folder:
         for name in ("d", "a"):
             (folder / name).write_text("new")
         (folder / "b.json").write_text('{"text": "new"}')
@@ -145,7 +145,7 @@ def test_killed_at_every_step(tmp_path, earlier):
         assert snapshot(out) == before, "reading has changed something"
         seen.append((found == NEW, bare in (OLD, NEW)))
         if step % 2:
-            with pytest.raises(RuntimeError), folder_written_whole(out, "b.json", OURS):
+            with pytest.raises(RuntimeError), atomic_folder(out, "b.json", OURS):
                 raise RuntimeError  # a save that fails has still finished the one before
             assert contents(out) == found and listing(out) == sorted(found)
         save(out, "newest", names="ad")
@@ -212,7 +212,7 @@ def test_a_folder_that_never_rests(tmp_path, monkeypatch):
         return contents(folder)
 
     with pytest.raises(OSError, match="was written to by other processes during all of 2 attempts"):
-        read_whole(tmp_path, "b.json", interrupted)
+        read_folder(tmp_path, "b.json", interrupted)
 
 
 def test_errors_of_a_folder_that_rests_come_out(tmp_path):
@@ -224,7 +224,7 @@ def test_errors_of_a_folder_that_rests_come_out(tmp_path):
         raise KeyError("damaged")
 
     with pytest.raises(KeyError, match="damaged"):
-        read_whole(tmp_path, "b.json", broken)
+        read_folder(tmp_path, "b.json", broken)
     assert calls == [tmp_path]
 
 
@@ -247,7 +247,7 @@ def half_way(out):
 
 def test_another_process_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("restnet_hf.files.LOCK_SECONDS", 0.1)
-    with folder_written_whole(tmp_path / "out", "b.json") as folder:
+    with atomic_folder(tmp_path / "out", "b.json") as folder:
         (folder / "b.json").write_text("{}")
         with pytest.raises(BlockingIOError, match="another process has held .*; end it, or save to another folder"):
             save(tmp_path / "out", "new")
@@ -310,7 +310,7 @@ def test_hostile_pending_folders(tmp_path_factory, data):
 def test_what_a_pending_folder_must_be(tmp_path, change):
     pending = half_way(tmp_path / "out")
     out = pending.parent
-    assert whole_folder(out, "b.json") == pending
+    assert complete_folder(out, "b.json") == pending
     if change == "link to the folder":
         shutil.move(pending, tmp_path / "elsewhere")
         pending.symlink_to(tmp_path / "elsewhere")
@@ -325,7 +325,7 @@ def test_what_a_pending_folder_must_be(tmp_path, change):
     else:
         for place in (out, pending):
             (place / "b.json").write_text('{"text": "new"}')
-    assert whole_folder(out, "b.json") == out
+    assert complete_folder(out, "b.json") == out
 
 
 FULL = """
@@ -335,7 +335,7 @@ import torch
 from conftest import make_anchor
 from safetensors.torch import save_file
 from restnet_hf import StitchedModelForImageClassification
-from restnet_hf.files import written_whole
+from restnet_hf.files import atomic_file
 
 def model():
     return StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), make_anchor("vit"), order="given")
@@ -352,7 +352,7 @@ for act in (
     lambda: save(folder / "one.safetensors"),
 ):
     def save(path):
-        with written_whole(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file({"x": torch.zeros(1000)}, temporary)
     try:
         act()

@@ -123,6 +123,13 @@ def test_remembered(noise, monkeypatch):
     build().compare(batches, ["cka"]), build().compare(batches, ["cka"])
     assert len(runs) == 8
 
+    class Mine(SELECTORS["position"]):
+        """A selector from outside, whose code we do not hash."""
+
+    monkeypatch.setitem(SELECTORS, "mine", Mine)
+    build().compare(noise, ["mine"]), build().compare(noise, ["mine", "cka"])
+    assert runs[8:] == [{"mine": {}}, {"mine": {}}]
+
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", b"\x93NUMPY"])
 def test_a_damaged_memory_is_made_anew(noise, damage):
