@@ -224,6 +224,7 @@ def test_a_busy_device(model, clothes):
         adapt(model, rows, Budget(latency_ms=0.2), latency=table)
 
 
+@pytest.mark.slow
 def test_goes_on_after_an_interrupt(model, clothes, tmp_path, monkeypatch):
     rows, state = clothes(model, "test", 96), tmp_path / "search.json"
     options = {"search": "evolution", "max_evaluations": 8}
@@ -249,6 +250,7 @@ def test_goes_on_after_an_interrupt(model, clothes, tmp_path, monkeypatch):
         adapt(model, rows, Budget(macs=40e6), state=state, **options)
 
 
+@pytest.mark.slow
 def test_by_command_and_without_any_request(adapter, tmp_path, processes):
     """In a process that may not open a connection and is not told to stay offline."""
     code = (

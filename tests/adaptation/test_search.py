@@ -161,7 +161,9 @@ def test_a_tenth_for_all_budgets_at_once(cuts, both_ways):
     assert within([land.gaps(PERCENT, 0.1, seed, **chance) for seed, land in enumerate(lands)]) < 0.6, "not so easy"
 
 
-@pytest.mark.parametrize(("depth", "routes", "seeds"), [(14, 3136, 2), (16, 10609, 1)])
+@pytest.mark.parametrize(
+    ("depth", "routes", "seeds"), [(14, 3136, 2), pytest.param(16, 10609, 1, marks=pytest.mark.slow)]
+)
 def test_a_tenth_of_routes_with_skips(depth, routes, seeds):
     lands = [skips(seed, depth) for seed in range(seeds)]
     assert {len(land.routes) for land in lands} == {routes}

@@ -260,6 +260,7 @@ def bundle(tmp_path_factory):
     return model, routes, folder / "onnx"
 
 
+@pytest.mark.slow
 def test_tuned_norms_leave_convolutions_shared(bundle):
     """A folder takes little more than the anchors, though no two routes have the same norms."""
     model, routes, folder = bundle
@@ -280,6 +281,7 @@ def test_keeps_as_many_routes_loaded_as_asked(bundle):
     assert list(model._loaded) == [routes[1]]
 
 
+@pytest.mark.slow
 def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path, monkeypatch):
     """A classifier whose inputs differ by 1e4 in size cannot be in eight bits; kept out of them, all is well."""
     monkeypatch.setattr(type(load_exporter("onnx")), "careful", False)  # which here does as well
@@ -403,6 +405,7 @@ def test_hostile_folder(bundle, tmp_path):
         ExportedModel(tmp_path)
 
 
+@pytest.mark.slow
 def test_by_command_on_real_images(tmp_path):
     """int8 of a trained route agrees with it, by the command; the adapter's profile has what was measured."""
     model = StitchedModelForImageClassification.from_anchors(FRONT, END, dtype="float32")

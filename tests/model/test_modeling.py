@@ -601,7 +601,7 @@ def test_problem_types(pair, images):
     with pytest.raises(ValueError, match=r"must have shape \(N, 5\), not \(6, 4\)"):
         pair(pixel_values=images, labels=one_hot[:, :4])
     for use in (lambda: pair.profile([(images, one_hot)]), lambda: train(pair, TensorDataset(images, one_hot))):
-        with pytest.raises(ValueError, match="with the Trainer of transformers and problem_type="):
+        with pytest.raises(ValueError, match="need transformers' Trainer and problem_type="):
             use()
     pair.config.problem_type = None
     for labels in (torch.rand(len(images)), torch.rand(len(images), 1, 1)):

@@ -57,6 +57,7 @@ def test_compiled_whole(stitched, images):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_exported_with_a_dynamic_batch(stitched, images):
     baked = stitched.bake()

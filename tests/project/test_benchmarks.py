@@ -51,6 +51,7 @@ def result(values):
             "least_squares": dict.fromkeys(routes, 0.5), "images": 1000}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_verdicts(selectors):
     found = selectors.judge(result({"right": [1, 2, 3, 4], "wrong": [4, 3, 2, 1], "half": [1, 2, 4, 3]}), buckets=2)
     assert found["right"]["spearman"] == pytest.approx(1) and found["wrong"]["spearman"] == pytest.approx(-1)
@@ -66,6 +67,7 @@ def test_verdicts(selectors):
     assert found["oracle"]["area"] > found["right"]["area"] > found["wrong"]["area"] - 0.1
 
 
+@pytest.mark.slow
 def test_half_a_point_is_as_good(selectors):
     near = result({"other": [2, 1, 4, 3]})
     near["routes"]["a[:1] + b[1:]"][1] = 0.7151
@@ -145,6 +147,7 @@ def test_results_are_of_one_kind(accuracy, tmp_path):
         accuracy.read_known(out, {"seconds": 60.0, "recipe": {"front": "b"}})
 
 
+@pytest.mark.slow
 def test_a_run_is_what_the_package_does(accuracy):
     job = load_recipe(RECIPE, front=str(FRONT), end=str(END), dataset=str(DATA))
     job = dataclasses.replace(job, train_images=48, eval_images=40, calibration_images=32)

@@ -72,6 +72,7 @@ def test_there_is_a_guide_for_each_task():
         assert linked >= {*GUIDES} - {page}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", sorted({*GUIDES} - {"share", "contribute"}))
 def test_code_runs(page, tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
@@ -85,6 +86,7 @@ def test_code_runs(page, tmp_path, monkeypatch, tables):
         assert public <= {*dir(made.__base__)}, f"{made.__name__} has methods that nothing calls"
 
 
+@pytest.mark.slow
 def test_code_runs_with_a_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_file({"images": torch.zeros(1)}, tmp_path / "images.safetensors")  # what every process of a World reads

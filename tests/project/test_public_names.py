@@ -67,8 +67,8 @@ def interpreters():
         "import restnet_hf, transformers.image_processing_utils",
         "from restnet_hf import Profile\nfrom transformers import ViTForImageClassification, pipeline",
         "from transformers import AutoConfig, AutoModelForImageClassification\nimport restnet_hf",
-        "from transformers import AutoConfig\nimport restnet_hf",
-        "import restnet_hf.cli",
+        pytest.param("from transformers import AutoConfig\nimport restnet_hf", marks=pytest.mark.slow),
+        pytest.param("import restnet_hf.cli", marks=pytest.mark.slow),
     ],
 )
 def test_auto_classes_know_ours(interpreters, first):

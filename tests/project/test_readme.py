@@ -19,6 +19,7 @@ def test_is_short():
     assert TEXT.count("\n") <= 200
 
 
+@pytest.mark.slow
 def test_example_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12

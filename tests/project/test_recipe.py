@@ -250,6 +250,7 @@ def test_similarity_of_other_classes(new_task):
     assert (new_task / "out" / "cka.png").exists()
 
 
+@pytest.mark.slow
 def test_augmentation_is_for_training_alone(tmp_path):
     """All that least squares gives stays as it was, and what training gives does not."""
     reports, weights = [], []
@@ -262,6 +263,7 @@ def test_augmentation_is_for_training_alone(tmp_path):
     assert not any(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.slow
 def test_label_free_looks_at_no_label(tmp_path):
     """With and without labels of the training images the same adapter to the last bit."""
     images = {split: load_images(DATA, split).select(range(48)) for split in ("train", "test")}

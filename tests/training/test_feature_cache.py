@@ -347,6 +347,7 @@ def codes(tmp_path_factory):
     return json.loads(done.stdout), done.stderr, folder
 
 
+@pytest.mark.slow
 def test_small_disk(codes):
     if "on_a_small_disk" not in codes[0]:
         pytest.skip("no disk can be mounted here")
@@ -454,6 +455,7 @@ def rank(number, barrier, folder, answers, other):
         answers.put((number, "disk full", repr(error)))
 
 
+@pytest.mark.slow
 def test_two_processes(cache, tmp_path):
     """They write what one does alone; if one fails, both raise and nothing remains; no process waits for ever."""
     together, spawn = tmp_path / "together", multiprocessing.get_context("spawn")
