@@ -45,7 +45,13 @@ def model(adapter):
     return StitchedModelForImageClassification.from_pretrained(adapter)
 
 
-@pytest.mark.parametrize("kind", sorted({*SEARCHES} - {"ranked"}))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind != "exhaustive"))
+        for kind in sorted({*SEARCHES} - {"ranked"})
+    ],
+)
 def test_the_best_within_a_budget(model, clothes, kind):
     """What is chosen is what profiling everything would choose."""
     rows = clothes(model, "test", 200)
@@ -84,6 +90,7 @@ def test_without_labels(model, clothes):
     assert found.best.scores == {"agreement": pytest.approx(agrees)}
 
 
+@pytest.mark.slow
 def test_a_batch_that_fits(model, clothes, monkeypatch):
     """Memory runs out above eight images; what is found is the same."""
     rows = clothes(model, "test", 40)

@@ -271,6 +271,7 @@ def test_tuned_norms_leave_convolutions_shared(bundle):
     assert (folder / "weights.bin").stat().st_size < 1.1 * 4 * sum(p.numel() for p in every)
 
 
+@pytest.mark.slow
 def test_keeps_as_many_routes_loaded_as_asked(bundle):
     _, routes, folder = bundle
     model = ExportedModel(folder, keep=2)
@@ -299,6 +300,7 @@ def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path, monke
     assert most_sensitive(program, images[:8])[0] == "steps.2.model.classifier"
 
 
+@pytest.mark.slow
 def test_too_little_agreement_is_refused(model, tmp_path):
     """Scales that were calibrated on nothing but grey fit no other image, whatever else is kept."""
     data = [torch.zeros(4, 3, SIZE, SIZE), noise(40)]

@@ -37,6 +37,7 @@ def test_auto_classes(saved):
         assert torch.equal(AutoModelForImageClassification.from_pretrained(path)(images).logits, logits)
 
 
+@pytest.mark.slow
 def test_new_process(saved, tmp_path, processes):
     _, path, images, logits = saved
     save_file({"images": images, "logits": logits}, tmp_path / "seen.safetensors")

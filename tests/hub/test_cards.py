@@ -204,6 +204,7 @@ def test_what_files_say_is_only_words_on_a_card(data):
     assert shown(field["repo_id"]).replace("`", "'") in names
 
 
+@pytest.mark.slow
 @MANY
 @given(data=st.data())
 def test_metadata_is_what_was_given(data):
@@ -236,6 +237,7 @@ def test_results_stay_in_their_folder(tmp_path, text):
         path.unlink()
 
 
+@pytest.mark.slow
 @MANY
 @given(data=st.data())
 def test_any_metadata(data):

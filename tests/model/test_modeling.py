@@ -609,7 +609,7 @@ def test_problem_types(pair, images):
             pair(pixel_values=images, labels=labels)
     pair.config.problem_type = "regression"
     for use in (lambda: pair(pixel_values=images, labels=one_hot), lambda: type(pair)(pair.config)):
-        with pytest.raises(ValueError, match="problem_type='regression', which is .*: the model classifies"):
+        with pytest.raises(ValueError, match="problem_type='regression', which is .*: the model only classifies"):
             use()
     one = build(make_anchor("resnet"), make_anchor("vit", 1), num_labels=1)
     with pytest.raises(ValueError, match="num_labels=1 means to transformers"):

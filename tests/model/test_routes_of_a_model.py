@@ -49,6 +49,7 @@ def test_baked_holds_what_the_profile_says(images, name):
             assert sum(p.numel() for p in baked.parameters()) == row.costs["params"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_whole(stitched, images):
     baked = stitched.bake()

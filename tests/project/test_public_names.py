@@ -65,7 +65,10 @@ def interpreters():
     [
         "import restnet_hf",
         "import restnet_hf, transformers.image_processing_utils",
-        "from restnet_hf import Profile\nfrom transformers import ViTForImageClassification, pipeline",
+        pytest.param(
+            "from restnet_hf import Profile\nfrom transformers import ViTForImageClassification, pipeline",
+            marks=pytest.mark.slow,
+        ),
         "from transformers import AutoConfig, AutoModelForImageClassification\nimport restnet_hf",
         pytest.param("from transformers import AutoConfig\nimport restnet_hf", marks=pytest.mark.slow),
         pytest.param("import restnet_hf.cli", marks=pytest.mark.slow),

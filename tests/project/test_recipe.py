@@ -71,6 +71,7 @@ def test_the_whole_job(tmp_path):
     assert len(model.active_route.segments) == 2
 
 
+@pytest.mark.slow
 def test_stitching_trained_anchors_works(demo_model, clothes):
     """Least squares alone keeps most of the accuracy: far above chance, and above a stitch with random weights."""
     calibration, test = clothes(demo_model, "train", 400), clothes(demo_model, "test", 300)
@@ -94,6 +95,7 @@ def test_new_task_needs_no_flag(new_task):
         run_recipe(load_recipe(new_task / "recipe.yaml", new_head=False), new_task / "other")
 
 
+@pytest.mark.slow
 def test_a_recipe_gives_the_same_every_time(new_task):
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
     recipe |= {"max_routes": 1, "heads": TOY_STITCHES | {"distillation": 0.0}, "stitches": TOY_STITCHES}
