@@ -5,6 +5,8 @@ import datetime
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Self, cast
@@ -22,7 +24,7 @@ from restnet_hf.anchors.config_entry import add_fingerprint, class_order, descri
 from restnet_hf.anchors.layouts import AnyLayout
 from restnet_hf.anchors.loading import load_anchor
 from restnet_hf.configuration_restnet import RestNetConfig
-from restnet_hf.data.datasets import batches, check_labels, check_problem_type, drop_unlabelled
+from restnet_hf.data.datasets import check_problem_type
 from restnet_hf.data.preprocessing import Preprocessing, Reprocess
 from restnet_hf.data.targets import check_targets
 from restnet_hf.errors import BudgetError
@@ -49,6 +51,7 @@ from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_
 
 logger = logging.get_logger(__name__)
 ORDERS = ("large-to-small", "small-to-large", "given")
+ROUTES: ContextVar[Mapping[int, Route]] = ContextVar("restnet_hf_routes")  # of `using`, by id of the model
 
 
 class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTrainedModel):
@@ -222,8 +225,9 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         pixel_values: Tensor,
         labels: Tensor | None = None,
         output_hidden_states: bool | Sequence[int] | None = None,
+        route: Route | str | None = None,
     ) -> ImageClassifierOutput:
-        """Classify images by the active route.
+        """Classify images by one route. Threads can share the model: nothing of a call is stored in it.
 
         Args:
             pixel_values: images (N, 3, H, W) in the model's `preprocessing`.
@@ -231,14 +235,17 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
                 ``multi_label_classification`` 0 or 1 for each class (N, classes), in the dtype of the logits.
             output_hidden_states: whether to return the activations at the route's cuts, those of stitches included, in
                 the layouts of their anchors; or the positions of some. By default that of the config.
+            route: route to run; by default that of `using` in this thread, else the active one.
 
         Raises:
-            TypeError, ValueError: the images have another type or shape, or the labels are not classes.
+            TypeError, ValueError: the images have another type or shape, the labels are not classes, or the route is
+                not of this model.
         """
         self.preprocessing.check(pixel_values)
         if labels is not None:
             check_targets(labels, self.config.num_labels, self.config.problem_type)
-        x, steps = pixel_values.to(self.dtype), self.steps(self.active_route)
+        route = ROUTES.get({}).get(id(self), self.active_route) if route is None else self.route(route)
+        x, steps = pixel_values.to(self.dtype), self.steps(route)
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: tuple[Tensor | None, ...] | None = None
         if wanted is None or wanted is False:
@@ -463,6 +470,24 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self.config.active_route = str(route)
         return route
 
+    @contextmanager
+    def using(self, route: Route | str) -> Iterator[Route]:
+        """Run a route in the block, in this thread or task only, whatever other threads make active.
+
+        Args:
+            route: route or its string form.
+
+        Raises:
+            ValueError: the route does not parse, or one of its stitches is missing.
+        """
+        route = self.route(route)
+        self.steps(route)
+        token = ROUTES.set({**ROUTES.get({}), id(self): route})
+        try:
+            yield route
+        finally:
+            ROUTES.reset(token)
+
     def set_budget(
         self,
         *,
@@ -513,24 +538,6 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             add_fingerprint(entry, anchor)  # while all of its weights are in memory
         for anchor in self.anchors.values() if self.weight_files is None else ():
             keep_weights(anchor, steps)
-
-    def page_to(self, folder: str | os.PathLike[str]) -> None:
-        """Move the anchors' weights to files, and keep in memory only those that the active route uses.
-
-        From then on `set_route` and `set_budget` map the weights that the new route needs into memory, and free the
-        others. Only the active route can run: call `profile` before.
-
-        Args:
-            folder: folder for a file of each anchor.
-
-        Raises:
-            OSError: a file cannot be written.
-            ValueError: weights are not in memory, after `prune_to` say.
-        """
-        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
-            add_fingerprint(entry, anchor)
-        self.weight_files = WeightFiles(folder, self.anchors)
-        self.weight_files.load(self.anchors, self.steps(self.active_route))
 
     def fit_stitches(
         self,
@@ -674,21 +681,6 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         """
         self.profiled = (self.profile() if self.profiled is None else self.profiled).with_runtime(exported)
         return self.profiled
-
-    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
-        """Batches of images by anchor name, each anchor's in its own preprocessing."""
-        for batch in batches(data, batch_size, name):
-            self.preprocessing.check(batch["pixel_values"])
-            images = batch["pixel_values"].to(self.device, self.dtype)
-            yield {name: self.images_for(name, images) for name in self.anchors}
-
-    def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
-        """Batches of images and labels, checked to fit the model."""
-        for batch in drop_unlabelled(batches(data, batch_size, name)):
-            self.preprocessing.check(batch["pixel_values"])
-            if "labels" in batch:
-                check_labels(batch["labels"], self.config.num_labels)
-            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trainable parameters, as PEFT does."""

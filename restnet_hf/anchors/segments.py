@@ -14,12 +14,36 @@ from torch import Tensor, nn
 from restnet_hf.anchors.cut import Cut, OutputSpec, logits_of
 
 
+class _Run:
+    """State of one run: the segment's input, and the tensors at its end."""
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.kept: dict[int, Tensor] = {}
+
+
+class _ThreadRun(_Run, threading.local):
+    """The same, of each thread its own."""
+
+
 class _Flow:
-    """State that the replaced forwards of one run share: the segment's input, and the tensors at its end."""
+    """What the replaced forwards of a segment share: the run of the thread that calls them.
+
+    Args:
+        source: input of the segment in this thread.
+    """
 
     def __init__(self, source: Tensor | None = None) -> None:
-        self.source = source
-        self.kept: dict[int, Tensor] = {}
+        self._traced, self._of_thread = _Run(), _ThreadRun()
+        self.run.source = source
+
+    @property
+    def run(self) -> _Run:
+        """The run now. A compiler traces it once, for all threads, and would compile anew for each thread's own."""
+        return self._traced if torch.compiler.is_compiling() else self._of_thread
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(self), ()  # between calls there is nothing to copy
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -37,8 +61,8 @@ class _Placeholder:
         self.flow, self.spec = flow, spec
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.flow.source is not None
-        return self.spec.fill(self.flow.source)
+        assert self.flow.run.source is not None
+        return self.spec.fill(self.flow.run.source)
 
 
 class _Entry:
@@ -48,8 +72,8 @@ class _Entry:
         self.flow, self.cut, self.path = flow, cut, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.flow.source is not None
-        return self.cut.write(self.path, self.flow.source)
+        assert self.flow.run.source is not None
+        return self.cut.write(self.path, self.flow.run.source)
 
 
 class _Exit:
@@ -60,7 +84,7 @@ class _Exit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.forward(*args, **kwargs)
-        self.flow.kept.update(self.cut.read(self.path, output))
+        self.flow.run.kept.update(self.cut.read(self.path, output))
         return output
 
 
@@ -265,7 +289,7 @@ def remaining_tensors(model: nn.Module, paths: Iterable[str]) -> dict[str, Tenso
 class BakedSegment(nn.Module):
     """A segment as a plain module with only its own weights, without hooks or exceptions; compiles and exports.
 
-    It runs one call at a time: give each thread a copy of its own.
+    Threads can share it.
 
     Args:
         model: network that the segment is a part of.
@@ -309,8 +333,8 @@ class BakedSegment(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation at ``stop``, or the logits, for images or the activation at ``start``."""
-        self.flow.source = x
+        self.flow.run.source = x
         output = self.model(_image(x, self.start, self.image_size))
-        result = logits_of(output) if self.stop is None else self.stop.pack(self.flow.kept)
-        self.flow.source, self.flow.kept = None, {}
+        result = logits_of(output) if self.stop is None else self.stop.pack(self.flow.run.kept)
+        self.flow.run.source, self.flow.run.kept = None, {}
         return result

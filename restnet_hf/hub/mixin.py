@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.anchors.config_entry import current_entry, saved_entry
+from restnet_hf.anchors.config_entry import add_fingerprint, current_entry, saved_entry
 from restnet_hf.anchors.loading import resolve_commit
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.errors import hub_errors, short_errors
@@ -41,11 +41,13 @@ from restnet_hf.hub.loading_options import (
     load_peft_adapter,
     loading_info,
 )
+from restnet_hf.hub.paging import WeightFiles
 from restnet_hf.hub.repository import PLOT, PROFILE, check_parents, push_folder
 from restnet_hf.hub.several_adapters import add_adapter
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
+from restnet_hf.steps import Step
 from restnet_hf.stitches.layers import Stitch
 from restnet_hf.stitches.tuning import Tuned, tuned_keys
 
@@ -61,6 +63,8 @@ class AdapterHubMixin:
     tuned: MutableMapping[str, Tuned]
     active_route: Route
     profiled: Profile | None
+    weight_files: WeightFiles | None
+    steps: Callable[[Route], Sequence[Step]]
     image_processor: Any
     model_tags: list[str] | None
     state_dict: Callable[[], dict[str, Tensor]]
@@ -319,6 +323,24 @@ class AdapterHubMixin:
         model = model.to(device).eval()
         # annotated as in transformers, for the usual case without loading info
         return cast("Self", (model, loading_info(mismatched)) if output_loading_info else model)
+
+    def page_to(self, folder: str | os.PathLike[str]) -> None:
+        """Move the anchors' weights to files, and keep in memory only those that the active route uses.
+
+        From then on `set_route` and `set_budget` map the weights that the new route needs into memory, and free the
+        others. Only the active route can run: call `profile` before.
+
+        Args:
+            folder: folder for a file of each anchor.
+
+        Raises:
+            OSError: a file cannot be written.
+            ValueError: weights are not in memory, after `prune_to` say.
+        """
+        for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
+            add_fingerprint(entry, anchor)
+        self.weight_files = WeightFiles(folder, self.anchors)
+        self.weight_files.load(self.anchors, self.steps(self.active_route))
 
     def weights_sha256(self, entries: Sequence[Mapping[str, Any]] | None = None) -> dict[str, str]:
         """SHA-256 of the weights of each stitch, new head and tuned part, and of anchors that changed.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.config_entry import current_entry
-from restnet_hf.data.datasets import data_fingerprint
+from restnet_hf.data.datasets import batches, check_labels, data_fingerprint, drop_unlabelled
+from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.distributed import this_process
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.routes.blocks import Blocks
@@ -48,7 +49,7 @@ class SelectionMixin:
     add_stitches: Callable[..., list[Route]]
     set_route: Callable[[Route], Route]
     weights_sha256: Callable[..., dict[str, str]]
-    _checked: Callable[..., Iterator[dict[str, Tensor]]]
+    preprocessing: Preprocessing
 
     similarity: Similarity | None
     ranking: list[RankedRoute]
@@ -293,3 +294,18 @@ class SelectionMixin:
             self.add_stitch(row.route, config)
         self.set_route(max(chosen, key=lambda row: row.score).route)
         return [row.route for row in chosen]
+
+    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
+        """Batches of images by anchor name, each anchor's in its own preprocessing."""
+        for batch in batches(data, batch_size, name):
+            self.preprocessing.check(batch["pixel_values"])
+            images = batch["pixel_values"].to(self.device, self.dtype)
+            yield {name: self.images_for(name, images) for name in self.anchors}
+
+    def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
+        """Batches of images and labels, checked to fit the model."""
+        for batch in drop_unlabelled(batches(data, batch_size, name)):
+            self.preprocessing.check(batch["pixel_values"])
+            if "labels" in batch:
+                check_labels(batch["labels"], self.config.num_labels)
+            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
