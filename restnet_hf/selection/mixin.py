@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.config_entry import current_entry
 from restnet_hf.data.datasets import batches, check_labels, data_fingerprint, drop_unlabelled
-from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.distributed import this_process
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.routes.blocks import Blocks
@@ -49,7 +48,7 @@ class SelectionMixin:
     add_stitches: Callable[..., list[Route]]
     set_route: Callable[[Route], Route]
     weights_sha256: Callable[..., dict[str, str]]
-    preprocessing: Preprocessing
+    preprocessing: Any  # a `Preprocessing`, of which the model has a property
 
     similarity: Similarity | None
     ranking: list[RankedRoute]
