@@ -58,6 +58,6 @@ MODULES = {
     "train": "training.loop",
     "with_pixel_values": "data.datasets",
 }
-__getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES)
+__getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES, ("data", "demo", "export", "runtime"))
 
 register_when_imported()

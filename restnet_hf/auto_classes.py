@@ -1,5 +1,6 @@
 """Register our classes with the Auto classes of transformers once both packages are imported, in either order."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 
 
+logger = logging.getLogger(__name__)
 REGISTERING = {  # modules of transformers that hold an Auto class, and ours that register with it
     "transformers.models.auto.configuration_auto": "restnet_hf.configuration_restnet",
     "transformers.models.auto.modeling_auto": "restnet_hf.modeling_restnet",
@@ -27,8 +29,13 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module, then import ours, which registers itself."""
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        import_module(self._module)
+        try:
+            import_module(self._module)
+        except ImportError as error:  # transformers works all the same
+            logger.warning("the Auto classes of transformers do not know restnet_hf: %s", error)
 
 
 class _Finder(MetaPathFinder):
@@ -56,11 +63,21 @@ class _Finder(MetaPathFinder):
         return spec
 
 
+def _has_torch() -> bool:
+    try:
+        return find_spec("torch") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def register_when_imported() -> None:
     """Register our classes with the Auto classes that are imported already, and with the others on their import.
 
-    Importing them here would import torch and take seconds, and reading a profile must do neither.
+    Importing them here would import torch and take seconds, and reading a profile must do neither. Without torch there
+    is no model to register.
     """
+    if not _has_torch():
+        return
     for auto_module in REGISTERING.keys() & sys.modules.keys():
         import_module(REGISTERING[auto_module])
     waiting = REGISTERING.keys() - sys.modules.keys()

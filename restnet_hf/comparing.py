@@ -68,7 +68,10 @@ def compare_anchors(
     if label_map is None and "label" in rows.column_names:
         rows = rows.remove_columns("label")
     compared = model.compare(with_pixel_values(rows, model.image_processor, label_map), methods, order)
-    costs, limits = model.route_costs(), None if budget is None else Budget(**budget)
+    costs, limits = (
+        model.route_costs(memory="memory_mb" in (budget or {})),
+        None if budget is None else Budget(**budget),
+    )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {}

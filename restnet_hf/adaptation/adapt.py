@@ -90,6 +90,8 @@ def adapt(
     """
     _check_names(search, predictor)
     routes = [model.route(route) for route in (model.all_routes if candidates is None else candidates)]
+    for route in routes:
+        model.steps(route)  # each has its stitches
     if latency is None and _is_measured(budget):
         latency = model.measure_latency(routes)
     _check_energy(budget, latency)

@@ -113,8 +113,8 @@ class AdapterHubMixin:
             made_in_code = [entry["name"] for entry in self.config.anchors if entry["config"] is None]
             if made_in_code:
                 raise ValueError(
-                    f"anchors {made_in_code} were made in code, and no config says how; standalone=True needs anchors "
-                    "loaded from the Hub or a folder"
+                    f"anchors {made_in_code} were made in code, and no config describes them; standalone=True needs "
+                    "anchors loaded from the Hub or a folder"
                 )
             for anchor in self.anchors.values():
                 anchor.check_in_memory()

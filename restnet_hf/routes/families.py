@@ -262,8 +262,15 @@ def within_budget(
         routes: routes to filter, such as those of `family`.
         costs: function that returns the costs of a route, such as a model's ``route_costs()``.
         budget: limits on those costs.
+
+    Raises:
+        BudgetError: a cost that is limited is not among those costs.
     """
-    return (route for route in routes if budget.allows(costs(route)))
+    for route in routes:
+        found = costs(route)
+        budget.check_costs(found)
+        if budget.allows(found):
+            yield route
 
 
 def _joined(front: Blocks, stop: int, end: Blocks, start: int, via: str = "") -> Route:

@@ -57,6 +57,14 @@ class Budget:
         """Whether costs are within all limits; a limited cost that is missing is not."""
         return all(costs.get(cost, math.inf) <= limit for cost, limit in self.limits.items())
 
+    def check_costs(self, costs: Mapping[str, float]) -> None:
+        """Raise BudgetError where a cost that is limited is not among some costs."""
+        missing = sorted(self.limits.keys() - costs.keys())
+        if missing:
+            raise BudgetError(
+                f"the budget limits {missing}, and only {sorted(costs)} are known here; limit one of these"
+            )
+
     def usage(self, costs: Mapping[str, float]) -> float:
         """The largest share of a limit that costs take: at most 1 where the budget allows them."""
         return max(costs[cost] / limit for cost, limit in self.limits.items())

@@ -169,7 +169,7 @@ class Route:
         )
 
     def check(self, depths: Mapping[str, int]) -> "Route":
-        """Return the route if it fits anchors; raise ValueError that says what does not.
+        """Return the route if it fits anchors; raise ValueError, which names what does not fit.
 
         Args:
             depths: number of cuts of each anchor, by name.

@@ -85,7 +85,7 @@ def read_json(folder: Path, name: str, kind: type) -> Any:
 
 
 def read_profile(folder: Path) -> Profile:
-    """Read the folder's profile, whose metadata tell how to run its routes; all is checked but the files' contents.
+    """Read the folder's profile, whose metadata name how its routes run; all is checked but the files' contents.
 
     Raises:
         OSError: the profile cannot be read.

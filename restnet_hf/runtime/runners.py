@@ -30,7 +30,7 @@ def import_for_runtime(package: str, runtime: str) -> Any:
     """Import a module that a runtime needs.
 
     Raises:
-        MissingRuntimeError: the module is not installed; the message says how to install it.
+        MissingRuntimeError: the module is not installed; the message names the command that installs it.
     """
     try:
         with without_telemetry():

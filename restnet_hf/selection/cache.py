@@ -15,7 +15,7 @@ from restnet_hf.hashing import software_sha256
 from restnet_hf.selection.ranking import Similarity
 
 
-LIBRARIES = ("torch", "transformers", "timm")
+LIBRARIES = ("torch", "torchvision", "transformers", "timm")
 CODE = ("data", "anchors", "stitches", "steps.py", "selection")  # rooms and files that similarities depend on
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
 from restnet_hf.stitches.pruning import prunable
 
 
-MAX_ROUTES = 50_000  # whose costs are compared
+MAX_ROUTES = 50_000  # routes of a family whose costs are compared
 DRAWN_PER_ROUTE = 20  # routes that are drawn at random for each one that is wanted
 
 
@@ -226,7 +226,7 @@ class SelectionMixin:
             raise ValueError(f"prune makes copies of blocks, stitches of kind {BRANCH!r}, not {config.kind!r}")
         routes: Iterator[Route] = (route for route in self.family(kind, **options) if route.stitch_points)
         if budget is not None or max_routes is not None:
-            costs = self.route_costs(config)
+            costs = self.route_costs(config, memory="memory_mb" in (budget or {}))
             if budget is not None:
                 routes = within_budget(routes, costs, Budget(**budget))
             if max_routes is not None:
@@ -282,7 +282,8 @@ class SelectionMixin:
             ValueError: see `compare`; or no route fits the budget.
         """
         similarities = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
-        limits, costs = None if budget is None else Budget(**budget), self.route_costs(config)
+        limits = None if budget is None else Budget(**budget)
+        costs = self.route_costs(config, memory="memory_mb" in (budget or {}))
         ranking = rank_routes(similarities, costs, limits)
         self.similarity, self.ranking = similarities[0], ranking
         most = max(costs(Route.alone(name))["macs"] for name in self.anchors)

@@ -67,6 +67,7 @@ def rank_routes(
         budget: limits on the costs; routes over them are left out.
 
     Raises:
+        BudgetError: a cost that is limited is not among the costs.
         ValueError: no score is defined, or no route fits the budget.
     """
     rows = []
@@ -78,6 +79,7 @@ def rank_routes(
     if not rows:
         raise ValueError("no pair of cuts has a defined score")
     if budget is not None:
+        budget.check_costs(rows[0].costs)
         fitting = [row for row in rows if budget.allows(row.costs)]
         if not fitting:
             raise ValueError(f"no stitched route fits {budget}; {describe_cheapest(rows, budget)}")

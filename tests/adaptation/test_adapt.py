@@ -326,3 +326,14 @@ def test_budgets_from_text():
     for wrong in ([], ["latency_ms"], ["latency_ms=-1"]):
         with pytest.raises(ValueError, match="of the form COST=NUMBER"):
             parse_budget(wrong)
+
+
+def test_a_candidate_without_a_stitch(model, clothes):
+    route = next(
+        f"{model.front}[:{i}] + {[*model.anchors][-1]}[{j}:]"
+        for i in range(1, 4)
+        for j in range(1, 4)
+        if model.route(f"{model.front}[:{i}] + {[*model.anchors][-1]}[{j}:]") not in model.routes
+    )
+    with pytest.raises(ValueError, match="has no stitch yet"):
+        adapt(model, clothes(model, "test", 8), Budget(macs=1), candidates=[model.routes[0], route])

@@ -92,3 +92,23 @@ def test_importing_brings_nothing_heavy():
         "assert not {'torch', 'transformers', 'timm', 'datasets', 'numpy'} & {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rooms_with_public_names_are_attributes(interpreters):
+    done = interpreters.run("import restnet_hf\nprint(restnet_hf.data.load_images, restnet_hf.runtime.Controller)")
+    assert not done.returncode and done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("order", ["import restnet_hf, transformers", "import transformers, restnet_hf"])
+def test_transformers_works_without_torch(order):
+    """A device may have transformers for its image processors alone."""
+    code = (
+        "from importlib.machinery import PathFinder\n"
+        "real = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name.split('.')[0] == 'torch' else real(name, *rest)\n"
+        f"{order}\n"
+        "from transformers import AutoConfig\n"
+        "print(AutoConfig.for_model('vit').model_type, restnet_hf.Route.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "vit Route\n", done.stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor
 
-from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf import BudgetError, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.selection import mixin
 from restnet_hf.selection.selectors import SELECTORS
 
@@ -194,3 +194,18 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for name, (values, settings) in one.items():
         assert settings == two[name][1]
         assert np.allclose(values, two[name][0], atol=1e-12), name
+
+
+def test_budgets_of_other_costs(noise):
+    """Memory is counted where a budget limits it; what is not known here is an error at once."""
+    model = build()
+    model.select_stitches(noise, "position", 2)
+    costs = {row.route: model.route_costs(memory=True)(row.route)["memory_mb"] for row in model.ranking}
+    limit = sorted(costs.values())[len(costs) // 2]
+    chosen = build().select_stitches(noise, "position", 2, budget={"memory_mb": limit})
+    assert chosen and all(costs[route] <= limit for route in chosen)
+    for budget in ({"latency_ms": 5.0}, {"energy_j": 1.0}):
+        with pytest.raises(BudgetError, match="only .*'macs'.* are known here"):
+            build().select_stitches(noise, "position", 2, budget=budget)
+        with pytest.raises(BudgetError, match="only .*'macs'.* are known here"):
+            build().add_family("skip", budget=budget, max_routes=2)
