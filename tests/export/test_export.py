@@ -28,6 +28,7 @@ from restnet_hf.stitches.tuning import TunedConfig, tuned_keys
 
 CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 ROUTES = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
+FAST = [("onnx", "fp32"), ("onnx", "int8")]
 WITHOUT_TORCH = [case for case in CASES if case[0] in ("onnx", "openvino")]
 ABSENT = """import sys
 class Absent:
@@ -62,7 +63,7 @@ def can_run(runtime, precision):
 
 @pytest.mark.parametrize(
     ("runtime", "precision"),
-    [pytest.param(*case, marks=[] if case[0] == "onnx" else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
 )
 def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     """Logits close to the route's own, at any number of images; a script that prints the same class; a stored profile.
@@ -359,7 +360,7 @@ class Bessel(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_unsupported_operator(model, tmp_path, runtime):
     model.anchors["vit"].model.classifier = nn.Sequential(model.anchors["vit"].model.classifier, Bessel())
     with pytest.raises(UnsupportedExportError, match="cannot be written as ONNX"):

@@ -90,7 +90,10 @@ def test_using_ends(model, each, logits):
         pass
 
 
-@pytest.mark.parametrize("way", ["baked", "copied", "pickled", "compiled", "exported"])
+@pytest.mark.parametrize(
+    "way",
+    ["baked", *(pytest.param(way, marks=pytest.mark.slow) for way in ("copied", "pickled", "compiled", "exported"))],
+)
 @pytest.mark.parametrize("route", ROUTES[:2])
 def test_one_module_for_all(model, each, logits, way, route):
     module = model.bake(route)
