@@ -186,6 +186,7 @@ def shown(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+@pytest.mark.slow
 @MANY
 @given(data=st.data())
 def test_what_files_say_is_only_words_on_a_card(data):

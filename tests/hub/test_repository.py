@@ -214,6 +214,7 @@ print(json.dumps([*found, sums(revision=old, local_files_only=True)]))
 """
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off(world):
     """It is an error, nothing of it is taken for the file, and the version that was there before still loads."""
     repo = world.hub.repos["me/adapter"]

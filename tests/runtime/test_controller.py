@@ -410,6 +410,7 @@ LIMITS = st.fixed_dictionaries({"latency_ms": NUMBERS}, optional={"memory_mb": N
 MEASURED = st.lists(st.tuples(st.none() | NUMBERS, st.none() | NUMBERS), min_size=12, max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(st.lists(COSTS, min_size=1, max_size=3), LIMITS, LIMITS, MEASURED, st.sampled_from([1e-12, 0.1, 1e3]), NUMBERS)
 def test_any_numbers(rows, limits, others, measured, margin, dwell_s):

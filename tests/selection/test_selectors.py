@@ -118,6 +118,7 @@ def test_fitted_accuracy(anchors, names, labels):
             assert values[i - 1, j - 1] == pytest.approx((logits.argmax(-1) == truth).double().mean().item())
 
 
+@pytest.mark.slow
 def test_probes(anchors):
     """The probes are at the minimum of the regularised loss, and the value is KLAS's ratio of their divergences."""
     front, end = anchors["resnet"], anchors["vit"]

@@ -315,6 +315,7 @@ def test_parts_of_a_batch_give_the_whole():
     assert all(torch.allclose(value, trained(parts)[name], atol=1e-5) for name, value in trained(whole).items())
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out():
     """Parts become smaller until they fit, and the result is that of the whole batch."""
 
