@@ -68,10 +68,8 @@ def compare_anchors(
     if label_map is None and "label" in rows.column_names:
         rows = rows.remove_columns("label")
     compared = model.compare(with_pixel_values(rows, model.image_processor, label_map), methods, order)
-    costs, limits = (
-        model.route_costs(memory="memory_mb" in (budget or {})),
-        None if budget is None else Budget(**budget),
-    )
+    costs = model.route_costs(memory="memory_mb" in (budget or {}))
+    limits = None if budget is None else Budget(**budget)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {}
@@ -79,11 +77,18 @@ def compare_anchors(
         chosen[name] = choose_routes(rank_routes(similarities, costs, limits), max_routes)
         for similarity in similarities:
             suffix = "" if similarity is similarities[0] else "_back"
-            write_similarity(similarity, folder / f"{name}{suffix}.npz")
-            routes = [row.route for row in chosen[name] if row.route.segments[0].anchor == similarity.front]
-            plot_similarity(similarity, routes, folder / f"{name}{suffix}.png")
-            _write_table(model, similarity, folder / f"{name}{suffix}.csv")
+            _write_files(model, similarity, chosen[name], folder / f"{name}{suffix}")
     return chosen
+
+
+def _write_files(
+    model: StitchedModelForImageClassification, similarity: Similarity, chosen: Sequence[RankedRoute], stem: Path
+) -> None:
+    """Write one direction of a comparison as npz, csv and png, the routes chosen there marked."""
+    write_similarity(similarity, Path(f"{stem}.npz"))
+    routes = [row.route for row in chosen if row.route.segments[0].anchor == similarity.front]
+    plot_similarity(similarity, routes, f"{stem}.png")
+    _write_table(model, similarity, Path(f"{stem}.csv"))
 
 
 def _write_table(model: StitchedModelForImageClassification, similarity: Similarity, path: Path) -> None:

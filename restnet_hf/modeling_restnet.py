@@ -626,9 +626,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             ProfiledRoute(route, costs(route), {"accuracy": scores[route]} if route in scores else {})
             for route, _ in walks
         ]
-        if latency is not None:
-            metadata["latency"] = latency.metadata()
-        return self.record_profile(rows, **metadata)
+        return self.record_profile(rows, latency, **metadata)
 
     def measure_latency(
         self,
@@ -659,13 +657,18 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         check = [walk for walk in walks if walk[0] in checked]
         return measure_latency(walks, batch_size, seconds=seconds, check=check)
 
-    def record_profile(self, rows: Iterable[ProfiledRoute], **metadata: Any) -> Profile:
+    def record_profile(
+        self, rows: Iterable[ProfiledRoute], latency: LatencyTable | None = None, **metadata: Any
+    ) -> Profile:
         """Make rows the model's profile, with device, weights and versions in its metadata.
 
         Args:
             rows: routes with costs and scores.
+            latency: table that latencies in the costs are from, whose device and runtime are recorded.
             **metadata: further metadata of the profile.
         """
+        if latency is not None:
+            metadata["latency"] = latency.metadata()
         where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
         software = {"weights": self.weights_sha256(), "versions": package_versions()}
         before = {} if self.profiled is None else self.profiled.metadata

@@ -89,9 +89,7 @@ def adapt(
         ValueError: there are no images, or an option is out of range.
     """
     _check_names(search, predictor)
-    routes = [model.route(route) for route in (model.all_routes if candidates is None else candidates)]
-    for route in routes:
-        model.steps(route)  # each has its stitches
+    routes = _candidates(model, candidates)
     if latency is None and _is_measured(budget):
         latency = model.measure_latency(routes)
     _check_energy(budget, latency)
@@ -103,11 +101,18 @@ def adapt(
     result = job.run(lambda rows: _save_state(job, scorer, state))
     exactly = [scorer.as_measured(row) for row in result.rows]
     best, rows, checks = _confirm_latency(model, exactly, budget, latency, scorer.score)
-    metadata = {} if latency is None else {"latency": latency.metadata()}
-    model.record_profile(rows, images=scorer.images, score=scorer.score, **metadata)
+    model.record_profile(rows, latency, images=scorer.images, score=scorer.score)
     model.set_route(best.route)
     confirmed = replace(result, best={budget: best}, rows=tuple(rows))
     return AdaptResult(best, scorer.score, scorer.reasons(confirmed.rejected(budget)), checks, result.finished)
+
+
+def _candidates(model: StitchedModelForImageClassification, candidates: Iterable[Route | str] | None) -> list[Route]:
+    """The routes to choose from; ValueError, before anything is measured, where one has no stitch."""
+    routes = [model.route(route) for route in (model.all_routes if candidates is None else candidates)]
+    for route in routes:
+        model.steps(route)
+    return routes
 
 
 def _check_names(search: str | None, predictor: str | None) -> None:
