@@ -1,5 +1,6 @@
 """Anchors: frozen classifiers from transformers, timm or any module, as numbered cuts and segments between them."""
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -24,6 +25,8 @@ from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.hashing import Piece, WeightsSnapshot, fingerprint, weights_sha256
 from restnet_hf.routes.route import ANCHOR_NAME
 
+
+_SEARCHING = threading.RLock()  # a search traces a network, which no other thread may run meanwhile
 
 Tuned = Callable[[int, int | None], Mapping[str, Tensor]]  # tensors by name, for a start and a stop
 
@@ -112,26 +115,30 @@ class Anchor(nn.Module):
             ValueError: there are fewer than two cuts.
         """
         if self._found is None:
-            size = self.preprocessing.image_size
-            search = partial(find_cuts, self.model, size, self.granularity)
-            try:
-                result = cached_cuts(self.model, size, self.granularity, search)
-            except Exception as error:  # a network may fail in any way on a size that is not its own
-                pixels = "x".join(map(str, size))
-                raise ValueError(f"anchor '{self.name}' cannot run on images of {pixels} pixels: {error}") from error
-            if self.label_names is not None and len(self.label_names) != result.classes:
-                raise ValueError(
-                    f"anchor '{self.name}' has {result.classes} classes, but {len(self.label_names)} label_names"
-                )
-            if len(result.cuts) < MIN_CUTS:
-                failed = "".join(f"; {name}: {reason}" for name, reason in result.rejected.items())
-                raise ValueError(
-                    f"anchor '{self.name}' ({type(self.model).__name__}) has {len(result.cuts)} places where every "
-                    f"path goes through one map or sequence of tokens, and {MIN_CUTS} are needed{failed}. "
-                    "Choose another classifier, or granularity='module' to search inside its blocks"
-                )
-            self._found = result
+            with _SEARCHING:
+                self._found = self._found or self._search()
         return self._found
+
+    def _search(self) -> Cuts:
+        size = self.preprocessing.image_size
+        search = partial(find_cuts, self.model, size, self.granularity)
+        try:
+            result = cached_cuts(self.model, size, self.granularity, search)
+        except Exception as error:  # a network may fail in any way on a size that is not its own
+            pixels = "x".join(map(str, size))
+            raise ValueError(f"anchor '{self.name}' cannot run on images of {pixels} pixels: {error}") from error
+        if self.label_names is not None and len(self.label_names) != result.classes:
+            raise ValueError(
+                f"anchor '{self.name}' has {result.classes} classes, but {len(self.label_names)} label_names"
+            )
+        if len(result.cuts) < MIN_CUTS:
+            failed = "".join(f"; {name}: {reason}" for name, reason in result.rejected.items())
+            raise ValueError(
+                f"anchor '{self.name}' ({type(self.model).__name__}) has {len(result.cuts)} places where every "
+                f"path goes through one map or sequence of tokens, and {MIN_CUTS} are needed{failed}. "
+                "Choose another classifier, or granularity='module' to search inside its blocks"
+            )
+        return result
 
     def search(self) -> None:
         """Find the cuts now rather than on first use; raises as `search_result` does."""

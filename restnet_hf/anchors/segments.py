@@ -1,90 +1,82 @@
 """Run a segment of a network through its own forward: modules before it are bypassed, those after it do not run."""
 
-import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from restnet_hf.anchors.cut import Cut, OutputSpec, logits_of
+from restnet_hf.anchors.runs import Run, copy_module, running
 
 
-class _Run:
-    """State of one run: the segment's input, and the tensors at its end."""
+class _Activations:
+    """The activation at which a segment starts, and the tensors at which it stops."""
 
-    def __init__(self) -> None:
-        self.source: Tensor | None = None
+    def __init__(self, source: Tensor | None = None) -> None:
+        self.source = source
         self.kept: dict[int, Tensor] = {}
 
 
-class _ThreadRun(_Run, threading.local):
+class _OfThread(_Activations, threading.local):
     """The same, of each thread its own."""
 
 
+class _Call:
+    """What the forwards of one run share."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.now = _Activations(source)
+
+
 class _Flow:
-    """What the replaced forwards of a segment share: the run of the thread that calls them.
+    """What the forwards of a baked segment share: the activations of the thread that calls them."""
 
-    Args:
-        source: input of the segment in this thread.
-    """
-
-    def __init__(self, source: Tensor | None = None) -> None:
-        self._traced, self._of_thread = _Run(), _ThreadRun()
-        self.run.source = source
+    def __init__(self) -> None:
+        self._traced, self._of_thread = _Activations(), _OfThread()
 
     @property
-    def run(self) -> _Run:
-        """The run now. A compiler traces it once, for all threads, and would compile anew for each thread's own."""
+    def now(self) -> _Activations:
+        """The activations now. A compiler traces them once, and would compile anew for each thread's own."""
         return self._traced if torch.compiler.is_compiling() else self._of_thread
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()  # between calls there is nothing to copy
 
 
-_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-
-
-def _lock(model: nn.Module) -> Any:
-    """The lock of a network: while a segment runs, its modules have replaced forwards, in every thread."""
-    return _LOCKS.setdefault(model, threading.RLock())
-
-
 class _Placeholder:
     """Forward of a module that lies outside the segment."""
 
-    def __init__(self, flow: _Flow, spec: OutputSpec) -> None:
+    def __init__(self, flow: _Call | _Flow, spec: OutputSpec) -> None:
         self.flow, self.spec = flow, spec
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.flow.run.source is not None
-        return self.spec.fill(self.flow.run.source)
+        assert self.flow.now.source is not None
+        return self.spec.fill(self.flow.now.source)
 
 
 class _Entry:
     """Forward of a block at whose output the segment starts."""
 
-    def __init__(self, flow: _Flow, cut: Cut, path: str) -> None:
+    def __init__(self, flow: _Call | _Flow, cut: Cut, path: str) -> None:
         self.flow, self.cut, self.path = flow, cut, path
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.flow.run.source is not None
-        return self.cut.write(self.path, self.flow.run.source)
+        assert self.flow.now.source is not None
+        return self.cut.write(self.path, self.flow.now.source)
 
 
 class _Exit:
     """Forward of a block at which a baked segment stops: stores its tensors, and the network continues."""
 
-    def __init__(self, flow: _Flow, cut: Cut, path: str, forward: Callable[..., Any]) -> None:
+    def __init__(self, flow: _Call | _Flow, cut: Cut, path: str, forward: Callable[..., Any]) -> None:
         self.flow, self.cut, self.path, self.forward = flow, cut, path, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self.forward(*args, **kwargs)
-        self.flow.run.kept.update(self.cut.read(self.path, output))
+        self.flow.now.kept.update(self.cut.read(self.path, output))
         return output
 
 
@@ -99,42 +91,15 @@ class _Reached(BaseException):
     """Raised by the hook at the last cut to read; no network catches a BaseException."""
 
 
-@contextmanager
-def _replaced(forwards: Iterable[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Replace the forward of modules during the block. The modules stay, so that parents can read their attributes."""
-    before = []
-    try:
-        for module, forward in forwards:
-            before.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, forward in reversed(before):
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = forward
-
-
-@contextmanager
-def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace tensors of modules during the block, wherever they are used."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for name, tensor in tensors.items():
-            for own, leaf, value in _replacements(model, name, tensor):
-                before.append((own, leaf, own[leaf]))
-                own[leaf] = value
-        yield
-    finally:
-        for own, leaf, value in reversed(before):
-            own[leaf] = value
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the tensor's name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 def _replacements(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
     """Yield the dict, key and new value of each attribute to change for a tensor."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module, leaf = _owner(model, name)
     depthwise = isinstance(module, nn.Conv2d) and leaf == "weight" and 1 < module.groups == len(module.weight)
     yield module._parameters if leaf in module._parameters else module._buffers, leaf, tensor
     if depthwise and module.groups != len(tensor):
@@ -148,39 +113,39 @@ def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(own[leaf], nn.Parameter) else value
 
 
-@contextmanager
-def _collected(
-    model: nn.Module, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None
-) -> Iterator[dict[int, Any]]:
-    """Collect the activations at cuts, or the results of ``see`` for them, during the block.
+class _Capture:
+    """Collects the activations at cuts, or the results of ``see`` for them, and stops the forward at the last.
 
-    The model's forward stops at the last of the cuts unless ``go_on``.
+    Args:
+        model: network that is run.
+        wanted: cuts to read, by any key.
+        go_on: whether the forward continues after the last of the cuts.
+        see: function of a key and an activation, whose result is kept instead.
     """
-    kept: dict[int, Any] = {}
 
-    def keep(key: int, path: str, tensors: dict[int, Tensor], module: nn.Module, args: Any, output: Any) -> None:
-        cut = wanted[key]
+    def __init__(
+        self, model: nn.Module, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None
+    ) -> None:
+        self.wanted, self.go_on, self.see = wanted, go_on, see
+        self.kept: dict[int, Any] = {}
+        self.hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for key, cut in wanted.items():
+            tensors: dict[int, Tensor] = {}
+            self.hooks += [(model.get_submodule(path), partial(self._keep, key, path, tensors)) for path in cut.paths]
+
+    def _keep(
+        self, key: int, path: str, tensors: dict[int, Tensor], module: nn.Module, args: Any, output: Any
+    ) -> None:
+        cut, see = self.wanted[key], self.see
         tensors |= cut.read(path, output, copy=see is None or len(cut.tensors) > 1)
         if len(tensors) == len(cut.tensors):
-            kept[key] = cut.pack(tensors) if see is None else see(key, cut.pack(tensors))
+            self.kept[key] = cut.pack(tensors) if see is None else see(key, cut.pack(tensors))
             tensors.clear()  # frees their memory
-        if not go_on and len(kept) == len(wanted):
+        if not self.go_on and len(self.kept) == len(self.wanted):
             raise _Reached
 
-    handles = []
-    for key, cut in wanted.items():
-        tensors: dict[int, Tensor] = {}
-        for path in cut.paths:
-            hook = partial(keep, key, path, tensors)
-            handles.append(model.get_submodule(path).register_forward_hook(hook))
-    try:
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
-
-def _entry_forwards(flow: _Flow, start: Cut | None, classifier: str | None) -> list[tuple[str, Any]]:
+def _entry_forwards(flow: _Call | _Flow, start: Cut | None, classifier: str | None) -> list[tuple[str, Any]]:
     """Paths and new forwards for a run that enters at ``start`` and, with ``classifier``, ends in features."""
     forwards: list[tuple[str, Any]] = [(classifier, _Features())] if classifier else []
     if start is not None:
@@ -205,6 +170,8 @@ def run_segment(
 ) -> dict[int, Any]:
     """Run ``model`` from ``start`` and return its activation at each of ``stops``, in one forward.
 
+    Threads can run the same network at the same time.
+
     Args:
         model: network that the segment is a part of.
         x: images (N, 3, H, W), or the activation at ``start``.
@@ -217,13 +184,13 @@ def run_segment(
         tensors: tensors to use instead of the network's own parameters and buffers, by name.
     """
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
-    forwards = _entry_forwards(_Flow(x), start, classifier)
-    with (
-        _lock(model),
-        _collected(model, wanted, go_on=len(wanted) < len(stops), see=see) as kept,
-        _replaced((model.get_submodule(path), forward) for path, forward in forwards),
-        _swapped(model, tensors or {}),
-    ):
+    capture = _Capture(model, wanted, go_on=len(wanted) < len(stops), see=see)
+    kept, forwards = capture.kept, _entry_forwards(_Call(x), start, classifier)
+    run = Run(
+        {model.get_submodule(path): forward for path, forward in forwards},
+        {_owner(model, name): tensor for name, tensor in (tensors or {}).items()},
+    )
+    with running(run, capture.hooks):
         try:
             output = model(_image(x, start, image_size))
         except _Reached:
@@ -313,7 +280,7 @@ class BakedSegment(nn.Module):
         empty: dict[int, Any] = {
             id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters() if id(p) not in kept
         }
-        self.model = copy.deepcopy(model, empty)  # weights that are left out are never copied
+        self.model = copy_module(model, empty)  # weights that are left out are never copied
         self.start, self.stop, self.image_size = start, stop, image_size
         self.flow = _Flow()
         forwards = dict(_entry_forwards(self.flow, start, classifier if stop is None else None))
@@ -333,8 +300,9 @@ class BakedSegment(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation at ``stop``, or the logits, for images or the activation at ``start``."""
-        self.flow.run.source = x
+        now = self.flow.now
+        now.source = x
         output = self.model(_image(x, self.start, self.image_size))
-        result = logits_of(output) if self.stop is None else self.stop.pack(self.flow.run.kept)
-        self.flow.run.source, self.flow.run.kept = None, {}
+        result = logits_of(output) if self.stop is None else self.stop.pack(now.kept)
+        now.source, now.kept = None, {}
         return result

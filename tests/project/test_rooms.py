@@ -14,8 +14,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "runtime": ["controller", "exported_files", "exported_model", "runners", "torch_archives"],
     "data": ["augment", "datasets", "labels", "preprocessing", "targets"],
     "anchors": [
-        *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "segments"),
-        *("tracing", "weights"),
+        *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "runs"),
+        *("segments", "tracing", "weights"),
     ],
     "stitches": ["branches", "layers", "least_squares", "norms", "pruning", "tuning"],
     "middle": ["configuration_restnet", "steps"],
