@@ -1,7 +1,8 @@
 """Run a segment of a network through its own forward: modules before it are bypassed, those after it do not run."""
 
+import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -97,20 +98,40 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _replacements(model: nn.Module, name: str, tensor: Tensor) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Yield the dict, key and new value of each attribute to change for a tensor."""
-    module, leaf = _owner(model, name)
-    depthwise = isinstance(module, nn.Conv2d) and leaf == "weight" and 1 < module.groups == len(module.weight)
-    yield module._parameters if leaf in module._parameters else module._buffers, leaf, tensor
-    if depthwise and module.groups != len(tensor):
-        yield module.__dict__, "groups", len(tensor)  # a depthwise convolution of fewer channels
+def _has_fewer_channels(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is the weight of a depthwise convolution of fewer channels."""
+    depthwise = isinstance(module, nn.Conv2d) and name == "weight" and 1 < module.groups == len(module.weight)
+    return depthwise and module.groups != len(tensor)
+
+
+def _narrow_forward(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The forward of a depthwise convolution with other tensors, of fewer channels."""
+    narrow = copy.copy(module)
+    narrow.__dict__["_parameters"] = {**module._parameters, **tensors}
+    narrow.groups = len(tensors["weight"])  # an attribute that no run can have for itself
+    return type(narrow).forward.__get__(narrow)
 
 
 def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Replace tensors of modules permanently, by copies of other tensors with their names."""
-    for name, tensor in tensors.items():
-        for own, leaf, value in _replacements(model, name, tensor.detach().clone()):
-            own[leaf] = nn.Parameter(value, requires_grad=False) if isinstance(own[leaf], nn.Parameter) else value
+    for path, tensor in tensors.items():
+        module, name = _owner(model, path)
+        if _has_fewer_channels(module, name, tensor):
+            module.groups = len(tensor)
+        own = module._parameters if name in module._parameters else module._buffers
+        value = tensor.detach().clone()
+        own[name] = nn.Parameter(value, requires_grad=False) if isinstance(own[name], nn.Parameter) else value
+
+
+def _run(model: nn.Module, forwards: Iterable[tuple[str, Any]], tensors: Mapping[str, Tensor]) -> Run:
+    """A run with other forwards, by path, and other tensors, by name."""
+    owned = {_owner(model, name): tensor for name, tensor in tensors.items()}
+    replaced = {model.get_submodule(path): forward for path, forward in forwards}
+    for (module, name), tensor in owned.items():
+        if _has_fewer_channels(module, name, tensor):
+            its = {leaf: value for (owner, leaf), value in owned.items() if owner is module}
+            replaced.setdefault(module, _narrow_forward(module, its))
+    return Run(replaced, owned)
 
 
 class _Capture:
@@ -185,11 +206,8 @@ def run_segment(
     """
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
     capture = _Capture(model, wanted, go_on=len(wanted) < len(stops), see=see)
-    kept, forwards = capture.kept, _entry_forwards(_Call(x), start, classifier)
-    run = Run(
-        {model.get_submodule(path): forward for path, forward in forwards},
-        {_owner(model, name): tensor for name, tensor in (tensors or {}).items()},
-    )
+    kept = capture.kept
+    run = _run(model, _entry_forwards(_Call(x), start, classifier), tensors or {})
     with running(run, capture.hooks):
         try:
             output = model(_image(x, start, image_size))
