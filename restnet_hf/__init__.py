@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from restnet_hf.auto_classes import register_when_imported
+from restnet_hf.auto_classes import register_pending, register_when_imported
 from restnet_hf.public_names import lazy_imports
 
 
@@ -58,6 +58,7 @@ MODULES = {
     "train": "training.loop",
     "with_pixel_values": "data.datasets",
 }
-__getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES, ("data", "demo", "export", "runtime"))
+ROOMS = ("data", "demo", "export", "runtime")
+__getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES, ROOMS, register_pending)
 
 register_when_imported()

@@ -17,6 +17,27 @@ REGISTERING = {  # modules of transformers that hold an Auto class, and ours tha
 }
 
 
+_PENDING: set[str] = set()  # our modules to import once those that are being imported are complete
+
+
+def _register(module: str) -> None:
+    """Import one of our modules, which registers itself."""
+    try:
+        import_module(module)
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == __package__:  # one of ours, which imports transformers just now
+            _PENDING.add(module)
+        else:  # transformers works all the same
+            logger.warning("the Auto classes of transformers do not know restnet_hf: %s", error)
+
+
+def register_pending() -> None:
+    """Register the classes that could not be imported while other modules of ours were."""
+    for module in [*_PENDING]:
+        _PENDING.discard(module)
+        _register(module)
+
+
 class _RegisteringLoader(Loader):
     """A loader that imports one of our modules after the one that it loads."""
 
@@ -32,10 +53,7 @@ class _RegisteringLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        try:
-            import_module(self._module)
-        except ImportError as error:  # transformers works all the same
-            logger.warning("the Auto classes of transformers do not know restnet_hf: %s", error)
+        _register(self._module)
 
 
 class _Finder(MetaPathFinder):

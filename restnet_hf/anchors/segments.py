@@ -100,15 +100,16 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _has_fewer_channels(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a tensor is the weight of a depthwise convolution of fewer channels."""
-    depthwise = isinstance(module, nn.Conv2d) and name == "weight" and 1 < module.groups == len(module.weight)
-    return depthwise and module.groups != len(tensor)
+    if not isinstance(module, nn.Conv2d) or name != "weight":
+        return False
+    return 1 < module.groups == len(module.weight) and module.groups != len(tensor)
 
 
 def _narrow_forward(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[..., Any]:
     """The forward of a depthwise convolution with other tensors, of fewer channels."""
     narrow = copy.copy(module)
     narrow.__dict__["_parameters"] = {**module._parameters, **tensors}
-    narrow.groups = len(tensors["weight"])  # an attribute that no run can have for itself
+    narrow.__dict__["groups"] = len(tensors["weight"])  # an attribute that no run can have for itself
     return type(narrow).forward.__get__(narrow)
 
 
@@ -117,8 +118,8 @@ def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for path, tensor in tensors.items():
         module, name = _owner(model, path)
         if _has_fewer_channels(module, name, tensor):
-            module.groups = len(tensor)
-        own = module._parameters if name in module._parameters else module._buffers
+            module.__dict__["groups"] = len(tensor)
+        own: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
         value = tensor.detach().clone()
         own[name] = nn.Parameter(value, requires_grad=False) if isinstance(own[name], nn.Parameter) else value
 

@@ -71,6 +71,8 @@ def interpreters():
         ),
         "from transformers import AutoConfig, AutoModelForImageClassification\nimport restnet_hf",
         pytest.param("from transformers import AutoConfig\nimport restnet_hf", marks=pytest.mark.slow),
+        pytest.param("from restnet_hf import load_anchor", marks=pytest.mark.slow),
+        pytest.param("import restnet_hf.comparing", marks=pytest.mark.slow),
         pytest.param("import restnet_hf.cli", marks=pytest.mark.slow),
     ],
 )
@@ -83,6 +85,7 @@ def test_auto_classes_know_ours(interpreters, first):
     )
     done = interpreters.run(code)
     assert done.stdout == "StitchedModelForImageClassification\n", done.stderr
+    assert "do not know" not in done.stderr
 
 
 def test_importing_brings_nothing_heavy():
