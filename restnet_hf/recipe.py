@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,28 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 from datasets import Dataset
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.loading import load_anchor
-from restnet_hf.data.augment import make_augmentation
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
 from restnet_hf.distributed import this_process
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.plots import plot_tradeoff
-from restnet_hf.routes.families import WITHIN
-from restnet_hf.routes.profile import Profile
+from restnet_hf.recipe_checks import CHECKS, check_entry, check_stitches, within
+from restnet_hf.reports import report_rows, report_to_resume
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.plots import plot_similarity
+from restnet_hf.sources import check_paths
 from restnet_hf.stitches.layers import BRANCH, StitchConfig
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.loop import train
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid", validate_default=True))
 class Recipe:
     """One job.
 
@@ -94,31 +95,16 @@ class Recipe:
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
-        self.stitch_config()
-        make_augmentation(self.augment)
-        if self.augment is not None and (self.heads.cache_dir or self.stitches.cache_dir):
-            raise ValueError(
-                "augment changes images each time, so cache_dir cannot hold them; leave one of the two out"
-            )
-        if self.end is None and (self.between or not self.within):
-            raise ValueError(f"one anchor needs a family of {sorted(WITHIN)}; give end, or family: {{kind: skip}}")
-        if self.family is not None and (self.routes or "kind" not in self.family):
-            raise ValueError("family needs a kind, and takes the place of routes; give one of the two")
-        if self.label_free and self.new_head:
-            raise ValueError("new heads are trained with labels; leave new_head or label_free out")
-        if self.label_free and self.stitches.num_train_epochs and self.stitches.distillation < 1:
-            raise ValueError(
-                "label_free leaves stitches only the anchors to learn from; set stitches.distillation to 1, or "
-                "stitches.num_train_epochs to 0 and stitches.matching_epochs to 1 or more"
-            )
-        return self
+    @field_validator(*CHECKS)
+    @classmethod
+    def _is_possible(cls, value: Any, info: ValidationInfo) -> Any:
+        check_entry(str(info.field_name), value, info.data)
+        return value
 
     @property
     def within(self) -> bool:
         """Whether routes stay within an anchor."""
-        return (self.family or {}).get("kind") in WITHIN
+        return within(self.family)
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -139,7 +125,7 @@ def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
         **overrides: values that replace entries of the recipe, unless they are None.
 
     Raises:
-        ValueError: the file is missing or is not a recipe (the message lists every entry that is wrong).
+        ValueError: the file is missing or is not a recipe (the message lists all that is wrong).
     """
     try:
         data = yaml.safe_load(Path(path).read_text())
@@ -150,8 +136,11 @@ def load_recipe(path: str | os.PathLike[str], **overrides: Any) -> Recipe:
     try:
         return Recipe(**{**data, **{key: value for key, value in overrides.items() if value is not None}})
     except ValidationError as error:
-        wrong = "; ".join(": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"]))) for e in error.errors())
-        raise ValueError(f"recipe {os.fspath(path)} is not valid. {wrong}") from error
+        wrong = [
+            ": ".join(filter(None, (".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, "))))
+            for each in error.errors()
+        ]
+        raise ValueError("\n- ".join([f"recipe {os.fspath(path)} is not valid:", *wrong])) from error
 
 
 def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False) -> dict[str, Any]:
@@ -162,12 +151,19 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     Args:
         recipe: the job to run.
         out: folder for the adapter, the report and the pictures.
-        resume: whether to resume from the checkpoints of an earlier run in ``out``.
+        resume: whether to resume from the checkpoints of an earlier run in ``out``; one that has finished returns its
+            report at once.
 
     Returns:
         The report: a row for each route, and the seconds that each part took.
+
+    Raises:
+        ValueError: the anchors, the data set or an option does not fit; or a finished run is of another recipe.
+        OSError: an anchor or the data set cannot be loaded.
     """
     folder, clock = Path(out), _Clock()
+    if resume and (report := report_to_resume(dataclasses.asdict(recipe), folder)) is not None:
+        return report
     heads, stitches = (_train_args(recipe, stage, folder, resume) for stage in ("heads", "stitches"))
     set_seed(recipe.seed)
     model, train_set, eval_set = prepare(recipe)
@@ -198,7 +194,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     clock.lap("save and reload")
     report = {
         "recipe": dataclasses.asdict(recipe),
-        "routes": _rows(model, fitted, profile, r2),
+        "routes": report_rows(model, fitted, profile, r2),
         "checks": {"anchors_unchanged": unchanged, "reloaded_logits_equal": same},
         "similarity": None if model.similarity is None else dict(model.similarity.settings),
         "seconds": clock.laps,
@@ -236,8 +232,7 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
         ValueError: the anchors, the data set or an option does not fit.
         OSError: an anchor or the data set cannot be loaded.
     """
-    train_rows, eval_rows = (load_images(recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split))
-    anchors = [load_anchor(s, image_size=recipe.image_size, dtype=torch.float32) for s in recipe.anchors]
+    train_rows, eval_rows, *anchors = _load(recipe)
     names = class_names_of(eval_rows if recipe.label_free else train_rows)
     if recipe.label_free and "label" in train_rows.column_names:
         train_rows = train_rows.remove_columns("label")
@@ -257,16 +252,39 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
         raise ValueError(
             f"the data set's {len(names)} classes are not the anchors' {model.config.num_labels}; set new_head: true"
         )
-    for route in recipe.routes or ():
-        model.route(route)  # raises on a mistake before heads are trained
-    if recipe.family is not None:
-        rule = {key: value for key, value in recipe.family.items() if key not in ("budget", "max_routes")}
-        next((route for route in model.family(**rule) if route.stitch_points), None)
+    calibration = min(recipe.calibration_images, len(train_rows), recipe.train_images or len(train_rows))
+    check_stitches(
+        model, recipe.stitch_config(), routes=recipe.routes, rule=recipe.family, method=recipe.method,
+        images=calibration,
+    )  # fmt: skip
 
     def ready(rows: Dataset, size: int | None) -> Dataset:
         return with_pixel_values(subset(rows, size), model.image_processor, order)
 
     return model, ready(train_rows, recipe.train_images), ready(eval_rows, recipe.eval_images)
+
+
+def _load(recipe: Recipe) -> list[Any]:
+    """Training and evaluation images, then the anchors; of all that cannot be loaded one error tells.
+
+    Raises:
+        ValueError: images cannot be loaded, or several things.
+        OSError: an anchor cannot be loaded.
+    """
+    check_paths([*recipe.anchors, recipe.dataset])
+    jobs = [partial(load_images, recipe.dataset, split) for split in (recipe.train_split, recipe.eval_split)]
+    jobs += [partial(load_anchor, s, image_size=recipe.image_size, dtype=torch.float32) for s in recipe.anchors]
+    loaded, failed = [], list[Exception]()
+    for job in jobs:
+        try:
+            loaded.append(job())
+        except (ValueError, OSError) as error:
+            failed.append(error)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise ValueError("\n- ".join(["the recipe cannot be run:", *dict.fromkeys(map(str, failed))])) from failed[0]
+    return loaded
 
 
 def hold_out(train_set: Dataset, images: int, new_head: bool) -> tuple[Dataset, Dataset]:
@@ -345,19 +363,3 @@ def _reloads_equal(model: StitchedModelForImageClassification, folder: Path, row
     loaded = StitchedModelForImageClassification.from_pretrained(folder).to(model.device)
     images = images.to(model.device)
     return torch.equal(model(images).logits, loaded(images).logits)
-
-
-def _rows(
-    model: StitchedModelForImageClassification, fitted: Profile, profile: Profile, r2: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Rows of the report, the cheapest route first."""
-    rows = []
-    for before, after in zip(fitted.routes, profile.routes, strict=True):
-        row: dict[str, Any] = {"route": str(after.route), **after.costs}
-        for point in after.route.stitch_points:
-            if model.similarity is not None:
-                row["similarity"] = model.similarity.value(after.route)
-            row["r2"] = r2.get(point.name)
-            row["accuracy_least_squares"] = before.scores["accuracy"]
-        rows.append({**row, "accuracy": after.scores["accuracy"]})
-    return sorted(rows, key=lambda row: row["macs"])

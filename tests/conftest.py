@@ -207,7 +207,9 @@ def saved(
 @pytest.fixture(scope="session")
 def processes():
     """Processes of their own, forked from one that has imported the package."""
-    servers = ForkServers("import restnet_hf.cli")
+    servers = ForkServers(
+        "import restnet_hf.cli, restnet_hf.adaptation.adapt, restnet_hf.export.export, restnet_hf.recipe"
+    )
     yield servers
     servers.close()
 

@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +189,14 @@ def adapt_to(
     return result
 
 
-def device_images(model: StitchedModelForImageClassification, source: str, split: str, images: int) -> Dataset:
+def device_images(model: StitchedModelForImageClassification, source: str, split: str, images: int | None) -> Dataset:
     """Images of a device, with their labels in the model's order if they have any.
 
     Args:
         model: model with an image processor.
         source: images: a Hub id or a local folder.
         split: split of the data set.
-        images: number of images, chosen at random.
+        images: number of images, chosen at random; None for all.
 
     Raises:
         ValueError: the classes of the images are not the model's, or the images cannot be read.
@@ -209,23 +209,6 @@ def device_images(model: StitchedModelForImageClassification, source: str, split
         if order is None:
             raise ValueError(f"the images have {len(names)} classes, which are not the model's {len(classes)}")
     return with_pixel_values(rows, model.image_processor, order)
-
-
-def parse_budget(texts: Iterable[str]) -> Budget:
-    """A budget from texts such as ``latency_ms=20``.
-
-    Args:
-        texts: limits, each the name of a cost, ``=`` and a number.
-
-    Raises:
-        ValueError: a text is not the name of a cost and a number.
-    """
-    limits = dict(text.partition("=")[::2] for text in texts)
-    try:
-        return Budget(**{cost.strip(): float(limit) for cost, limit in limits.items()})
-    except (TypeError, ValueError) as error:
-        names = [field.name for field in fields(Budget)]
-        raise ValueError(f"budget {[*texts]} must be of the form COST=NUMBER, COST one of {names}: {error}") from error
 
 
 def _is_measured(budget: Budget) -> bool:

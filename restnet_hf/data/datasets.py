@@ -9,13 +9,12 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from transformers.utils import logging
 
 from restnet_hf.data.augment import Augment, augment_images, make_augmentation
 from restnet_hf.data.labels import label_names, label_order
 from restnet_hf.data.preprocessing import prepare_images
-from restnet_hf.distributed import this_process
 from restnet_hf.hashing import weights_sha256
+from restnet_hf.progress import progress
 
 
 Batch = dict[str, Tensor]
@@ -50,7 +49,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
     else:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in logging.tqdm(source, desc=name, disable=not this_process().is_local_main_process):
+    for item in progress(source, name):
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False

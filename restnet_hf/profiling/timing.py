@@ -24,6 +24,7 @@ from restnet_hf.profiling.latency import (
     inner_piece,
     weights_piece,
 )
+from restnet_hf.progress import progress
 from restnet_hf.routes.route import Route, Segment
 from restnet_hf.steps import Step, Walk, run_steps
 
@@ -224,11 +225,13 @@ def _rounds(
     samples: dict[str, list[float]] = {}
     began = time.monotonic()
     number = 0
-    while number < WARM_UP + repeats and (number < WARM_UP + MIN_ROUNDS or time.monotonic() - began < seconds):
-        for job in jobs:
-            for name, ms in job().items():
-                samples.setdefault(name, []).append(ms)
-        number += 1
+    with progress(desc="latency", total=WARM_UP + repeats) as bar:
+        while number < WARM_UP + repeats and (number < WARM_UP + MIN_ROUNDS or time.monotonic() - began < seconds):
+            for job in jobs:
+                for name, ms in job().items():
+                    samples.setdefault(name, []).append(ms)
+            number += 1
+            bar.update()
     return {name: Timing.of(each[WARM_UP:]) for name, each in samples.items()}, number - WARM_UP
 
 

@@ -14,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.distributed import this_process
+from restnet_hf.progress import progress
 from restnet_hf.selection.cka import HSIC, KERNELS, gram
 from restnet_hf.selection.ranking import Similarity
 from restnet_hf.selection.samples import Pair, Samples, SelectionBatch, not_finite
@@ -213,13 +214,14 @@ class FittedAccuracy(Selector):
         stitches = self.samples.stitches(self.ridge)
         right = torch.zeros(self.pair.front.depth, self.pair.end.depth, dtype=torch.float64)
         state = this_process()
-        for index, (images, targets) in enumerate(self.samples.held_out()):
-            if index % state.num_processes != state.process_index:
-                continue
-            activations = self.pair.front.capture(images, range(1, self.pair.front.depth + 1))
-            for (i, j), stitch in stitches.items():
-                logits = self.pair.finish(self.pair.end(stitch(activations[i]), j))
-                right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum().item()
+        batches = list(self.samples.held_out())[state.process_index :: state.num_processes]
+        with progress(desc="routes", total=len(batches) * len(stitches)) as bar:
+            for images, targets in batches:
+                activations = self.pair.front.capture(images, range(1, self.pair.front.depth + 1))
+                for (i, j), stitch in stitches.items():
+                    logits = self.pair.finish(self.pair.end(stitch(activations[i]), j))
+                    right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum().item()
+                    bar.update()
         total = sum(gather_object([right]))
         return np.ma.masked_array((total / int(self.samples.held.sum())).numpy())
 

@@ -11,11 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_classes, check_labels, to_batch
 from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.progress import progress
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
@@ -238,11 +238,10 @@ class Training:
                 parameter.requires_grad_(True)
 
     def _run_epochs(self, asked: Callable[[], bool]) -> None:
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         if self.resumes:
             self._resume()
-        hidden = not accelerator.is_local_main_process
-        with logging.tqdm(total=self.total, initial=self.step, desc="training", disable=hidden) as bar:
+        with progress(desc="training", total=self.total, initial=self.step) as bar:
             while self.step < self.total:
                 self.losses = {route: [] for route in self.learner.routes}
                 for batch in self.epoch_batches():

@@ -307,6 +307,18 @@ print(json.dumps(1))
     assert "me/adapter" in printed and "small-vit[:]" in printed and "100.0" in printed
 
 
+def test_push_by_command(world):
+    code = """
+import restnet_hf.cli
+Model.from_pretrained("me/adapter").save_pretrained("mine")
+restnet_hf.cli.app(["push", "mine", "me/pushed", "--private", "--commit-message", "by command"], standalone_mode=False)
+print(json.dumps(str(Model.from_pretrained("me/pushed").active_route)))
+"""
+    assert world.run(code) in world.routes
+    assert "me/pushed" in world.hub.repos
+    del world.hub.repos["me/pushed"]
+
+
 @pytest.mark.parametrize(
     ("name", "answer"),
     [

@@ -158,7 +158,7 @@ def test_recipes_run_at_toy_size(path, new_task):
         ("front: a\nend: b\ndataset: c\nroutes: []", "routes: List should have at least 1 item"),
         (
             "front: a\nend: b\ndataset: c\nstitch_kind: cubic",
-            r"valid\. Value error, stitch kind 'cubic' is not one of",
+            r"valid:\n- stitch_kind: stitch kind 'cubic' is not one of",
         ),
         ("front: a\nend: b\ndataset: c\naugment: blur", "augment='blur' is not one of"),
         ("front: a\nend: b\ndataset: c\naugment: flip\nstitches: {cache_dir: d}", "leave one of the two out"),
@@ -167,9 +167,79 @@ def test_recipes_run_at_toy_size(path, new_task):
     ],
 )
 def test_bad_recipe(tmp_path, text, message):
+    """What is wrong is found before anything is loaded."""
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(tmp_path / "r.yaml")
+
+
+def test_all_that_is_wrong_is_listed_at_once(tmp_path):
+    """A mistake in a later stage was found only after heads were trained."""
+    wrong = {
+        "front": "a", "end": "b", "dataset": "c", "method": "ckaa", "routes": ["a[:2] b[1:]", "a[:1] + b[x:]"],
+        "family": {"kind": "nearst"}, "stitch_kind": "cubic", "class_token": "keep", "augment": "blur",
+        "train_images": 0, "label_free": True, "new_head": True, "heads": {"learning_rate": -1},
+        "stitches": {"num_train_epochs": 0, "matching_epochs": 1, "log_with": "wand", "output_dir": "there",
+                     "torch_compile": True, "torch_compile_backend": "inducto"},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(wrong))
+    with pytest.raises(ValueError) as raised:
+        load_recipe(tmp_path / "r.yaml")
+    _, *lines = str(raised.value).splitlines()
+    named = [line.removeprefix("- ").partition(":")[0] for line in lines]
+    assert sorted(named) == sorted(
+        ["method", "routes", "family", "stitch_kind", "class_token", "augment", "train_images", "label_free",
+         "heads.learning_rate", "stitches"]
+    )  # fmt: skip
+    assert "Value error" not in str(raised.value)
+    stitches = lines[named.index("stitches")]
+    assert all(name in stitches for name in ("log_with='wand'", "output_dir", "torch_compile_backend='inducto'"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("end: b\nfamily: {kind: nearst}", "family: kind='nearst' is not one of"),
+        ("end: b\nfamily: {kind: nearest, kernl: 3}", r"family 'nearest' has no options \['kernl'\]"),
+        ("end: b\nfamily: {kind: nearest, budget: {mac: 1}}", "mac"),
+        ("end: b\nfamily: {kind: nearest, budget: {macs: -1}}", "macs=-1 must be a number above 0"),
+        ("end: b\nfamily: {kind: nearest, max_routes: 0}", "max_routes=0 must be a whole number"),
+        ("end: b\nstitch_kind: branch", "cannot join two"),
+        ("family: {kind: skip, prune: [0.5]}\nstitch_kind: linear", "prune makes copies of blocks"),
+        ("family: {kind: nearest}", "one anchor needs a family of"),
+        ("end: b\nstitches: {sampler: al}", "sampler='al' is not one of"),
+        ("end: b\nheads: {log_with: wand}", "heads: .*wand"),
+    ],
+)
+def test_bad_options_of_a_recipe(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(f"front: a\ndataset: c\n{text}")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_all_that_cannot_be_loaded_is_listed(tmp_path):
+    recipe = Recipe(front=str(FRONT), end="nobody/none", dataset=str(DATA), train_split="trian", eval_split="tets")
+    with pytest.raises(ValueError, match=r"(?s)be run:\n- data set .*trian.*\n- data set .*tets.*\n- anchor 'nobody"):
+        run_recipe(recipe, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"no such folder: \./a, \./c"):
+        run_recipe(Recipe(front="./a", end="me/b", dataset="./c"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"routes": ["resnet[:99] + vit[1:]", "resnet[:1] + vit[77:]"]}, "(?s)99.*77"),
+        ({"routes": ["resnet[:2] + vit[1:]"], "stitch_kind": "branch"}, "cannot join"),
+        ({"family": {"kind": "nearest", "budget": {"macs": 1}}}, "no route of family|stages"),
+        ({"calibration_images": 2}, "2 calibration images are too few for method 'cka'"),
+    ],
+)
+def test_routes_are_checked_before_heads_are_trained(new_task, monkeypatch, options, message):
+    monkeypatch.setattr("restnet_hf.recipe.train", lambda *_: pytest.fail("heads were trained"))
+    anchors = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
+    with pytest.raises(ValueError, match=message):
+        run_recipe(Recipe(**anchors, **options), new_task / "out")
 
 
 def invoke(*arguments):
@@ -189,13 +259,27 @@ def test_command(tmp_path):
     result = invoke("train", tmp_path / "toy.yaml", *options)
     assert result.exit_code == 0, result.output
     assert "resnet_fashion[:" in result.output and "anchors unchanged: yes" in result.output
+    files = "adapter/, report.json, similarity.png, tradeoff.png"
+    assert result.stdout.splitlines()[-1] == f"written to {tmp_path / 'out'}: {files}"
+    assert "it/s" not in result.stderr and max(map(len, result.stdout.splitlines()[:-2])) <= 80
+
+    weights = tmp_path / "out" / "adapter" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    again = invoke("train", tmp_path / "toy.yaml", *options)
+    assert again.exit_code == 1 and "exists already; give --overwrite" in again.stderr
+    resumed = invoke("train", tmp_path / "toy.yaml", *options, "--resume")
+    assert resumed.exit_code == 0 and "it is finished" in resumed.stdout and "trained," in resumed.stdout
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe | {"seed": 1}))
+    other = invoke("train", tmp_path / "toy.yaml", *options, "--resume")
+    assert other.exit_code == 1 and "another recipe, which differs in seed" in other.stderr
+    assert weights.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["demo", "--front", "timm/x"], 2, "together"),
-        (["train", "missing.yaml", "--out", "o"], 1, "cannot be read"),
+        (["train", "missing.yaml", "--out", "o"], 2, "does not exist"),
         (["demo", "--front", "nobody/none", "--end", END, "--dataset", DATA], 1, "cannot be loaded"),
         (["demo", "--front", FRONT, "--end", END, "--dataset", "nowhere/at-all"], 1, "cannot be loaded"),
     ],
@@ -203,7 +287,7 @@ def test_command(tmp_path):
 def test_command_errors(tmp_path, monkeypatch, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     result = invoke(*arguments)
-    assert result.exit_code == code and message in " ".join(result.output.split())
+    assert result.exit_code == code and message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output and list(tmp_path.iterdir()) == []
 
 
@@ -225,23 +309,27 @@ def test_similarity_by_command(tmp_path):
         assert lines[0].startswith("resnet_fashion,vit.layers.0,") and len(lines) == 9
     assert settings["labels"] is True
     assert "dominated" in result.output and "vit_fashion[:" in result.output
+    assert result.stdout.splitlines()[-1] == f"written to {out}: {', '.join(sorted(names))}"
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 80
     i, j = np.unravel_index(values.argmax(), values.shape)
-    assert values.max() < behind.max() or f"resnet_fashion[:{i + 1}] + vit_fashion[{j + 1}:]" in result.output
+    assert values.max() < behind.max() or f"resnet_fashion[:{i + 1}]" in result.output
+    assert values.max() < behind.max() or f"vit_fashion[{j + 1}:]" in result.output
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "magic"], "method='magic' is not one of"),
+        (["--method", "magic"], "--method 'magic' is not one of"),
         (["--macs", "10"], "no stitched route fits macs<=10"),
         (["--split", "none"], "cannot be loaded"),
-        (["--order", "both"], "order='both' is not one of"),
+        (["--order", "both"], "--order 'both' is not one of"),
     ],
 )
 def test_similarity_by_command_refused(tmp_path, options, message):
     command = ["similarity", str(FRONT), str(END), "--dataset", str(DATA), "--images", "16", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, [*command, *options])
-    assert result.exit_code == 1 and message in " ".join(result.output.split())
+    assert result.exit_code == 1 and message in " ".join(result.stderr.split())
+    assert "16 images are too few" in result.stderr and result.stdout == ""
 
 
 def test_similarity_of_other_classes(new_task):

@@ -1,0 +1,6 @@
+"""The command line: restnet-hf."""
+
+from restnet_hf.cli.commands import app
+
+
+__all__ = ["app"]

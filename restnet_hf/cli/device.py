@@ -1,0 +1,140 @@
+"""Commands that fit an adapter to a device: measure, adapt and export."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from restnet_hf.cli.base import command
+from restnet_hf.cli.options import Adapter, BudgetTexts, Overwrite, Split, Threads, load_here, parse_budget
+from restnet_hf.cli.outputs import Written, check_output
+from restnet_hf.cli.tables import say, show_adapted, show_exported, show_latency, warn_of_few
+
+
+@command()
+def measure(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="JSON file of latency tables, by device and runtime.")] = Path(
+        "latency.json"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Number of images in a run.", min=1)] = 1,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(help="Seconds after which no round of measurements begins.")] = 40.0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace this device's table in --out; those of others stay.")
+    ] = False,
+) -> None:
+    """Measure the latency of every piece of an adapter's routes on this device, and predict that of each route."""
+    check_output(out, overwrite, "which keeps the tables of other devices and runtimes, ")
+    model = load_here(adapter, threads)
+    table = model.measure_latency(batch_size=batch_size, seconds=seconds)
+    table.save(out)
+    show_latency(table, {route: table.latency_ms(model.steps(route)) for route in model.all_routes})
+    say(f"written to {out}")
+
+
+@command()
+def adapt(
+    adapter: Adapter,
+    data: Annotated[str, typer.Option(help="Images of this device, labelled or not: local folder.")],
+    budget: Annotated[list[str], typer.Option(help="Limit on a cost, as latency_ms=20; may be given several times.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and the measured latencies.")] = Path("adapted"),
+    split: Split = "train",
+    images: Annotated[int, typer.Option(help="Number of images, chosen at random.", min=1)] = 500,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Search: exhaustive or evolution; by default exhaustive where there are few routes."),
+    ] = None,
+    predictor: Annotated[
+        str,
+        typer.Option(help="Predictor of scores for the evolution: few_images, a selector such as lstsq, or none."),
+    ] = "few_images",
+    exact: Annotated[
+        bool, typer.Option(help="Evaluate routes on all images, even those that cannot win any more.")
+    ] = False,
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a search that was stopped.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the best route of an adapter on this device, with its own images, which never leave it."""
+    limits, written = parse_budget(budget), Written(out)
+    if not resume:
+        stopped = (out / "search.json").exists()
+        check_output(out, overwrite, "--resume to go on with the search in it, " if stopped else "")
+
+    from restnet_hf.adaptation.adapt import adapt_to, device_images
+
+    model = load_here(adapter, threads)
+    rows = device_images(model, data, split, images)
+    warn_of_few(len(rows), "the score of a route")
+    chosen = None if predictor == "none" else predictor
+    result = adapt_to(model, rows, limits, out, search=search, predictor=chosen, exact=exact, resume=resume)
+    show_adapted(result, limits)
+    say(str(written))
+
+
+@command()
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Option(help="Folder for the exported files.")],
+    route: Annotated[
+        list[str] | None,
+        typer.Option(help="Route to export; may be given several times, and the routes then share their weights."),
+    ] = None,
+    budget: BudgetTexts = None,
+    pareto: Annotated[
+        bool,
+        typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
+    ] = False,
+    runtime: Annotated[str, typer.Option(help="Runtime: onnx, openvino, executorch or torch.")] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="Precision that the runtime supports: fp32, bf16, int8 or int8_dynamic.")
+    ] = "fp32",
+    data: Annotated[
+        str | None, typer.Option(help="Images to calibrate and verify with: Hub id or local folder.")
+    ] = None,
+    split: Split = "train",
+    images: Annotated[int, typer.Option(help="Number of images, chosen at random.", min=1)] = 628,
+    calibration_images: Annotated[
+        int, typer.Option(help="Number of the images that calibrate low precision; the others verify.")
+    ] = 128,
+    min_agreement: Annotated[
+        float,
+        typer.Option(
+            help="Lowest share of images, from 0 to 1, on which an exported route must predict the same class."
+        ),
+    ] = 0.98,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Number of images in a run; by default any number, where the runtime allows it.")
+    ] = None,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Export routes for an edge runtime, verified against the adapter's own, with a script that runs them.
+
+    Without --route, --budget or --pareto the active route is exported.
+    """
+    if bool(route) + bool(budget) + pareto > 1:
+        raise typer.BadParameter("give --route, --budget or --pareto, not several of them")
+    limits: dict[str, Any] = parse_budget(budget).limits if budget else {}
+    check_output(out, overwrite)
+
+    from restnet_hf.adaptation.adapt import device_images
+    from restnet_hf.export.export import export_routes, pareto_routes
+    from restnet_hf.runtime.exported_files import PROFILE
+
+    model = load_here(adapter, threads)
+    if limits:
+        model.set_budget(**limits)
+    rows = None if data is None else device_images(model, data, split, images)
+    if rows is not None:
+        warn_of_few(len(rows), "the agreement of a route")
+    exported = export_routes(
+        model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
+        min_agreement=min_agreement, calibration_images=calibration_images, batch_size=batch_size, threads=threads,
+    )  # fmt: skip
+    if Path(adapter).is_dir() and model.profiled is not None:
+        model.profiled.save(Path(adapter) / PROFILE)
+    show_exported(exported)
+    size = f"{exported.profiled.metadata['size_mb']:.1f} MB"
+    say(f"written to {out}: {size}; try: python {out}/run.py PICTURE, or restnet-hf predict {out} PICTURE")

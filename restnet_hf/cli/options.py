@@ -1,0 +1,64 @@
+"""Options that several commands share, and texts of options as values."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from restnet_hf.routes.profile import Budget
+
+
+if TYPE_CHECKING:
+    from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+
+Front = Annotated[str | None, typer.Option(help="Anchor whose early blocks run: Hub id or local folder.")]
+End = Annotated[str | None, typer.Option(help="Anchor whose late blocks run: Hub id or local folder.")]
+Data = Annotated[str | None, typer.Option("--dataset", help="Labelled images: Hub id or local folder.")]
+Out = Annotated[Path, typer.Option(help="Folder for the adapter, the report and the pictures.")]
+Adapter = Annotated[str, typer.Argument(help="Adapter: Hub id or local folder.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Number of threads of the processor; by default as many as torch uses.")
+]
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written there.")]
+BudgetTexts = Annotated[
+    list[str] | None, typer.Option(help="Limit on a cost, as macs=1e9; may be given several times.")
+]
+
+
+def parse_budget(texts: Iterable[str]) -> Budget:
+    """A budget from texts such as ``latency_ms=20``.
+
+    Args:
+        texts: limits, each the name of a cost, ``=`` and a number.
+
+    Raises:
+        typer.BadParameter: a text is not the name of a cost and a number.
+    """
+    limits = dict(text.partition("=")[::2] for text in texts)
+    try:
+        return Budget(**{cost.strip(): float(limit) for cost, limit in limits.items()})
+    except (TypeError, ValueError) as error:
+        names = ", ".join(field.name for field in fields(Budget))
+        raise typer.BadParameter(
+            f"--budget {' --budget '.join(texts)} must be of the form COST=NUMBER, COST one of {names}: {error}"
+        ) from error
+
+
+def load_here(adapter: str, threads: int | None) -> "StitchedModelForImageClassification":
+    """Load an adapter on this process's device.
+
+    Args:
+        adapter: Hub id or local folder.
+        threads: number of threads of the processor; None for torch's own choice.
+    """
+    import torch
+
+    from restnet_hf.distributed import this_process
+    from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return StitchedModelForImageClassification.from_pretrained(adapter).to(this_process().device)

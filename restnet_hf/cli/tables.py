@@ -1,0 +1,175 @@
+"""What commands print: tables that fit the terminal without cutting anything, and lines."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.segment import Segments
+from rich.table import Table
+
+
+if TYPE_CHECKING:
+    from restnet_hf.adaptation.adapt import AdaptResult
+    from restnet_hf.hub.repository import FoundAdapter
+    from restnet_hf.profiling.latency import LatencyTable
+    from restnet_hf.routes.profile import Budget, Profile
+    from restnet_hf.routes.route import Route
+    from restnet_hf.runtime.exported_model import ExportedModel
+    from restnet_hf.selection.ranking import RankedRoute
+
+console = Console()
+errors = Console(stderr=True)
+TEXTS = ("adapter", "because", "rejected", "route")  # columns of text, which continue in the next line
+LEAST_TEXT = 16  # characters of a column of text, however narrow the terminal is
+FEW = 100  # images, below which a comparison is mostly chance
+COSTS = {  # of a profile: heading, and the number that it is divided by
+    "macs": ("MACs, M", 1e6),
+    "params": ("params, K", 1e3),
+    "memory_mb": ("memory, MB", 1.0),
+    "latency_ms": ("latency, ms", 1.0),
+    "energy_j": ("energy, J", 1.0),
+}
+
+
+def say(text: str, style: str | None = None) -> None:
+    """Print a line as it is, however long."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on standard error."""
+    errors.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def warn_of_few(images: int, purpose: str) -> None:
+    """Warn where images are too few for what is asked.
+
+    Args:
+        images: number of images.
+        purpose: what they are for, such as "accuracy".
+    """
+    if images < FEW:
+        noun = "image is" if images == 1 else "images are"
+        points = 50 / max(1, images) ** 0.5  # standard error of a share near one half, in per cent
+        warn(f"{images} {noun} too few for {purpose}: {points:.0f} points are chance; give some hundreds")
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], bold: Collection[int] = ()) -> None:
+    """Print a table as wide as the terminal, or 80 characters where there is none.
+
+    Routes and other texts continue in the next line; numbers and headings are never cut or broken.
+
+    Args:
+        title: line above the table.
+        columns: headings; those of `TEXTS` are texts, all others numbers.
+        rows: cells by row.
+        bold: numbers of the rows to print in bold.
+    """
+    say(title, style="italic")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    widths = 0
+    for number, column in enumerate(columns):
+        if column in TEXTS:
+            table.add_column(column, overflow="fold")
+            continue
+        width = max(map(len, [*column.split(), *(row[number] for row in rows)]), default=1)
+        table.add_column(column, justify="right", width=width)
+        widths += width
+    for number, row in enumerate(rows):
+        table.add_row(*row, style="bold" if number in bold else None)
+    texts = sum(column in TEXTS for column in columns)
+    least = widths + 3 * len(columns) + LEAST_TEXT * texts
+    options = console.options.update_width(max(least, console.width))
+    console.print(Segments(console.render(table, options)), crop=False, end="")
+
+
+def number(value: float | None, digits: int = 1, factor: float = 1.0) -> str:
+    """A number with some digits after the point; nothing for None."""
+    return "" if value is None else f"{factor * value:.{digits}f}"
+
+
+def show_report(report: Mapping[str, Any]) -> None:
+    """Print the report of a recipe: its routes, the checks and the seconds of its parts."""
+    compared = report["similarity"] is not None
+    method = report["recipe"]["method"]
+    rows = []
+    for row in report["routes"]:
+        stitched = "r2" in row  # branches are not fitted
+        value = [number(row["similarity"] if stitched else None, 2)] if compared else []
+        fitted = number(row["accuracy_least_squares"] if stitched else None, 1, 100)
+        costs = number(row["macs"], 1, 1e-6), number(row["params"], 0, 1e-3)
+        rows.append([row["route"], *costs, *value, number(row.get("r2"), 2), fitted, number(row["accuracy"], 1, 100)])
+    columns = ["route", "MACs, M", "params, K", *(["value"] if compared else []), "R²", "fitted, %", "trained, %"]
+    title = "routes, cheapest first" + (f"; value: {method}" if compared else "")
+    show_table(title, columns, rows, [index for index, row in enumerate(report["routes"]) if "r2" not in row])
+    say(", ".join(f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in report["checks"].items()))
+    say(", ".join(f"{name} {spent:.0f} s" for name, spent in report["seconds"].items()))
+
+
+def show_compared(name: str, rows: "Sequence[RankedRoute]") -> None:
+    """Print the routes that a selector chose."""
+    cells = [
+        [str(row.route), number(row.score, 3), number(row.costs["macs"], 1, 1e-6),
+         number(row.costs["params"], 2, 1e-6), "dominated" if row.dominated else ""]
+        for row in rows
+    ]  # fmt: skip
+    columns = ("route", "value", "MACs, M", "params, M", "")
+    show_table(f"{name}: the best of each part of the range of costs", columns, cells)
+
+
+def show_found(adapters: "Sequence[FoundAdapter]") -> None:
+    """Print adapters of the Hub with their best routes."""
+    rows = []
+    for adapter in adapters:
+        costs = (number(adapter.best.costs.get(name), 1, 1e-6) for name in ("macs", "params"))
+        accuracy = number(adapter.best.scores.get("accuracy"), 1, 100)
+        rows.append([adapter.repo_id, str(adapter.best.route), *costs, accuracy])
+    columns = ("adapter", "route", "MACs, M", "params, M", "accuracy, %")
+    show_table(f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}", columns, rows)
+
+
+def show_latency(table: "LatencyTable", predicted: "Mapping[Route, float]") -> None:
+    """Print the latency of routes, predicted and, for some, measured."""
+    rows = []
+    for route in sorted(predicted, key=predicted.__getitem__):
+        check = table.checks.get(str(route))
+        measured = "" if check is None else f"{check.measured.ms:.2f} ± {check.measured.spread_ms / 2:.2f}"
+        rows.append([str(route), number(predicted[route], 2), measured])
+    show_table(f"{table.device}, {table.runtime}", ("route", "predicted, ms", "measured, ms"), rows)
+
+
+def show_profile(profile: "Profile") -> None:
+    """Print the costs and scores of routes, the cheapest first."""
+    rows = sorted(profile.routes, key=lambda row: row.costs.get("macs", 0.0))
+    costs = [name for name in COSTS if any(name in row.costs for row in rows)]
+    scores = [*dict.fromkeys(name for row in rows for name in row.scores)]
+    cells = []
+    for row in rows:
+        spent = (number(row.costs.get(name), 4 if name == "energy_j" else 1, 1 / COSTS[name][1]) for name in costs)
+        cells.append([str(row.route), *spent, *(number(row.scores.get(name), 1, 100) for name in scores)])
+    columns = ("route", *(COSTS[name][0] for name in costs), *(f"{name}, %" for name in scores))
+    show_table(f"{len(rows)} routes, cheapest first", columns, cells)
+
+
+def show_exported(exported: "ExportedModel") -> None:
+    """Print the latency and the scores of exported routes."""
+    metadata = exported.profiled.metadata
+    rows = []
+    for row in exported.profiled.routes:
+        scores = (number(row.scores.get(score), 1, 100) for score in ("agreement", "accuracy"))
+        kept = len(metadata["kept_in_full_precision"].get(str(row.route), ()))
+        rows.append([str(row.route), number(row.costs["latency_ms"], 2), *scores, f"{kept} layers" if kept else ""])
+    title = f"{exported.runtime}, {exported.precision}: {metadata['device']}, {metadata['threads']} threads"
+    show_table(title, ("route", "latency, ms", "agreement, %", "accuracy, %", "in full precision"), rows)
+
+
+def show_adapted(result: "AdaptResult", budget: "Budget") -> None:
+    """Print the route that was chosen for a device, and why the others were not."""
+    best, score = result.best, result.best.scores.get(result.score, 0)
+    title = f"within {budget}: {best.route}, {result.score} {score:.1%}"
+    show_table(title, ("rejected", "because"), [[str(r.route), f"{r.why}: {r.detail}"] for r in result.rejected])
+    costs = ", ".join(f"{cost} {value:.4g}" for cost, value in best.costs.items())
+    say(f"chosen: {best.route} ({costs})", style="bold")
+    for route, check in result.checks.items():
+        say(f"{route}: {check.predicted_ms:.2f} ms predicted, {check.measured.ms:.2f} ms measured from end to end")

@@ -1,0 +1,30 @@
+"""Progress bars of long steps, shown on terminals and in notebooks only, and by one process only."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.utils import logging
+
+from restnet_hf.distributed import this_process
+
+
+def shows_bars() -> bool:
+    """Whether somebody watches: standard error is a terminal or belongs to a notebook, and this process speaks.
+
+    A bar that is written to a file or a pipe is thousands of lines that nobody reads.
+    """
+    watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    return watched and this_process().is_local_main_process
+
+
+def progress(items: Iterable[Any] | None = None, desc: str = "", total: float | None = None, **options: Any) -> Any:
+    """A bar over items, or one that is updated by hand; ``transformers.utils.logging`` can disable all of them.
+
+    Args:
+        items: items to loop over; None for a bar that ``update`` moves.
+        desc: what the step does, in a word or two.
+        total: number of items, where they do not know it.
+        **options: further options of ``tqdm``.
+    """
+    return logging.tqdm(items, desc=desc, total=total, disable=not shows_bars(), **options)

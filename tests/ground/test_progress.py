@@ -1,0 +1,56 @@
+"""Bars are for terminals."""
+
+import io
+import sys
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from restnet_hf.data.datasets import batches
+from restnet_hf.progress import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def bars():
+    logging.enable_progress_bar()
+    yield
+    logging.disable_progress_bar()  # as conftest does
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_bars_are_shown_on_terminals_only(monkeypatch, kind):
+    monkeypatch.setattr(sys, "stderr", kind())
+    assert [*progress([1, 2], "step")] == [1, 2]
+    with progress(desc="by hand", total=3) as bar:
+        bar.update()
+        bar.set_postfix(loss="0.1")
+    assert len([*batches(torch.zeros(4, 3, 8, 8), 2, "images")]) == 2
+    written = sys.stderr.getvalue()
+    assert all(name in written for name in ("step", "by hand", "images")) if kind is Terminal else written == ""
+
+
+def test_notebooks_have_bars(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert [*progress([1], "step")] == [1]
+    assert "step" in sys.stderr.getvalue()
+
+
+def test_every_long_part_of_a_selector_has_a_bar(monkeypatch, pair, images):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    pair.compare(images, ("fitted_accuracy", "kl_probe"))
+    written = sys.stderr.getvalue()
+    assert all(f"{name}: 100%" in written for name in ("calibration", "stitches", "routes", "probes of vit"))
+
+
+def test_latency_has_a_bar(monkeypatch, pair):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("restnet_hf.profiling.timing.MAX_SPREAD", float("inf"))
+    pair.measure_latency(seconds=0.0, checked_routes=1)
+    assert "latency: " in sys.stderr.getvalue()
