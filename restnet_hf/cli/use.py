@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 @command()
 def predict(
     adapter: Annotated[str, typer.Argument(help="Adapter, Hub id or local folder, or a folder of exported routes.")],
-    pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE...", help="Pictures to classify.", exists=True, dir_okay=False)
-    ],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Pictures to classify.")],
     route: Annotated[str | None, typer.Option(help="Route to run; by default the active one.")] = None,
     budget: BudgetTexts = None,
     top_k: Annotated[int, typer.Option(help="Number of classes for each picture.", min=1)] = 5,
@@ -33,6 +31,8 @@ def predict(
     """Classify pictures, by one route or the best one within a budget. A folder of exported routes needs no torch."""
     if route and budget:
         raise typer.BadParameter("give --route or --budget, not both")
+    if missing := [str(path) for path in pictures if not path.is_file()]:
+        raise typer.BadParameter(f"no such picture: {', '.join(missing)}")
     limits = parse_budget(budget).limits if budget else None
 
     from restnet_hf.runtime.exported_files import LABELS
