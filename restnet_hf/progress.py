@@ -18,13 +18,21 @@ def shows_bars() -> bool:
     return watched and this_process().is_local_main_process
 
 
-def progress(items: Iterable[Any] | None = None, desc: str = "", total: float | None = None, **options: Any) -> Any:
+def progress_bar(
+    items: Iterable[Any] | None = None,
+    desc: str = "",
+    total: float | None = None,
+    *,
+    shown: bool = True,
+    **options: Any,
+) -> Any:
     """A bar over items, or one that is updated by hand; ``transformers.utils.logging`` can disable all of them.
 
     Args:
         items: items to loop over; None for a bar that ``update`` moves.
         desc: what the step does, in a word or two.
         total: number of items, where they do not know it.
+        shown: whether to show it where somebody watches, see `shows_bars`.
         **options: further options of ``tqdm``.
     """
-    return logging.tqdm(items, desc=desc, total=total, disable=not shows_bars(), **options)
+    return logging.tqdm(items, desc=desc, total=total, disable=not (shown and shows_bars()), **options)

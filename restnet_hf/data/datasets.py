@@ -14,7 +14,7 @@ from restnet_hf.data.augment import Augment, augment_images, make_augmentation
 from restnet_hf.data.labels import label_names, label_order
 from restnet_hf.data.preprocessing import prepare_images
 from restnet_hf.hashing import weights_sha256
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 
 
 Batch = dict[str, Tensor]
@@ -49,7 +49,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
     else:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in progress(source, name):
+    for item in progress_bar(source, name):
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False

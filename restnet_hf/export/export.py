@@ -32,7 +32,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.device import processor_name
 from restnet_hf.profiling.macs import MacsTable, ParamsTable
 from restnet_hf.profiling.timing import time_runs
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
@@ -266,7 +266,7 @@ class _Job:
     ) -> tuple[Any, Path, Mapping[str, str], list[str]]:
         """Quantise a route; returns the model, its folder and entry, and the layers kept in full precision."""
         best, images, route = 0.0, cast(torch.Tensor, self.calibration), program.route
-        for how in progress(self._attempts(program, images), f"{self.precision} {route}"):
+        for how in progress_bar(self._attempts(program, images), f"{self.precision} {route}"):
             model = self.exporter.quantize(converted, numpy_batches(images), how)
             place = Path(tempfile.mkdtemp(dir=folder))  # files of an earlier attempt may still be mapped
             entry = self.exporter.save({route: model}, place)[route]

@@ -24,7 +24,7 @@ from restnet_hf.profiling.latency import (
     inner_piece,
     weights_piece,
 )
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route, Segment
 from restnet_hf.steps import Step, Walk, run_steps
 
@@ -225,7 +225,7 @@ def _rounds(
     samples: dict[str, list[float]] = {}
     began = time.monotonic()
     number = 0
-    with progress(desc="latency", total=WARM_UP + repeats) as bar:
+    with progress_bar(desc="latency", total=WARM_UP + repeats) as bar:
         while number < WARM_UP + repeats and (number < WARM_UP + MIN_ROUNDS or time.monotonic() - began < seconds):
             for job in jobs:
                 for name, ms in job().items():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitch
 
 
@@ -209,7 +209,7 @@ class Samples:
             ridge: regularisation relative to the mean variance of the features.
         """
         held = self.held
-        for i in progress(_cuts(self.pair.front), "stitches"):
+        for i in progress_bar(_cuts(self.pair.front), "stitches"):
             problems = [
                 (j, number, p) for (k, j), ps in self.problems.items() if k == i for number, p in enumerate(ps)
             ]
@@ -271,7 +271,7 @@ class Samples:
             one_hot(self._all("labels").long(), teacher.shape[1]).float() if self.labelled else softmax(teacher, -1)
         )
         outputs = []
-        for cut in progress(_cuts(anchor), f"probes of {anchor.name}"):
+        for cut in progress_bar(_cuts(anchor), f"probes of {anchor.name}"):
             x = self._all(("pooled", anchor.name, cut)).float()
             x = (x - x[~held].mean(0)) / x[~held].std(0).clamp_min(1e-6)
             weight, bias = _softmax_regression(x[~held].to(targets.device), targets[~held], weight_decay)

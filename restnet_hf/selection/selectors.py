@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.distributed import this_process
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 from restnet_hf.selection.cka import HSIC, KERNELS, gram
 from restnet_hf.selection.ranking import Similarity
 from restnet_hf.selection.samples import Pair, Samples, SelectionBatch, not_finite
@@ -215,7 +215,7 @@ class FittedAccuracy(Selector):
         right = torch.zeros(self.pair.front.depth, self.pair.end.depth, dtype=torch.float64)
         state = this_process()
         batches = list(self.samples.held_out())[state.process_index :: state.num_processes]
-        with progress(desc="routes", total=len(batches) * len(stitches)) as bar:
+        with progress_bar(desc="routes", total=len(batches) * len(stitches)) as bar:
             for images, targets in batches:
                 activations = self.pair.front.capture(images, range(1, self.pair.front.depth + 1))
                 for (i, j), stitch in stitches.items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_classes, check_labels, to_batch
 from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
@@ -241,7 +241,7 @@ class Training:
         args = self.args
         if self.resumes:
             self._resume()
-        with progress(desc="training", total=self.total, initial=self.step) as bar:
+        with progress_bar(desc="training", total=self.total, initial=self.step) as bar:
             while self.step < self.total:
                 self.losses = {route: [] for route in self.learner.routes}
                 for batch in self.epoch_batches():

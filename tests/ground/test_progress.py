@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from restnet_hf.data.datasets import batches
-from restnet_hf.progress import progress
+from restnet_hf.progress import progress_bar
 
 
 class Terminal(io.StringIO):
@@ -26,8 +26,8 @@ def bars():
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_bars_are_shown_on_terminals_only(monkeypatch, kind):
     monkeypatch.setattr(sys, "stderr", kind())
-    assert [*progress([1, 2], "step")] == [1, 2]
-    with progress(desc="by hand", total=3) as bar:
+    assert [*progress_bar([1, 2], "step")] == [1, 2]
+    with progress_bar(desc="by hand", total=3) as bar:
         bar.update()
         bar.set_postfix(loss="0.1")
     assert len([*batches(torch.zeros(4, 3, 8, 8), 2, "images")]) == 2
@@ -38,7 +38,7 @@ def test_bars_are_shown_on_terminals_only(monkeypatch, kind):
 def test_notebooks_have_bars(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setitem(sys.modules, "ipykernel", sys)
-    assert [*progress([1], "step")] == [1]
+    assert [*progress_bar([1], "step")] == [1]
     assert "step" in sys.stderr.getvalue()
 
 
