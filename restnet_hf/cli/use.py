@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @command()
 def predict(
     adapter: Annotated[str, typer.Argument(help="Adapter, Hub id or local folder, or a folder of exported routes.")],
-    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE...", help="Pictures to classify.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Pictures to classify.")],
     route: Annotated[str | None, typer.Option(help="Route to run; by default the active one.")] = None,
     budget: BudgetTexts = None,
     top_k: Annotated[int, typer.Option(help="Number of classes for each picture.", min=1)] = 5,
