@@ -139,21 +139,26 @@ class _Capture:
     """Collects the activations at cuts, or the results of ``see`` for them, and stops the forward at the last.
 
     Args:
-        model: network that is run.
         wanted: cuts to read, by any key.
         go_on: whether the forward continues after the last of the cuts.
         see: function of a key and an activation, whose result is kept instead.
     """
 
-    def __init__(
-        self, model: nn.Module, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None
-    ) -> None:
+    def __init__(self, wanted: Mapping[int, Cut], go_on: bool, see: Callable[[int, Tensor], Any] | None) -> None:
         self.wanted, self.go_on, self.see = wanted, go_on, see
         self.kept: dict[int, Any] = {}
-        self.hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
-        for key, cut in wanted.items():
+
+    def hooks(self, model: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The modules to watch, each with its hook. No reference to them stays here, so activations are freed at once.
+
+        Args:
+            model: network that is run.
+        """
+        hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for key, cut in self.wanted.items():
             tensors: dict[int, Tensor] = {}
-            self.hooks += [(model.get_submodule(path), partial(self._keep, key, path, tensors)) for path in cut.paths]
+            hooks += [(model.get_submodule(path), partial(self._keep, key, path, tensors)) for path in cut.paths]
+        return hooks
 
     def _keep(
         self, key: int, path: str, tensors: dict[int, Tensor], module: nn.Module, args: Any, output: Any
@@ -206,10 +211,10 @@ def run_segment(
         tensors: tensors to use instead of the network's own parameters and buffers, by name.
     """
     wanted = {key: cut for key, cut in stops.items() if cut is not None}
-    capture = _Capture(model, wanted, go_on=len(wanted) < len(stops), see=see)
+    capture = _Capture(wanted, go_on=len(wanted) < len(stops), see=see)
     kept = capture.kept
     run = _run(model, _entry_forwards(_Call(x), start, classifier), tensors or {})
-    with running(run, capture.hooks):
+    with running(run, capture.hooks(model)):
         try:
             output = model(_image(x, start, image_size))
         except _Reached:
