@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from restnet_hf.runtime.torch_archives import UntrustedProgramError
     from restnet_hf.stitches.layers import StitchConfig
     from restnet_hf.training.args import TrainArgs
-    from restnet_hf.training.loop import train
+    from restnet_hf.training.loop import train, train_heads
 
 MODULES = {
     "Anchor": "anchors.anchor",
@@ -56,6 +56,7 @@ MODULES = {
     "load_anchor": "anchors.loading",
     "load_images": "data.datasets",
     "train": "training.loop",
+    "train_heads": "training.loop",
     "with_pixel_values": "data.datasets",
 }
 ROOMS = ("data", "demo", "export", "runtime")

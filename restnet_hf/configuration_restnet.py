@@ -113,7 +113,7 @@ class RestNetConfig(PreTrainedConfig):
             parts = (
                 layout_from_dict(entry["source"]),
                 layout_from_dict(entry["target"]),
-                StitchConfig(**entry["config"]),
+                StitchConfig.from_dict(entry["config"]),
             )
             _check_point(point)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,6 +1,5 @@
 """StitchedModelForImageClassification: frozen anchors, trainable stitches, and routes to switch at run time."""
 
-import copy
 import datetime
 import os
 import platform
@@ -43,9 +42,11 @@ from restnet_hf.routes.route import HeadKey, Route, StitchPoint, TunedKey
 from restnet_hf.selection.mixin import SelectionMixin
 from restnet_hf.selection.ranking import RankedRoute, Similarity, spread
 from restnet_hf.steps import Reorder, Step, run_steps, run_with_states
+from restnet_hf.stitches.adding import add_stitches, warn_unfitted
 from restnet_hf.stitches.branches import stitch_at, stitch_that_fits
-from restnet_hf.stitches.layers import Stitch, StitchConfig
-from restnet_hf.stitches.least_squares import RIDGE, fit_stitches
+from restnet_hf.stitches.layers import StitchConfig
+from restnet_hf.stitches.least_squares import AUTO, fit_routes
+from restnet_hf.stitches.precision import accept_type, trained_dtype, weight_dtype
 from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_meta
 
 
@@ -92,13 +93,14 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         for anchor in anchors:
             if anchor.preprocessing != self.preprocessing:
                 self.converters[anchor.name] = Reprocess(self.preprocessing, anchor.preprocessing)
-            like = next(anchor.parameters())
             if config.new_head:
+                like = next(anchor.parameters())
+                own = {"device": like.device, "dtype": trained_dtype(like.dtype)}
                 features = anchor.drop_classifier()
                 for key in config.head_keys():
                     if HeadKey.parse(key).anchor == anchor.name:
                         check(f"heads.{key}", nn.Linear(features, config.num_labels, device="meta"))
-                        self.heads[key] = nn.Linear(features, config.num_labels, device=like.device, dtype=like.dtype)
+                        self.heads[key] = nn.Linear(features, config.num_labels, **own)
                 continue
             order = class_order(anchors[0], anchor)
             if len(order) != config.num_labels:
@@ -115,6 +117,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         for key in config.tuned or {}:
             check(f"tuned.{key}", tuned_on_meta(self.anchors, config.tuned_config(key)))
             self.add_tuned(key, config.tuned_config(key))
+        self.unfitted: set[str] = set()  # stitches with random weights; see `warn_unfitted`
         self.profiled: Profile | None = None
         self.weight_files: WeightFiles | None = None
         self.similarity: Similarity | None = None
@@ -246,6 +249,10 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             check_targets(labels, self.config.num_labels, self.config.problem_type)
         route = ROUTES.get({}).get(id(self), self.active_route) if route is None else self.route(route)
         x, steps = pixel_values.to(self.dtype), self.steps(route)
+        training = self.training and torch.is_grad_enabled()
+        if self.unfitted and not torch.compiler.is_compiling():
+            self.unfitted.difference_update(p.name for p in route.stitch_points if training)
+            warn_unfitted(self, [route])
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: tuple[Tensor | None, ...] | None = None
         if wanted is None or wanted is False:
@@ -253,6 +260,11 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         else:
             logits, states = run_with_states(x, steps, wanted)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        if training and loss is not None and not loss.requires_grad:
+            raise ValueError(
+                f"nothing on route '{route}' can train: the anchors are frozen, and it has no stitch or new head. Add "
+                "a stitch and make its route active: model.set_route(model.add_stitch('a[:1] + b[2:]'))"
+            )
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
 
     @property
@@ -297,6 +309,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         stitches = self.stitches if stitches is None else stitches
         steps: list[Step] = []
         first, last = route.segments[0].anchor, route.segments[-1].anchor
+        dtypes = None, next(self.anchors[first].parameters()).dtype
         if first in self.converters:
             image = (1, 3, *self.preprocessing.image_size)
             steps.append(Step(f"images for {first}", self.converters[first], image))
@@ -311,7 +324,8 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
                 if point.name not in stitches:
                     raise ValueError(f"route '{route}' has no stitch yet; call add_stitch('{route}') and fit_stitches")
                 shape = self.anchors[point.source].layout(point.source_cut).shape(1)
-                steps.append(Step(point.name, stitches[point.name], shape))
+                cast = weight_dtype(stitches[point.name]) not in dtypes
+                steps.append(Step(point.name, stitches[point.name], shape, cast=cast))
                 shape = anchor.layout(segment.start).shape(1)
             if segment.start != segment.stop:  # nothing runs between two stitches in a row
                 steps.append(Step(name, anchor, shape, segment, tuple(tuned.values())))
@@ -319,7 +333,8 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             if route.head not in self.heads:
                 raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")
             head = self.heads[route.head]
-            steps.append(Step(f"head of {route.head}", head, (1, head.in_features)))
+            cast = weight_dtype(head) not in dtypes
+            steps.append(Step(f"head of {route.head}", head, (1, head.in_features), cast=cast))
         elif last in self.orders:
             steps.append(Step(f"labels of {last}", self.orders[last], (1, self.config.num_labels)))
         return tuple(steps)
@@ -327,7 +342,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
     def finish(self, anchor: str) -> nn.Module:
         """The module from an anchor's output to the model's logits: a new head, an order of labels, or identity."""
         if self.heads:
-            return self.heads[anchor]
+            return accept_type(self.heads[anchor], self.dtype)
         return self.orders[anchor] if anchor in self.orders else nn.Identity()
 
     def bake(self, route: Route | str | None = None) -> nn.Sequential:
@@ -350,36 +365,14 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             config: options of new stitches; by default those of `StitchConfig`.
 
         Raises:
-            ValueError: the route does not fit the anchors, or a stitch cannot be made or shared there.
+            ValueError: the route does not fit the anchors, a stitch cannot be made or shared there, or the route
+                exists with other options than ``config``.
         """
         return self.add_stitches([route], config)[0]
 
     def add_stitches(self, routes: Iterable[Route | str], config: StitchConfig | None = None) -> list[Route]:
         """Add many routes at once, as `add_stitch` does; anchors alone among them need no stitches."""
-        added = dict.fromkeys(map(self.route, routes))
-        new: dict[str, tuple[StitchPoint, Stitch]] = {}
-        for point in dict.fromkeys(point for route in added for point in route.stitch_points):
-            if point.name in self.stitches:
-                self.check_layout(point, *self.config.stitch_parts(point.name)[1:3])
-            elif point.name in new:
-                first = new[point.name][0]
-                source, target = self.anchors[first.source], self.anchors[first.target]
-                self.check_layout(point, source.layout(first.source_cut), target.layout(first.target_cut))
-            else:
-                new[point.name] = point, stitch_at(point, self.anchors, config or StitchConfig())
-        for name, (point, stitch) in new.items():  # from here on nothing can fail
-            self.stitches[name] = stitch
-            source, target = self.anchors[point.source], self.anchors[point.target]
-            layouts = source.layout(point.source_cut), target.layout(point.target_cut)
-            self.config.set_stitch(point, *layouts, config or StitchConfig())
-        listed = dict.fromkeys((*self.routes, *(route for route in added if len(route.segments) > 1)))
-        self.config.routes = list(map(str, listed))
-        for route in added if self.heads else ():
-            for name in self.anchors:
-                key = str(HeadKey(name, route.adapter))
-                if key not in self.heads:
-                    self.heads[key] = copy.deepcopy(self.heads[name])
-        return list(added)
+        return add_stitches(self, list(map(self.route, routes)), config)
 
     def add_tuned(self, key: TunedKey | str, config: TunedConfig) -> Tuned:
         """Replace tensors of an anchor, by equal ones at first, in the routes that use that key.
@@ -443,6 +436,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self.config.routes = list(map(str, left))
         for name in set(self.stitches) - needed:
             del self.stitches[name], self.config.stitches[name]
+            self.unfitted.discard(name)
         for key in set(self.tuned) - {str(key) for other in left for keys in tuned_keys(other) for key in keys}:
             del self.tuned[key], self.config.tuned[key]
         for name in set(self.heads) - {str(HeadKey(name, adapter)) for adapter in adapters for name in self.anchors}:
@@ -543,7 +537,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         self,
         calibration: Any,
         routes: Iterable[Route | str] | None = None,
-        ridge: float = RIDGE,
+        ridge: float | str = AUTO,
         batch_size: int = 64,
     ) -> dict[str, float]:
         """Fit stitches by least squares, in one pass over each anchor and without labels.
@@ -551,34 +545,18 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         Args:
             calibration: images, in any form that `restnet_hf.data.batches` takes.
             routes: routes whose stitches to fit; all by default.
-            ridge: regularisation relative to the mean variance of the features.
+            ridge: regularisation relative to the mean variance of the features; ``auto`` for the one of a few that
+                predicts held-out images best.
             batch_size: images in a batch, if the images are a tensor or a data set.
 
         Returns:
-            R² by stitch name.
+            R² on held-out images by stitch name; NaN where there is one image, so that none can be held out.
 
         Raises:
             ValueError: no stitches, no images, or features that are not finite.
         """
         chosen = [self.route(route) for route in (self.routes if routes is None else routes)]
-        points = {point: self.stitches[point.name] for route in chosen for point in route.stitch_points}
-        if not points:
-            raise ValueError("there are no stitches to fit; call select_stitches or add_stitch first")
-        count, images = 0, self._images(calibration, batch_size, "calibration")
-
-        def counted() -> Iterator[dict[str, Tensor]]:
-            nonlocal count
-            for batch in images:
-                count += len(batch[self.front])
-                yield batch
-
-        r2 = fit_stitches(points, self.anchors, counted(), ridge)
-        for name, explained in r2.items():
-            self.config.stitches[name]["r2"] = explained
-        stage = {"stage": "least squares", "images": count, "routes": len(chosen), "ridge": ridge}
-        self.config.training = [*self.config.training, stage]
-        self.profiled = None  # it was measured with other weights
-        return r2
+        return fit_routes(self, self._images(calibration, batch_size, "calibration"), chosen, ridge)
 
     def route_costs(
         self, config: StitchConfig | None = None, *, latency: LatencyTable | None = None, memory: bool = False
@@ -621,6 +599,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         walks = [(route, self.steps(route)) for route in chosen]
         costs, scores = self.route_costs(latency=latency, memory=True), dict[Route, float]()
         if data is not None:
+            warn_unfitted(self, chosen)
             scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         rows = [
             ProfiledRoute(route, costs(route), {"accuracy": scores[route]} if route in scores else {})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.routes.route import Route, Segment
 from restnet_hf.stitches.layers import Stitch
+from restnet_hf.stitches.precision import InOwnType, run_in_own_type
 from restnet_hf.stitches.tuning import Tuned, tuned_tensors
 
 
@@ -24,6 +25,8 @@ class Step:
         shape: shape of the input for one image, (1, ...).
         segment: the part of the anchor to run; None for any other module.
         tuned: tuned tensors that replace the anchor's own.
+        cast: whether the weights of a stitch or head have another type than activations, which are then cast to it and
+            back.
     """
 
     name: str
@@ -31,11 +34,12 @@ class Step:
     shape: tuple[int, ...]
     segment: Segment | None = None
     tuned: tuple[Tuned, ...] = ()
+    cast: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the step on images or an activation (N, ...)."""
         if self.segment is None:
-            return self.module(x)
+            return run_in_own_type(self.module, x) if self.cast else self.module(x)
         return self.module(x, self.segment.start, self.segment.stop, self.replaced)
 
     def replaced(self, start: int, stop: int | None) -> Mapping[str, Tensor]:
@@ -56,7 +60,8 @@ class Step:
             assert isinstance(self.module, Anchor)
             start, stop = self.segment.start, self.segment.stop
             return self.module.bake(start, stop, self.replaced(start, stop))
-        return self.module.bake() if isinstance(self.module, Stitch) else copy.deepcopy(self.module)
+        baked = self.module.bake() if isinstance(self.module, Stitch) else copy.deepcopy(self.module)
+        return InOwnType(baked) if self.cast else baked
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that the step uses, which are those of `bake`."""

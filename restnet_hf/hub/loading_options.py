@@ -20,6 +20,7 @@ from restnet_hf.errors import BudgetError
 from restnet_hf.hub.cards import is_hub_id
 from restnet_hf.routes.profile import Budget, Profile
 from restnet_hf.routes.route import Route
+from restnet_hf.stitches.precision import match_stored_types
 
 
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
@@ -183,6 +184,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_m
                 mismatched.add((key, tuple(weights[key].shape), tuple(own[key].shape)))
     weights = {**weights, **{key: own[key] for key, *_ in mismatched}}
     check_weights(weights, own, where)
+    match_stored_types({name: model.get_submodule(name) for name in model.config.part_names()}, weights, model.dtype)
     model.load_state_dict(weights)
     if mismatched:
         parts, config = {".".join(key.split(".")[:2]) for key, *_ in mismatched}, model.config

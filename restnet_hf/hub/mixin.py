@@ -48,6 +48,7 @@ from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step
+from restnet_hf.stitches.adding import warn_unfitted
 from restnet_hf.stitches.layers import Stitch
 from restnet_hf.stitches.tuning import Tuned, tuned_keys
 
@@ -62,6 +63,7 @@ class AdapterHubMixin:
     heads: MutableMapping[str, nn.Linear]
     tuned: MutableMapping[str, Tuned]
     active_route: Route
+    unfitted: set[str]
     profiled: Profile | None
     weight_files: WeightFiles | None
     steps: Callable[[Route], Sequence[Step]]
@@ -79,6 +81,7 @@ class AdapterHubMixin:
         result.missing_keys[:] = [key for key in result.missing_keys if not key.startswith("anchors.")]
         if strict and (result.missing_keys or result.unexpected_keys):
             raise RuntimeError(f"missing keys {result.missing_keys}, unexpected keys {result.unexpected_keys}")
+        self.unfitted.clear()
         return result
 
     def save_pretrained(
@@ -107,6 +110,7 @@ class AdapterHubMixin:
         """
         if not is_main_process:
             return
+        warn_unfitted(self, self.config.parsed_routes())
         whole = self.config.standalone if standalone is None else standalone
         state = self.state_dict() if state_dict is None else state_dict
         if whole:

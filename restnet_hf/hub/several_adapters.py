@@ -17,6 +17,7 @@ from restnet_hf.hub.adapter_files import PartCheck, Parts
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, Segment
 from restnet_hf.stitches.branches import stitch_that_fits
+from restnet_hf.stitches.precision import match_stored_types
 from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_meta
 
 
@@ -66,6 +67,7 @@ def add_adapter(
     for key, (new, options) in tuned.items():
         check(f"tuned.{key}", tuned_on_meta(model.anchors, options))
         modules[f"tuned.{key}"] = new, Tuned(model.anchors[options.anchor], options)
+    match_stored_types({key: module for key, (_, module) in modules.items()}, weights, model.dtype)
     for key, (_, module) in modules.items():
         module.load_state_dict({k: weights[f"{key}.{k}"] for k in module.state_dict()})
     for key, (new, module) in modules.items():  # from here on nothing can fail

@@ -23,6 +23,7 @@ from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes,
 from restnet_hf.selection.samples import Pair, SelectionBatch
 from restnet_hf.selection.selectors import SELECTORS, compare
 from restnet_hf.steps import Step
+from restnet_hf.stitches.adding import add_stitches
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
 from restnet_hf.stitches.pruning import prunable
 
@@ -44,7 +45,7 @@ class SelectionMixin:
     finish: Callable[[str], nn.Module]
     steps: Callable[[Route], Sequence[Step]]
     route_costs: Callable[..., Callable[[Route], dict[str, float]]]
-    add_stitch: Callable[..., Route]
+    route: Callable[[Route | str], Route]
     add_stitches: Callable[..., list[Route]]
     set_route: Callable[[Route], Route]
     weights_sha256: Callable[..., dict[str, str]]
@@ -126,7 +127,7 @@ class SelectionMixin:
         ends = [first, last]
         untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
         if untrained and {*methods} & {"kl_probe", "fitted_accuracy"}:
-            raise ValueError(f"{sorted(methods)}: the new heads of {untrained} are not trained yet; train them first")
+            raise ValueError(f"{sorted(methods)}: the new heads of {untrained} are not trained yet; call train_heads")
         return [
             Pair(self.anchors[front], self.anchors[end], self.finish(end), config)
             for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
@@ -221,12 +222,12 @@ class SelectionMixin:
         Raises:
             ValueError: see `family`; or no route is left.
         """
-        config = config or StitchConfig(BRANCH if kind in WITHIN else "linear")
-        if options.get("prune") and config.kind != BRANCH:
-            raise ValueError(f"prune makes copies of blocks, stitches of kind {BRANCH!r}, not {config.kind!r}")
+        options_of_new = config or StitchConfig(BRANCH if kind in WITHIN else "linear")
+        if options.get("prune") and options_of_new.kind != BRANCH:
+            raise ValueError(f"prune makes copies of blocks, stitches of kind {BRANCH!r}, not {options_of_new.kind!r}")
         routes: Iterator[Route] = (route for route in self.family(kind, **options) if route.stitch_points)
         if budget is not None or max_routes is not None:
-            costs = self.route_costs(config, memory="memory_mb" in (budget or {}))
+            costs = self.route_costs(options_of_new, memory="memory_mb" in (budget or {}))
             if budget is not None:
                 routes = within_budget(routes, costs, Budget(**budget))
             if max_routes is not None:
@@ -238,7 +239,7 @@ class SelectionMixin:
                         f"the family has more than {MAX_ROUTES} routes; with seed= skip draws some at random"
                     )
                 routes = iter(spread({route: costs(route)["macs"] for route in some}, max_routes))
-        added = self.add_stitches(routes, config)
+        added = add_stitches(self, map(self.route, routes), config, options_of_new)
         if not added:
             raise ValueError(
                 f"no route of family {kind!r} with {options} is within {budget}; allow more, or other options"
@@ -290,8 +291,7 @@ class SelectionMixin:
         chosen = choose_routes(
             [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part
         )
-        for row in chosen:
-            self.add_stitch(row.route, config)
+        self.add_stitches((row.route for row in chosen), config)
         self.set_route(max(chosen, key=lambda row: row.score).route)
         return [row.route for row in chosen]
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
 from restnet_hf.progress import progress_bar
 from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitch
+from restnet_hf.stitches.precision import trained_dtype
 
 
 POSITIONS = 4  # of every map, drawn at random for each image
@@ -230,7 +231,7 @@ class Samples:
         """
         like, stitches = next(self.pair.end.parameters()), {}
         for (i, j), solutions in self.solve(ridge):
-            stitch = self._stitch(i, j).to(like.device, like.dtype).eval()
+            stitch = self._stitch(i, j).to(like.device, trained_dtype(like.dtype)).eval()
             for problem, solution in zip(stitch.problems(), solutions, strict=True):
                 problem.assign(solution.weight, solution.bias)
             stitches[i, j] = stitch

@@ -18,6 +18,7 @@ from restnet_hf.progress import progress_bar
 from restnet_hf.selection.cka import HSIC, KERNELS, gram
 from restnet_hf.selection.ranking import Similarity
 from restnet_hf.selection.samples import Pair, Samples, SelectionBatch, not_finite
+from restnet_hf.stitches.precision import run_in_own_type
 
 
 FEATURES = ("pooled", "flattened", "tokens")
@@ -219,7 +220,7 @@ class FittedAccuracy(Selector):
             for images, targets in batches:
                 activations = self.pair.front.capture(images, range(1, self.pair.front.depth + 1))
                 for (i, j), stitch in stitches.items():
-                    logits = self.pair.finish(self.pair.end(stitch(activations[i]), j))
+                    logits = self.pair.finish(self.pair.end(run_in_own_type(stitch, activations[i]), j))
                     right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum().item()
                     bar.update()
         total = sum(gather_object([right]))

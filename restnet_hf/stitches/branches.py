@@ -12,6 +12,7 @@ from restnet_hf.routes.families import pruned_share
 from restnet_hf.routes.route import StitchPoint
 from restnet_hf.stitches.layers import BRANCH, Problem, Stitch, StitchConfig, make_stitch
 from restnet_hf.stitches.norms import is_norm
+from restnet_hf.stitches.precision import accept_type, run_in_own_type, trained_dtype
 from restnet_hf.stitches.pruning import activation, pruned
 
 
@@ -65,21 +66,30 @@ class BranchStitch(Stitch):
         """The anchor whose block was copied."""
         return self._anchor[0]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the copy runs, that of the anchor; the weights that train may be in float32."""
+        return next(self.anchor.parameters()).dtype
+
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that replace the anchor's own, by their names in the anchor's network."""
-        keys = ((name, name.replace(".", "/")) for name in self._names)
-        return {name: self.own[key] if key in self.own else getattr(self, key) for name, key in keys}
+        """The tensors that replace the anchor's own, in its type, by their names in the anchor's network."""
+        keys, dtype = ((name, name.replace(".", "/")) for name in self._names), self.dtype
+        return {name: (self.own[key] if key in self.own else getattr(self, key)).to(dtype) for name, key in keys}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an activation at cut ``start`` to one at cut ``stop``."""
         if self.enter is not None:
-            x = self.enter(x)
-        return self.anchor(x, self.block - 1, self.block, lambda *span: self.tensors())
+            x = run_in_own_type(self.enter, x)
+        block = self.anchor(x.to(self.dtype), self.block - 1, self.block, lambda *span: self.tensors())
+        return block.to(x.dtype)
 
     def bake(self) -> nn.Module:
         """A plain module that computes the same, with copies of the weights."""
         baked = self.anchor.bake(self.block - 1, self.block, self.tensors())
-        return baked if self.enter is None else nn.Sequential(self.enter.bake(), baked)
+        if self.enter is None:
+            return baked
+        enter = self.enter.bake()
+        return nn.Sequential(enter, accept_type(baked, next(enter.parameters()).dtype))
 
     def problems(self) -> list[Problem]:
         """The least-squares problems of the affine stitch before the copy, if there is one."""
@@ -89,7 +99,7 @@ class BranchStitch(Stitch):
 def stitch_at(
     point: StitchPoint, anchors: Mapping[str, Anchor], config: StitchConfig, shapes_only: bool = False
 ) -> Stitch:
-    """Make a new stitch for a stitch point, with the dtype of its target's weights.
+    """Make a new stitch for a stitch point, in float32 also where the anchors are in half precision.
 
     A branch is pruned if its name asks for it, as the names that `families.skip` gives do.
 
@@ -108,14 +118,15 @@ def stitch_at(
         layouts = source.layout(point.source_cut), target.layout(point.target_cut)
         with torch.device("meta" if shapes_only else torch.get_default_device()):
             stitch = make_stitch(*layouts, config)
-        return stitch if shapes_only else stitch.to(like.device, like.dtype)
+        return stitch if shapes_only else stitch.to(like.device, trained_dtype(like.dtype))
     if source is not target:
         raise ValueError(
             f"a branch replaces blocks of one anchor and cannot join '{point.source}' to '{point.target}'; choose "
             "another kind of stitch"
         )
     prune = config.prune or pruned_share(point.via)
-    return BranchStitch(source, point.source_cut, point.target_cut, prune, shapes_only).to(like.device, like.dtype)
+    branch = BranchStitch(source, point.source_cut, point.target_cut, prune, shapes_only)
+    return branch.to(like.device, trained_dtype(like.dtype))
 
 
 def stitch_that_fits(

@@ -3,9 +3,10 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,12 @@ from restnet_hf.anchors.layouts import AnyLayout, JointLayout, Layout, resize, r
 
 MAX_WIDTH = 16384
 BRANCH = "branch"  # the kind that copies a block of an anchor instead of mapping channels; see `BranchStitch`
+OPTIONS = {  # that each of our kinds uses; any other must keep its default, and a user's own kind may use all
+    "linear": ("class_token",),
+    "lora": ("class_token", "r", "lora_alpha"),
+    "mlp": ("class_token", "hidden"),
+    BRANCH: ("prune",),
+}
 CLASS_TOKENS = ("pool", "learn", "drop", "add")
 MAX_FLOAT = torch.finfo(torch.float32).max  # json.loads also returns infinity, and integers too large for a float
 
@@ -38,7 +45,8 @@ class StitchConfig:
         prune: share of the hidden channels that the copy of kind ``branch`` leaves out.
 
     Raises:
-        ValueError: an option is not one of the values above, or a number is out of range.
+        ValueError: an option is not one of the values above, a number is out of range, or the kind does not use an
+            option.
     """
 
     kind: str = "linear"
@@ -60,6 +68,25 @@ class StitchConfig:
             raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a finite number above 0")
         if type(self.prune) not in (int, float) or not 0 <= self.prune < 1 or (self.prune and self.kind != BRANCH):
             raise ValueError(f"prune={self.prune!r} must be at least 0, below 1, and 0 for other kinds than 'branch'")
+        unused = {
+            option.name: value
+            for option in fields(self)[1:]
+            if (value := getattr(self, option.name)) != option.default
+            if option.name not in OPTIONS.get(self.kind, (option.name,))
+        }
+        if unused:
+            raise ValueError(f"stitches of kind {self.kind!r} do not use {unused}; they take {OPTIONS[self.kind]}")
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "StitchConfig":
+        """The config of an adapter; options that its kind does not use, which 0.1 accepted, get their defaults.
+
+        Args:
+            stored: options by name.
+        """
+        kind = stored.get("kind")
+        known = {option.name for option in fields(cls)[1:]} if kind in OPTIONS else set()
+        return cls(**{name: value for name, value in stored.items() if name not in known or name in OPTIONS[kind]})
 
 
 Chosen = Tensor | None  # positions (N, P) of each image, None for all

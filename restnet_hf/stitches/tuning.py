@@ -11,6 +11,7 @@ from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.segments import remaining_modules, unused_paths
 from restnet_hf.routes.route import Route, TunedKey, prefix_key
 from restnet_hf.stitches.norms import is_norm
+from restnet_hf.stitches.precision import trained_dtype
 
 
 MAX_RANK = 4096  # an untrusted config must not exhaust memory
@@ -51,7 +52,7 @@ class TunedConfig:
 
 
 class Tuned(nn.Module):
-    """Tensors that replace a segment's own: copies that train, or low-rank updates.
+    """Tensors that replace a segment's own: copies that train, or low-rank updates; in float32 beside half precision.
 
     Args:
         anchor: anchor whose tensors are replaced; it is neither changed nor registered as a submodule.
@@ -77,18 +78,19 @@ class Tuned(nn.Module):
             if shapes_only:
                 like = torch.empty_like(tensor, device="meta")
                 tensor = nn.Parameter(like) if isinstance(tensor, nn.Parameter) else like
+            dtype = trained_dtype(tensor.dtype)
             if config.kind == "lora":
-                self.A[key] = nn.Parameter(tensor.new_empty(config.r, tensor[0].numel()))
-                self.B[key] = nn.Parameter(tensor.new_zeros(len(tensor), config.r))
+                self.A[key] = nn.Parameter(tensor.new_empty(config.r, tensor[0].numel(), dtype=dtype))
+                self.B[key] = nn.Parameter(tensor.new_zeros(len(tensor), config.r, dtype=dtype))
                 nn.init.kaiming_uniform_(self.A[key], a=5**0.5)
             elif isinstance(tensor, nn.Parameter):
-                self.own[key] = nn.Parameter(tensor.detach().clone())
+                self.own[key] = nn.Parameter(tensor.detach().to(dtype, copy=True))
             else:
-                self.register_buffer(key, tensor.detach().clone())
+                self.register_buffer(key, tensor.detach().to(dtype, copy=True))
         self._inside: dict[tuple[int, int | None], list[str]] = {(config.start, config.stop): names}
 
     def tensors(self, anchor: Anchor, start: int = 0, stop: int | None = None) -> dict[str, Tensor]:
-        """The tensors that replace weights and buffers of a segment, by name.
+        """The tensors that replace weights and buffers of a segment, by name, in the types of these.
 
         A low-rank update gives ``W + lora_alpha / r · B A`` (Hu et al., arXiv 2106.09685).
 
@@ -103,14 +105,29 @@ class Tuned(nn.Module):
             self._inside[start, stop] = [name for name in names if name in tuned]
         tensors = {}
         for name in self._inside[start, stop]:
-            key = name.replace(".", "/")
+            key, weight = name.replace(".", "/"), _tensor(anchor.model, name)
             if key in self.A:
-                weight = _tensor(anchor.model, name)
                 update = (self.B[key] @ self.A[key]).view_as(weight)
-                tensors[name] = weight + update * (self.config.lora_alpha / self.config.r)
+                tensor = weight + update * (self.config.lora_alpha / self.config.r)
             else:
-                tensors[name] = self.own[key] if key in self.own else getattr(self, key)
+                tensor = self.own[key] if key in self.own else getattr(self, key)
+            tensors[name] = tensor.to(weight.dtype)
         return tensors
+
+    @torch.no_grad()
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set copies to values that were computed in the anchor's type, such as statistics of BatchNorm.
+
+        Args:
+            tensors: tensors that `tensors` returned, some of them changed in place since.
+        """
+        for name, tensor in tensors.items():
+            key = name.replace(".", "/")
+            if key in self.A:  # an update is no copy, and nothing sets it in place
+                continue
+            own = self.own[key] if key in self.own else getattr(self, key)
+            if own is not tensor:
+                own.copy_(tensor)
 
     def extra_repr(self) -> str:
         """Kind and anchor, for ``repr``."""

@@ -43,7 +43,7 @@ class TrainArgs:
         warmup_ratio: share of the steps in which the learning rate rises.
         max_grad_norm: norm to which the gradient of each stitch and head is clipped.
         distillation: weight of the distillation from the largest anchor; the rest is cross-entropy. 1 needs no
-            labels. A new head of that anchor must have been trained before, with 0.
+            labels. A new head of that anchor that is not trained yet is trained first, as by `train_heads`.
         temperature: temperature of the distillation (Hinton et al., arXiv 1503.02531).
         train_head: whether new heads train too; None trains them if the model has any.
         tuning: weights that train besides stitches: ``stitch`` none; ``norm`` each route's own copy of the affine
@@ -109,6 +109,11 @@ class TrainArgs:
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainArgs":
+        if self.output_dir is None and (self.resume_from_checkpoint or self.save_steps is not None):
+            raise ValueError(
+                f"resume_from_checkpoint={self.resume_from_checkpoint} and save_steps={self.save_steps} are about "
+                "checkpoints, which need a folder: give output_dir"
+            )
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r} is not one of {sorted(SAMPLERS)}")
         if self.cache_dir is not None and self.tuning in ("lora", "full"):

@@ -6,12 +6,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, TunedKey
 from restnet_hf.steps import Step, run_steps
 from restnet_hf.stitches.norms import recalibrate
+from restnet_hf.stitches.precision import make_trainable
 from restnet_hf.stitches.tuning import SHARED_KINDS, Tuned, TunedConfig, tunable, tuned_keys
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.frozen import TEACHER, FrozenPart, first_segment, goal_name
@@ -20,6 +22,7 @@ from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 
 # Kinds of `TUNINGS` that each value of `TrainArgs.tuning` trains.
 KINDS: dict[str, tuple[str, ...]] = {"stitch": (), "norm": ("norm",), "lora": ("lora", "bias"), "full": ("full",)}
+logger = logging.get_logger(__name__)
 Images = Callable[[], Iterator[Tensor]]
 """A function that returns an iterator over a few batches of images, the same ones at each call."""
 
@@ -38,7 +41,7 @@ def check_routes(
         The routes, parsed.
 
     Raises:
-        ValueError: nothing would train, or there is nothing to learn from.
+        ValueError: nothing would train, or anchors alone should match.
     """
     parsed = [model.route(route) for route in routes]
     stitched = any(route.stitch_points for route in parsed)
@@ -50,20 +53,24 @@ def check_routes(
         )
     if args.matching_epochs and not all(route.stitch_points for route in parsed):
         raise ValueError("anchors alone have nothing to match; set matching_epochs=0, or give stitched routes")
-    teacher = _choose_teacher(model, args)
-    if teacher is not None and model.config.new_head and teacher not in model.config.trained_heads:
-        raise ValueError(
-            f"the new head of '{teacher}' is not trained yet, so there is nothing to distil from it. Train heads "
-            f"first, train(..., TrainArgs(distillation=0), routes=['{teacher}[:]', ...]), or set distillation=0"
-        )
     return parsed
 
 
 def _choose_teacher(model: StitchedModelForImageClassification, args: TrainArgs) -> str | None:
-    """Name of the anchor that is distilled, the largest one; None without distillation."""
+    """Name of the anchor that is distilled, the largest one; None without distillation.
+
+    Raises:
+        ValueError: its new head is not trained.
+    """
     if not (args.distillation and args.num_train_epochs):
         return None
-    return largest_anchor(model.anchors.values()).name
+    teacher = largest_anchor(model.anchors.values()).name
+    if model.config.new_head and teacher not in model.config.trained_heads:
+        raise ValueError(
+            f"the new head of '{teacher}' is not trained yet, so there is nothing to distil from it. Call train_heads "
+            "first, or set distillation=0"
+        )
+    return teacher
 
 
 class Learner:
@@ -77,7 +84,7 @@ class Learner:
             parts; None where both are read from a checkpoint, or neither is needed.
 
     Raises:
-        ValueError: nothing would train, or there is nothing to learn from.
+        ValueError: there is nothing to distil from, or weights were tuned in another way before.
     """
 
     def __init__(
@@ -88,10 +95,14 @@ class Learner:
         images: Images | None = None,
     ) -> None:
         self.model, self.args = model, args
-        self.routes = check_routes(model, routes, args)
+        self.routes = [model.route(route) for route in routes]
+        _choose_teacher(model, args)
         new = self._add_tuned()
-        self.walks = {route: model.steps(route) for route in self.routes}
         self.modules = self._trainable_modules()
+        cast = [name for name, module in self.modules.items() if make_trainable(module)]
+        if cast:
+            logger.warning(f"{cast} were cast to half precision; they train and stay in float32 from here on")
+        self.walks = {route: model.steps(route) for route in self.routes}
         self.frozen = self._frozen_part()
         self.rest = {route: self._trainable_steps(steps) for route, steps in self.walks.items()}
         named = {f"{key}.{n}": p for key, m in self.modules.items() for n, p in m.named_parameters()}
@@ -177,7 +188,9 @@ class Learner:
                         partial(last.module, stop=start),
                     ]
                     pairs = ((partial(run_steps, x, own), partial(run_steps, x, front)) for x in images())
-                    recalibrate(tuned.tensors(last.module, start), last.module, start, pairs)
+                    tensors = tuned.tensors(last.module, start)
+                    recalibrate(tensors, last.module, start, pairs)
+                    tuned.assign(tensors)
 
     def _trainable_steps(self, steps: Sequence[Step]) -> tuple[Step, ...]:
         """The steps of a route after its frozen beginning, with the end compiled if the options ask for it."""

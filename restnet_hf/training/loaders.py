@@ -1,11 +1,13 @@
 """Data loaders of training: images in a seeded order, or cached outputs of the frozen networks."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers.utils import logging
 
 from restnet_hf.data.datasets import Batch, batches, data_fingerprint, to_batch
 from restnet_hf.distributed import this_process
@@ -35,6 +37,32 @@ class SeededItems(Dataset):
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
             return self.rows[index]
+
+
+class FeatureRows(Dataset[dict[str, Tensor]]):
+    """Tensors of each image in memory; a batch of indices is one read of each tensor.
+
+    Args:
+        tensors: tensors (N, ...) by name.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: rows[index] for name, rows in self.tensors.items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The rows of several images (len(indices), ...), by name; `collate` returns them unchanged."""
+        return {name: rows[torch.as_tensor(indices)] for name, rows in self.tensors.items()}
+
+    @staticmethod
+    def collate(rows: Any) -> dict[str, Tensor]:
+        """What ``collate_fn`` of a loader must return."""
+        return rows
 
 
 def is_stream(data: Any) -> bool:
@@ -75,9 +103,38 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
     if is_stream(train_set):
         return DataLoader(train_set, **options)
     rows = train_set
-    if data_fingerprint(rows) is None and not isinstance(rows, FeatureCache):
+    if isinstance(rows, FeatureRows):
+        options = {"batch_size": args.batch_size, "collate_fn": rows.collate}
+    elif data_fingerprint(rows) is None and not isinstance(rows, FeatureCache):
         rows = SeededItems(rows, args.seed)
     return DataLoader(rows, shuffle=True, **options)
+
+
+def compute_features(
+    model: StitchedModelForImageClassification,
+    frozen: FrozenPart,
+    images: Iterable[Batch],
+    autocast: Callable[[], AbstractContextManager],
+) -> FeatureRows:
+    """Compute the outputs of the frozen networks that routes of heads need, and hold them in memory.
+
+    Args:
+        model: model of the frozen networks.
+        frozen: the frozen part of the routes that train.
+        images: batches of images and labels.
+        autocast: context manager of mixed precision.
+
+    Returns:
+        The outputs and labels of each image, in the place of the data set.
+    """
+    names, parts = frozen.names(frozen.walks, matching=False), list[dict[str, Tensor]]()
+    for batch in logging.tqdm(images, desc="features", disable=not this_process().is_local_main_process):
+        with autocast():
+            outputs = frozen.compute(batch["pixel_values"].to(model.device, model.dtype), names)
+        parts.append({name: value.cpu() for name, value in (outputs | {"labels": batch["labels"]}).items()})
+    if not parts:
+        raise ValueError("train_set gives no images")
+    return FeatureRows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def cache_features(
@@ -144,22 +201,23 @@ def _own_batches(
         start += len(batch["pixel_values"])
 
 
-def first_images(train_set: Any, count: int, batch_size: int = 64) -> Iterator[Batch]:
+def first_images(train_set: Any, count: int, batch_size: int = 64, num_workers: int = 0) -> Iterator[Batch]:
     """Batches of about the first ``count`` images of a data set, in its own order.
 
     Args:
         train_set: a map-style data set, a DataLoader, or a data set without a length.
         count: number of images; the last batch may exceed it.
         batch_size: number of images in a batch, where no DataLoader decides it.
+        num_workers: number of worker processes, as in ``DataLoader``.
     """
-    rows, options = train_set, dict[str, Any](batch_size=batch_size)
+    rows, options = train_set, dict[str, Any](batch_size=batch_size, num_workers=num_workers)
     if isinstance(train_set, DataLoader):
         rows, options["collate_fn"] = train_set.dataset, train_set.collate_fn
     loader: Any = train_set
     if not is_stream(train_set):
         loader = DataLoader(Subset(rows, range(min(count, len(rows)))), **options)
     elif not isinstance(train_set, DataLoader):
-        loader = DataLoader(train_set, batch_size=batch_size)
+        loader = DataLoader(train_set, **options)
     seen = 0
     for item in loader:
         batch = to_batch(item, "train_set")

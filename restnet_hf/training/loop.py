@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,19 +20,23 @@ from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
+from restnet_hf.training.heads import head_args, needed_heads, shared_options, untrained_heads
 from restnet_hf.training.learner import Learner, check_routes
 from restnet_hf.training.loaders import (
     SeededItems,
     cache_features,
     check_train_set,
+    compute_features,
     first_images,
     is_stream,
     make_loader,
 )
+from restnet_hf.training.restoring import restored_on_error
 from restnet_hf.training.samplers import SAMPLERS, Sampler
 from restnet_hf.training.tracking import trackers
 
 
+logger = logging.get_logger(__name__)
 CALIBRATION_IMAGES = 512  # images for BatchNorm statistics and the scales of features
 
 
@@ -54,27 +59,82 @@ def train(
         args: options of training; the defaults of `TrainArgs` where None.
         routes: routes to train; by default the stitched ones. Of an anchor alone only a new head trains.
 
+    New heads that training needs, the teacher's and those at the end of routes, are trained first where they were not,
+    as by `train_heads`. Stitches, heads and tuned weights train in float32 whatever the type of the anchors.
+
     Raises:
         ValueError: nothing would train; labels are missing, out of range or of other classes; or the loss is not
             finite, where checkpoints written before remain valid.
         OSError: a checkpoint or the cache cannot be written, because the disk is full for example.
         SystemExit: the process received SIGTERM; a checkpoint was written, and the exit status is 143.
+
+    After any error, and an interruption, the model has the weights that it had before.
     """
     args = args or TrainArgs()
     chosen = check_routes(model, model.routes if routes is None else routes, args)
+    with restored_on_error(model):
+        heads = needed_heads(model, chosen, args)
+        if heads:
+            logger.warning(
+                f"the new heads of {[route.head for route in heads]} are trained first, on the frozen anchors; "
+                "train_heads does this with options of your own"
+            )
+            _train(model, train_set, shared_options(args), heads, in_memory=True)
+        return _train(model, train_set, args, chosen)
+
+
+def train_heads(
+    model: StitchedModelForImageClassification, train_set: Any, args: TrainArgs | None = None
+) -> TrainResult:
+    """Train every new head that was not trained, on its frozen anchor.
+
+    The anchors run once for each image, and the linear heads learn from the features that these give: each image is
+    the same in every epoch, also where the data set augments it at random. The features are in memory, or in
+    ``cache_dir`` where the options name one.
+
+    Args:
+        model: model of a new task, with new heads.
+        train_set: a map-style data set, a DataLoader, or a data set without a length, of ``pixel_values`` and
+            ``labels``.
+        args: options of training, without those of stitches; by default `HEAD_ARGS`, twenty epochs. Heads learn from
+            labels alone, whatever ``distillation`` is.
+
+    Returns:
+        The number of steps, the seconds, and the mean loss of each anchor alone over the last epoch.
+
+    Raises:
+        ValueError: there are no heads to train, an option is only for stitches, or see `train`.
+    """
+    routes, options = untrained_heads(model), head_args(args)
+    if not routes:
+        reason = "all new heads are trained" if model.heads else "the model has the anchors' own heads"
+        raise ValueError(f"there are no heads to train: {reason}. train(..., routes=['a[:]']) trains one further")
+    with restored_on_error(model):
+        return _train(model, train_set, options, routes, in_memory=True)
+
+
+def _train(
+    model: StitchedModelForImageClassification,
+    train_set: Any,
+    args: TrainArgs,
+    routes: Sequence[Route],
+    in_memory: bool = False,
+) -> TrainResult:
+    """Train routes; see `train`. With ``in_memory``, the outputs of frozen networks are computed once, and kept."""
     check_train_set(train_set, args)
     check_classes(train_set, model.config.id2label)
     resumes = _check_output_dir(args)
     accelerator = start_accelerator(model, args)
     began = time.perf_counter()
     if args.least_squares_images is not None and not resumes:
-        model.fit_stitches(first_images(train_set, args.least_squares_images), chosen)
+        model.fit_stitches(first_images(train_set, args.least_squares_images), routes)
     steps, losses = 0, dict[str, float]()
     if args.matching_epochs + args.num_train_epochs:
-        training = Training(model, train_set, args, chosen, accelerator)
+        training = Training(model, train_set, args, routes, accelerator, resumes, in_memory)
         training.run()
         training.record(time.perf_counter() - began)
         steps, losses = training.step, training.mean_losses()
+    model.unfitted.difference_update(point.name for route in routes for point in route.stitch_points)
     model.profiled = None  # it was measured with the stitches as they were before
     return TrainResult(steps, time.perf_counter() - began, losses)
 
@@ -117,9 +177,12 @@ class Training:
         args: options of the training.
         routes: routes that are to train.
         accelerator: Accelerate's state, from `start_accelerator`.
+        resumes: whether to go on from the last checkpoint in ``output_dir``.
+        in_memory: whether the outputs of frozen networks are computed once for each image and held in memory, unless
+            ``args`` has a ``cache_dir``.
 
     Raises:
-        ValueError: nothing would train, or the images cannot be cached.
+        ValueError: there is nothing to learn from, or the images cannot be cached.
         OSError: the cache cannot be written.
     """
 
@@ -130,15 +193,17 @@ class Training:
         args: TrainArgs,
         routes: Iterable[Route | str],
         accelerator: Accelerator,
+        resumes: bool = False,
+        in_memory: bool = False,
     ) -> None:
         self.model, self.train_set, self.args, self.accelerator = model, train_set, args, accelerator
         self.checkpoints = Checkpoints(args.output_dir)
-        self.resumes = bool(self.checkpoints.paths())
+        self.resumes = resumes
         self.losses: dict[Route, list[float]] = {}
         self.step = self.epoch = self.done = 0  # steps done, epochs done, and steps done in this epoch
         self.part_size = 0
         self.learner = Learner(model, routes, args, None if self.resumes else self._calibration_images)
-        rows = train_set if args.cache_dir is None else cache_features(model, self.learner.frozen, train_set, args)
+        rows = self._frozen_rows() if in_memory or args.cache_dir is not None else train_set
         self.sampler = self._make_sampler()
         optimizer = self._make_optimizer()
         self.loader: Any = accelerator.prepare(make_loader(rows, args))
@@ -147,11 +212,21 @@ class Training:
         self.total = min(count for count in (self.per_epoch and epochs * self.per_epoch, args.max_steps) if count)
         self.optimizer, self.schedule = accelerator.prepare(optimizer, self._make_schedule(optimizer))
 
+    def _frozen_rows(self) -> Any:
+        """The outputs of the frozen networks for each image, on disk or in memory."""
+        args, frozen = self.args, self.learner.frozen
+        if args.cache_dir is not None:
+            return cache_features(self.model, frozen, self.train_set, args)
+        count = (args.max_steps or 1) * args.batch_size if is_stream(self.train_set) else sys.maxsize
+        images = first_images(self.train_set, count, args.batch_size, args.dataloader_num_workers)
+        return compute_features(self.model, frozen, map(self.check_batch, images), self.accelerator.autocast)
+
     def run(self) -> None:
         """Train all steps, from the last checkpoint on if there is one."""
         with self._tracked(), self.training_mode(), catch_sigterm() as asked:
             self._run_epochs(asked)
-        trained = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
+        heads = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
+        trained = heads if self.args.num_train_epochs else set()  # matching ends before the head
         self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
 
     def mean_losses(self) -> dict[str, float]:
@@ -192,11 +267,12 @@ class Training:
             seconds: seconds that training took.
         """
         images = None if is_stream(self.loader) else len(self.loader.dataset)
+        stage = "training" if any(route.stitch_points for route in self.learner.routes) else "heads"
         done = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
         processes = {"processes": self.accelerator.num_processes, "seconds": round(seconds, 1)}
         self.model.config.training = [
             *self.model.config.training,
-            {"stage": "training", **done, **self.args.settings(), **processes},
+            {"stage": stage, **done, **self.args.settings(), **processes},
         ]
 
     @contextmanager
@@ -313,8 +389,8 @@ class Training:
         for route, loss in zip(drawn, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"the loss of route '{route}' is {loss} at step {self.step}; lower the learning rate. Checkpoints "
-                    "written so far are valid"
+                    f"the loss of route '{route}' is {loss} at step {self.step}; {self._cause()}. The model has the "
+                    "weights that it had before training, and checkpoints written so far are valid"
                 )
             self.losses[route].append(loss)
         accelerator.unscale_gradients()
@@ -327,6 +403,15 @@ class Training:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+
+    def _cause(self) -> str:
+        """What to do about a loss that is not finite."""
+        if self.model.dtype == torch.float16:
+            return (
+                "the anchors compute in float16, which overflows beyond 65504: load the model with dtype='float32' or "
+                "'bfloat16'"
+            )
+        return "lower the learning rate"
 
     def _backward(self, batch: Batch, drawn: Sequence[Route]) -> Tensor:
         """Compute the gradients of the mean loss of each route over a batch; returns these losses."""

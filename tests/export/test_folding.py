@@ -83,7 +83,7 @@ def folded(stitch, end, source):
 @pytest.mark.parametrize("kind", ["linear", "lora"])
 def test_folds_where_it_is_exact_and_cheaper(name, kind):
     end, source, target, folds = ENDS[name]
-    stitch = STITCHES[kind](source, target, StitchConfig(kind, r=2))
+    stitch = STITCHES[kind](source, target, StitchConfig.from_dict({"kind": kind, "r": 2}))
     if kind == "lora":
         nn.init.normal_(stitch.B.weight)
         steps = nn.Sequential(stitch)

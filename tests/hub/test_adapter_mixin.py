@@ -74,9 +74,27 @@ def test_saving_again_gives_the_same_files(saved, tmp_path):
 def test_dtype(saved):
     _, path, images, logits = saved
     half = StitchedModelForImageClassification.from_pretrained(path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.anchors.parameters()} == {half.dtype} == {torch.bfloat16}
+    assert {p.dtype for p in half.stitches.parameters()} == {torch.float32}, "as PEFT loads its adapters"
     with torch.no_grad():
         assert torch.allclose(half(images).logits.float(), logits, atol=0.3)
+
+
+def test_stitches_keep_the_type_of_the_file(saved, tmp_path):
+    """A model that was cast as a whole is reloaded as it was; in any other type its stitches are in float32."""
+    model, _, images, _ = saved
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    same, other = (
+        StitchedModelForImageClassification.from_pretrained(tmp_path / "half", dtype=dtype)
+        for dtype in (None, torch.float16)
+    )
+    stitches = [{p.dtype for p in each.stitches.parameters()} for each in (same, other)]
+    assert stitches == [{torch.bfloat16}, {torch.float32}] and other.dtype == torch.float16
+    with torch.no_grad():
+        assert torch.equal(same(images).logits, model(images).logits)
+    assert same.load_stitch(tmp_path / "half", "night") and other.load_stitch(tmp_path / "half", "night")
+    name = "night:resnet_2__vit_1"
+    assert [each.stitches[name].proj.weight.dtype for each in (same, other)] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -385,9 +403,13 @@ def test_branches_in_another_type(tmp_path, images, dtype):
     again = StitchedModelForImageClassification.from_pretrained(
         tmp_path, anchors={"mobilenet": make_model("mobilenet")}, dtype=dtype
     )
-    assert {tensor.dtype for tensor in again.parameters()} == {dtype}
+    assert {tensor.dtype for tensor in again.anchors.parameters()} == {dtype}
     for key, value in model.stitches.state_dict().items():
-        assert torch.equal(again.stitches.state_dict()[key], value.to(dtype))
+        assert torch.equal(again.stitches.state_dict()[key], value)
+    noise = images.to(dtype)
+    with torch.no_grad():
+        logits = again(noise, route=again.routes[0]).logits
+        assert logits.dtype == dtype and torch.equal(again.bake(again.routes[0])(noise), logits)
 
 
 def test_standalone_with_branches(tmp_path, images):

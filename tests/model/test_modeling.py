@@ -210,7 +210,7 @@ def test_select_fit_profile_budget(pair, images):
     assert len(routes) == 3 and pair.active_route == max(routes, key=pair.similarity.value)
     assert pair.similarity.values.shape == (6, 3)
     r2 = pair.fit_stitches(images)
-    assert r2.keys() == set(pair.stitches) and all(0 < value <= 1 for value in r2.values())
+    assert r2.keys() == set(pair.stitches) and all(value <= 1 for value in r2.values())
     with pytest.raises(BudgetError, match="call profile"):
         pair.set_budget(macs=1e9)
     profile = pair.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="noise")
@@ -244,6 +244,51 @@ def test_bad_calibration(pair):
     empty = build(make_anchor("resnet"), make_anchor("vit"))
     with pytest.raises(ValueError, match="no stitches to fit"):
         empty.fit_stitches(torch.zeros(4, 3, SIZE, SIZE))
+
+
+def test_a_stitch_exists_with_other_options(pair):
+    route, parts = pair.routes[0], len(pair.stitches)
+    assert pair.add_stitch(route) == pair.add_stitch(route, StitchConfig()) == route
+    for config in (StitchConfig("mlp"), StitchConfig(class_token="learn")):
+        with pytest.raises(ValueError, match="'resnet.*' exist with .*resnet_3__vit_2.*, not .*delete_stitch"):
+            pair.add_stitches(["resnet[:2] + vit[1:]", route], config)
+    assert pair.routes == (route,) and len(pair.stitches) == parts
+    pair.add_stitches(["resnet[:3] +second vit[2:]"], StitchConfig("mlp"))
+    pair.select_stitches(torch.randn(4, 3, SIZE, SIZE), max_routes=9)  # takes existing stitches as they are
+
+
+def unfitted_warnings(caplog):
+    found = [line for line in caplog.messages if "neither fitted nor trained" in line]
+    caplog.clear()
+    return found
+
+
+def test_an_unfitted_stitch_is_warned_of_once(pair, images, caplog, tmp_path):
+    """Where it runs, is profiled or saved; not after a fit, nor in a training loop of one's own."""
+    labelled = [(images, torch.zeros(len(images), dtype=torch.long))]
+    uses = [lambda model: model(images), lambda model: model.profile(labelled)]
+    uses += [lambda model: model.save_pretrained(tmp_path)]
+    for use in uses:
+        model = copy.deepcopy(pair)
+        use(model)
+        assert "['resnet_3__vit_2']" in "".join(unfitted_warnings(caplog))
+        for again in uses:
+            again(model)
+        assert not unfitted_warnings(caplog)
+    own_loop, fitted, loaded = (copy.deepcopy(pair) for _ in range(3))
+    own_loop.train()(images, labels=torch.zeros(6, dtype=torch.long)).loss.backward()
+    fitted.fit_stitches(images)
+    loaded.load_state_dict(pair.state_dict())
+    for model in (own_loop.eval(), fitted, loaded):
+        model(images)
+    model.add_stitch("resnet[:2] + resnet[3:]", StitchConfig("branch"))
+    model(images, route="resnet[:2] + resnet[3:]")  # a copy of a block
+    assert not unfitted_warnings(caplog)
+    model.add_stitch("resnet[:2] + vit[1:]")
+    model(images)
+    assert not unfitted_warnings(caplog), "another route"
+    model(images, route="resnet[:2] + vit[1:]")
+    assert unfitted_warnings(caplog)
 
 
 def test_self_stitch_is_the_anchor(images):

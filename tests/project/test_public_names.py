@@ -16,7 +16,7 @@ NAMES = {
     *("MissingRuntimeError", "Preprocessing", "Profile", "ProfiledRoute", "RestNetConfig", "Route", "Segment"),
     *("StitchConfig", "StitchedModelForImageClassification", "TrainArgs", "UnsupportedExportError"),
     *("UntrustedProgramError", "WeightsError", "adapt", "export_routes", "find_adapters", "load_anchor"),
-    *("load_images", "train", "with_pixel_values"),
+    *("load_images", "train", "train_heads", "with_pixel_values"),
 }
 
 

@@ -17,7 +17,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "runs"),
         *("segments", "tracing", "weights"),
     ],
-    "stitches": ["branches", "layers", "least_squares", "norms", "pruning", "tuning"],
+    "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "tuning"],
     "middle": ["configuration_restnet", "steps"],
     "profiling": ["accuracy", "costs", "device", "latency", "macs", "memory", "metric", "plots", "timing"],
     "selection": ["cache", "cka", "mixin", "plots", "racing", "ranking", "samples", "selectors"],
@@ -26,8 +26,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "model": ["modeling_restnet"],
     "training": [
-        *("args", "checkpoints", "feature_cache", "frozen", "learner", "loaders", "loop", "losses", "samplers"),
-        "tracking",
+        *("args", "checkpoints", "feature_cache", "frozen", "heads", "learner", "loaders", "loop", "losses"),
+        *("restoring", "samplers", "tracking"),
     ],
     "adaptation": ["adapt", "neighbours", "scorer", "search", "surrogate"],
     "export": [

@@ -13,7 +13,7 @@ from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassificatio
 from restnet_hf.anchors.layouts import JointLayout, Layout, resize, resize_matrix
 from restnet_hf.profiling.macs import count_macs
 from restnet_hf.routes.route import StitchPoint
-from restnet_hf.stitches.layers import CLASS_TOKENS, STITCHES, StitchConfig, make_stitch
+from restnet_hf.stitches.layers import CLASS_TOKENS, OPTIONS, STITCHES, StitchConfig, make_stitch
 from restnet_hf.stitches.least_squares import LeastSquares, fit_stitches
 
 
@@ -97,6 +97,11 @@ def test_new_stitches_of_real_networks_are_the_linear_one(anchors, images, front
     assert all(torch.allclose(out, outputs["linear"], rtol=1e-4, atol=1e-5) for out in outputs.values())
 
 
+def used(kind, **options):
+    """A config with those of the options that its kind uses."""
+    return StitchConfig(kind, **{name: value for name, value in options.items() if name in OPTIONS[kind]})
+
+
 LINES = {  # what becomes of a line of cells of one length as one of another: averaged, or interpolated between centres
     (4, 4): np.eye(4),
     (4, 2): np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]),
@@ -113,7 +118,7 @@ def test_by_hand(kind, form, sides):
     side, target_side = sides
     prefix = int(form == "NLC")
     source, target = Layout(form, 6, (side, side), prefix), Layout("NLC", 5, (target_side, target_side), prefix)
-    stitch = as_trained(make_stitch(source, target, StitchConfig(kind, r=2, lora_alpha=5, hidden=3)))
+    stitch = as_trained(make_stitch(source, target, used(kind, r=2, lora_alpha=5, hidden=3)))
     x = torch.randn(source.shape(7))
     w = {name: p.detach().double().squeeze().numpy() for name, p in stitch.named_parameters()}
 
@@ -168,7 +173,7 @@ def test_costs(kind, prefix, sides, device):
     """Parameters, those that train, and MACs: one map of channels for each position of the smaller grid."""
     source, target = (Layout("NLC", n, (side, side), prefix) for n, side in zip((C, D), sides, strict=True))
     with torch.device(device):
-        stitch = make_stitch(source, target, StitchConfig(kind, r=R, hidden=H))
+        stitch = make_stitch(source, target, used(kind, r=R, hidden=H))
         macs = count_macs(stitch, torch.zeros(source.shape(1)))
     weights, biases = EXTRA[kind]
     parameters = C * D + D + weights + biases
@@ -204,7 +209,7 @@ def test_saved_and_loaded(tmp_path, images, kind):
     for name in ("resnet", "vit"):
         save_model(name, tmp_path / name)
     model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
-    config = StitchConfig(kind, r=3, lora_alpha=2.5, hidden=7)
+    config = used(kind, r=3, lora_alpha=2.5, hidden=7)
     model.set_route(model.add_stitch("resnet[:2] + vit[1:]", config))
     model.fit_stitches(images)
     as_trained(model.stitches)
@@ -221,7 +226,7 @@ def test_saved_and_loaded(tmp_path, images, kind):
 def test_training_goes_on_from_the_fit(kind):
     """Fitted to |x|, of which no affine map explains anything, an MLP learns it; rank 1 learns a change of rank 1."""
     torch.manual_seed(0)
-    stitch = make_stitch(Layout("NCHW", 6, (4, 4)), Layout("NCHW", 5, (4, 4)), StitchConfig(kind, r=1, hidden=24))
+    stitch = make_stitch(Layout("NCHW", 6, (4, 4)), Layout("NCHW", 5, (4, 4)), used(kind, r=1, hidden=24))
     x = torch.randn(64, 6, 4, 4)
     y, change = x[:, :5].abs(), torch.einsum("d,nchw->ndhw", torch.arange(5.0), x)
     fit(stitch, x, y)
@@ -349,6 +354,24 @@ def test_not_a_whole_number(options):
 def test_not_a_scale(value):
     with pytest.raises(ValueError, match="lora_alpha=.* must be a finite number above 0"):
         StitchConfig("lora", lora_alpha=value)
+
+
+UNUSED = [
+    ("linear", {"r": 4}),
+    ("linear", {"hidden": 8}),
+    ("mlp", {"lora_alpha": 4}),
+    ("branch", {"class_token": "add"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), UNUSED, ids=str)
+def test_an_option_that_the_kind_does_not_use(kind, options):
+    """An error; in an adapter of an earlier version, which took it, it has no effect."""
+    with pytest.raises(ValueError, match=f"kind '{kind}' do not use .*{next(iter(options))}"):
+        StitchConfig(kind, **options)
+    assert StitchConfig.from_dict({"kind": kind, **options}) == StitchConfig(kind)
+    with pytest.raises(TypeError, match="unexpected"):
+        StitchConfig.from_dict({"kind": kind, "rank": 4})
 
 
 @pytest.mark.parametrize("token", CLASS_TOKENS)

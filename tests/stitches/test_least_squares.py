@@ -1,5 +1,7 @@
 """Least squares sets stitches exactly: any batches, large offsets, ill-conditioned features, samples of positions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -19,6 +21,20 @@ def direct(x, y):
     solution = np.linalg.lstsq(ones, y, rcond=None)[0]
     residual = ((y - ones @ solution) ** 2).sum()
     return solution[:-1].T, solution[-1], 1 - residual / ((y - y.mean(0)) ** 2).sum()
+
+
+def held_out_r2(x, y, ridge):
+    """By hand, of rows (N, P, C) and (N, P, D): R² on the second image of every five, of a fit on the others."""
+    held = np.arange(len(x)) % 5 == 1
+    (x, test_x), (y, test_y) = (
+        [rows.double().numpy()[mask].reshape(-1, rows.shape[2]) for mask in (~held, held)] for rows in (x, y)
+    )
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    gram = (x - mean_x).T @ (x - mean_x)
+    gram += ridge * np.diag(gram).mean() * np.eye(len(gram))
+    weight = np.linalg.solve(gram, (x - mean_x).T @ (y - mean_y))
+    residual = test_y - mean_y - (test_x - mean_x) @ weight
+    return 1 - (residual**2).sum() / ((test_y - mean_y) ** 2).sum()
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
@@ -96,7 +112,7 @@ def test_fit_of_every_pair_is_the_direct_solution(anchors, images, front, end):
         p: make_stitch(anchors[front].layout(p.source_cut), anchors[end].layout(p.target_cut), StitchConfig())
         for p in points
     }
-    r2 = fit_stitches(stitches, anchors, ({front: b, end: b} for b in many.split(9)))
+    r2 = fit_stitches(stitches, anchors, ({front: b, end: b} for b in many.split(9)), ridge=1e-3)
     for point, stitch in stitches.items():
         with torch.no_grad():
             x, y = anchors[front](many, stop=point.source_cut), anchors[end](many, stop=point.target_cut)
@@ -108,8 +124,7 @@ def test_fit_of_every_pair_is_the_direct_solution(anchors, images, front, end):
             if shared:
                 x_rows = torch.cat([prefix[:, :shared], x_rows], 1)
                 y_rows = torch.cat([goal_prefix[:, :shared], y_rows], 1)
-            _, _, expected = direct(x_rows.flatten(0, 1).double().numpy(), y_rows.flatten(0, 1).double().numpy())
-        assert r2[point.name] == pytest.approx(expected, abs=1e-4)
+        assert r2[point.name] == pytest.approx(held_out_r2(x_rows, y_rows, 1e-3), abs=1e-4)
 
 
 def shared(anchors, places, kind="linear"):
@@ -137,8 +152,15 @@ def test_shared_stitch_is_fitted_on_all_its_places(anchors, kind):
             for front, i, end, j in places
         ]
     x, y = (torch.cat(side).double().numpy() for side in zip(*rows, strict=True))
-    weight, bias, expected = direct(x, y)
-    assert r2 == {"resnet__mobilenet~both": pytest.approx(expected, abs=1e-6)}
+    weight, bias, _ = direct(x, y)
+    places_x, places_y = (
+        torch.cat([side.unflatten(0, (48, 4)) for side in sides]) for sides in zip(*rows, strict=True)
+    )
+    images_first = (
+        torch.arange(3 * 48).reshape(3, 48).T.flatten()
+    )  # the three places of an image are held out together
+    held = held_out_r2(*(side[images_first].reshape(48, 12, -1) for side in (places_x, places_y)), 1e-12)
+    assert r2 == {"resnet__mobilenet~both": pytest.approx(held, abs=1e-4)}
     assert len(x) == 3 * 48 * 4
     np.testing.assert_allclose(stitch.proj.weight.detach().flatten(1), weight, atol=1e-3 * abs(weight).max())
     np.testing.assert_allclose(stitch.proj.bias.detach(), bias, atol=1e-3 * abs(bias).max())
@@ -161,6 +183,46 @@ def test_tokens_that_a_shared_stitch_lacks_are_fitted_on_all_places(anchors):
     weight, bias, _ = direct(x, y)
     np.testing.assert_allclose(stitch.pool.weight.detach(), weight, atol=1e-3 * abs(weight).max())
     np.testing.assert_allclose(stitch.pool.bias.detach(), bias, atol=1e-3 * abs(bias).max())
+
+
+def few(anchors, count, ridge="auto"):
+    """R² of the stitch from 16 channels to 32, in 4x4 positions of an image, and the stitch."""
+    many = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(6))
+    stitch = make_stitch(anchors["resnet"].layout(3), anchors["vit"].layout(2), StitchConfig())
+    batches = ({"resnet": batch, "vit": batch} for batch in many.split(7))
+    r2 = fit_stitches({StitchPoint("resnet", 3, "vit", 2): stitch}, anchors, batches, ridge)
+    return r2["resnet_3__vit_2"], stitch
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_handful_of_images_claims_no_fit(anchors, count):
+    """On the images themselves R² would be 1; of a single image none can be held out."""
+    r2, stitch = few(anchors, count)
+    assert math.isnan(r2) if count == 1 else r2 < 0.6
+    assert all(value.isfinite().all() for value in stitch.state_dict().values())
+
+
+def test_the_ridge_is_chosen_on_held_out_images(anchors):
+    """Never worse than a fixed one by more than the margin, and far better than the weakest for few images."""
+    for count in (4, 60):
+        fixed = {ridge: few(anchors, count, ridge) for ridge in least_squares.RIDGES}
+        best, stitch = few(anchors, count)
+        assert best >= max(r2 for r2, _ in fixed.values()) - 2 * least_squares.MARGIN
+        same = [r2 for r2, other in fixed.values() if torch.equal(other.proj.weight, stitch.proj.weight)]
+        assert best in same and (best > fixed[1e-6][0] + 0.1 or count > 4)
+
+
+def test_the_ridge_is_checked(anchors):
+    for ridge in ("best", -1.0, float("nan")):
+        with pytest.raises(ValueError, match="ridge=.* must be a number of at least 0, or 'auto'"):
+            few(anchors, 2, ridge)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_too_few_images_are_warned_of(anchors, count, caplog):
+    """16 positions of an image for 16 channels, of which there should be twice as many: 2 images."""
+    few(anchors, count)
+    assert [("at least 2 images" in line) for line in caplog.messages] == ([True] if count == 1 else [])
 
 
 def test_nothing_to_fit(anchors):

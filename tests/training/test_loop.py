@@ -1,5 +1,7 @@
 """Training moves only what should move, by the right loss, and resumes where it stopped."""
 
+import copy
+import math
 import os
 import subprocess
 import sys
@@ -8,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZE
+from conftest import SIZE, make_anchor
+from datasets import Dataset
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 from trainings import FAST, ROUTES, Noisy, build, data, trained
 from transformers import Trainer, TrainingArguments
 
-from restnet_hf import TrainArgs, train
+from restnet_hf import StitchedModelForImageClassification, TrainArgs, train, train_heads
 from restnet_hf.training.checkpoints import KEPT
 from restnet_hf.training.learner import Learner
 
@@ -115,7 +118,7 @@ class Stops(TensorDataset):
 def test_resume_is_exact(tmp_path, save_steps):
     args = {"num_train_epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "save_steps": save_steps}
     whole = build()
-    train(whole, data(), TrainArgs(**args))
+    train(whole, data(), TrainArgs(**{**args, "save_steps": None}))
     out = str(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         train(build(), Stops(data(), 24 + 8 * 2 + 3), TrainArgs(output_dir=out, **args))
@@ -139,8 +142,8 @@ def test_resume_is_exact(tmp_path, save_steps):
 def test_heads(images):
     model = build(num_labels=3)
     start = trained(model)
-    with pytest.raises(ValueError, match=r"new head of '.*' is not trained yet"):
-        train(model, data(classes=3), TrainArgs(**FAST))
+    with pytest.raises(ValueError, match=r"new head of '.*' is not trained yet.*train_heads"):
+        Learner(model, ROUTES, TrainArgs(**FAST))
     args = TrainArgs(distillation=0.0, **FAST)
     train(model, data(classes=3), args, routes=["resnet[:]", "vit[:]"])
     moved = {name.split(".")[0] for name, value in trained(model).items() if not torch.equal(value, start[name])}
@@ -210,7 +213,10 @@ def test_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"learning_rate": -1}, {"batch_size": 0}, {"distillation": 2}, {"epochs": 3}, {"mixed_precision": "int8"}],
+    [
+        *({"learning_rate": -1}, {"batch_size": 0}, {"distillation": 2}, {"epochs": 3}, {"mixed_precision": "int8"}),
+        *({"save_steps": 5}, {"resume_from_checkpoint": True}),
+    ],
 )
 def test_bad_options(options):
     with pytest.raises(ValidationError):
@@ -392,7 +398,7 @@ def test_resume_in_the_middle_of_an_epoch_is_exact(options, tmp_path):
     """To the last bit, with random augmentation, whatever was being done."""
     args = {"num_train_epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "save_steps": 1, **options}
     whole, again, images = build(), build(), Noisy(data())
-    train(whole, images, TrainArgs(**args))
+    train(whole, images, TrainArgs(**{**args, "save_steps": None}))
     out = str(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         train(build(), Noisy(data(), 10**9 - images.left - 4), TrainArgs(output_dir=out, **args))
@@ -443,7 +449,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="the loss of route .* is nan at step 2; .* written so far are valid"):
         train(build(), loader, TrainArgs(output_dir=out, save_steps=1, **FAST))
     (whole, fine) = build(), DataLoader(data(), batch_size=8)
-    train(whole, fine, TrainArgs(save_steps=1, **FAST))
+    train(whole, fine, TrainArgs(**FAST))
     again = build()
     train(again, fine, TrainArgs(output_dir=out, save_steps=1, resume_from_checkpoint=True, **FAST))
     assert all(torch.equal(value, trained(again)[name]) for name, value in trained(whole).items())
@@ -526,3 +532,96 @@ def test_transformers_trainer(checkpointing, tmp_path):
     saved = load_file(next(tmp_path.glob("checkpoint-*")) / "model.safetensors")
     assert saved.keys() == start.keys()
     assert all(torch.equal(value, trained(model)[key]) for key, value in saved.items())
+
+
+@pytest.mark.parametrize("rows", ["data set", "list"])
+def test_trainer_without_a_stitch(rows, tmp_path):
+    """A clear message in place of autograd's, with the Trainer's own defaults."""
+    model = StitchedModelForImageClassification.from_anchors(make_anchor("resnet"), make_anchor("vit", seed=1))
+    items = [{"pixel_values": image.numpy(), "labels": int(label)} for image, label in data(4)]
+    train_set = Dataset.from_list(items).with_format("torch") if rows == "data set" else items
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True)
+    with pytest.raises(ValueError, match=r"nothing on route 'resnet\[:\]' can train: .*model.add_stitch"):
+        Trainer(model, args, train_dataset=train_set).train()
+
+
+STATES = {
+    "loss": {"learning_rate": 1e30, "max_grad_norm": 1e30},
+    "data": {},
+    "tuned": {"tuning": "norm"},
+}
+
+
+@pytest.mark.parametrize("failure", STATES)
+def test_a_failed_training_changes_nothing(failure):
+    """Not finite in the middle, or an error of the data: weights, records and profile are those of before."""
+    model = build()
+    model.fit_stitches(data().tensors[0])
+    profile = model.profile(data())
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    rows = data() if failure == "loss" else Stops(data(), 12 + 24)
+    with pytest.raises((ValueError, KeyboardInterrupt)):
+        train(model, rows, TrainArgs(least_squares_images=12, num_train_epochs=20, batch_size=8, **STATES[failure]))
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in after.items())
+    assert model.config.to_dict() == config and model.profiled is profile
+    assert not model.training
+
+
+def half(dtype=torch.float16, **options):
+    """The model of `build` with its anchors in half precision."""
+    anchors = make_anchor("resnet").to(dtype), make_anchor("vit", seed=1).to(dtype)
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **options)
+    torch.manual_seed(3)
+    model.add_stitches(ROUTES)
+    return model
+
+
+def own_types(model):
+    return {tensor.dtype for tensor in model.adapter_state_dict().values()}
+
+
+@pytest.mark.parametrize(
+    ("tuning", "dtype"),
+    [
+        *(("stitch", torch.float16), ("norm", torch.float16), ("lora", torch.bfloat16), ("full", torch.bfloat16)),
+        *(pytest.param(tuning, torch.float16, marks=pytest.mark.slow) for tuning in ("lora", "full")),
+    ],
+)
+def test_half_anchors_train_in_float32(tuning, dtype, images):
+    """Stitches and tuned weights move, in float32; the anchors keep type and logits to the last bit."""
+    model = half(dtype)
+    frozen = {key: value.clone() for key, value in model.anchors.state_dict().items()}
+    args = TrainArgs(least_squares_images=12, tuning=tuning, num_train_epochs=1, batch_size=8)
+    result = train(model, data(), args)
+    assert all(math.isfinite(loss) for loss in result.losses.values())
+    assert own_types(model) == {torch.float32} and model.dtype == dtype
+    assert all(torch.equal(value, frozen[key]) for key, value in model.anchors.state_dict().items())
+    single = build()
+    train(single, data(), args)
+    logits = [each(images, route=ROUTES[1]).logits for each in (model, single)]
+    assert logits[0].dtype == dtype and (logits[0] - logits[1]).abs().max() < 0.2 * logits[1].std()
+    assert torch.equal(model.bake(ROUTES[1])(images.to(dtype)), logits[0])
+
+
+def test_half_casts_all_and_training_casts_back(images, caplog):
+    """As in PEFT ``half()`` casts all; what trains then is float32 again, and a warning says so."""
+    model = build(num_labels=3)
+    model.half()
+    assert own_types(model) == {torch.float16} and model(images).logits.dtype == torch.float16
+    train_heads(model, data(classes=3))
+    assert {p.dtype for p in model.heads.parameters()} == {torch.float32} and "half precision" in caplog.text
+    model.fit_stitches(images)
+    assert own_types(model) == {torch.float32}
+    assert model(images, route=ROUTES[0]).logits.dtype == torch.float16
+
+
+def test_overflow_of_float16_is_named():
+    model = half()
+    start = trained(model)
+    with torch.no_grad():
+        model.stitches["resnet_2__vit_1"].proj.weight.mul_(1e6)
+    huge = trained(model)
+    with pytest.raises(ValueError, match="nan at step 0; the anchors compute in float16, .*dtype='float32' or"):
+        train(model, data(), TrainArgs(**FAST))
+    assert all(torch.equal(value, huge[key]) for key, value in trained(model).items()) and start.keys() == huge.keys()

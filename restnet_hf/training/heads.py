@@ -1,0 +1,73 @@
+"""Which new heads must be trained, and with which options."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from restnet_hf.anchors.anchor import largest_anchor
+from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.routes.route import HeadKey, Route
+from restnet_hf.training.args import TrainArgs
+
+
+SHARED = ("batch_size", "seed", "mixed_precision", "dataloader_num_workers", "channels_last", "max_steps")
+HEAD_ARGS = TrainArgs(distillation=0.0, train_head=True, num_train_epochs=20, learning_rate=3e-3)
+
+
+def untrained_heads(model: StitchedModelForImageClassification, keys: Iterable[str] | None = None) -> list[Route]:
+    """The anchors alone whose new heads were not trained.
+
+    Args:
+        model: model with or without new heads.
+        keys: keys of the heads to consider; all by default.
+    """
+    wanted = set(model.heads) if keys is None else set(keys)
+    keyed = (HeadKey.parse(key) for key in model.heads if key in wanted and key not in model.config.trained_heads)
+    return [Route.alone(key.anchor, key.adapter) for key in keyed]
+
+
+def needed_heads(model: StitchedModelForImageClassification, routes: Iterable[Route], args: TrainArgs) -> list[Route]:
+    """The anchors alone whose heads must be trained before routes are: the teacher's, and those that routes end in.
+
+    Args:
+        model: model of the routes.
+        routes: routes that are to train.
+        args: options of their training.
+    """
+    if not args.num_train_epochs:
+        return []
+    keys = {largest_anchor(model.anchors.values()).name} if args.distillation else set()
+    if args.distillation < 1:  # without labels the ends learn from the teacher alone
+        keys |= {route.head for route in routes if route.stitch_points}
+    return untrained_heads(model, keys)
+
+
+def head_args(args: TrainArgs | None) -> TrainArgs:
+    """The options with which new heads train: those given, without the parts that only stitches have.
+
+    Args:
+        args: options of `train_heads`; None for the default ones.
+
+    Raises:
+        ValueError: an option is only for stitches.
+    """
+    if args is None:
+        return HEAD_ARGS
+    given = {
+        "least_squares_images": args.least_squares_images,
+        "matching_epochs": args.matching_epochs or None,
+        "tuning": None if args.tuning == "stitch" else args.tuning,
+        "train_head": None if args.train_head is not False else args.train_head,
+    }
+    unused = {name: value for name, value in given.items() if value is not None}
+    if unused or not args.num_train_epochs:
+        raise ValueError(f"train_heads trains new heads alone, on labels: leave out {unused or 'num_train_epochs=0'}")
+    return replace(args, distillation=0.0, train_head=True)
+
+
+def shared_options(args: TrainArgs) -> TrainArgs:
+    """`HEAD_ARGS` with the batch size, seed and device options of a training that needs heads first.
+
+    Args:
+        args: options of that training.
+    """
+    return replace(HEAD_ARGS, **{name: getattr(args, name) for name in SHARED})
