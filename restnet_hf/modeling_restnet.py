@@ -95,12 +95,12 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
                 self.converters[anchor.name] = Reprocess(self.preprocessing, anchor.preprocessing)
             if config.new_head:
                 like = next(anchor.parameters())
-                own = {"device": like.device, "dtype": trained_dtype(like.dtype)}
+                dtype = trained_dtype(like.dtype)
                 features = anchor.drop_classifier()
                 for key in config.head_keys():
                     if HeadKey.parse(key).anchor == anchor.name:
                         check(f"heads.{key}", nn.Linear(features, config.num_labels, device="meta"))
-                        self.heads[key] = nn.Linear(features, config.num_labels, **own)
+                        self.heads[key] = nn.Linear(features, config.num_labels, device=like.device, dtype=dtype)
                 continue
             order = class_order(anchors[0], anchor)
             if len(order) != config.num_labels:

@@ -95,6 +95,12 @@ class Recipe:
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
 
+    @field_validator("heads", "stitches", mode="before")
+    @classmethod
+    def _with_output_dir(cls, args: Any) -> Any:
+        """Options with a folder for the checkpoints that they ask for; the job itself sets which."""
+        return {"output_dir": "training", **args} if isinstance(args, dict) and "save_steps" in args else args
+
     @field_validator(*CHECKS)
     @classmethod
     def _is_possible(cls, value: Any, info: ValidationInfo) -> Any:

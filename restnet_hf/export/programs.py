@@ -77,13 +77,13 @@ def trace_route(
         route: the route of a model.
         steps: steps of the route.
         batch_size: number of images in a run; None for any number.
-        dtype: type of the weights and images; None leaves them unchanged.
+        dtype: type of the weights and images; None for float32, also of a model in half precision.
 
     Raises:
         ValueError: the route cannot be traced.
     """
     image = steps[0].shape[1:]
-    module = ExportedRoute(nn.Sequential(*(step.bake() for step in steps))).eval().requires_grad_(False).cpu()
+    module = ExportedRoute(nn.Sequential(*(step.bake() for step in steps))).eval().requires_grad_(False).cpu().float()
     example = torch.randn(batch_size or 2, *image, generator=torch.Generator().manual_seed(0))
     sizes = None if batch_size else {"pixel_values": {0: Dim("batch", min=1, max=MAX_BATCH)}}
     merge_stitches(module.steps)

@@ -84,9 +84,9 @@ class StitchConfig:
         Args:
             stored: options by name.
         """
-        kind = stored.get("kind")
-        known = {option.name for option in fields(cls)[1:]} if kind in OPTIONS else set()
-        return cls(**{name: value for name, value in stored.items() if name not in known or name in OPTIONS[kind]})
+        options = {option.name for option in fields(cls)[1:]}
+        unused = options - {*OPTIONS.get(stored.get("kind", ""), options)}
+        return cls(**{name: value for name, value in stored.items() if name not in unused})
 
 
 Chosen = Tensor | None  # positions (N, P) of each image, None for all

@@ -49,6 +49,22 @@ def model(pair):
     return pair
 
 
+def test_a_model_in_half_precision(images, tmp_path):
+    """Its stitch is in float32; what is exported is all in float32, with the same weights."""
+    anchors = make_anchor("resnet").to(torch.float16), make_anchor("vit", seed=1).to(torch.float16)
+    half = StitchedModelForImageClassification.from_anchors(*anchors, order="given")
+    route = half.add_stitch(ROUTES[0])
+    half.fit_stitches(noise(40, 5))
+    exported = torch.export.export(half.bake(route), (images.half(),)).module()
+    with torch.no_grad():
+        expected = half(images, route=route).logits
+        assert expected.dtype == torch.float16 and torch.equal(exported(images.half()), expected)
+    program = trace_route(route, half.steps(route))
+    assert program.example.dtype == torch.float32
+    found = program.exported.module()(images)
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.02 * expected.std()
+
+
 def logits(model, route, images):
     model.set_route(route)
     with torch.no_grad():

@@ -459,3 +459,10 @@ def test_as_transformers_trainer(pair, monkeypatch):
     accuracies = [way(m, rows, rows, 2) for way, m in zip((script.by_trainer, script.by_train), models, strict=True)]
     assert accuracies[0] == accuracies[1]
     assert script.largest_difference(*models) <= 1e-6 < 1e-3 < script.largest_difference(pair, models[0])
+
+
+def test_checkpoints_of_a_recipe(tmp_path):
+    """A recipe may ask for them; the folder is that of the job."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("front: a\nend: b\ndataset: c\nstitches: {save_steps: 5}\n")
+    assert load_recipe(path).stitches.save_steps == 5
