@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_classes, check_labels, to_batch
 from restnet_hf.distributed import catch_sigterm
