@@ -25,7 +25,7 @@ from restnet_hf.distributed import this_process
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.plots import plot_tradeoff
-from restnet_hf.recipe_checks import CHECKS, check_entry, check_stitches, within
+from restnet_hf.recipe_checks import CHECKPOINTS, CHECKS, check_entry, check_stitches, within
 from restnet_hf.reports import report_rows, report_to_resume
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.plots import plot_similarity
@@ -97,9 +97,9 @@ class Recipe:
 
     @field_validator("heads", "stitches", mode="before")
     @classmethod
-    def _with_output_dir(cls, args: Any) -> Any:
-        """Options with a folder for the checkpoints that they ask for; the job itself sets which."""
-        return {"output_dir": "training", **args} if isinstance(args, dict) and "save_steps" in args else args
+    def _with_folder(cls, entry: Any) -> Any:
+        wanted = isinstance(entry, Mapping) and "save_steps" in entry
+        return {"output_dir": CHECKPOINTS, **entry} if wanted else entry
 
     @field_validator(*CHECKS)
     @classmethod

@@ -21,7 +21,11 @@ from restnet_hf.training.tracking import trackers
 
 IMAGES = {"position": 0}  # least number of calibration images by selector
 LEAST_IMAGES = 4  # of the other selectors
-CHOSEN_BY_RUN = {"output_dir": None, "resume_from_checkpoint": False}  # options of training that a run sets itself
+CHECKPOINTS = "training"  # folder of the checkpoints that a recipe asks for; the run then chooses its own
+CHOSEN_BY_RUN = {
+    "output_dir": (None, CHECKPOINTS),
+    "resume_from_checkpoint": (False,),
+}  # options that a run sets itself
 Check = Callable[[Any, Mapping[str, Any]], Iterable[str]]
 
 
@@ -117,8 +121,8 @@ def _label_free(value: bool, earlier: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _training(value: TrainArgs, earlier: Mapping[str, Any]) -> Iterable[str]:
-    for name, default in CHOSEN_BY_RUN.items():
-        if getattr(value, name, default) != default:
+    for name, allowed in CHOSEN_BY_RUN.items():
+        if getattr(value, name) not in allowed:
             yield f"{name} is not an entry of a recipe: a run chooses its folder, and whether to resume, itself"
     for problem in _error(lambda: filter_trackers(trackers(value.log_with, "."), ".")):
         yield f"log_with={value.log_with!r}: {problem}"
