@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from restnet_hf.anchors.loading import load_anchor
     from restnet_hf.anchors.weights import WeightsError
     from restnet_hf.configuration_restnet import RestNetConfig
-    from restnet_hf.data.datasets import load_images, with_pixel_values
+    from restnet_hf.data.datasets import load_images
+    from restnet_hf.data.pixel_values import with_pixel_values
     from restnet_hf.data.preprocessing import Preprocessing
-    from restnet_hf.errors import BudgetError
+    from restnet_hf.errors import BudgetError, PictureError
     from restnet_hf.export.export import DisagreementError, export_routes
     from restnet_hf.export.exporter import UnsupportedExportError
     from restnet_hf.hub.repository import FoundAdapter, find_adapters
@@ -38,6 +39,7 @@ MODULES = {
     "ExportedModel": "runtime.exported_model",
     "FoundAdapter": "hub.repository",
     "MissingRuntimeError": "runtime.runners",
+    "PictureError": "errors",
     "Preprocessing": "data.preprocessing",
     "Profile": "routes.profile",
     "ProfiledRoute": "routes.profile",
@@ -57,7 +59,7 @@ MODULES = {
     "load_images": "data.datasets",
     "train": "training.loop",
     "train_heads": "training.loop",
-    "with_pixel_values": "data.datasets",
+    "with_pixel_values": "data.pixel_values",
 }
 ROOMS = ("data", "demo", "export", "runtime")
 __getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES, ROOMS, register_pending)

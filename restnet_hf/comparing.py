@@ -61,8 +61,6 @@ def compare_anchors(
     rows = subset(load_images(dataset, split), images)
     anchors = [load_anchor(source, image_size=image_size, dtype=torch.float32) for source in (front, end)]
     model = StitchedModelForImageClassification.from_anchors(*anchors, order="given", **_own_classes(anchors))
-    if model.image_processor is None:
-        raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
     names = class_names_of(rows) if "label" in rows.column_names else None
     label_map = None if names is None else label_order(names, list(model.config.id2label.values()))
     if label_map is None and "label" in rows.column_names:

@@ -13,6 +13,10 @@ class BudgetError(ValueError):
     """No route fits a budget, or the profile does not hold what the budget asks for."""
 
 
+class PictureError(ValueError):
+    """A picture is broken, truncated or too large to decode."""
+
+
 def quote(value: Any, most: int = MAX_QUOTE) -> str:
     """The ``repr`` of a value with its middle left out where it is long; its type where it has none."""
     try:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from restnet_hf.anchors.anchor import Anchor, free_name, make_names_unique
-from restnet_hf.anchors.attention import set_attention
-from restnet_hf.anchors.config_entry import add_fingerprint, class_order, describe_model, rebuild_anchor
+from restnet_hf.anchors.attention import change_attention, set_attention
+from restnet_hf.anchors.config_entry import add_fingerprint, class_order, describe_model, new_task, rebuild_anchor
 from restnet_hf.anchors.layouts import AnyLayout
-from restnet_hf.anchors.loading import load_anchor
+from restnet_hf.anchors.loading import check_load_options, load_anchor
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.datasets import check_problem_type
 from restnet_hf.data.preprocessing import Preprocessing, Reprocess
@@ -32,6 +31,7 @@ from restnet_hf.hub.adapter_files import PartCheck, unchecked
 from restnet_hf.hub.mixin import AdapterHubMixin
 from restnet_hf.hub.paging import WeightFiles, keep_weights
 from restnet_hf.hub.several_adapters import remaining_training
+from restnet_hf.prediction import PredictionMixin
 from restnet_hf.profiling.accuracy import score_routes
 from restnet_hf.profiling.costs import CostTable
 from restnet_hf.profiling.latency import LatencyTable
@@ -50,12 +50,11 @@ from restnet_hf.stitches.precision import accept_type, trained_dtype, weight_dty
 from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_meta
 
 
-logger = logging.get_logger(__name__)
 ORDERS = ("large-to-small", "small-to-large", "given")
 ROUTES: ContextVar[Mapping[int, Route]] = ContextVar("restnet_hf_routes")  # of `using`, by id of the model
 
 
-class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTrainedModel):
+class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PredictionMixin, PreTrainedModel):
     """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
 
     The anchors are always frozen and in evaluation mode. Stitches train and are saved and, for a new task, new heads.
@@ -139,6 +138,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         image_size: int | tuple[int, int] | None = None,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
+        labels_from: Any = None,
         dtype: torch.dtype | str = "auto",
         trust_remote_code: bool = False,
         **hub_kwargs: Any,
@@ -153,14 +153,18 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             image_size: image size in pixels for all anchors, in place of their own.
             num_labels: number of classes of a new task, for which every anchor gets a new head.
             id2label: class names of a new task.
+            labels_from: folder or data set, as for `prepare_data`, whose classes are the task; anchors that all know
+                them by name keep their own heads.
             dtype: dtype of the weights; ``auto`` for the stored one.
             trust_remote_code: whether to run code from the Hub.
             **hub_kwargs: options of huggingface_hub: ``token``, ``cache_dir``, ``local_files_only``, ...
 
         Raises:
             OSError: an anchor cannot be loaded.
+            TypeError: an option is unknown.
             ValueError: no anchors, too few cuts, or label sets that differ without a new head.
         """
+        check_load_options(cls.from_anchors, hub_kwargs)
         if order not in ORDERS:
             raise ValueError(f"order={order!r} is not one of {ORDERS}")
         if not sources:
@@ -175,6 +179,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         dtypes = {anchor.name: str(next(anchor.parameters()).dtype) for anchor in anchors}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"the anchors have weights of different types, {dtypes}; pass dtype=")
+        num_labels, id2label = new_task(anchors, num_labels, id2label, labels_from)
         model = cls(RestNetConfig(**describe_model(anchors, num_labels, id2label)), anchors).eval()
         if routes is not None:
             model.add_family(routes)
@@ -184,11 +189,6 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of ``pixel_values``, that of the front anchor."""
         return next(iter(self.anchors.values())).preprocessing
-
-    @property
-    def image_processor(self) -> Any:
-        """The front anchor's image processor; None if it has none."""
-        return next(iter(self.anchors.values())).processor
 
     def images_for(self, anchor: str, images: Tensor) -> Tensor:
         """Convert images (N, 3, H, W) from the model's preprocessing to that of an anchor."""
@@ -210,17 +210,9 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             ImportError: a package that the implementation needs is not installed.
             ValueError: there is no such implementation or anchor, or none of the anchors can take it.
         """
-        if isinstance(attn_implementation, str):
-            wanted = dict.fromkeys(self.anchors, attn_implementation)
-        else:
-            wanted = {self._anchor(name).name: how for name, how in attn_implementation.items()}
-        errors = set_attention(self.anchors, wanted, **kwargs)
-        if errors and len(errors) == len(wanted):
-            raise next(iter(errors.values()))
+        change_attention(self.anchors, attn_implementation, **kwargs)
         if isinstance(attn_implementation, str):
             self.config._attn_implementation = attn_implementation
-        if errors:
-            logger.warning(f"anchors {list(errors)} keep the attention they have: {next(iter(errors.values()))}")
 
     @can_return_tuple
     def forward(
@@ -539,15 +531,18 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         routes: Iterable[Route | str] | None = None,
         ridge: float | str = AUTO,
         batch_size: int = 64,
+        *,
+        on_error: str = "raise",
     ) -> dict[str, float]:
         """Fit stitches by least squares, in one pass over each anchor and without labels.
 
         Args:
-            calibration: images, in any form that `restnet_hf.data.batches` takes.
+            calibration: images, in any form that `prepare_data` takes.
             routes: routes whose stitches to fit; all by default.
             ridge: regularisation relative to the mean variance of the features; ``auto`` for the one of a few that
                 predicts held-out images best.
             batch_size: images in a batch, if the images are a tensor or a data set.
+            on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
 
         Returns:
             R² on held-out images by stitch name; NaN where there is one image, so that none can be held out.
@@ -556,6 +551,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
             ValueError: no stitches, no images, or features that are not finite.
         """
         chosen = [self.route(route) for route in (self.routes if routes is None else routes)]
+        calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=False)
         return fit_routes(self, self._images(calibration, batch_size, "calibration"), chosen, ridge)
 
     def route_costs(
@@ -584,15 +580,18 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         routes: Iterable[Route | str] | None = None,
         batch_size: int = 64,
         latency: LatencyTable | None = None,
+        *,
+        on_error: str = "raise",
         **metadata: Any,
     ) -> Profile:
         """Profile routes: their costs and, with labelled data, their accuracy, which `set_budget` then uses.
 
         Args:
-            data: labelled images, in any form that `restnet_hf.data.batches` takes.
+            data: labelled images, in any form that `prepare_data` takes.
             routes: routes to profile; by default all, and the anchors alone.
             batch_size: images in a batch, if the images are a tensor or a data set.
             latency: result of `measure_latency` on this device, for ``latency_ms`` and ``energy_j``.
+            on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
             **metadata: metadata of the profile, such as the name of the data.
         """
         chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
@@ -600,6 +599,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PreTr
         costs, scores = self.route_costs(latency=latency, memory=True), dict[Route, float]()
         if data is not None:
             warn_unfitted(self, chosen)
+            data = self.prepare_data(data, on_error=on_error)
             scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         rows = [
             ProfiledRoute(route, costs(route), {"accuracy": scores[route]} if route in scores else {})

@@ -17,10 +17,11 @@ from datasets import Dataset
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 
-from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.anchors.config_entry import know_classes
 from restnet_hf.anchors.loading import load_anchor
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
+from restnet_hf.data.pixel_values import prepared_by
 from restnet_hf.distributed import this_process
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -242,7 +243,7 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
     names = class_names_of(eval_rows if recipe.label_free else train_rows)
     if recipe.label_free and "label" in train_rows.column_names:
         train_rows = train_rows.remove_columns("label")
-    new_head = recipe.new_head if recipe.new_head is not None else not _know_classes(anchors, names)
+    new_head = recipe.new_head if recipe.new_head is not None else not know_classes(anchors, names)
     if recipe.label_free and new_head:
         raise ValueError(
             f"the data set's {len(names)} classes are not those that all anchors know, and new heads cannot be "
@@ -251,9 +252,8 @@ def prepare(recipe: Recipe) -> tuple[StitchedModelForImageClassification, Datase
     model = StitchedModelForImageClassification.from_anchors(
         *anchors, order="given", id2label=dict(enumerate(names)) if new_head else None
     )
-    if model.image_processor is None:
-        raise ValueError(f"anchor '{model.front}' has no image processor, so images cannot be prepared for it")
-    order = label_order(names, list(model.config.id2label.values()))  # where each class of the data is in the model
+    plain = ([name.replace("_", " ") for name in each] for each in (names, model.config.id2label.values()))
+    order = label_order(*plain)  # where each class of the data is in the model
     if order is None:
         raise ValueError(
             f"the data set's {len(names)} classes are not the anchors' {model.config.num_labels}; set new_head: true"
@@ -319,9 +319,8 @@ def augment_images(model: StitchedModelForImageClassification, rows: Dataset, re
     """
     if recipe.augment is None:
         return rows
-    order = None
-    if "label" in rows.column_names:
-        order = label_order(class_names_of(rows), list(model.config.id2label.values()))
+    prepared = prepared_by(rows)
+    order = None if prepared is None else prepared.order
     return with_pixel_values(rows, model.image_processor, order, recipe.augment)
 
 
@@ -338,11 +337,6 @@ def _add_stitches(model: StitchedModelForImageClassification, calibration: Datas
 
 def _name(dataset: str) -> str:
     return Path(dataset).name if Path(dataset).is_dir() else dataset  # profiles are shared, local paths are private
-
-
-def _know_classes(anchors: list[Anchor], names: list[str]) -> bool:
-    """Whether all anchors classify the classes of these names."""
-    return all(anchor.label_names is not None and label_order(names, anchor.label_names) for anchor in anchors)
 
 
 def _train_args(recipe: Recipe, stage: str, folder: Path, resume: bool) -> TrainArgs:

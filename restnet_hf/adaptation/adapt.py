@@ -12,8 +12,7 @@ from datasets import Dataset
 
 from restnet_hf.adaptation.scorer import FEW_IMAGES, PREDICTORS, Scorer
 from restnet_hf.adaptation.search import SEARCHES, Rejected, Search
-from restnet_hf.data.datasets import load_images, subset, with_pixel_values
-from restnet_hf.data.labels import class_names_of, label_order
+from restnet_hf.data.datasets import load_images, subset
 from restnet_hf.errors import BudgetError
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -61,6 +60,7 @@ def adapt(
     batch_size: int = 32,
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
+    on_error: str = "raise",
 ) -> AdaptResult:
     """Find the best route of a model within a budget on this device, make it active and store the device's profile.
 
@@ -69,8 +69,8 @@ def adapt(
 
     Args:
         model: model with stitches, on this device.
-        data: images of this device, with labels or without; see `restnet_hf.data.batches`. Without labels routes are
-            scored by how often they agree with the largest anchor.
+        data: images of this device, with labels or without, in any form that ``model.prepare_data`` takes. Without
+            labels routes are scored by how often they agree with the largest anchor.
         budget: limits on the costs of the route.
         candidates: routes to choose from; by default all routes and the anchors alone.
         latency: latency table that `measure_latency` measured on this device; where None, it is measured if the budget
@@ -83,6 +83,7 @@ def adapt(
         batch_size: number of images in a batch, for a tensor or a data set; it is reduced where memory runs out.
         seed: seed of the search.
         state: file to which the state of the search is written, and from which an interrupted search resumes.
+        on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Raises:
         BudgetError: no route fits (the message names the cheapest), or energy is limited and not counted.
@@ -90,6 +91,7 @@ def adapt(
     """
     _check_names(search, predictor)
     routes = _candidates(model, candidates)
+    data = model.prepare_data(data, on_error=on_error)
     if latency is None and _is_measured(budget):
         latency = model.measure_latency(routes)
     _check_energy(budget, latency)
@@ -166,7 +168,7 @@ def adapt_to(
 
     Args:
         model: model with stitches, on this device.
-        data: images of this device, with labels or without; see `restnet_hf.data.batches`.
+        data: images of this device, with labels or without, in any form that ``model.prepare_data`` takes.
         budget: limits on the costs of the route.
         out: folder for the adapter, ``latency.json`` and the state of the search.
         resume: whether to resume a search that was stopped.
@@ -201,14 +203,7 @@ def device_images(model: StitchedModelForImageClassification, source: str, split
     Raises:
         ValueError: the classes of the images are not the model's, or the images cannot be read.
     """
-    rows = subset(load_images(source, split), images)
-    order = None
-    if "label" in rows.column_names:
-        names, classes = class_names_of(rows), list(model.config.id2label.values())
-        order = label_order(names, classes)
-        if order is None:
-            raise ValueError(f"the images have {len(names)} classes, which are not the model's {len(classes)}")
-    return with_pixel_values(rows, model.image_processor, order)
+    return model.prepare_data(subset(load_images(source, split), images))
 
 
 def _is_measured(budget: Budget) -> bool:

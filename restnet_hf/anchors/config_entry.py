@@ -17,6 +17,7 @@ from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.loading import HEAD, anchor_from_config, limit_network_size, load_anchor
 from restnet_hf.anchors.weights import check_weights
 from restnet_hf.data.labels import class_names, label_order
+from restnet_hf.data.prepare import task_classes
 from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.errors import quote
 from restnet_hf.hashing import Piece, fingerprint, stored_dtype
@@ -343,6 +344,40 @@ def class_order(front: Anchor, anchor: Anchor) -> list[int]:
             "load_anchor(..., label_names=), or ask for a new head with num_labels= or id2label="
         )
     return order
+
+
+def know_classes(anchors: Iterable[Anchor], names: Sequence[str]) -> bool:
+    """Whether all anchors classify the classes of these names, in any order.
+
+    Args:
+        anchors: anchors with their own heads.
+        names: names of the classes; ``_`` stands for a space too.
+    """
+    plain = [name.replace("_", " ") for name in names]
+    known = [[name.replace("_", " ") for name in anchor.label_names or ()] for anchor in anchors]
+    return all(bool(each) and label_order(plain, each) is not None for each in known)
+
+
+def new_task(
+    anchors: Sequence[Anchor], num_labels: int | None, id2label: Mapping[int, str] | None, labels_from: Any
+) -> tuple[int | None, Mapping[int, str] | None]:
+    """Number and names of the classes of a new task; None for both where the anchors keep their heads.
+
+    Args:
+        anchors: anchors of the model.
+        num_labels: number of classes that the caller gives.
+        id2label: names of classes that the caller gives.
+        labels_from: data whose classes are the task; None for those that the caller gives.
+
+    Raises:
+        ValueError: the classes of the data are not known, or are given twice.
+    """
+    if labels_from is None:
+        return num_labels, id2label
+    if num_labels is not None or id2label is not None:
+        raise ValueError("labels_from gives the classes of the task; leave num_labels and id2label out")
+    names = task_classes(labels_from)
+    return (None, None) if know_classes(anchors, names) else (None, dict(enumerate(names)))
 
 
 def describe_model(

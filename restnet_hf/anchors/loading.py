@@ -1,6 +1,7 @@
 """Load anchors from the Hub, folders, modules and configs."""
 
 import copy
+import inspect
 import os
 import sys
 import threading
@@ -42,10 +43,28 @@ HUB_KEYS = ("revision", "cache_dir", "local_files_only", "token", "proxies", "su
 FEW_PARTS, MOST_PARTS = 2**12, 2**15  # modules and tensors that a network may always and at most have
 HEAD = 2**24  # weights of a classifier, which a file may lack
 LOAD_KEYS = ("dtype", "force_download", "trust_remote_code", "use_safetensors")
+PASSED_ON = ("attn_implementation", "code_revision")  # to transformers
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 IMAGES = "preprocessor_config.json"
 QUIET = {"_raise_exceptions_for_missing_entries": False}
 TIMM_PREFIXES = ("hf_hub:", "hf-hub:", "local-dir:")
+
+
+def check_load_options(function: Callable[..., Any], hub_kwargs: Mapping[str, Any]) -> None:
+    """Raise TypeError, which names the function that was called, for options that no library takes.
+
+    Args:
+        function: function that was called with the options.
+        hub_kwargs: its further keyword arguments.
+    """
+    unknown = sorted(hub_kwargs.keys() - {*HUB_KEYS, *LOAD_KEYS, *PASSED_ON})
+    if unknown:
+        kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        own = [name for name, each in inspect.signature(function).parameters.items() if each.kind in kinds]
+        raise TypeError(
+            f"{function.__name__} takes no {unknown}; it takes {sorted({*own} - {'source'})}, and of huggingface_hub "
+            f"and transformers {sorted({*HUB_KEYS, *LOAD_KEYS, *PASSED_ON} - {*own})}"
+        )
 
 
 @short_errors()
@@ -80,8 +99,10 @@ def load_anchor(
 
     Raises:
         OSError: the model cannot be found or read.
+        TypeError: an option is unknown.
         ValueError: the model's preprocessing is unknown, or options contradict each other.
     """
+    check_load_options(load_anchor, hub_kwargs)
     if isinstance(source, Anchor):
         if any(option is not None for option in (name, revision, image_size, preprocessing, label_names)):
             raise ValueError(f"anchor '{source.name}' is made already; pass its options where it is made")

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torchvision.transforms import v2
+
+from restnet_hf.data.pictures import open_picture
 
 
 Augment = Callable[[Image.Image], Image.Image]
@@ -59,8 +60,7 @@ def augment_images(augment: Augment, images: Sequence[Any]) -> list[Image.Image]
     """
     results = []
     for image in images:
-        pil_image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-        result = augment(pil_image.convert("RGB"))
+        result = augment(open_picture(image))
         if not isinstance(result, Image.Image):
             raise TypeError(
                 f"augment returns {type(result).__name__}; it must return a PIL image, which the anchor's own "

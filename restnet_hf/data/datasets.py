@@ -1,33 +1,40 @@
 """Images as batches: from tensors, loaders, datasets, folders, parquet files and the Hub."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
+from datasets import Image as ImageColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from restnet_hf.data.augment import Augment, augment_images, make_augmentation
-from restnet_hf.data.labels import label_names, label_order
-from restnet_hf.data.preprocessing import prepare_images
+from restnet_hf.data.columns import (
+    LABEL_COLUMNS,
+    Rows,
+    class_names_in,
+    columns_of,
+    find_image_column,
+    find_label_column,
+    replace_column,
+)
+from restnet_hf.data.folders import load_split
+from restnet_hf.data.labels import compare_classes, match_classes
+from restnet_hf.data.pixel_values import Batch, prepared_by
+from restnet_hf.data.pixel_values import with_pixel_values as with_pixel_values  # where 0.1 had it
 from restnet_hf.hashing import weights_sha256
 from restnet_hf.progress import progress_bar
 
-
-Batch = dict[str, Tensor]
 
 IGNORED = -100  # label of images that losses of torch and transformers ignore
 MULTI_LABEL = "multi_label_classification"  # a problem_type of transformers
 PARQUET = ("{}*.parquet", "{}/*.parquet", "data/{}-*.parquet")  # patterns of the files of a split in a folder
 SHARDS = 64  # of a streamed imagefolder, at least as many as loaders have workers
 MIXED_FILES = 10  # of a stream, from which a subset takes images in turn
-ROWS = 32  # of a stream, prepared at a time
 
 
-def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
+def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = True) -> Iterator[Batch]:
     """Batches with ``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,).
 
     Args:
@@ -35,6 +42,7 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
             image tensors; or iterable of such batches, such as a DataLoader.
         batch_size: number of images in a batch, for a tensor or a dataset.
         name: name of the argument, for errors and the progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
         ValueError: there are no images.
@@ -44,18 +52,25 @@ def batches(data: Any, batch_size: int, name: str = "data") -> Iterator[Batch]:
         data = [data]
     if isinstance(data, Tensor):
         source: Iterable[Any] = data.split(batch_size) if len(data) else ()
+    elif isinstance(data, Dataset) and prepared_by(data) is None and _holds_pictures(data):
+        raise TypeError(f"{name} is a data set of raw pictures; prepare them first, with model.prepare_data({name})")
     elif isinstance(data, DataLoader | list | tuple) or not hasattr(data, "__getitem__"):
         source = data
     else:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in progress_bar(source, name):
+    for item in progress_bar(source, name) if progress else source:
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False
             yield batch
     if empty:
         raise ValueError(f"{name} is empty: at least one image is needed")
+
+
+def _holds_pictures(data: Dataset) -> bool:
+    raw = data.format["type"] != "custom"
+    return raw and any(isinstance(feature, ImageColumn) for feature in data.features.values())
 
 
 def to_batch(item: Any, name: str = "data") -> Batch:
@@ -73,7 +88,8 @@ def to_batch(item: Any, name: str = "data") -> Batch:
         return dict(zip(("pixel_values", "labels"), item, strict=False))
     raise TypeError(
         f"{name} yields {type(item).__name__}; each batch must be a tensor of images, a pair of images and labels, or "
-        "a dict with a tensor of pixel_values. For a data set of images see restnet_hf.data.with_pixel_values"
+        "a dict with a tensor of pixel_values. For pictures see model.prepare_data and "
+        "restnet_hf.data.with_pixel_values"
     )
 
 
@@ -84,7 +100,7 @@ def data_fingerprint(data: Any) -> str | None:
     `with_pixel_values` augments, since they differ each time.
     """
     if isinstance(data, Dataset):
-        prepared = _prepared(data)
+        prepared = prepared_by(data)
         if prepared is not None and prepared.augment is not None:
             return None
         return f"dataset:{data._fingerprint}"
@@ -152,47 +168,39 @@ def check_classes(data: Any, id2label: Mapping[int, str]) -> None:
     Raises:
         ValueError: the classes differ in number, names or order.
     """
-    while not isinstance(data, Dataset | IterableDataset) and hasattr(data, "dataset"):
-        data = data.dataset
-    if not isinstance(data, Dataset | IterableDataset):
-        return
-    prepared = _prepared(data)
-    if prepared is not None and prepared.order is not None:
-        return
-    names = _class_names(data) if prepared is None else prepared.names
-    if names is None:
-        return
-    model, named = [str(id2label[index]) for index in sorted(id2label)], [label_names(id2label), names]
-    both_sets = f"the data set has {len(names)} classes ({_first(names)}), the model {len(model)} ({_first(model)})"
-    advice = (
-        f"build the model with id2label= or num_labels={len(names)} to train new heads for the data set's classes, or "
-        "pass with_pixel_values(..., order), which gives the model's class for each class of the data set"
-    )
-    if len(names) != len(model):
-        raise ValueError(f"{both_sets}; {advice}")
-    if any(each is None or list(each) == [str(index) for index in range(len(each))] for each in named):
-        return
-    order = label_order(*([name.replace("_", " ") for name in each] for each in (names, model)))
-    if order is None:
-        raise ValueError(f"{both_sets}, and their names differ; {advice}")
-    if order != list(range(len(order))):
+    names, aligned = class_names_and_order(data)
+    if names is not None and not aligned and match_classes(names, id2label) is not None:
         raise ValueError(
-            f"{both_sets}, the same in another order; pass with_pixel_values(..., order), with the order that "
-            "restnet_hf.data.labels.label_order(names of the data set, names of the model) returns"
+            f"{compare_classes(names, id2label)}, the same in another order; pass with_pixel_values(..., order), with "
+            "the order that restnet_hf.data.labels.label_order(names of the data set, names of the model) returns, or "
+            "the data set of pictures as it is, whose labels the model puts in its own order"
         )
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def class_names_and_order(data: Any) -> tuple[Sequence[str] | None, bool]:
+    """Names of the classes of a data set or a loader of one, and whether its labels have an order of their own.
+
+    The names are None where there are none: data sets of your own name them by ``classes``, as torchvision's do.
+
+    Args:
+        data: data set of labelled images, or a loader of one.
+    """
+    while not isinstance(data, Rows) and hasattr(data, "dataset"):
+        data = data.dataset
+    if not isinstance(data, Rows):
+        classes = getattr(data, "classes", None)
+        named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+        return (classes if named else None), getattr(data, "aligned", False)
+    prepared = prepared_by(data)
+    if prepared is not None:
+        return prepared.names, prepared.order is not None
+    columns = columns_of(data) if data.features is None else list(data.features)
+    return class_names_in(data, find_label_column(columns, data.features)), False
 
 
-def _class_names(data: Dataset | IterableDataset) -> tuple[str, ...] | None:
-    """Names of the classes in a column ``label`` or ``labels``; None where there are none."""
-    features = [(data.features or {}).get(column) for column in ("label", "labels")]
-    return next((tuple(feature.names) for feature in features if isinstance(feature, ClassLabel)), None)
-
-
-def load_images(source: str | Path, split: str, streaming: bool = False) -> Dataset | IterableDataset:
+def load_images(
+    source: str | Path, split: str, streaming: bool = False, *, label_column: str | None = None
+) -> Dataset | IterableDataset:
     """Load a split of a labelled image data set, with columns ``image`` and ``label``.
 
     Args:
@@ -201,26 +209,32 @@ def load_images(source: str | Path, split: str, streaming: bool = False) -> Data
         split: name of the split, such as ``train``.
         streaming: whether to read images one after another, without downloading or converting all first. The images
             of an imagefolder, which are sorted by class, then come in a random order that is always the same.
+        label_column: column of labels, where there are several; it is renamed ``label``, as a single one is.
 
     Returns:
         A Dataset, or for ``streaming`` an IterableDataset.
 
     Raises:
-        ValueError: the data set cannot be loaded, or has no column of images.
+        ValueError: the data set cannot be loaded, or has no column of images; or the metadata file of an imagefolder
+            lists only some of its pictures.
     """
     try:
         dataset = _load(source, split, streaming)
-        columns = _columns(dataset)
+        columns = columns_of(dataset)
     except Exception as error:  # datasets raises a dozen kinds
         raise ValueError(
             f"data set {str(source)!r} cannot be loaded: it must be a folder with {split}.parquet or "
             f"{split}/<class>/<image> in it, or an id on the Hub. {error}"
         ) from error
     if "image" not in columns:
-        images = next((name for name in ("img", "pixel_values") if name in columns), None)
+        images = find_image_column(columns, dataset.features)
         if images is None:
             raise ValueError(f"data set {str(source)!r} has columns {columns}; one must be called 'image'")
         dataset = dataset.rename_column(images, "image")
+    named = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, ClassLabel)]
+    if label_column is not None or (len(named) == 1 and not {*LABEL_COLUMNS[:2]} & {*columns}):
+        labels = find_label_column(columns, dataset.features, label_column or named[0])
+        dataset = replace_column(dataset, labels, "label")
     return dataset
 
 
@@ -231,16 +245,11 @@ def _load(source: str | Path, split: str, streaming: bool) -> Dataset | Iterable
     for pattern in PARQUET:
         if files := sorted(map(str, folder.glob(pattern.format(split)))):
             return load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
-    dataset = load_dataset("imagefolder", data_dir=str(folder), split=split)  # reads paths, but no images yet
+    dataset = load_split(folder, split)  # reads paths, but no images yet
     if not streaming:
         return dataset
     mixed = dataset.shuffle(seed=0, keep_in_memory=True)
     return mixed.to_iterable_dataset(num_shards=min(SHARDS, len(mixed)))
-
-
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; those of the first row where a stream does not name them."""
-    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 def subset(dataset: Dataset | IterableDataset, size: int | None, seed: int = 0) -> Dataset | IterableDataset:
@@ -262,68 +271,3 @@ def subset(dataset: Dataset | IterableDataset, size: int | None, seed: int = 0) 
     if size >= len(dataset):
         return dataset
     return dataset.select(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:size].tolist())
-
-
-@dataclass(frozen=True, eq=False)
-class PixelValues:
-    """The transform of `with_pixel_values`; a data set holds it, so that its images and labels can be identified.
-
-    Args:
-        processor: image processor of transformers.
-        order: the model's class for each class of the data set; None where they are the same.
-        augment: function from one PIL image to another; None to leave images as they are.
-        names: names of the data set's classes; None where it has none.
-    """
-
-    processor: Any
-    order: Sequence[int] | None = None
-    augment: Augment | None = None
-    names: tuple[str, ...] | None = None
-
-    def __call__(self, rows: Mapping[str, list[Any]]) -> Batch:
-        """``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,); labels below 0 stay as they are."""
-        images = rows["image"] if self.augment is None else augment_images(self.augment, rows["image"])
-        prepared = {"pixel_values": prepare_images(self.processor, images)}
-        if "label" in rows:
-            order = self.order
-            labels = [label if order is None or label < 0 else order[label] for label in rows["label"]]
-            prepared["labels"] = torch.tensor(labels)
-        return prepared
-
-
-def with_pixel_values(
-    dataset: Dataset | IterableDataset,
-    processor: Any,
-    order: Sequence[int] | None = None,
-    augment: str | Augment | None = None,
-) -> Dataset | IterableDataset:
-    """Prepare the images of a data set as they are read: its items hold ``pixel_values`` and ``labels``.
-
-    Args:
-        dataset: data set or stream with a column ``image`` and optionally ``label``; a stream returns a stream.
-        processor: image processor of transformers.
-        order: the model's class for each class of the data set; None where they are the same.
-        augment: random augmentation of each RGB image before ``processor``: a key of `AUGMENTATIONS`, or a function
-            from one PIL image to another. It draws from torch's global generator, so that ``torch.manual_seed``
-            makes it repeatable.
-
-    Raises:
-        ValueError: there is no such augmentation.
-    """
-    prepared = PixelValues(processor, order, make_augmentation(augment), _class_names(dataset))
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(prepared, batched=True, batch_size=ROWS, remove_columns=_columns(dataset))
-    return dataset.with_transform(prepared)
-
-
-def _prepared(data: Dataset | IterableDataset) -> PixelValues | None:
-    """The transform of `with_pixel_values`, also after images were selected or shuffled; None where there is none."""
-    if isinstance(data, Dataset):
-        transform = data.format["format_kwargs"].get("transform")
-        return transform if isinstance(transform, PixelValues) else None
-    layer = data._ex_iterable
-    while layer is not None:
-        if isinstance(transform := getattr(layer, "function", None), PixelValues):
-            return transform
-        layer = getattr(layer, "ex_iterable", None)
-    return None

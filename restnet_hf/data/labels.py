@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
+
+from restnet_hf.data.columns import class_names_in, find_label_column
 
 
 GENERIC = re.compile(r"LABEL_\d+")
@@ -72,13 +74,51 @@ def class_names(num_labels: int | None, id2label: Mapping[int, str] | None) -> d
     return names
 
 
+def match_classes(names: Sequence[str], id2label: Mapping[int, str]) -> list[int] | None:
+    """The model's class for each class of a data set; None where they are the same, or are only numbered.
+
+    Names are compared as by `label_order`, with ``_`` for a space.
+
+    Args:
+        names: names of the data set's classes.
+        id2label: names of the model's classes.
+
+    Raises:
+        ValueError: the classes differ in number or names.
+    """
+    model, named = [str(id2label[index]) for index in sorted(id2label)], [label_names(id2label), names]
+    advice = (
+        f"build the model with from_anchors(..., labels_from=the data set), id2label= or num_labels={len(names)} to "
+        "train new heads for the data set's classes, or pass with_pixel_values(..., order), which gives the model's "
+        "class for each class of the data set"
+    )
+    if len(names) != len(model):
+        raise ValueError(f"{compare_classes(names, id2label)}; {advice}")
+    if any(each is None or list(each) == [str(index) for index in range(len(each))] for each in named):
+        return None
+    order = label_order(*([name.replace("_", " ") for name in each] for each in (names, model)))
+    if order is None:
+        raise ValueError(f"{compare_classes(names, id2label)}, and their names differ; {advice}")
+    return None if order == list(range(len(order))) else order
+
+
+def compare_classes(names: Sequence[str], id2label: Mapping[int, str]) -> str:
+    """A sentence on the classes of a data set and those of a model, for errors."""
+    model = [str(id2label[index]) for index in sorted(id2label)]
+    return f"the data set has {len(names)} classes ({_some(names)}), the model {len(model)} ({_some(model)})"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def class_names_of(rows: Dataset) -> list[str]:
-    """Names of the classes in the column ``label`` of a data set.
+    """Names of the classes in the column of labels of a data set.
 
     Raises:
         ValueError: there is no such column, or it does not name the classes.
     """
-    feature = rows.features.get("label")
-    if not isinstance(feature, ClassLabel):
+    names = class_names_in(rows, find_label_column(rows.column_names, rows.features))
+    if names is None:
         raise ValueError("the data set needs a 'label' column of type ClassLabel, which names the classes")
-    return list(feature.names)
+    return list(names)

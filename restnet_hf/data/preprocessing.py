@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from restnet_hf.data.pictures import open_picture
 from restnet_hf.limits import MAX_SIDE, MAX_VALUE, MIN_STD, is_mean, is_side, is_std
 
 
@@ -181,7 +181,24 @@ def with_image_size(processor: Any, image_size: tuple[int, int]) -> Any:
     return changed
 
 
+def plain_processor(preprocessing: Preprocessing) -> Any:
+    """Make an image processor, which can be saved, that resizes to a size and normalises by a mean and std.
+
+    Args:
+        preprocessing: size, mean and std of the images.
+    """
+    from transformers import BitImageProcessor  # see `restnet_hf.anchors.tracing.materialize`
+
+    height, width = preprocessing.image_size
+    return BitImageProcessor(
+        size={"height": height, "width": width},
+        do_center_crop=False,
+        resample=Image.Resampling.BILINEAR,
+        image_mean=list(preprocessing.mean),
+        image_std=list(preprocessing.std),
+    )
+
+
 def prepare_images(processor: Any, images: Sequence[Any]) -> Tensor:
     """Prepare PIL images or arrays of any mode as ``pixel_values`` (N, 3, H, W)."""
-    pil_images = [image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)) for image in images]
-    return processor([image.convert("RGB") for image in pil_images], return_tensors="pt")["pixel_values"]
+    return processor([open_picture(image) for image in images], return_tensors="pt")["pixel_values"]

@@ -127,6 +127,7 @@ def export_routes(
     calibration_images: int = 128,
     batch_size: int | None = None,
     threads: int | None = None,
+    on_error: str = "raise",
 ) -> ExportedModel:
     """Export routes for a runtime: bake, convert, quantise, verify and measure them.
 
@@ -145,12 +146,13 @@ def export_routes(
         routes: routes to export; by default the active one.
         runtime: a key of `RUNTIMES`.
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
-        data: images, labelled or not; see `restnet_hf.data.batches`. The first ones calibrate low precision, the
-            others verify. Without data, which only fp32 allows, noise verifies.
+        data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low
+            precision, the others verify. Without data, which only fp32 allows, noise verifies.
         min_agreement: lowest share of images, from 0 to 1, on which the exported route must predict the route's class.
         calibration_images: number of images that calibrate low precision.
         batch_size: number of images in a run; None for any number where the runtime allows it, else 1.
         threads: number of threads of the processor for latencies; None for the runtime's own default.
+        on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Returns:
         The folder, loaded.
@@ -167,6 +169,8 @@ def export_routes(
     chosen = list(dict.fromkeys(model.route(r) for r in ([model.active_route] if routes is None else routes)))
     if not chosen:
         raise ValueError("there are no routes to export")
+    if data is not None:
+        data = model.prepare_data(data, on_error=on_error)
     job = _Job(model, chosen, exporter, precision, data, calibration_images, min_agreement, batch_size, threads)
     with atomic_folder(out, PROFILE) as folder:
         profile = job.write(folder)

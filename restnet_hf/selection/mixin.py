@@ -50,6 +50,7 @@ class SelectionMixin:
     set_route: Callable[[Route], Route]
     weights_sha256: Callable[..., dict[str, str]]
     preprocessing: Any  # a `Preprocessing`, of which the model has a property
+    prepare_data: Callable[..., Any]
 
     similarity: Similarity | None
     ranking: list[RankedRoute]
@@ -74,19 +75,21 @@ class SelectionMixin:
         config: StitchConfig | None = None,
         batch_size: int = 64,
         kept_images: int = 512,
+        *,
+        on_error: str = "raise",
     ) -> dict[str, list[Similarity]]:
         """Rate each pair of cuts of the first and the last anchor by one or more selectors.
 
         All selectors share one pass over each anchor.
 
         Args:
-            calibration: images, in any form that `restnet_hf.data.batches` takes; some selectors use labels if there
-                are any.
+            calibration: images, in any form that `prepare_data` takes; some selectors use labels if there are any.
             methods: keys of `SELECTORS`, or a mapping from keys to options.
             order: directions to rate: ``given`` for the first anchor in front only, ``auto`` for both.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
             kept_images: number of images that selectors which fit something keep samples of; half are for tests.
+            on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
 
         Returns:
             A list with a `Similarity` for each direction, by method.
@@ -103,6 +106,8 @@ class SelectionMixin:
             )
         options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
         pairs = self._pairs(order, options, config or StitchConfig())
+        labels = any(SELECTORS[name].labels for name in options if name in SELECTORS)
+        calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=labels)
         files = self._files(self._dependencies(calibration, config, batch_size, kept_images), options, pairs)
         cached = {
             name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
@@ -258,6 +263,7 @@ class SelectionMixin:
         budget: Mapping[str, float] | None = None,
         kept_images: int = 512,
         per_part: int = 1,
+        on_error: str = "raise",
         **options: Any,
     ) -> list[Route]:
         """Choose cuts at which to join the first anchor to the last, from a few hundred images, and add the stitches.
@@ -267,7 +273,7 @@ class SelectionMixin:
         routes. The best route becomes the active one.
 
         Args:
-            calibration: images, in any form that `restnet_hf.data.batches` takes.
+            calibration: images, in any form that `prepare_data` takes.
             method: selector, a key of `SELECTORS`.
             max_routes: number of parts that the range of MACs is divided into.
             config: options of the stitches; by default those of `StitchConfig`.
@@ -277,12 +283,14 @@ class SelectionMixin:
             budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
             kept_images: number of images that selectors which fit something keep samples of.
             per_part: number of routes to add from each part; the best two nearly always include the best one.
+            on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
             **options: options of the selector.
 
         Raises:
             ValueError: see `compare`; or no route fits the budget.
         """
-        similarities = self.compare(calibration, {method: options}, order, config, batch_size, kept_images)[method]
+        how = {"order": order, "config": config, "batch_size": batch_size, "kept_images": kept_images}
+        similarities = self.compare(calibration, {method: options}, on_error=on_error, **how)[method]
         limits = None if budget is None else Budget(**budget)
         costs = self.route_costs(config, memory="memory_mb" in (budget or {}))
         ranking = rank_routes(similarities, costs, limits)

@@ -37,6 +37,7 @@ class Selector(ABC):
 
     cuts = True  # whether the selector needs activations
     symmetric = False  # whether the values of the other direction are the transpose
+    labels = True  # whether labels are read, which must then be of the model's classes
 
     def __init__(self, pair: Pair, samples: Samples) -> None:
         self.pair, self.samples = pair, samples
@@ -83,6 +84,7 @@ class CKA(Selector):
             as a feature, ``tokens`` takes the positions of a coarse grid as samples of their own.
     """
 
+    labels = False
     symmetric = True
 
     def __init__(
@@ -157,6 +159,7 @@ class CKA(Selector):
 class Position(Selector):
     """Closeness of the two cuts in relative depth, without any data: SN-Net's rule (arXiv 2302.06586, section 3.3)."""
 
+    labels = False
     cuts = False
     symmetric = True
 
@@ -175,6 +178,8 @@ class LeastSquaresR2(Selector):
         ridge: regularisation of the fit, relative to the mean variance of the features; larger than in `fit_stitches`,
             as the fit uses a sample of positions.
     """
+
+    labels = False
 
     def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
         super().__init__(pair, samples)

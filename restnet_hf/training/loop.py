@@ -14,7 +14,7 @@ from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_classes, check_labels, to_batch
+from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
 from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
@@ -46,6 +46,8 @@ def train(
     train_set: Any,
     args: TrainArgs | None = None,
     routes: Iterable[Route | str] | None = None,
+    *,
+    on_error: str = "raise",
 ) -> TrainResult:
     """Train the stitches of routes, by default all of them on every batch, and the other parts that ``args`` names.
 
@@ -55,10 +57,10 @@ def train(
 
     Args:
         model: model whose stitches train.
-        train_set: a map-style data set, a DataLoader, or a data set without a length, of ``pixel_values`` and
-            ``labels``.
+        train_set: labelled images, in any form that ``model.prepare_data`` takes.
         args: options of training; the defaults of `TrainArgs` where None.
         routes: routes to train; by default the stitched ones. Of an anchor alone only a new head trains.
+        on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     New heads that training needs, the teacher's and those at the end of routes, are trained first where they were not,
     as by `train_heads`. Stitches, heads and tuned weights train in float32 whatever the type of the anchors.
@@ -73,6 +75,7 @@ def train(
     """
     args = args or TrainArgs()
     chosen = check_routes(model, model.routes if routes is None else routes, args)
+    train_set = model.prepare_data(train_set, name="train_set", on_error=on_error)
     with restored_on_error(model):
         heads = needed_heads(model, chosen, args)
         if heads:
@@ -85,7 +88,11 @@ def train(
 
 
 def train_heads(
-    model: StitchedModelForImageClassification, train_set: Any, args: TrainArgs | None = None
+    model: StitchedModelForImageClassification,
+    train_set: Any,
+    args: TrainArgs | None = None,
+    *,
+    on_error: str = "raise",
 ) -> TrainResult:
     """Train every new head that was not trained, on its frozen anchor.
 
@@ -95,10 +102,10 @@ def train_heads(
 
     Args:
         model: model of a new task, with new heads.
-        train_set: a map-style data set, a DataLoader, or a data set without a length, of ``pixel_values`` and
-            ``labels``.
+        train_set: labelled images, in any form that ``model.prepare_data`` takes.
         args: options of training, without those of stitches; by default `HEAD_ARGS`, twenty epochs. Heads learn from
             labels alone, whatever ``distillation`` is.
+        on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Returns:
         The number of steps, the seconds, and the mean loss of each anchor alone over the last epoch.
@@ -110,6 +117,7 @@ def train_heads(
     if not routes:
         reason = "all new heads are trained" if model.heads else "the model has the anchors' own heads"
         raise ValueError(f"there are no heads to train: {reason}. train(..., routes=['a[:]']) trains one further")
+    train_set = model.prepare_data(train_set, name="train_set", on_error=on_error)
     with restored_on_error(model):
         return _train(model, train_set, options, routes, in_memory=True)
 
@@ -123,7 +131,6 @@ def _train(
 ) -> TrainResult:
     """Train routes; see `train`. With ``in_memory``, the outputs of frozen networks are computed once, and kept."""
     check_train_set(train_set, args)
-    check_classes(train_set, model.config.id2label)
     resumes = _check_output_dir(args)
     accelerator = start_accelerator(model, args)
     began = time.perf_counter()

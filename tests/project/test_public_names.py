@@ -13,7 +13,16 @@ import restnet_hf
 
 NAMES = {
     *("Anchor", "Budget", "BudgetError", "Controller", "DisagreementError", "ExportedModel", "FoundAdapter"),
-    *("MissingRuntimeError", "Preprocessing", "Profile", "ProfiledRoute", "RestNetConfig", "Route", "Segment"),
+    *(
+        "MissingRuntimeError",
+        "PictureError",
+        "Preprocessing",
+        "Profile",
+        "ProfiledRoute",
+        "RestNetConfig",
+        "Route",
+        "Segment",
+    ),
     *("StitchConfig", "StitchedModelForImageClassification", "TrainArgs", "UnsupportedExportError"),
     *("UntrustedProgramError", "WeightsError", "adapt", "export_routes", "find_adapters", "load_anchor"),
     *("load_images", "train", "train_heads", "with_pixel_values"),

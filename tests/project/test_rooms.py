@@ -12,13 +12,16 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "ground": ["distributed", "errors", "files", "hashing", "limits", "progress", "public_names", "sources"],
     "routes": ["blocks", "families", "profile", "route"],
     "runtime": ["controller", "exported_files", "exported_model", "runners", "torch_archives"],
-    "data": ["augment", "datasets", "labels", "preprocessing", "targets"],
+    "data": [
+        *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
+        *("preprocessing", "targets"),
+    ],
     "anchors": [
         *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "runs"),
         *("segments", "tracing", "weights"),
     ],
     "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "tuning"],
-    "middle": ["configuration_restnet", "steps"],
+    "middle": ["configuration_restnet", "prediction", "steps"],
     "profiling": ["accuracy", "costs", "device", "latency", "macs", "memory", "metric", "plots", "timing"],
     "selection": ["cache", "cka", "mixin", "plots", "racing", "ranking", "samples", "selectors"],
     "hub": [
