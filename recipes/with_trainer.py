@@ -38,7 +38,6 @@ def by_trainer(model: StitchedModelForImageClassification, train_set: Any, test_
             optim="adamw_torch",
             lr_scheduler_type="cosine",
             train_sampling_strategy="sequential",
-            remove_unused_columns=False,  # the images become pixel_values only as they are read
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

@@ -78,7 +78,7 @@ class PredictionMixin:
             ValueError: the classes are not the model's, it is not clear which column is meant, or there are no
                 pictures.
         """
-        options = {"name": name, "label_column": label_column, "on_error": on_error, "labels": labels}
+        options: dict[str, Any] = {"name": name, "label_column": label_column, "on_error": on_error, "labels": labels}
         return prepare_data(data, self.image_processor, self.config.id2label, **options)
 
     @torch.no_grad()

@@ -1,14 +1,14 @@
 """Columns of a data set that hold its images and labels, by their types and their usual names."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def columns_of(dataset: Rows) -> list[str]:

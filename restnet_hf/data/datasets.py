@@ -59,7 +59,7 @@ def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = 
     else:
         source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in progress_bar(source, name) if progress else source:
+    for item in progress_bar(source, name, shown=progress):
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False

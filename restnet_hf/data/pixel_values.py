@@ -1,6 +1,6 @@
 """with_pixel_values: the images and labels of a data set, prepared for a model as they are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ class PixelValues:
             rows: pictures and labels by the names of their columns.
             indices: positions of the pictures in the data; None where they are not known.
         """
-        prepared, kept = Batch(), range(len(next(iter(rows.values()))))
+        prepared, kept = Batch(), [*range(len(next(iter(rows.values()))))]
         if self.image_column in rows:
             pictures = self._open(rows[self.image_column], indices)
             kept = [position for position, picture in enumerate(pictures) if picture is not None]
@@ -74,7 +74,7 @@ class PixelValues:
                 prepared["pixel_values"] = prepare_images(self.processor, images)
             else:
                 prepared["pixel_values"] = torch.empty(0, 3, *Preprocessing.of(self.processor).image_size)
-        if self.label_column in rows:
+        if self.label_column is not None and self.label_column in rows:
             prepared["labels"] = self._labels([rows[self.label_column][position] for position in kept])
         return prepared
 
@@ -172,7 +172,7 @@ def check_on_error(on_error: str) -> None:
         raise ValueError(f"on_error={on_error!r} is not one of {ON_ERROR}")
 
 
-def readable_positions(pictures: Sequence[Any]) -> list[int]:
+def readable_positions(pictures: Iterable[Any]) -> list[int]:
     """Positions of the pictures that can be decoded, with a warning that counts the others.
 
     Raises:

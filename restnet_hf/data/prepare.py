@@ -152,7 +152,7 @@ def prepare_data(
     return data
 
 
-class _List(list):  # type: ignore[type-arg]
+class _List(list[Any]):
     """A list of pictures, in contrast to one of batches."""
 
 

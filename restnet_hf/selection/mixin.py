@@ -289,8 +289,9 @@ class SelectionMixin:
         Raises:
             ValueError: see `compare`; or no route fits the budget.
         """
-        how = {"order": order, "config": config, "batch_size": batch_size, "kept_images": kept_images}
-        similarities = self.compare(calibration, {method: options}, on_error=on_error, **how)[method]
+        similarities = self.compare(
+            calibration, {method: options}, order, config, batch_size, kept_images, on_error=on_error
+        )[method]
         limits = None if budget is None else Budget(**budget)
         costs = self.route_costs(config, memory="memory_mb" in (budget or {}))
         ranking = rank_routes(similarities, costs, limits)

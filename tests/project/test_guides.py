@@ -66,7 +66,7 @@ def tables():
 
 
 def test_there_is_a_guide_for_each_task():
-    assert [*GUIDES] == ["adapt", "choose", "contribute", "export", "extend", "share", "train"]
+    assert [*GUIDES] == ["adapt", "choose", "contribute", "data", "export", "extend", "share", "train"]
     for page in ("README", *GUIDES):
         linked = {Path(link).stem for link in re.findall(r"\]\(([\w/]+\.md)\)", PAGES[page].read_text())}
         assert linked >= {*GUIDES} - {page}
