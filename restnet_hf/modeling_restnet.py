@@ -217,7 +217,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | Sequence[int] | None = None,
         route: Route | str | None = None,
@@ -240,7 +240,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
         if labels is not None:
             check_targets(labels, self.config.num_labels, self.config.problem_type)
         route = ROUTES.get({}).get(id(self), self.active_route) if route is None else self.route(route)
-        x, steps = pixel_values.to(self.dtype), self.steps(route)
+        x, steps = cast("Tensor", pixel_values).to(self.dtype), self.steps(route)
         training = self.training and torch.is_grad_enabled()
         if self.unfitted and not torch.compiler.is_compiling():
             self.unfitted.difference_update(p.name for p in route.stitch_points if training)

@@ -81,8 +81,13 @@ class Preprocessing:
         rounded = (tuple(float(f"{v:.6g}") for v in values.tolist()) for values in (mean, std))
         return cls((black.shape[-2], black.shape[-1]), *rounded)
 
-    def check(self, pixel_values: Tensor) -> None:
+    def check(self, pixel_values: Tensor | None) -> None:
         """Raise ValueError or TypeError unless ``pixel_values`` is a batch of such images, (N, 3, height, width)."""
+        if pixel_values is None:
+            raise ValueError(
+                "there are no pixel_values; prepare pictures with model.prepare_data(data) first, for Trainer too, "
+                "which drops columns of other names"
+            )
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             kind = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise TypeError(f"pixel_values must be a floating point tensor, normalised by the processor; it is {kind}")

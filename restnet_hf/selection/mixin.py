@@ -106,7 +106,7 @@ class SelectionMixin:
             )
         options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
         pairs = self._pairs(order, options, config or StitchConfig())
-        labels = any(SELECTORS[name].labels for name in options if name in SELECTORS)
+        labels = any(getattr(SELECTORS.get(name), "labels", True) for name in options)
         calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=labels)
         files = self._files(self._dependencies(calibration, config, batch_size, kept_images), options, pairs)
         cached = {

@@ -265,3 +265,17 @@ def test_trainer_with_its_defaults(stitched, raw, shuffled, tmp_path, form):
     assert not all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     predicted = trainer.predict(data)
     assert predicted.label_ids.tolist() == raw["label"][:] and predicted.metrics["test_loss"] > 0
+
+
+def test_trainer_without_prepared_pictures(stitched, raw, tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True)
+    with pytest.raises(ValueError, match=r"no pixel_values; prepare pictures with model\.prepare_data\(data\)"):
+        Trainer(stitched, args, train_dataset=raw).train()
+
+
+def test_raw_pictures_are_found_in_the_cache_of_similarities(demo_model, raw, monkeypatch):
+    demo_model.compare(raw, ["position"])
+    monkeypatch.delattr("restnet_hf.selection.mixin.compare")
+    demo_model.compare(raw, ["position"])
+    with pytest.raises(NameError):
+        demo_model.compare(raw.select(range(9)), ["position"])
