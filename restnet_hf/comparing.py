@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.routes.profile import Budget
+from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.selection.cache import write_similarity
 from restnet_hf.selection.plots import plot_similarity
 from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes
@@ -33,7 +33,7 @@ def compare_anchors(
     images: int = 512,
     image_size: int | None = None,
     max_routes: int = 8,
-    budget: Mapping[str, float] | None = None,
+    budget: BudgetLike | None = None,
     order: str = "given",
 ) -> dict[str, list[RankedRoute]]:
     """Compare two anchors by selectors and write, for each, ``NAME.npz``, ``NAME.csv`` and ``NAME.png`` to ``out``.
@@ -48,7 +48,7 @@ def compare_anchors(
         images: number of images, chosen at random.
         image_size: height and width of images in pixels; None for the anchors' own.
         max_routes: largest number of routes that each selector chooses.
-        budget: limits on costs of the chosen routes, by name of the cost; None for no limits.
+        budget: limits on costs of the chosen routes; None for no limits.
         order: ``given``, or ``auto`` to compare in both directions.
 
     Returns:
@@ -66,8 +66,7 @@ def compare_anchors(
     if label_map is None and "label" in rows.column_names:
         rows = rows.remove_columns("label")
     compared = model.compare(with_pixel_values(rows, model.image_processor, label_map), methods, order)
-    costs = model.route_costs(memory="memory_mb" in (budget or {}))
-    limits = None if budget is None else Budget(**budget)
+    costs, limits = model.route_costs(budget=budget), None if budget is None else Budget.of(budget)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {}

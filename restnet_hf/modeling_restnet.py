@@ -1,8 +1,6 @@
 """StitchedModelForImageClassification: frozen anchors, trainable stitches, and routes to switch at run time."""
 
-import datetime
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -26,19 +24,19 @@ from restnet_hf.data.datasets import check_problem_type
 from restnet_hf.data.preprocessing import Preprocessing, Reprocess
 from restnet_hf.data.targets import check_targets
 from restnet_hf.errors import BudgetError
-from restnet_hf.hashing import package_versions
 from restnet_hf.hub.adapter_files import PartCheck, unchecked
 from restnet_hf.hub.mixin import AdapterHubMixin
 from restnet_hf.hub.paging import WeightFiles, keep_weights
+from restnet_hf.hub.peft_names import PeftNamesMixin
 from restnet_hf.hub.several_adapters import remaining_training
 from restnet_hf.prediction import PredictionMixin
 from restnet_hf.profiling.accuracy import score_routes
-from restnet_hf.profiling.costs import CostTable
+from restnet_hf.profiling.costs import CostTable, describe_measurement
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.profiling.timing import measure_latency
-from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
-from restnet_hf.routes.route import HeadKey, Route, StitchPoint, TunedKey
+from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
+from restnet_hf.routes.route import HeadKey, Route, Routes, StitchPoint, TunedKey, each_route
 from restnet_hf.selection.mixin import SelectionMixin
 from restnet_hf.selection.ranking import RankedRoute, Similarity, spread
 from restnet_hf.steps import Reorder, Step, run_steps, run_with_states
@@ -54,7 +52,9 @@ ORDERS = ("large-to-small", "small-to-large", "given")
 ROUTES: ContextVar[Mapping[int, Route]] = ContextVar("restnet_hf_routes")  # of `using`, by id of the model
 
 
-class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, PredictionMixin, PreTrainedModel):
+class StitchedModelForImageClassification(
+    SelectionMixin, AdapterHubMixin, PredictionMixin, PeftNamesMixin, PreTrainedModel
+):
     """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
 
     The anchors are always frozen and in evaluation mode. Stitches train and are saved and, for a new task, new heads.
@@ -287,6 +287,10 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
             raise ValueError(f"route '{route}': the anchor alone has no head of an adapter '{route.adapter}'")
         return route.check({name: 0 if alone else anchor.depth for name, anchor in self.anchors.items()})
 
+    def _parse_routes(self, routes: Routes) -> list[Route]:
+        """Parse and check one route or several."""
+        return [self.route(route) for route in each_route(routes)]
+
     def steps(self, route: Route | str, stitches: Mapping[str, nn.Module] | None = None) -> tuple[Step, ...]:
         """The steps of a route, in order, on which forward, costs, profiles and baking rely.
 
@@ -362,9 +366,9 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
         """
         return self.add_stitches([route], config)[0]
 
-    def add_stitches(self, routes: Iterable[Route | str], config: StitchConfig | None = None) -> list[Route]:
+    def add_stitches(self, routes: Routes, config: StitchConfig | None = None) -> list[Route]:
         """Add many routes at once, as `add_stitch` does; anchors alone among them need no stitches."""
-        return add_stitches(self, list(map(self.route, routes)), config)
+        return add_stitches(self, self._parse_routes(routes), config)
 
     def add_tuned(self, key: TunedKey | str, config: TunedConfig) -> Tuned:
         """Replace tensors of an anchor, by equal ones at first, in the routes that use that key.
@@ -476,45 +480,41 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
 
     def set_budget(
         self,
+        budget: BudgetLike | None = None,
         *,
-        macs: float | None = None,
-        params: float | None = None,
-        memory_mb: float | None = None,
-        latency_ms: float | None = None,
-        energy_j: float | None = None,
-        score: str = "accuracy",
+        score: str | None = None,
+        **limits: float | None,
     ) -> Route:
         """Make the best route of the profile within limits active, and return it.
 
         Args:
-            macs: largest multiply-accumulates for one image.
-            params: largest number of parameters.
-            memory_mb: largest memory in MB.
-            latency_ms: largest latency for one image in milliseconds.
-            energy_j: largest energy for one image in joules.
-            score: name of the score that the best route has most of.
+            budget: limits as a `Budget` or a dict such as ``{"macs": 1e9}``.
+            score: name of the score that the best route has most of; by default that of `Profile.find_score`.
+            **limits: limits by cost in place of ``budget``: ``macs``, ``params``, ``memory_mb``, ``latency_ms`` or
+                ``energy_j``, all for one image.
 
         Raises:
-            BudgetError: no route fits (the message names the cheapest), or the model was not profiled.
+            BudgetError: no route fits (the message names the cheapest), the model was not profiled, or has no such
+                cost or score.
         """
-        budget = Budget(macs=macs, params=params, memory_mb=memory_mb, latency_ms=latency_ms, energy_j=energy_j)
+        budget = Budget.of(budget, **limits)
         if self.profiled is None:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
         return self.set_route(self.profiled.best(budget, score).route)
 
-    def prune_to(self, routes: Iterable[Route | str]) -> None:
+    def prune_to(self, routes: Routes) -> None:
         """Delete all but some routes, and free all weights of anchors that these do not use.
 
         The first route becomes active. After `page_to` all weights stay in their files. The adapter that the model
         saves has these routes only, and loads like any other.
 
         Args:
-            routes: routes to keep, the active one first.
+            routes: one route or several to keep, the active one first.
 
         Raises:
             ValueError: there are no routes, or one is not of this model.
         """
-        chosen = [self.route(route) for route in routes]
+        chosen = self._parse_routes(routes)
         if not chosen:
             raise ValueError("prune_to needs at least one route to keep")
         steps = [step for route in chosen for step in self.steps(route)]
@@ -528,7 +528,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
     def fit_stitches(
         self,
         calibration: Any,
-        routes: Iterable[Route | str] | None = None,
+        routes: Routes | None = None,
         ridge: float | str = AUTO,
         batch_size: int = 64,
         *,
@@ -538,7 +538,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
 
         Args:
             calibration: images, in any form that `prepare_data` takes.
-            routes: routes whose stitches to fit; all by default.
+            routes: one route or several whose stitches to fit; all by default.
             ridge: regularisation relative to the mean variance of the features; ``auto`` for the one of a few that
                 predicts held-out images best.
             batch_size: images in a batch, if the images are a tensor or a data set.
@@ -550,12 +550,17 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
         Raises:
             ValueError: no stitches, no images, or features that are not finite.
         """
-        chosen = [self.route(route) for route in (self.routes if routes is None else routes)]
+        chosen = self._parse_routes(self.routes if routes is None else routes)
         calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=False)
         return fit_routes(self, self._images(calibration, batch_size, "calibration"), chosen, ridge)
 
     def route_costs(
-        self, config: StitchConfig | None = None, *, latency: LatencyTable | None = None, memory: bool = False
+        self,
+        config: StitchConfig | None = None,
+        *,
+        latency: LatencyTable | None = None,
+        memory: bool = False,
+        budget: BudgetLike | None = None,
     ) -> Callable[[Route], dict[str, float]]:
         """A function that returns the costs of any route of these anchors, even one that has no stitches yet.
 
@@ -563,7 +568,9 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
             config: options of missing stitches; by default those of `StitchConfig`.
             latency: result of `measure_latency`, for ``latency_ms`` and, if the system counts it, ``energy_j``.
             memory: whether to count ``memory_mb``, which takes longer than ``macs`` and ``params``.
+            budget: limits on the costs; ``memory_mb`` is counted where it is among them.
         """
+        memory = memory or (budget is not None and Budget.of(budget).memory_mb is not None)
         table, stitches = CostTable(latency, memory), dict(self.stitches.items())
 
         def costs(route: Route) -> dict[str, float]:
@@ -577,39 +584,39 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
     def profile(
         self,
         data: Any = None,
-        routes: Iterable[Route | str] | None = None,
+        routes: Routes | None = None,
         batch_size: int = 64,
         latency: LatencyTable | None = None,
         *,
         on_error: str = "raise",
-        **metadata: Any,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Profile:
         """Profile routes: their costs and, with labelled data, their accuracy, which `set_budget` then uses.
 
         Args:
             data: labelled images, in any form that `prepare_data` takes.
-            routes: routes to profile; by default all, and the anchors alone.
+            routes: one route or several to profile; by default all, and the anchors alone.
             batch_size: images in a batch, if the images are a tensor or a data set.
             latency: result of `measure_latency` on this device, for ``latency_ms`` and ``energy_j``.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
-            **metadata: metadata of the profile, such as the name of the data.
+            metadata: metadata of the profile, such as ``{"dataset": "imagenet-1k"}``.
         """
-        chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
+        chosen = self._parse_routes(self.all_routes if routes is None else routes)
         walks = [(route, self.steps(route)) for route in chosen]
-        costs, scores = self.route_costs(latency=latency, memory=True), dict[Route, float]()
+        costs, scores, images = self.route_costs(latency=latency, memory=True), dict[Route, float](), {}
         if data is not None:
             warn_unfitted(self, chosen)
             data = self.prepare_data(data, on_error=on_error)
-            scores, metadata["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
+            scores, images["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         rows = [
             ProfiledRoute(route, costs(route), {"accuracy": scores[route]} if route in scores else {})
             for route, _ in walks
         ]
-        return self.record_profile(rows, latency, **metadata)
+        return self.record_profile(rows, latency, {**(metadata or {}), **images})
 
     def measure_latency(
         self,
-        routes: Iterable[Route | str] | None = None,
+        routes: Routes | None = None,
         *,
         batch_size: int = 1,
         seconds: float = 40.0,
@@ -620,7 +627,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
         The anchors, and a few routes spread over the range of MACs, also run from end to end, to check the sums.
 
         Args:
-            routes: routes whose pieces are timed; all by default.
+            routes: one route or several whose pieces are timed; all by default.
             batch_size: number of images in a run.
             seconds: approximate time to spend.
             checked_routes: number of routes that run from end to end.
@@ -629,7 +636,7 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
             ValueError: the batch size is below 1.
             RuntimeError: the times of an anchor's runs vary so much that no latency can be given.
         """
-        chosen = [self.route(route) for route in (self.all_routes if routes is None else routes)]
+        chosen = self._parse_routes(self.all_routes if routes is None else routes)
         walks = [(route, self.steps(route)) for route in dict.fromkeys((*map(Route.alone, self.anchors), *chosen))]
         table = MacsTable()
         checked = spread({route: table.macs(steps) for route, steps in walks}, checked_routes)
@@ -637,22 +644,20 @@ class StitchedModelForImageClassification(SelectionMixin, AdapterHubMixin, Predi
         return measure_latency(walks, batch_size, seconds=seconds, check=check)
 
     def record_profile(
-        self, rows: Iterable[ProfiledRoute], latency: LatencyTable | None = None, **metadata: Any
+        self,
+        rows: Iterable[ProfiledRoute],
+        latency: LatencyTable | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> Profile:
         """Make rows the model's profile, with device, weights and versions in its metadata.
 
         Args:
             rows: routes with costs and scores.
             latency: table that latencies in the costs are from, whose device and runtime are recorded.
-            **metadata: further metadata of the profile.
+            metadata: further metadata of the profile.
         """
-        if latency is not None:
-            metadata["latency"] = latency.metadata()
-        where = {"device": str(self.device), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
-        software = {"weights": self.weights_sha256(), "versions": package_versions()}
-        before = {} if self.profiled is None else self.profiled.metadata
-        runtimes = {key: before[key] for key in ("runtimes",) if key in before}
-        self.profiled = Profile(tuple(rows), {**metadata, **where, **software, **runtimes})
+        measured = describe_measurement(str(self.device), latency, self.profiled)
+        self.profiled = Profile(tuple(rows), {**(metadata or {}), **measured, "weights": self.weights_sha256()})
         return self.profiled
 
     def record_runtime(self, exported: Profile) -> Profile:

@@ -220,7 +220,7 @@ model = Model.from_anchors("me/big-resnet", "me/small-vit", order="given")
 routes = [model.add_stitch(r) for r in ("big-resnet[:2] + small-vit[1:]", "big-resnet[:4] + small-vit[2:]")]
 model.set_route(routes[0])
 model.fit_stitches(images)
-model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
+model.profile([(images, torch.zeros(len(images), dtype=torch.long))], metadata={"dataset": "me/noise"})
 commits = [model.push_to_hub("me/adapter", commit_message=text) for text in ("one", "two")]
 assert commits[0].oid == commits[1].oid, "an unchanged adapter made a commit"
 save_file({str(i): (model.set_route(r), model(images).logits)[1] for i, r in enumerate(model.all_routes)},

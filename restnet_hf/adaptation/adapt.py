@@ -18,8 +18,8 @@ from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.latency import LatencyCheck, LatencyTable
 from restnet_hf.profiling.timing import check_latency
-from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
-from restnet_hf.routes.route import Route
+from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
+from restnet_hf.routes.route import Route, Routes, each_route
 
 
 EXHAUSTIVE = 256  # largest number of candidates that are all evaluated; of more, a tenth is
@@ -49,9 +49,9 @@ class AdaptResult:
 def adapt(
     model: StitchedModelForImageClassification,
     data: Any,
-    budget: Budget,
+    budget: BudgetLike,
     *,
-    candidates: Iterable[Route | str] | None = None,
+    candidates: Routes | None = None,
     latency: LatencyTable | None = None,
     search: str | None = None,
     predictor: str | None = FEW_IMAGES,
@@ -71,8 +71,8 @@ def adapt(
         model: model with stitches, on this device.
         data: images of this device, with labels or without, in any form that ``model.prepare_data`` takes. Without
             labels routes are scored by how often they agree with the largest anchor.
-        budget: limits on the costs of the route.
-        candidates: routes to choose from; by default all routes and the anchors alone.
+        budget: limits on the costs of the route: a `Budget`, or a dict such as ``{"latency_ms": 20}``.
+        candidates: one route or several to choose from; by default all routes and the anchors alone.
         latency: latency table that `measure_latency` measured on this device; where None, it is measured if the budget
             limits latency or energy.
         search: a key of `SEARCHES`; by default all of few routes are evaluated, and of many a tenth by ``evolution``.
@@ -89,6 +89,7 @@ def adapt(
         BudgetError: no route fits (the message names the cheapest), or energy is limited and not counted.
         ValueError: there are no images, or an option is out of range.
     """
+    budget = Budget.of(budget)
     _check_names(search, predictor)
     routes = _candidates(model, candidates)
     data = model.prepare_data(data, on_error=on_error)
@@ -103,15 +104,15 @@ def adapt(
     result = job.run(lambda rows: _save_state(job, scorer, state))
     exactly = [scorer.as_measured(row) for row in result.rows]
     best, rows, checks = _confirm_latency(model, exactly, budget, latency, scorer.score)
-    model.record_profile(rows, latency, images=scorer.images, score=scorer.score)
+    model.record_profile(rows, latency, {"images": scorer.images, "score": scorer.score})
     model.set_route(best.route)
     confirmed = replace(result, best={budget: best}, rows=tuple(rows))
     return AdaptResult(best, scorer.score, scorer.reasons(confirmed.rejected(budget)), checks, result.finished)
 
 
-def _candidates(model: StitchedModelForImageClassification, candidates: Iterable[Route | str] | None) -> list[Route]:
+def _candidates(model: StitchedModelForImageClassification, candidates: Routes | None) -> list[Route]:
     """The routes to choose from; ValueError, before anything is measured, where one has no stitch."""
-    routes = [model.route(route) for route in (model.all_routes if candidates is None else candidates)]
+    routes = [model.route(route) for route in each_route(model.all_routes if candidates is None else candidates)]
     for route in routes:
         model.steps(route)
     return routes
@@ -159,7 +160,7 @@ def _make_search(
 def adapt_to(
     model: StitchedModelForImageClassification,
     data: Any,
-    budget: Budget,
+    budget: BudgetLike,
     out: str | os.PathLike[str],
     resume: bool = False,
     **options: Any,
@@ -174,6 +175,7 @@ def adapt_to(
         resume: whether to resume a search that was stopped.
         **options: other options of `adapt`.
     """
+    budget = Budget.of(budget)
     _check_names(options.get("search"), options.get("predictor"))
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

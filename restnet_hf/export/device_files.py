@@ -81,13 +81,14 @@ def run_script(runtime: str, entry: Mapping[str, str], how: Mapping[str, Any], b
     else:
         size = f"({resize[1]}, {resize[0]})"
     lines = [
-        '"""Classify a picture: python run.py PICTURE"""',
+        '"""Classify a picture. Usage: python run.py PICTURE"""',
         "import json, pathlib, sys",
+        "if len(sys.argv) != 2: print(__doc__, file=sys.stderr); sys.exit(2)",
         f"import numpy as np, {RUNTIMES[runtime].script_imports}",
-        "from PIL import Image",
+        "from PIL import Image, ImageOps",
         "here = pathlib.Path(__file__).parent",
         f'how, labels = (json.loads((here / name).read_text()) for name in ("{PREPROCESSING}", "{LABELS}"))',
-        'image = Image.open(sys.argv[1]).convert("RGB")',
+        'image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")',
         f"image = image.resize({size}, Image.Resampling.{how['resample'].upper()})",
     ]
     if crop is not None:

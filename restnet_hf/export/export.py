@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from restnet_hf.profiling.macs import MacsTable, ParamsTable
 from restnet_hf.profiling.timing import time_runs
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.profile import Profile, ProfiledRoute
-from restnet_hf.routes.route import Route
+from restnet_hf.routes.route import Route, Routes, each_route
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
 from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
 from restnet_hf.runtime.runners import RUNTIMES, Run
@@ -44,7 +44,7 @@ from restnet_hf.steps import split_at_shared_cuts, walk_tree
 logger = logging.get_logger(__name__)
 BATCH_SIZE = 16  # images in a run while logits are compared
 NOISE_IMAGES = 64  # images of noise, used where no data is given
-MAX_ERROR = 0.02  # largest error of logits in fp32, in standard deviations of the logits
+MAX_LOGIT_ERROR = 0.02  # largest error of logits in fp32, in standard deviations of the logits
 
 
 class DisagreementError(ValueError):
@@ -118,7 +118,7 @@ def _compute_reference(
 def export_routes(
     model: StitchedModelForImageClassification,
     out: str | os.PathLike[str],
-    routes: Iterable[Route | str] | None = None,
+    routes: Routes | None = None,
     *,
     runtime: str = "onnx",
     precision: str = "fp32",
@@ -133,6 +133,8 @@ def export_routes(
 
     The folder holds the model, with every weight once where the runtime allows it, ``labels.json``,
     ``preprocessing.json``, ``profile.json`` and ``run.py``, a script that needs numpy, Pillow and the runtime alone.
+    The script runs, and `ExportedModel` begins with, the model's active route if it is among the routes, else the
+    first.
     The folder appears once all routes are verified. Where the agreement of a quantised route with the route in float32
     is too low, the runtime's more careful algorithm is tried if it has one; then the stitch is kept in full precision,
     then the head too, then one, two, four and more of the layers that are most sensitive to eight bits, or of the last
@@ -143,7 +145,7 @@ def export_routes(
     Args:
         model: model of the routes.
         out: folder for the exported files.
-        routes: routes to export; by default the active one.
+        routes: one route or several to export; by default the active one.
         runtime: a key of `RUNTIMES`.
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low
@@ -166,7 +168,7 @@ def export_routes(
     exporter = _checked_exporter(runtime, precision, data)
     if not 0 <= min_agreement <= 1 or calibration_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{min_agreement=} must be from 0 to 1, {calibration_images=} and {batch_size=} at least 1")
-    chosen = list(dict.fromkeys(model.route(r) for r in ([model.active_route] if routes is None else routes)))
+    chosen = list(dict.fromkeys(map(model.route, each_route(model.active_route if routes is None else routes))))
     if not chosen:
         raise ValueError("there are no routes to export")
     if data is not None:
@@ -225,6 +227,9 @@ class _Job:
         quantized = precision.startswith(QUANTIZED)
         self.calibration = _first_images(data, calibration_images) if quantized else None
         self.reference = _compute_reference(model, routes, data, calibration_images if quantized else 0)
+        self.active = model.active_route if model.active_route in routes else routes[0]
+        names = model.config.id2label
+        self.labels = [names[index] for index in range(len(names))]
         self.folded = 0
 
     def write(self, folder: Path) -> Profile:
@@ -237,11 +242,9 @@ class _Job:
             DisagreementError: an exported route disagrees with the route.
         """
         entries, kept = self._write_models(folder)
-        names = self.model.config.id2label
-        labels = [names[index] for index in range(len(names))]
-        for name, content in ((LABELS, labels), (PREPROCESSING, self.preprocessing)):
+        for name, content in ((LABELS, self.labels), (PREPROCESSING, self.preprocessing)):
             (folder / name).write_text(json.dumps(content) + "\n")
-        script = run_script(self.exporter.runtime, entries[self.routes[0]], self.preprocessing, self.batch_size)
+        script = run_script(self.exporter.runtime, entries[self.active], self.preprocessing, self.batch_size)
         (folder / EXAMPLE).write_text(script)
         profile = self._profile(folder, entries, kept)
         profile.save(folder / PROFILE)
@@ -252,6 +255,7 @@ class _Job:
         dtype, models, kept = self.exporter.dtypes.get(self.precision), {}, {}
         for route in self.routes:
             program = trace_route(route, self.model.steps(route), self.batch_size, dtype)
+            program = replace(program, metadata=self._describe(route))
             self.folded += program.folded
             models[route] = self.exporter.convert(program, self.precision)
             if self.calibration is not None:
@@ -264,6 +268,11 @@ class _Job:
                             shutil.move(file, folder)
                         return {route: entry}, kept
         return self.exporter.save(models, folder), kept
+
+    def _describe(self, route: Route) -> dict[str, str]:
+        """What a file says of its route, where its format has a place for that: JSON, but for the route itself."""
+        values = {"labels": self.labels, **{key: self.preprocessing[key] for key in ("mean", "std")}}
+        return {"route": str(route), **{key: json.dumps(value) for key, value in values.items()}}
 
     def _quantize(
         self, converted: Any, program: Program, folder: Path
@@ -346,6 +355,7 @@ class _Job:
             "logit_error": {str(route): error for route, (_, error) in results.items()},
             "folded_stitches": self.folded,
             "files": {str(route): dict(entry) for route, entry in entries.items()},
+            "active": str(self.active),
             "size_mb": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
             "date": datetime.date.today().isoformat(),
             "versions": package_versions(dict.fromkeys(packages)),
@@ -355,7 +365,7 @@ class _Job:
     def _verify(self, route: Route, run: Run) -> tuple[dict[str, float], float]:
         """Scores and error of an exported route; DisagreementError where they are out of bounds."""
         scores, error = self.reference.compare(route, run)
-        if scores["agreement"] < self.min_agreement or (self.precision == "fp32" and error > MAX_ERROR):
+        if scores["agreement"] < self.min_agreement or (self.precision == "fp32" and error > MAX_LOGIT_ERROR):
             raise DisagreementError(
                 f"'{route}' for {self.exporter.runtime} in {self.precision} agrees with the route on "
                 f"{scores['agreement']:.1%} of the images, its logits being off by up to {error:.2g} standard "

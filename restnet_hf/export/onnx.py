@@ -4,10 +4,11 @@ from __future__ import annotations  # onnx is imported when it is needed
 
 import ast
 import logging
+import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,12 @@ class OnnxModel:
     Args:
         proto: graph as ONNX's protocol buffer.
         layers: by name of each node, the path of the module that the node computes or follows.
+        metadata: text of the graph's ``metadata_props`` by key.
     """
 
     proto: ModelProto
     layers: Mapping[str, str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def nodes(self, layers: Collection[str]) -> list[str]:
         """Names of the nodes of some layers, and of the nodes between them and the next layer."""
@@ -92,7 +95,26 @@ def to_onnx(program: Program, precision: str) -> OnnxModel:
         del each.metadata_props[:]  # they hold paths of this machine
     for each in (*proto.graph.input, *proto.graph.output, *proto.functions):
         del each.metadata_props[:]
-    return OnnxModel(proto, layers)
+    _name_batch(proto)
+    _describe(proto, program.metadata)
+    return OnnxModel(proto, layers, program.metadata)
+
+
+def _name_batch(proto: ModelProto) -> None:
+    """Name the number of images ``batch`` in all shapes, in place of the tracer's symbol."""
+    symbol = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if symbol and size.dim_param:
+                size.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", size.dim_param)
+
+
+def _describe(proto: ModelProto, metadata: Mapping[str, str]) -> None:
+    """Set the version of a graph, and add text to its metadata."""
+    from onnx import helper
+
+    proto.model_version = 1  # ONNX Runtime reports 2**63 - 1 for none
+    helper.set_model_props(proto, {**{each.key: each.value for each in proto.metadata_props}, **metadata})
 
 
 def _layer(node: NodeProto) -> str:
@@ -156,7 +178,9 @@ class OnnxExporter(Exporter):
                 q.quantize_dynamic(source, target, **options)
             else:
                 q.quantize_static(source, target, _Reader(images), activation_type=q.QuantType.QUInt8, **options)
-            return OnnxModel(onnx.load(target), model.layers)
+            proto = onnx.load(target)
+            _describe(proto, model.metadata)  # which the quantiser does not keep
+            return replace(model, proto=proto)
 
     def save(self, models: Mapping[Route, OnnxModel], folder: Path) -> dict[Route, dict[str, str]]:
         """Write one graph for each route; the weights of several routes are in one file."""

@@ -1,7 +1,7 @@
 """A route as a program: one graph of tensor operations, which exporters convert for their runtimes."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -42,6 +42,7 @@ class Program:
         example: images (N, 3, H, W) that the module was traced with.
         stitches: paths of the stitches in the module.
         folded: number of stitches that were folded.
+        metadata: text that describes the file of the route, by key, for formats that have a place for it.
     """
 
     route: Route
@@ -50,6 +51,7 @@ class Program:
     example: Tensor
     stitches: tuple[str, ...]
     folded: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> dict[str, fx.Node]:

@@ -17,7 +17,7 @@ from restnet_hf.routes.profile import Profile, ProfiledRoute
 
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-MAX_ROUTES = 100  # routes on a card
+MAX_SHOWN = 100  # routes on a card
 MAX_LENGTH = 300  # characters of one value on a card
 # Characters that Markdown, HTML, tables, formulas or bare links are made of. Within a word "_" has no such meaning.
 MARKUP = re.compile(
@@ -136,14 +136,14 @@ def _licence_of(anchor: Mapping[str, Any]) -> str | None:
 
 def _shown(profile: Profile) -> Profile:
     """The profile with the routes that a card shows: all, or of too many the anchors alone and the Pareto front."""
-    if len(profile.routes) <= MAX_ROUTES:
+    if len(profile.routes) <= MAX_SHOWN:
         return profile
     rows = [row for row in profile.routes if len(row.route.segments) == 1]
     if all("accuracy" in row.scores and "macs" in row.costs for row in profile.routes):
         rows += [row for row in profile.pareto() if row not in rows]
     else:
         rows += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[
-            :: -(-len(profile.routes) // MAX_ROUTES)
+            :: -(-len(profile.routes) // MAX_SHOWN)
         ]
     return Profile(tuple(rows), profile.metadata)
 

@@ -18,7 +18,7 @@ from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.labels import class_names
 from restnet_hf.errors import BudgetError
 from restnet_hf.hub.cards import is_hub_id
-from restnet_hf.routes.profile import Budget, Profile
+from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.stitches.precision import match_stored_types
 
@@ -216,7 +216,7 @@ def loading_info(mismatched: Mismatched) -> dict[str, Any]:
 
 
 def choose_route(
-    config: RestNetConfig, profile: Profile | None, route: Route | str | None, budget: Mapping[str, float] | None
+    config: RestNetConfig, profile: Profile | None, route: Route | str | None, budget: BudgetLike | None
 ) -> tuple[Route, ...]:
     """Make the wanted route active; returns the routes whose weights are checked at once.
 
@@ -224,7 +224,7 @@ def choose_route(
         config: config of the model; its active route is changed.
         profile: profile to choose from within a budget; None if there is none.
         route: route to make active.
-        budget: limits such as ``{"macs": 1e9}`` on the route to make active.
+        budget: limits, a `Budget` or such as ``{"macs": 1e9}``, on the route to make active.
 
     Raises:
         BudgetError: no route fits, or there is no profile.
@@ -235,7 +235,7 @@ def choose_route(
     if budget is not None:
         if profile is None:
             raise BudgetError("the adapter has no profile, so the costs of its routes are not known; give a route")
-        route = profile.best(Budget(**budget)).route
+        route = profile.best(budget).route
     if route is not None:
         config.active_route = str(route)
         config.check()

@@ -45,7 +45,7 @@ from restnet_hf.hub.paging import WeightFiles
 from restnet_hf.hub.repository import PLOT, PROFILE, check_parents, push_folder
 from restnet_hf.hub.several_adapters import add_adapter
 from restnet_hf.profiling.plots import plot_tradeoff
-from restnet_hf.routes.profile import Profile
+from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step
 from restnet_hf.stitches.adding import warn_unfitted
@@ -266,7 +266,7 @@ class AdapterHubMixin:
         config: RestNetConfig | str | os.PathLike[str] | None = None,
         anchors: Mapping[str, nn.Module | str] | None = None,
         route: Route | str | None = None,
-        budget: Mapping[str, float] | None = None,
+        budget: BudgetLike | None = None,
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype | str | None = None,
@@ -285,7 +285,7 @@ class AdapterHubMixin:
             config: config in place of the adapter's own, or a folder or Hub id of one.
             anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
             route: route to make active. Only its weights are read now, the others when another route needs them.
-            budget: limits such as ``{"macs": 1e9}``, to make the best route of the profile within them active.
+            budget: limits, a `Budget` or such as ``{"macs": 1e9}``; the best route within them is made active.
             revision: branch, tag or commit of the adapter.
             subfolder: folder of the adapter in its repository.
             dtype: dtype of the weights; as saved by default.

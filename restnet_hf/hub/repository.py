@@ -15,7 +15,7 @@ from huggingface_hub.utils import httpx
 from restnet_hf.errors import BudgetError, hub_errors
 from restnet_hf.hub.cards import MARK, TAG, eval_results, filter_tags, is_hub_id, make_card
 from restnet_hf.limits import MAX_BYTES
-from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -186,11 +186,13 @@ class FoundAdapter:
 @hub_errors()
 def find_adapters(
     base_model: str | Sequence[str] | None = None,
+    budget: BudgetLike | None = None,
     *,
     macs: float | None = None,
     params: float | None = None,
     memory_mb: float | None = None,
     latency_ms: float | None = None,
+    energy_j: float | None = None,
     min_accuracy: float | None = None,
     device: str | None = None,
     token: str | bool | None = None,
@@ -202,10 +204,12 @@ def find_adapters(
 
     Args:
         base_model: Hub ids of anchors that the adapter must have.
+        budget: limits as a `Budget` or a dict, in place of ``macs`` to ``energy_j``.
         macs: largest multiply-accumulates for one image.
         params: largest number of parameters.
         memory_mb: largest memory in MB.
         latency_ms: largest latency for one image in milliseconds.
+        energy_j: largest energy for one image in joules.
         min_accuracy: least accuracy of the best route within the limits, from 0 to 1.
         device: name of the device that the costs were measured on.
         token: access token of the Hub, or whether to use the stored one.
@@ -214,17 +218,17 @@ def find_adapters(
         OSError: the Hub cannot be reached, or does not answer.
         ValueError: a limit is not a number above 0.
     """
-    limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms}
-    limits = {cost: limit for cost, limit in limits.items() if limit is not None}
-    budget = Budget(**limits) if limits else None
+    limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms, "energy_j": energy_j}
+    limited = budget is not None or any(limit is not None for limit in limits.values())
+    wanted = Budget.of(budget, **limits) if limited else None
     parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
-    tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(budget.limits) if budget else [])]
+    tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(wanted.limits) if wanted else [])]
     adapters: list[FoundAdapter] = []
     failed: dict[str, Exception] = {}
     api = HfApi(token=token)
     for repo_id, info in _listed(api, tags):
         try:
-            adapter = _adapter(api.model_info(repo_id) if info is None else info, budget, api)
+            adapter = _adapter(api.model_info(repo_id) if info is None else info, wanted, api)
         except (OSError, httpx.HTTPError, *CARD_ERRORS) as error:
             _check_hub(error, api, tags)
             failed[repo_id] = error

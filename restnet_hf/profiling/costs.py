@@ -1,10 +1,15 @@
 """All costs of routes together."""
 
+import datetime
+import platform
 from collections.abc import Sequence
+from typing import Any
 
+from restnet_hf.hashing import package_versions
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable, ParamsTable
 from restnet_hf.profiling.memory import MemoryTable
+from restnet_hf.routes.profile import Profile
 from restnet_hf.steps import Step
 
 
@@ -37,3 +42,18 @@ class CostTable:
             if self.latency.watts is not None:
                 costs["energy_j"] = self.latency.watts * costs["latency_ms"] / 1e3
         return costs
+
+
+def describe_measurement(device: str, latency: LatencyTable | None, before: Profile | None) -> dict[str, Any]:
+    """The metadata of a profile on where its numbers come from.
+
+    Args:
+        device: device of the model.
+        latency: table that latencies in the costs are from.
+        before: profile that the new one replaces, whose measurements of exported routes are kept.
+    """
+    measured: dict[str, Any] = {} if latency is None else {"latency": latency.metadata()}
+    measured |= {"device": device, "machine": platform.machine(), "date": datetime.date.today().isoformat()}
+    measured["versions"] = package_versions()
+    kept = {} if before is None else before.metadata
+    return measured | {key: kept[key] for key in ("runtimes",) if key in kept}

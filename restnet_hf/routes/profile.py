@@ -4,8 +4,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -13,9 +14,11 @@ from restnet_hf.errors import BudgetError, quote
 from restnet_hf.files import atomic_file
 from restnet_hf.limits import MAX_BYTES
 from restnet_hf.routes.route import Route
+from restnet_hf.routes.tables import profile_table
 
 
 RUNTIME_KEYS = ("device", "runtime", "precision", "threads")  # what a latency depends on
+DEFAULT_SCORES = ("accuracy", "agreement")  # what routes are compared by, the first that was measured
 MAX_NESTING = 32  # levels of metadata; ours has 4, and writing it again must not reach Python's recursion limit
 MAX_CAUSE = 300  # characters of what is wrong with a file, which may hold megabytes of anything
 LARGEST = sys.float_info.max
@@ -48,6 +51,31 @@ class Budget:
         if not self.limits:
             raise ValueError(f"a budget needs at least one of {[f.name for f in fields(self)]}")
 
+    @classmethod
+    def of(cls, value: "BudgetLike | None" = None, **limits: float | None) -> "Budget":
+        """The budget that a value stands for: wherever a budget is an argument, all of these are taken.
+
+        Args:
+            value: budget, or limits by cost such as ``{"macs": 1e9}``; None where they are given as keywords.
+            **limits: limits by cost, in place of a value.
+
+        Raises:
+            TypeError: the value is neither a budget nor a mapping, or both a value and limits are given.
+            ValueError: there is no such cost, or no limit, or a limit is not a number above 0.
+        """
+        given = {cost: limit for cost, limit in limits.items() if limit is not None}
+        if value is not None and given:
+            raise TypeError(f"give the budget {value!r} or limits {given}, not both")
+        if isinstance(value, Budget):
+            return value
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"budget {value!r} must be a Budget, or a dict such as {{'macs': 1e9}}")
+        wanted, known = limits if value is None else value, [each.name for each in fields(cls)]
+        unknown = [cost for cost in wanted if cost not in known]
+        if unknown:
+            raise ValueError(f"budget limits {quote(unknown)}, which are no costs; the costs are {known}")
+        return cls(**wanted)
+
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are set, by cost."""
@@ -72,6 +100,13 @@ class Budget:
     def __str__(self) -> str:
         return ", ".join(f"{cost}<={limit:g}" for cost, limit in self.limits.items())
 
+    def __repr__(self) -> str:
+        return f"Budget({', '.join(f'{cost}={limit:g}' for cost, limit in self.limits.items())})"
+
+
+BudgetLike = Budget | Mapping[str, float | None]
+"""A budget, or limits by cost; `Budget.of` converts it."""
+
 
 @dataclass(frozen=True)
 class ProfiledRoute:
@@ -81,10 +116,16 @@ class ProfiledRoute:
     costs: Mapping[str, float]
     scores: Mapping[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        numbers = (f", {name}={value:.4g}" for name, value in (*self.costs.items(), *self.scores.items()))
+        return f"ProfiledRoute({str(self.route)!r}{''.join(numbers)})"
+
 
 @dataclass(frozen=True)
 class Profile:
     """Costs and scores of routes, with where the numbers come from.
+
+    ``print(profile)`` shows it as a table, ``profile["vit[:]"]`` is the row of one route, and a loop has all rows.
 
     Args:
         routes: profiled routes, in any order.
@@ -94,27 +135,90 @@ class Profile:
     routes: tuple[ProfiledRoute, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
-    def best(self, budget: Budget, score: str = "accuracy") -> ProfiledRoute:
-        """The route with the highest score within ``budget``; of equals, the one with fewer MACs.
+    def __len__(self) -> int:
+        return len(self.routes)
 
-        Where no route has that score, the one with the most MACs within the budget.
+    def __bool__(self) -> bool:
+        return True  # a profile without routes is a profile
+
+    def __iter__(self) -> Iterator[ProfiledRoute]:
+        return iter(self.routes)
+
+    def __contains__(self, route: object) -> bool:
+        return any(route in (row.route, str(row.route), row) for row in self.routes)
+
+    def __getitem__(self, route: Route | str) -> ProfiledRoute:
+        wanted = Route.parse(route) if isinstance(route, str) else route
+        for row in self.routes:
+            if row.route == wanted:
+                return row
+        raise KeyError(f"no route '{route}' in the profile; its routes are {quote([str(r.route) for r in self])}")
+
+    def __str__(self) -> str:
+        return profile_table(self.routes)
+
+    def __repr__(self) -> str:
+        costs = list(dict.fromkeys(name for row in self.routes for name in row.costs))
+        scores = list(dict.fromkeys(name for row in self.routes for name in row.scores))
+        return f"Profile({len(self)} routes, costs={quote(costs)}, scores={quote(scores)})"
+
+    def to_pandas(self) -> Any:
+        """The profile as a DataFrame of pandas: a row for each route, with a column for each cost and score.
 
         Raises:
-            BudgetError: no route fits (the message names the cheapest), or a cost was not measured.
+            ImportError: pandas is not installed.
         """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas needs pandas, which is not installed; pip install pandas") from error
+        rows = [{"route": str(row.route), **row.costs, **row.scores} for row in self.routes]
+        return pandas.DataFrame(rows, columns=list(dict.fromkeys(["route", *chain.from_iterable(rows)])))
+
+    def find_score(self, score: str | None = None) -> str | None:
+        """The name of the score that routes are compared by; None where no route has any.
+
+        Args:
+            score: wanted score; by default ``accuracy`` where it was measured, else ``agreement``, else the only one.
+
+        Raises:
+            BudgetError: there are scores, but not the wanted one, or several, none of which is the default.
+        """
+        names = list(dict.fromkeys(name for row in self.routes for name in row.scores))
+        wanted = DEFAULT_SCORES if score is None else (score,)
+        found = [name for name in wanted if name in names] or (names if score is None and len(names) == 1 else [])
+        if names and not found:
+            asked = "choose one of them, score=" if score is None else f"score={score!r} is not one of them"
+            raise BudgetError(f"the profile has the scores {quote(names)}; {asked}")
+        return found[0] if found else None
+
+    def best(self, budget: BudgetLike, score: str | None = None) -> ProfiledRoute:
+        """The route with the highest score within a budget; of equals, the one with fewer MACs.
+
+        Where no route within the budget was scored, the one with the most MACs.
+
+        Args:
+            budget: limits on the costs.
+            score: name of the score; see `find_score`.
+
+        Raises:
+            BudgetError: no route fits (the message names the cheapest), a cost was not measured, or there are scores
+                but no such one.
+        """
+        budget, score = Budget.of(budget), self.find_score(score)
         self.check_costs(budget)
         fitting = [row for row in self.routes if budget.allows(row.costs)]
         if not fitting:
             cheapest = describe_cheapest(self.routes, budget) if self.routes else "the profile is empty"
             raise BudgetError(f"no route fits {budget}; {cheapest}")
         scored = [row for row in fitting if score in row.scores]
-        if scored:
+        if scored and score is not None:
             return max(scored, key=lambda row: (row.scores[score], -row.costs.get("macs", 0)))
         return max(fitting, key=lambda row: row.costs.get("macs", 0))
 
-    def check_costs(self, budget: Budget) -> None:
+    def check_costs(self, budget: BudgetLike) -> None:
         """Raise BudgetError unless all routes have the costs that a budget limits."""
-        for cost in budget.limits:
+        for cost in Budget.of(budget).limits:
             if not all(cost in row.costs for row in self.routes):
                 common = sorted(set.intersection(*(set(row.costs) for row in self.routes)))
                 raise BudgetError(f"the profile has no {cost} for its routes, only {common}; profile the model again")

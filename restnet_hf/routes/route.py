@@ -1,7 +1,7 @@
 """Routes: which part of which anchor runs, in which order. Written and parsed as Python slices. No torch."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, repeat, zip_longest
 
@@ -23,6 +23,9 @@ class Segment:
 
     def __str__(self) -> str:
         return f"{self.anchor}[{self.start or ''}:{'' if self.stop is None else self.stop}]"
+
+    def __repr__(self) -> str:
+        return f"Segment('{self}')"
 
 
 @dataclass(frozen=True, order=True)
@@ -154,6 +157,9 @@ class Route:
         text = "".join([str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
         return f"{self.adapter}: {text}" if self.adapter else text
 
+    def __repr__(self) -> str:
+        return f"Route('{self}')"
+
     @property
     def head(self) -> str:
         """The key of the new head that the route ends in, where the model has new heads."""
@@ -184,12 +190,20 @@ class Route:
         return self
 
 
+def each_route(routes: "Routes") -> "Iterable[Route | str]":
+    """One route or several, as several."""
+    return [routes] if isinstance(routes, Route | str) else routes
+
+
 def one_cut_routes(front: str, front_cuts: int, end: str, end_cuts: int) -> Iterator[Route]:
     """Every route that runs ``front`` up to one of its cuts and ``end`` from one of its cuts (ReStNet's space)."""
     for i in range(1, front_cuts + 1):
         for j in range(1, end_cuts + 1):
             yield Route((Segment(front, 0, i), Segment(end, j)))
 
+
+Routes = Route | str | Iterable[Route | str]
+"""One route or several, as every function that works on routes takes them."""
 
 TUNED_KEY = re.compile(r"([a-z]+)-([A-Za-z0-9_+:~-]+)")
 

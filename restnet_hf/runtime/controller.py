@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from restnet_hf.errors import BudgetError
 from restnet_hf.limits import is_number
-from restnet_hf.routes.profile import LARGEST, Budget, Profile, ProfiledRoute
+from restnet_hf.routes.profile import LARGEST, Budget, BudgetLike, Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
@@ -130,24 +130,25 @@ class Controller:
 
     Args:
         profile: routes with costs and scores.
-        budget: limits at the start.
-        score: score by which routes are compared; MACs where no route has it.
+        budget: limits at the start, a `Budget` or a dict such as ``{"latency_ms": 20}``.
+        score: score by which routes are compared; by default that of `Profile.find_score`. MACs where no route has
+            any score.
         margin: room to every limit, as a share of a route's cost. More is kept where measurements scatter widely.
         dwell_s: seconds from a switch to the next switch to a better route.
         window: number of measurements of which fewer than half may be far off without effect. A large change is
             noticed after more than half as many.
 
     Raises:
-        BudgetError: the profile is empty, or does not hold a cost that the budget limits.
+        BudgetError: the profile is empty, or does not hold a cost that the budget limits, or the score.
         ValueError: an option is out of range, or a latency or memory in the profile is not from ``LEAST`` to ``MOST``.
     """
 
     def __init__(
         self,
         profile: Profile,
-        budget: Budget,
+        budget: BudgetLike,
         *,
-        score: str = "accuracy",
+        score: str | None = None,
         margin: float = 0.1,
         dwell_s: float = 2.0,
         window: int = 5,
@@ -160,13 +161,12 @@ class Controller:
             )
         if not profile.routes:
             raise BudgetError("the profile is empty; profile the model again")
-        self.score, self.margin, self.dwell_s, self.window = score, margin, dwell_s, window
+        self.score, self.margin, self.dwell_s, self.window = profile.find_score(score), margin, dwell_s, window
         self._profile, self._rows = profile, list(profile.routes)
-        self._scored = any(score in row.scores for row in self._rows)
         self._levels = {cost: self._level(cost) for cost in SCALES if all(cost in r.costs for r in self._rows)}
         self._now = self._switched_at = -math.inf
         self._wait, self._stepped_up, self._measured = dwell_s, False, 0
-        self._limit(budget)
+        self._limit(Budget.of(budget))
         self._row = self._with_room() or self._cheapest()
         self._checked = self._worst = self._estimates()
 
@@ -227,19 +227,20 @@ class Controller:
         self._measured += bool(measured)
         return self._decide(at_once=False)
 
-    def set_budget(self, now: float, budget: Budget) -> Decision:
+    def set_budget(self, now: float, budget: BudgetLike) -> Decision:
         """Follow a new budget at once, and decide which route should run.
 
         Args:
             now: seconds of the clock that `observe` is given.
-            budget: limits that replace the present ones.
+            budget: limits that replace the present ones, a `Budget` or a dict.
 
         Raises:
             BudgetError: the profile does not hold a cost that the new budget limits; the present budget stays.
             ValueError: the clock went back.
         """
+        wanted = Budget.of(budget)
         self._tick(now)
-        self._limit(budget)
+        self._limit(wanted)
         return self._decide(at_once=True)
 
     def _tick(self, now: float) -> None:
@@ -293,7 +294,7 @@ class Controller:
         return None
 
     def _worth(self, row: ProfiledRoute) -> float:
-        return row.scores.get(self.score, -math.inf) if self._scored else row.costs.get("macs", 0.0)
+        return row.costs.get("macs", 0.0) if self.score is None else row.scores.get(self.score, -math.inf)
 
     def _with_room(self) -> ProfiledRoute | None:
         """The best route with the margin to every limit and room for changes too small to notice; None if none has."""

@@ -109,6 +109,9 @@ def read_profile(folder: Path) -> Profile:
             _check_entry(folder, name, entry, runtime)
         if {row.route for row in profile.routes} != set(map(Route.parse, entries)):
             raise ValueError("it does not name a file for each of its routes; export them again")
+        active = metadata.get("active")  # folders of earlier versions have none
+        if active is not None and (not isinstance(active, str) or active not in entries):
+            raise ValueError(f"its active route {quote(active)} is not one of its routes")
     return profile
 
 

@@ -2,9 +2,13 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,7 @@ from PIL import Image
 from restnet_hf.errors import quote
 from restnet_hf.files import read_folder
 from restnet_hf.limits import MAX_SIDE
-from restnet_hf.routes.profile import Budget
+from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.routes.route import Route
 from restnet_hf.runtime.exported_files import (
     LABELS,
@@ -28,7 +32,12 @@ from restnet_hf.runtime.exported_files import (
     read_profile,
     verify_files,
 )
+from restnet_hf.runtime.pictures import is_one_picture, open_pictures
 from restnet_hf.runtime.runners import RUNTIMES, Run
+
+
+AT_ONCE = 32  # pictures that `predict` prepares and runs at a time
+USED: ContextVar[Mapping[int, Route]] = ContextVar("restnet_hf_exported_routes")  # of `using`, by id of the model
 
 
 def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
@@ -70,6 +79,10 @@ class ExportedModel:
     One route is active and in memory; others are loaded when they are switched to, memory-mapped where the runtime
     does that. ``profiled`` is the profile measured at export, for `Controller` and `set_budget`.
 
+    Threads can share the model: each passes ``route=`` in its calls, or runs in a block of `using`. Routes are loaded
+    one at a time, and run side by side, but for ExecuTorch's, which run one after the other. ``keep`` should be the
+    number of routes that are in use at the same time, since one that was dropped is loaded again.
+
     The files are checked before they are used, since the folder may be untrusted: none of it is run as Python, and no
     file outside of it is opened. What a model computes is left to its runtime: it may take long, or much memory, and
     ExecuTorch's runtime does not check all of a program, so that a malicious one may crash it. ``runtimes`` can leave
@@ -108,7 +121,7 @@ class ExportedModel:
         read_folder(self.folder, PROFILE, partial(self._open, allowed))
 
     def _open(self, allowed: Collection[str], folder: Path) -> None:
-        """Read all files but those of the routes, and load the first route."""
+        """Read all files but those of the routes, and load the route that was active at the export."""
         self.profiled = read_profile(folder)
         metadata = self.profiled.metadata
         self.runtime: str = metadata["runtime"]
@@ -128,7 +141,8 @@ class ExportedModel:
         self.preprocessing = read_preprocessing(folder)
         self._verify(folder, LABELS, PREPROCESSING)
         self._loaded: OrderedDict[Route, Run] = OrderedDict()
-        self.active_route = self.set_route(next(iter(self._entries)))
+        self._lock, self._loading = RLock(), RLock()  # of `_loaded`, and for one load at a time
+        self.active_route = self.set_route(metadata.get("active") or next(iter(self._entries)))
 
     @classmethod
     def from_pretrained(
@@ -136,13 +150,13 @@ class ExportedModel:
         folder: str | os.PathLike[str],
         *,
         route: Route | str | None = None,
-        budget: Mapping[str, Any] | None = None,
+        budget: BudgetLike | None = None,
         threads: int | None = None,
         keep: int = 1,
         runtimes: Collection[str] | None = None,
         trust_remote_code: bool = False,
     ) -> "ExportedModel":
-        """Load a folder, and make a route active: the first, a given one, or the best within a budget.
+        """Load a folder, and make a route active: the one that was active at the export unless another is asked for.
 
         Args:
             folder: folder that the export wrote.
@@ -156,14 +170,16 @@ class ExportedModel:
         Raises:
             BudgetError: no route fits the budget.
             OSError: a file is missing.
-            ValueError: a file is invalid, or there is no such route.
+            ValueError: a file is invalid, there is no such route, or both route and budget are given.
             MissingRuntimeError: the runtime is not installed.
         """
+        if route is not None and budget is not None:
+            raise ValueError("give either route or budget")
         model = cls(folder, threads, keep, runtimes=runtimes, trust_remote_code=trust_remote_code)
         if route is not None:
             model.set_route(route)
         if budget is not None:
-            model.set_budget(**budget)
+            model.set_budget(budget)
         return model
 
     def _verify(self, folder: Path, *names: str) -> None:
@@ -198,10 +214,10 @@ class ExportedModel:
         if not fits or (self.batch_size is None and shape[0] is not None):
             raise ValueError(f"it takes images of shape {shape}, the folder prepares {expected} (None: any size)")
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        """Logits of the active route for one batch of images."""
-        with documented_errors(f"route {quote(str(self.active_route))} of {self.folder} cannot run {images.shape}"):
-            logits = np.asarray(self._loaded[self.active_route](images))
+    def _run(self, route: Route, run: Run, images: np.ndarray) -> np.ndarray:
+        """Logits of a route for one batch of images."""
+        with documented_errors(f"route {quote(str(route))} of {self.folder} cannot run {images.shape}"):
+            logits = np.asarray(run(images))
             if logits.shape != (len(images), len(self.labels)) or logits.dtype.kind != "f":
                 raise ValueError(
                     f"it returns {logits.dtype} of shape {logits.shape}, but {LABELS} has {len(self.labels)} labels"
@@ -213,6 +229,42 @@ class ExportedModel:
         """The routes of the folder."""
         return tuple(self._entries)
 
+    def route(self, route: Route | str) -> Route:
+        """Parse a route, and check that the folder has it.
+
+        Raises:
+            ValueError: the route does not parse, or there is no such route.
+        """
+        route = Route.parse(route) if isinstance(route, str) else route
+        if route not in self._entries:
+            names = quote(list(map(str, self.routes)), MAX_MESSAGE)
+            raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {names}")
+        return route
+
+    def _loaded_run(self, route: Route) -> Run | None:
+        """A route that is loaded, as the last one used; None if it is not."""
+        with self._lock:
+            if route in self._loaded:
+                self._loaded.move_to_end(route)
+            return self._loaded.get(route)
+
+    def _get(self, route: Route) -> Run:
+        """The function of a route, loaded unless it still is; threads that run a dropped one keep it until then."""
+        run = self._loaded_run(route)
+        if run is not None:
+            return run
+        with self._loading:
+            run = self._loaded_run(route)  # another thread may have loaded it meanwhile
+            if run is None:
+                read_folder(self.folder, PROFILE, self._check_same)  # while the others can still run
+                with self._lock:
+                    while len(self._loaded) >= self.keep:
+                        self._loaded.popitem(last=False)  # before another takes memory
+                run = read_folder(self.folder, PROFILE, partial(self._load, route))
+                with self._lock:
+                    self._loaded[route] = run
+        return run
+
     def set_route(self, route: Route | str) -> Route:
         """Make a route active; it is loaded unless it still is.
 
@@ -220,52 +272,117 @@ class ExportedModel:
             ValueError: there is no such route.
             OSError: the folder was written to since it was loaded.
         """
-        route = Route.parse(route) if isinstance(route, str) else route
-        if route not in self._entries:
-            names = quote(list(map(str, self.routes)), MAX_MESSAGE)
-            raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {names}")
-        if route not in self._loaded:
-            read_folder(self.folder, PROFILE, self._check_same)  # while the active route can still run
-            while len(self._loaded) >= self.keep:
-                self._loaded.popitem(last=False)  # before another takes memory
-            self._loaded[route] = read_folder(self.folder, PROFILE, partial(self._load, route))
-        self._loaded.move_to_end(route)
+        route = self.route(route)
+        self._get(route)
         self.active_route = route
         return route
 
-    def set_budget(self, *, score: str | None = None, **limits: Any) -> Route:
+    @contextmanager
+    def using(self, route: Route | str) -> Iterator[Route]:
+        """Run a route in the block, in this thread or task only, whatever other threads make active.
+
+        Args:
+            route: route or its string form.
+
+        Raises:
+            ValueError: there is no such route.
+            OSError: the folder was written to since it was loaded.
+        """
+        route = self.route(route)
+        self._get(route)
+        token = USED.set({**USED.get({}), id(self): route})
+        try:
+            yield route
+        finally:
+            USED.reset(token)
+
+    def set_budget(self, budget: BudgetLike | None = None, *, score: str | None = None, **limits: Any) -> Route:
         """Make the best route within limits active, and return it.
 
         Args:
+            budget: limits as a `Budget` or a dict such as ``{"latency_ms": 20}``.
             score: score of the profile that decides; by default ``accuracy`` where it was measured, else
                 ``agreement``.
-            **limits: limits of a `Budget`, such as ``latency_ms=20``.
+            **limits: limits by cost, such as ``latency_ms=20``, in place of ``budget``.
 
         Raises:
-            BudgetError: no route fits; the message names the cheapest.
+            BudgetError: no route fits (the message names the cheapest), or the profile has no such cost or score.
         """
-        scored = all("accuracy" in row.scores for row in self.profiled.routes)
-        best = self.profiled.best(Budget(**limits), score or ("accuracy" if scored else "agreement"))
-        return self.set_route(best.route)
+        return self.set_route(self.profiled.best(Budget.of(budget, **limits), score).route)
 
-    def prepare(self, images: Image.Image | Iterable[Image.Image]) -> np.ndarray:
-        """Prepare images as ``pixel_values`` (N, 3, H, W)."""
-        batch = [images] if isinstance(images, Image.Image) else list(images)
-        return np.stack([prepare_image(image, self.preprocessing) for image in batch])
+    def prepare(self, images: Any) -> np.ndarray:
+        """Prepare images as ``pixel_values`` (N, 3, H, W).
 
-    def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
-        """Logits (N, classes) of the active route, for images (N, 3, H, W) that `prepare` made.
+        Args:
+            images: PIL images, paths or arrays (H, W, 3) in uint8, one or several.
 
         Raises:
-            ValueError: the route does not take the images, or does not return one logit for each label.
+            OSError: an image cannot be read; the message names it.
+            ValueError: an image is too large, or the prepared images differ in size.
+        """
+        batch = [prepare_image(image, self.preprocessing) for image in open_pictures(images)]
+        if len({image.shape for image in batch}) != 1:
+            raise ValueError(
+                f"prepared images must have one size, not {sorted({image.shape[1:] for image in batch})}; prepare "
+                "them one by one, or call predict"
+            )
+        return np.stack(batch)
+
+    def __call__(self, pixel_values: np.ndarray, *, route: Route | str | None = None) -> np.ndarray:
+        """Logits (N, classes) for images (N, 3, H, W) that `prepare` made.
+
+        Args:
+            pixel_values: prepared images.
+            route: route to run; by default that of `using` in this thread, else the active one.
+
+        Raises:
+            ValueError: there is no such route, or it does not take the images, or does not return one logit for each
+                label.
         """
         images = np.ascontiguousarray(pixel_values, np.float32)
-        self.set_route(self.active_route)  # a switch that failed may have taken it from memory
-        return self._run(images) if self.batch_size is None else run_in_batches(self._run, images, self.batch_size)
+        chosen = USED.get({}).get(id(self), self.active_route) if route is None else self.route(route)
+        run = partial(self._run, chosen, self._get(chosen))
+        return run(images) if self.batch_size is None else run_in_batches(run, images, self.batch_size)
 
-    def classify(self, image: Image.Image, top_k: int = 5) -> list[dict[str, Any]]:
-        """The most likely classes of one image as ``label`` and ``score``, like a transformers pipeline."""
-        logits = self(self.prepare(image))[0].astype(np.float64)
-        scores = np.exp(logits - logits.max())
+    def predict(
+        self, images: Any, *, route: Route | str | None = None, budget: BudgetLike | None = None, top_k: int = 5
+    ) -> list[Any]:
+        """The most likely classes of images, as a pipeline of transformers returns them.
+
+        Args:
+            images: PIL images, paths or arrays (H, W, 3) in uint8, one or several.
+            route: route to run; by default that of `using` in this thread, else the active one.
+            budget: limits such as ``{"latency_ms": 20}``; the best route within them runs, in this call only.
+            top_k: number of classes for each image.
+
+        Returns:
+            For one image a list of ``{"label": ..., "score": ...}``, the most likely first; for several a list of such
+            lists.
+
+        Raises:
+            BudgetError: no route fits the budget.
+            OSError: an image cannot be read; the message names it.
+            TypeError: an image is of another type.
+            ValueError: an image is too large, there is no such route, or both route and budget are given.
+        """
+        if route is not None and budget is not None:
+            raise ValueError("give either route or budget")
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1")
+        chosen = route if budget is None else self.profiled.best(budget).route
+        prepared = (prepare_image(image, self.preprocessing) for image in open_pictures(images))
+        answers: list[list[dict[str, Any]]] = []
+        for _, group in groupby(prepared, np.shape):  # where the size depends on the image
+            while batch := list(islice(group, AT_ONCE)):
+                answers += [self._most_likely(row, top_k) for row in self(np.stack(batch), route=chosen)]
+        return answers[0] if is_one_picture(images) else answers
+
+    def _most_likely(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+        """The most likely classes of one image from its logits (classes,)."""
+        scores = np.exp(logits.astype(np.float64) - float(logits.max()))
         scores /= scores.sum()
         return [{"label": self.labels[i], "score": float(scores[i])} for i in np.argsort(-scores)[:top_k]]
+
+    def classify(self, images: Any, top_k: int = 5) -> list[Any]:
+        """`predict` by the active route."""
+        return self.predict(images, top_k=top_k)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Lock, local
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,11 +16,12 @@ from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archiv
 
 
 Run = Callable[[np.ndarray], np.ndarray]
-"""Images (N, 3, H, W) in float32 to logits (N, classes).
+"""Images (N, 3, H, W) in float32 to logits (N, classes). Several threads may call it at the same time.
 
 It may have an attribute ``input_shape``: the four sizes that the model takes, None for any size.
 """
 TELEMETRY = "openvino_telemetry"
+EXECUTORCH = Lock()  # of ExecuTorch's programs
 
 
 class MissingRuntimeError(ImportError):
@@ -117,21 +119,37 @@ def run_openvino(folder: Path, entry: Mapping[str, str], threads: int | None, tr
     model = core.read_model(folder / entry["file"], folder / entry["weights"])
     compiled = core.compile_model(model, "CPU", config)
     sizes = [size.get_length() if size.is_static else None for size in compiled.input().partial_shape]
-    return _ShapedRun(lambda images: compiled(images)[0], sizes)
+    requests = local()  # a request computes for one thread at a time; the weights are shared
+
+    def run(images: np.ndarray) -> np.ndarray:
+        if not hasattr(requests, "own"):
+            requests.own = compiled.create_infer_request()
+        return requests.own.infer(images, share_inputs=True)[0]
+
+    return _ShapedRun(run, sizes)
 
 
 def run_executorch(
     folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False
 ) -> Run:
-    """Load a method of an ExecuTorch program. Its Python package needs torch; its C++ and mobile ones do not."""
+    """Load a method of an ExecuTorch program. Its Python package needs torch; its C++ and mobile ones do not.
+
+    Programs are not safe for threads, and all of them share one pool of threads: calls run one after the other.
+    """
     runtime = import_for_runtime("executorch.runtime", "executorch")
     torch = import_for_runtime("torch", "executorch")
-    if threads is not None:
-        bindings = import_for_runtime("executorch.extension.pybindings.portable_lib", "executorch")
-        bindings._unsafe_reset_threadpool(threads)
-    method = runtime.Runtime.get().load_program(folder / entry["file"]).load_method(entry["method"])
+    with EXECUTORCH:
+        if threads is not None:
+            bindings = import_for_runtime("executorch.extension.pybindings.portable_lib", "executorch")
+            bindings._unsafe_reset_threadpool(threads)
+        method = runtime.Runtime.get().load_program(folder / entry["file"]).load_method(entry["method"])
     sizes = method.metadata.input_tensor_meta(0).sizes()
-    return _ShapedRun(lambda images: method.execute([torch.from_numpy(images)])[0].numpy(), sizes)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with EXECUTORCH:
+            return method.execute([torch.from_numpy(images)])[0].numpy().copy()  # the next call writes there
+
+    return _ShapedRun(run, sizes)
 
 
 def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:

@@ -16,19 +16,19 @@ from restnet_hf.distributed import this_process
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.routes.blocks import Blocks
 from restnet_hf.routes.families import WITHIN, family, within_budget
-from restnet_hf.routes.profile import Budget
+from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, SelectionBatch
-from restnet_hf.selection.selectors import SELECTORS, compare
+from restnet_hf.selection.selectors import SELECTORS, Method, compare, method_key
 from restnet_hf.steps import Step
 from restnet_hf.stitches.adding import add_stitches
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
 from restnet_hf.stitches.pruning import prunable
 
 
-MAX_ROUTES = 50_000  # routes of a family whose costs are compared
+MAX_COMPARED = 50_000  # routes of a family whose costs are compared
 DRAWN_PER_ROUTE = 20  # routes that are drawn at random for each one that is wanted
 
 
@@ -70,21 +70,21 @@ class SelectionMixin:
     def compare(
         self,
         calibration: Any,
-        methods: Iterable[str] | Mapping[str, Mapping[str, Any]] = ("cka",),
+        methods: Iterable[Method] | Mapping[Method, Mapping[str, Any]] = ("cka",),
         order: str = "given",
         config: StitchConfig | None = None,
         batch_size: int = 64,
         kept_images: int = 512,
         *,
         on_error: str = "raise",
-    ) -> dict[str, list[Similarity]]:
+    ) -> dict[Any, list[Similarity]]:
         """Rate each pair of cuts of the first and the last anchor by one or more selectors.
 
         All selectors share one pass over each anchor.
 
         Args:
             calibration: images, in any form that `prepare_data` takes; some selectors use labels if there are any.
-            methods: keys of `SELECTORS`, or a mapping from keys to options.
+            methods: keys of `SELECTORS` or classes of selectors, or a mapping from these to options.
             order: directions to rate: ``given`` for the first anchor in front only, ``auto`` for both.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
@@ -92,7 +92,7 @@ class SelectionMixin:
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
 
         Returns:
-            A list with a `Similarity` for each direction, by method.
+            A list with a `Similarity` for each direction, by method: the key of one in `SELECTORS`, the class of another.
 
         Raises:
             ValueError: an option is unknown, images are too few or labels are wrong, an activation is not finite
@@ -104,7 +104,8 @@ class SelectionMixin:
             raise ValueError(
                 "there is one anchor, and similarity joins two; add_family('skip') makes routes within one"
             )
-        options = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
+        given = methods if isinstance(methods, Mapping) else dict[Method, Mapping[str, Any]].fromkeys(methods, {})
+        options = {method_key(name): values for name, values in given.items()}
         pairs = self._pairs(order, options, config or StitchConfig())
         labels = any(getattr(SELECTORS.get(name), "labels", True) for name in options)
         calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=labels)
@@ -126,26 +127,30 @@ class SelectionMixin:
                     cache_similarity(similarity, file)
         return {name: computed.get(name) or [each for each in cached[name] if each is not None] for name in options}
 
-    def _pairs(self, order: str, methods: Iterable[str], config: StitchConfig) -> list[Pair]:
+    def _pairs(self, order: str, methods: Iterable[Method], config: StitchConfig) -> list[Pair]:
         """The first and the last anchor in the wanted directions; raises ValueError if a selector lacks heads."""
         first, *_, last = self.anchors
         ends = [first, last]
         untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
         if untrained and {*methods} & {"kl_probe", "fitted_accuracy"}:
-            raise ValueError(f"{sorted(methods)}: the new heads of {untrained} are not trained yet; call train_heads")
+            raise ValueError(f"{[*methods]}: the new heads of {untrained} are not trained yet; call train_heads")
         return [
             Pair(self.anchors[front], self.anchors[end], self.finish(end), config)
             for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
         ]
 
     def _files(
-        self, dependencies: Mapping[str, Any] | None, options: Mapping[str, Mapping[str, Any]], pairs: Iterable[Pair]
-    ) -> dict[tuple[str, str], Path | None]:
+        self,
+        dependencies: Mapping[str, Any] | None,
+        options: Mapping[Method, Mapping[str, Any]],
+        pairs: Iterable[Pair],
+    ) -> dict[tuple[Method, str], Path | None]:
         """Paths of cached similarities, by method and front; None where there is no cache."""
         fronts = [(name, pair.front.name) for name in options for pair in pairs]
-        files: dict[tuple[str, str], Path | None] = dict.fromkeys(fronts)
+        files: dict[tuple[Method, str], Path | None] = dict.fromkeys(fronts)
         for name, front in fronts:
-            ours = getattr(SELECTORS.get(name), "__module__", "").startswith(f"{__package__}.")  # others may change
+            kind = SELECTORS.get(name) if isinstance(name, str) else None
+            ours = getattr(kind, "__module__", "").startswith(f"{__package__}.")  # others may change
             if dependencies is not None and ours:
                 about = {**dependencies, "front": front, "method": name, "options": dict(options[name])}
                 files[name, front] = cache_file(about)
@@ -208,7 +213,7 @@ class SelectionMixin:
         kind: str = "nearest",
         config: StitchConfig | None = None,
         *,
-        budget: Mapping[str, float] | None = None,
+        budget: BudgetLike | None = None,
         max_routes: int | None = None,
         **options: Any,
     ) -> list[Route]:
@@ -217,7 +222,7 @@ class SelectionMixin:
         Args:
             kind: kind of the family; see `family`.
             config: options of the stitches; by default ``branch`` within an anchor, else ``linear``.
-            budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
+            budget: limits, a `Budget` or such as ``{"macs": 1e9}``; routes over them are left out.
             max_routes: number of routes, spread evenly over the range of MACs; all by default.
             **options: further arguments of `family`.
 
@@ -232,16 +237,16 @@ class SelectionMixin:
             raise ValueError(f"prune makes copies of blocks, stitches of kind {BRANCH!r}, not {options_of_new.kind!r}")
         routes: Iterator[Route] = (route for route in self.family(kind, **options) if route.stitch_points)
         if budget is not None or max_routes is not None:
-            costs = self.route_costs(options_of_new, memory="memory_mb" in (budget or {}))
+            costs = self.route_costs(options_of_new, budget=budget)
             if budget is not None:
-                routes = within_budget(routes, costs, Budget(**budget))
+                routes = within_budget(routes, costs, Budget.of(budget))
             if max_routes is not None:
                 some = dict.fromkeys(
-                    islice(routes, MAX_ROUTES + 1 if options.get("seed") is None else DRAWN_PER_ROUTE * max_routes)
+                    islice(routes, MAX_COMPARED + 1 if options.get("seed") is None else DRAWN_PER_ROUTE * max_routes)
                 )
-                if len(some) > MAX_ROUTES:
+                if len(some) > MAX_COMPARED:
                     raise ValueError(
-                        f"the family has more than {MAX_ROUTES} routes; with seed= skip draws some at random"
+                        f"the family has more than {MAX_COMPARED} routes; with seed= skip draws some at random"
                     )
                 routes = iter(spread({route: costs(route)["macs"] for route in some}, max_routes))
         added = add_stitches(self, map(self.route, routes), config, options_of_new)
@@ -254,13 +259,13 @@ class SelectionMixin:
     def select_stitches(
         self,
         calibration: Any,
-        method: str = "cka",
+        method: Method = "cka",
         max_routes: int = 8,
         config: StitchConfig | None = None,
         batch_size: int = 64,
         *,
         order: str = "given",
-        budget: Mapping[str, float] | None = None,
+        budget: BudgetLike | None = None,
         kept_images: int = 512,
         per_part: int = 1,
         on_error: str = "raise",
@@ -274,13 +279,13 @@ class SelectionMixin:
 
         Args:
             calibration: images, in any form that `prepare_data` takes.
-            method: selector, a key of `SELECTORS`.
+            method: selector, a key of `SELECTORS` or a class.
             max_routes: number of parts that the range of MACs is divided into.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
             order: directions to consider: ``given`` joins the first anchor to the last; ``auto`` also joins the last
                 to the first, and takes the route with the higher score in each part of the range.
-            budget: limits such as ``{"macs": 1e9}``; routes over them are left out.
+            budget: limits, a `Budget` or such as ``{"macs": 1e9}``; routes over them are left out.
             kept_images: number of images that selectors which fit something keep samples of.
             per_part: number of routes to add from each part; the best two nearly always include the best one.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
@@ -289,11 +294,11 @@ class SelectionMixin:
         Raises:
             ValueError: see `compare`; or no route fits the budget.
         """
-        similarities = self.compare(
+        limits = None if budget is None else Budget.of(budget)  # checked before anything runs
+        (similarities,) = self.compare(
             calibration, {method: options}, order, config, batch_size, kept_images, on_error=on_error
-        )[method]
-        limits = None if budget is None else Budget(**budget)
-        costs = self.route_costs(config, memory="memory_mb" in (budget or {}))
+        ).values()
+        costs = self.route_costs(config, budget=limits)
         ranking = rank_routes(similarities, costs, limits)
         self.similarity, self.ranking = similarities[0], ranking
         most = max(costs(Route.alone(name))["macs"] for name in self.anchors)

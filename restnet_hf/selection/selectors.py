@@ -281,22 +281,42 @@ SELECTORS: dict[str, type[Selector]] = {
 }
 
 
+Method = str | type[Selector]
+"""A key of `SELECTORS`, or a selector's class that need not be in it."""
+
+
+def method_key(method: Method) -> Method:
+    """The key of a method in results: a row's own key, else the class.
+
+    Args:
+        method: key of `SELECTORS`, or class of a selector.
+
+    Raises:
+        ValueError: there is no such selector.
+    """
+    if isinstance(method, str) and method in SELECTORS:
+        return method
+    if isinstance(method, type) and issubclass(method, Selector):
+        return next((key for key, kind in SELECTORS.items() if kind is method), method)
+    raise ValueError(f"method={method!r} is not one of {sorted(SELECTORS)}, nor the class of a Selector")
+
+
 @dataclass
 class _Run:
     """The selectors of one direction."""
 
     pair: Pair
     samples: Samples
-    selectors: dict[str, Selector] = field(default_factory=dict)
+    selectors: dict[Method, Selector] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def compare(
     pairs: Iterable[Pair],
     images: Callable[[], Iterable[SelectionBatch]],
-    methods: Mapping[str, Mapping[str, Any]],
+    methods: Mapping[Method, Mapping[str, Any]],
     kept_images: int = 512,
-) -> dict[str, list[Similarity]]:
+) -> dict[Method, list[Similarity]]:
     """Compute the values of selectors for pairs of anchors, from one pass over each anchor.
 
     With several processes each takes every n-th batch, and all return the same result.
@@ -304,7 +324,7 @@ def compare(
     Args:
         pairs: pairs of the same two anchors, one for each direction.
         images: function that returns batches for both anchors.
-        methods: options by key of `SELECTORS`.
+        methods: options by key of `SELECTORS`, or by class.
         kept_images: number of images that selectors which fit something keep samples of.
 
     Returns:
@@ -317,23 +337,25 @@ def compare(
     for pair in pairs:
         run = _Run(pair, Samples(pair, kept_images))
         for name, options in methods.items():
-            if name not in SELECTORS:
-                raise ValueError(f"method={name!r} is not one of {sorted(SELECTORS)}")
-            if runs and SELECTORS[name].symmetric:
+            kind = SELECTORS[method_key(name)] if isinstance(name, str) else name
+            if runs and kind.symmetric:
                 continue
             try:
-                run.selectors[name] = SELECTORS[name](pair, run.samples, **options)
+                run.selectors[name] = kind(pair, run.samples, **options)
             except TypeError as error:
                 raise ValueError(f"method {name!r}: {error}") from error
         runs.append(run)
     if any(selector.cuts for run in runs for selector in run.selectors.values()):
         _stream(runs, images())
-    similarities: dict[str, list[Similarity]] = {name: [] for name in methods}
+    similarities: dict[Method, list[Similarity]] = {name: [] for name in methods}
     for run in runs:
         for name in methods:
             if name in run.selectors:
                 values = run.selectors[name].values()
-                settings: Mapping[str, Any] = {"method": name, **run.selectors[name].settings()}
+                settings: Mapping[str, Any] = {
+                    "method": getattr(name, "__name__", name),
+                    **run.selectors[name].settings(),
+                }
             else:
                 values, settings = similarities[name][0].values.T, similarities[name][0].settings
             similarities[name].append(Similarity(run.pair.front.name, run.pair.end.name, values, settings))

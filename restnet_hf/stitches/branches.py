@@ -91,6 +91,10 @@ class BranchStitch(Stitch):
         enter = self.enter.bake()
         return nn.Sequential(enter, accept_type(baked, next(enter.parameters()).dtype))
 
+    def extra_repr(self) -> str:
+        """The anchor and the number of the block that was copied."""
+        return f"anchor={self.anchor.name!r}, block={self.block}"
+
     def problems(self) -> list[Problem]:
         """The least-squares problems of the affine stitch before the copy, if there is one."""
         return [] if self.enter is None else self.enter.problems()

@@ -140,6 +140,11 @@ class Stitch(nn.Module, ABC):
     def problems(self) -> list[Problem]:
         """The least-squares problems whose solutions are this stitch's weights."""
 
+    def extra_repr(self) -> str:
+        """The shapes of its input and output, where it has layouts."""
+        layouts = [getattr(self, name, None) for name in ("source", "target")]
+        return " -> ".join(f"(N, {', '.join(map(str, each.shape(1)[1:]))})" for each in layouts if each is not None)
+
     def bake(self) -> nn.Module:
         """A plain module that computes the same, with copies of the weights."""
         return copy.deepcopy(self)
@@ -379,7 +384,7 @@ class JointStitch(Stitch):
 
     def __init__(self, source: AnyLayout, target: JointLayout, config: StitchConfig) -> None:
         super().__init__()
-        self.target = target
+        self.source, self.target = source, target
         self.parts = nn.ModuleList(STITCHES[config.kind](source, part, config) for part in target.parts)
 
     def forward(self, x: Tensor) -> Tensor:

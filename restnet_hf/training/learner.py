@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-from restnet_hf.routes.route import Route, TunedKey
+from restnet_hf.routes.route import Route, Routes, TunedKey, each_route
 from restnet_hf.steps import Step, run_steps
 from restnet_hf.stitches.norms import recalibrate
 from restnet_hf.stitches.precision import make_trainable
@@ -27,9 +27,7 @@ Images = Callable[[], Iterator[Tensor]]
 """A function that returns an iterator over a few batches of images, the same ones at each call."""
 
 
-def check_routes(
-    model: StitchedModelForImageClassification, routes: Iterable[Route | str], args: TrainArgs
-) -> list[Route]:
+def check_routes(model: StitchedModelForImageClassification, routes: Routes, args: TrainArgs) -> list[Route]:
     """Check that routes have something to train and something to learn from.
 
     Args:
@@ -43,7 +41,7 @@ def check_routes(
     Raises:
         ValueError: nothing would train, or anchors alone should match.
     """
-    parsed = [model.route(route) for route in routes]
+    parsed = [model.route(route) for route in each_route(routes)]
     stitched = any(route.stitch_points for route in parsed)
     heads = model.heads and args.train_head is not False
     if not stitched and not heads:

@@ -18,7 +18,7 @@ from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
 from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
-from restnet_hf.routes.route import Route
+from restnet_hf.routes.route import Route, Routes
 from restnet_hf.training.args import TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
 from restnet_hf.training.heads import head_args, needed_heads, shared_options, untrained_heads
@@ -45,7 +45,7 @@ def train(
     model: StitchedModelForImageClassification,
     train_set: Any,
     args: TrainArgs | None = None,
-    routes: Iterable[Route | str] | None = None,
+    routes: Routes | None = None,
     *,
     on_error: str = "raise",
 ) -> TrainResult:
@@ -59,7 +59,7 @@ def train(
         model: model whose stitches train.
         train_set: labelled images, in any form that ``model.prepare_data`` takes.
         args: options of training; the defaults of `TrainArgs` where None.
-        routes: routes to train; by default the stitched ones. Of an anchor alone only a new head trains.
+        routes: one route or several to train; by default the stitched ones. Of an anchor alone only a new head trains.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     New heads that training needs, the teacher's and those at the end of routes, are trained first where they were not,

@@ -227,11 +227,12 @@ SWITCHING = (
     ABSENT
     + """
 import numpy as np
-from restnet_hf import Budget, Controller, ExportedModel
+from restnet_hf import Budget, Controller, ExportedModel, Profile, ProfiledRoute
 model = ExportedModel.from_pretrained({folder!r}, threads=1)
 rows = sorted(model.profiled.routes, key=lambda row: row.costs["macs"])
-# by a score that nobody measured, the route of the most MACs is the best
-controller = Controller(model.profiled, Budget(macs=rows[0].costs["macs"]), score="unknown")
+# without scores, the route of the most MACs is the best
+unscored = Profile(tuple(ProfiledRoute(row.route, row.costs) for row in rows))
+controller = Controller(unscored, {{"macs": rows[0].costs["macs"]}})
 images = np.random.default_rng(0).standard_normal((2, 3, {size}, {size}))
 seen = []
 for step, row in enumerate(rows):
@@ -239,7 +240,7 @@ for step, row in enumerate(rows):
     model.set_route(decision.route)
     seen.append(model(images))
 assert not np.allclose(seen[0], seen[1]) and "torch" not in sys.modules
-assert model.set_budget(macs=rows[0].costs["macs"], score="unknown") == rows[0].route
+assert model.set_budget(macs=rows[0].costs["macs"]) == rows[0].route
 assert np.array_equal(model(images), seen[0])
 """
 )

@@ -351,7 +351,7 @@ def test_logits_were_kept(world):
 PUSH_ONE = """
 model = Model.from_anchors("me/big-resnet", routes="skip")
 model.set_route(model.routes[3])
-model.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="me/noise")
+model.profile([(images, torch.zeros(len(images), dtype=torch.long))], metadata={"dataset": "me/noise"})
 model.push_to_hub("me/elastic")
 from transformers import AutoModelForImageClassification
 again = AutoModelForImageClassification.from_pretrained("me/elastic")

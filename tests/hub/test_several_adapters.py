@@ -29,7 +29,7 @@ def make(folder, seed=0, names=("resnet", "vit"), **options):
 
 
 def profiled(model, images, **metadata):
-    model.profile([(images, torch.arange(len(images)) % model.config.num_labels)], **metadata)
+    model.profile([(images, torch.arange(len(images)) % model.config.num_labels)], metadata=metadata)
     return model
 
 

@@ -213,7 +213,7 @@ def test_select_fit_profile_budget(pair, images):
     assert r2.keys() == set(pair.stitches) and all(value <= 1 for value in r2.values())
     with pytest.raises(BudgetError, match="call profile"):
         pair.set_budget(macs=1e9)
-    profile = pair.profile([(images, torch.zeros(len(images), dtype=torch.long))], dataset="noise")
+    profile = pair.profile([(images, torch.zeros(len(images), dtype=torch.long))], metadata={"dataset": "noise"})
     assert [row.route for row in profile.routes] == list(pair.all_routes)
     assert profile.metadata["dataset"] == "noise" and profile.metadata["images"] == 6
     cheapest = min(row.costs["macs"] for row in profile.routes)

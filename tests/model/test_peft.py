@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers.integrations.peft
 from conftest import CLASSES, make_anchor, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
@@ -114,3 +115,52 @@ def test_a_lora_that_is_not_whole(tuned, rank, held, message):
         save_file({"a": torch.zeros(held)}, folder / "adapter_model.safetensors")
     with pytest.raises(OSError, match=message):
         AutoModelForImageClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (
+            lambda m: m.add_adapter("night"),
+            TypeError,
+            r"add_adapter takes a config of PEFT, not 'night'.*add_stitch\(",
+        ),
+        (lambda m: m.set_adapter("night"), ValueError, r"PEFT, and this model has none. To switch, call set_route\("),
+        (lambda m: m.delete_adapter("night"), ValueError, "PEFT, and this model has none.*call delete_stitch"),
+        (lambda m: m.enable_adapters(), ValueError, r"set_route\(route\)"),
+        (lambda m: m.disable_adapters(), ValueError, r"set_route\('anchor\[:\]'\)"),
+        (lambda m: m.active_adapters(), ValueError, "model.active_route"),
+        (lambda m: m.get_adapter_state_dict(), ValueError, r"adapter_state_dict\(\)"),
+    ],
+)
+def test_words_of_peft_name_ours(pair, use, error, message):
+    with pytest.raises(error, match=message):
+        use(pair)
+
+
+def test_load_adapter_names_load_stitch(tuned):
+    model = StitchedModelForImageClassification.from_pretrained(tuned[0] / "adapter")
+    with pytest.raises(
+        ValueError, match=r"no adapter_config.json. .* load_stitch\('.*adapter', name\) adds an adapter of stitches"
+    ):
+        model.load_adapter(str(tuned[0] / "adapter"))
+
+
+def test_adapters_of_peft_on_the_model_itself(pair, images, monkeypatch):
+    """transformers' own methods go on working for them, where it takes the version of PEFT."""
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
+    with torch.no_grad():
+        before = pair(images).logits
+        pair.add_adapter(LoraConfig(target_modules=r"anchors\.vit\..*\.(q_proj|v_proj)", r=2, init_lora_weights=False))
+        after = pair(images).logits
+        assert pair.active_adapters() == ["default"] and not torch.allclose(after, before, atol=1e-4)
+        pair.disable_adapters()
+        assert torch.allclose(pair(images).logits, before, atol=1e-6)
+        pair.enable_adapters()
+        pair.set_adapter("default")
+        assert torch.equal(pair(images).logits, after) and pair.get_adapter_state_dict()
+        with pytest.raises(
+            ValueError, match=r"adapters of PEFT are \['default'\], not 'night'. To switch, call set_route"
+        ):
+            pair.set_adapter("night")
+        pair.delete_adapter("default")

@@ -10,8 +10,8 @@ import pytest
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
     "ground": ["distributed", "errors", "files", "hashing", "limits", "progress", "public_names", "sources"],
-    "routes": ["blocks", "families", "profile", "route"],
-    "runtime": ["controller", "exported_files", "exported_model", "runners", "torch_archives"],
+    "routes": ["blocks", "families", "profile", "route", "tables"],
+    "runtime": ["controller", "exported_files", "exported_model", "pictures", "runners", "torch_archives"],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
         *("preprocessing", "targets"),
@@ -25,7 +25,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "profiling": ["accuracy", "costs", "device", "latency", "macs", "memory", "metric", "plots", "timing"],
     "selection": ["cache", "cka", "mixin", "plots", "racing", "ranking", "samples", "selectors"],
     "hub": [
-        *("adapter_files", "cards", "loading_options", "mixin", "paging", "repository", "several_adapters"),
+        *("adapter_files", "cards", "loading_options", "mixin", "paging", "peft_names", "repository"),
+        "several_adapters",
     ],
     "model": ["modeling_restnet"],
     "training": [
@@ -106,14 +107,24 @@ def test_a_device_needs_little(absent, modules):
         "import importlib, sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, *rest):\n"
-        f"        if name.split('.')[0] in {absent}: raise ModuleNotFoundError(name)\n"
+        f"        if name.split('.')[0] in {absent}: raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "import restnet_hf\n"
         f"for name in {modules}: importlib.import_module('restnet_hf.' + name)\n"
         "assert str(restnet_hf.Route.parse('a[:2] + b[1:]')) == 'a[:2] + b[1:]'\n"
         "assert restnet_hf.Profile(()).best and 'torch' not in sys.modules\n"
+        "assert hasattr(restnet_hf, 'train')\n"
+        "from restnet_hf import *\n"
+        "load = lambda: StitchedModelForImageClassification.from_pretrained\n"
+        "for use in (lambda: train(), load, lambda: isinstance(1, Anchor)):\n"
+        "    try:\n"
+        "        use()\n"
+        "    except ImportError as error:\n"
+        "        assert 'restnet_hf.' in str(error) and ' needs torch, which is not installed' in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError\n"
         "try:\n"
-        "    restnet_hf.train\n"
+        "    class Mine(Anchor): pass\n"
         "except ModuleNotFoundError:\n"
         "    sys.exit(7)\n"
     )

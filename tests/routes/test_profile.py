@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import sys
 import traceback
 from fractions import Fraction
 
@@ -190,3 +191,85 @@ def test_what_an_exported_folder_must_say(changed, message):
     exported = Profile((row(1, 10, **({"latency_ms": 3.0} if changed else {})),), about)
     with pytest.raises(ValueError, match=message):
         PROFILE.with_runtime(exported)
+
+
+@pytest.mark.parametrize("value", [Budget(macs=25), {"macs": 25}])
+def test_a_budget_in_any_form(value):
+    assert Budget.of(value) == Budget.of(macs=25, params=None) == Budget(macs=25)
+    assert PROFILE.best(value) == PROFILE.best(Budget(macs=25))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Budget.of({"mac": 1}), ValueError, r"limits \['mac'\], which are no costs; the costs are \['macs'"),
+        (lambda: Budget.of(mac=1), ValueError, r"limits \['mac'\]"),
+        (lambda: Budget.of(25), TypeError, "budget 25 must be a Budget, or a dict"),
+        (lambda: Budget.of({"macs": 1}, params=3), TypeError, "not both"),
+        (lambda: Budget.of(), ValueError, "needs at least one of"),
+        (lambda: Budget.of({}), ValueError, "needs at least one of"),
+    ],
+)
+def test_what_is_no_budget(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_scores_are_named():
+    """One that is not there is an error where there are others; the default is the accuracy, or what there is."""
+    with pytest.raises(
+        BudgetError, match=r"the profile has the scores \['accuracy'\]; score='acc' is not one of them"
+    ):
+        PROFILE.best({"macs": 50}, "acc")
+    unscored = Profile((row(1, 10), row(2, 20)))
+    assert unscored.find_score("acc") is None and unscored.best({"macs": 50}, "acc").costs["macs"] == 20
+    other = Profile(tuple(ProfiledRoute(r.route, r.costs, {"f1": 1 - r.scores["accuracy"]}) for r in PROFILE))
+    assert other.find_score() == "f1" and other.best({"macs": 50}).costs["macs"] == 10
+    several = Profile(tuple(ProfiledRoute(r.route, r.costs, {"f1": 1, "auc": 0.5}) for r in PROFILE))
+    with pytest.raises(BudgetError, match=r"\['f1', 'auc'\]; choose one of them, score="):
+        several.best({"macs": 50})
+    both = Profile(tuple(ProfiledRoute(r.route, r.costs, {"agreement": 1, "accuracy": 0.5}) for r in PROFILE))
+    assert both.find_score() == "accuracy"
+
+
+def test_a_profile_is_a_table_of_its_rows():
+    assert len(PROFILE) == 4 and [*PROFILE] == [*PROFILE.routes] and not len(Profile(())) and Profile(())
+    assert PROFILE["a[:2] + b[1:]"] is PROFILE[Route.parse("a[:2] + b[1:]")] is PROFILE.routes[1]
+    assert "a[:2] + b[1:]" in PROFILE and PROFILE.routes[1].route in PROFILE and "a[:]" not in PROFILE
+    with pytest.raises(KeyError, match=r"no route 'a\[:\]' in the profile; its routes are \['a\[:1\]"):
+        PROFILE["a[:]"]
+
+
+def test_short_reprs():
+    assert repr(Route.parse("night: a[:2] + b[1:]")) == "Route('night: a[:2] + b[1:]')"
+    assert repr(Route.parse("a[:2] + b[1:]").segments) == "(Segment('a[:2]'), Segment('b[1:]'))"
+    assert repr(Budget(macs=1e9, latency_ms=20)) == "Budget(macs=1e+09, latency_ms=20)"
+    assert repr(PROFILE.routes[0]) == "ProfiledRoute('a[:1] + b[1:]', macs=10, accuracy=0.5)"
+    assert repr(PROFILE) == "Profile(4 routes, costs=['macs'], scores=['accuracy'])"
+
+
+def test_a_printed_profile(monkeypatch):
+    """Long routes continue in the next line, so that it fits the terminal."""
+    long = Route.parse("resnet_of_some_name[:1] + vit_of_another_name[4:9] + resnet_of_some_name[12:]")
+    costs = {"latency_ms": 0.345, "macs": 14.7e6, "memory_mb": 10.5, "params": 1069e3}
+    profile = Profile((ProfiledRoute(long, costs, {"accuracy": 0.8234}), row(1, 5)))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert str(profile).splitlines() == [
+        "route                                     MACs  params    MB     ms  accuracy, %",
+        "resnet_of_some_name[:1] +                14.7M    1.1M  10.5  0.345         82.3",
+        "vit_of_another_name[4:9] +",
+        "resnet_of_some_name[12:]",
+        "a[:1] + b[1:]                              5.0",
+    ]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert max(map(len, str(profile).splitlines())) <= 60 + 5  # the column of routes has a least width
+
+
+def test_as_data_frame(monkeypatch):
+    frame = PROFILE.to_pandas()
+    assert [*frame.columns] == ["route", "macs", "accuracy"] and frame.accuracy.tolist() == [0.5, 0.7, 0.6, 0.9]
+    assert frame.route.tolist() == [str(row.route) for row in PROFILE]
+    assert Profile(()).to_pandas().empty
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="to_pandas needs pandas, which is not installed; pip install pandas"):
+        PROFILE.to_pandas()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor
 
-from restnet_hf import BudgetError, StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.selection import mixin
-from restnet_hf.selection.selectors import SELECTORS
+from restnet_hf.selection.selectors import SELECTORS, Position
 
 
 def build(**options):
@@ -44,6 +44,31 @@ def test_every_selector_selects(noise, method, order):
     known = {row.route: row.costs for row in model.profile().routes}
     ranked = [row for row in model.ranking if row.route in known]
     assert ranked and all(row.costs.items() <= known[row.route].items() for row in ranked), "costs were predicted"
+
+
+class Diagonal(Position):
+    """A selector from outside, which no table has."""
+
+    def __init__(self, pair, samples, *, power=1.0):
+        super().__init__(pair, samples)
+        self.power = power
+
+    def values(self):
+        return super().values() ** self.power
+
+
+def test_a_selector_by_its_class(noise):
+    """Its options are the call's; a class of the table is the row itself."""
+    model = build()
+    chosen = model.select_stitches(noise, Diagonal, max_routes=3, power=2.0)
+    assert [*model.routes] == chosen and model.similarity.settings["method"] == "Diagonal"
+    compared = model.compare(noise, [Diagonal, Position, "cka"])
+    assert [*compared] == [Diagonal, "position", "cka"]
+    with pytest.raises(ValueError, match="Diagonal.*unexpected keyword argument 'powr'"):
+        model.select_stitches(noise, Diagonal, powr=2.0)
+    for wrong in ("ckaa", int, Diagonal(model._pairs("given", [], StitchConfig())[0], None)):
+        with pytest.raises(ValueError, match="is not one of .*'position'.*, nor the class of a Selector"):
+            model.select_stitches(noise, wrong)
 
 
 def test_budget(noise):

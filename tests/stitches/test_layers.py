@@ -402,3 +402,10 @@ def test_resizing_as_a_matrix(source, target):
     x = torch.randn(2, 3, *source)
     by_matrix = x.flatten(2) @ resize_matrix(source, target).T
     assert torch.allclose(by_matrix, resize(x, target).flatten(2), atol=1e-6)
+
+
+def test_a_printed_stitch_has_its_shapes(pair):
+    """Of what goes in and comes out; a copy of a block names its anchor."""
+    assert "LinearStitch(\n  (N, 16, 8, 8) -> (N, 17, 32)\n" in repr(pair.stitches["resnet_3__vit_2"])
+    (name,) = (point.name for point in pair.add_stitch("vit[:1] + vit[3:]", StitchConfig("branch")).stitch_points)
+    assert repr(pair.stitches[name]).startswith("BranchStitch(\n  anchor='vit', block=")
