@@ -1,7 +1,7 @@
 """PeftNamesMixin: PEFT's methods work for adapters of PEFT, and name ours where stitches are meant."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from restnet_hf.errors import quote
@@ -21,7 +21,7 @@ class PeftNamesMixin:
     # Attributes of the model
     _hf_peft_config_loaded: bool
     peft_config: Mapping[str, Any]
-    routes: Iterable[Route]
+    routes: Any  # a property of the model
     set_route: Callable[[Route | str], Route]
 
     def _of_peft(self, method: str, ours: str) -> Any:

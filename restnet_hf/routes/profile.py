@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from itertools import chain
 from numbers import Real
 from typing import Any
@@ -169,7 +170,7 @@ class Profile:
             ImportError: pandas is not installed.
         """
         try:
-            import pandas
+            pandas = import_module("pandas")
         except ImportError as error:
             raise ImportError("to_pandas needs pandas, which is not installed; pip install pandas") from error
         rows = [{"route": str(row.route), **row.costs, **row.scores} for row in self.routes]

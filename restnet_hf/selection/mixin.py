@@ -92,7 +92,7 @@ class SelectionMixin:
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
 
         Returns:
-            A list with a `Similarity` for each direction, by method: the key of one in `SELECTORS`, the class of another.
+            A list with a `Similarity` for each direction, by method: by key for those of `SELECTORS`, else by class.
 
         Raises:
             ValueError: an option is unknown, images are too few or labels are wrong, an activation is not finite

@@ -285,8 +285,8 @@ Method = str | type[Selector]
 """A key of `SELECTORS`, or a selector's class that need not be in it."""
 
 
-def method_key(method: Method) -> Method:
-    """The key of a method in results: a row's own key, else the class.
+def find_selector(method: Method) -> type[Selector]:
+    """The class of a selector.
 
     Args:
         method: key of `SELECTORS`, or class of a selector.
@@ -295,10 +295,16 @@ def method_key(method: Method) -> Method:
         ValueError: there is no such selector.
     """
     if isinstance(method, str) and method in SELECTORS:
-        return method
+        return SELECTORS[method]
     if isinstance(method, type) and issubclass(method, Selector):
-        return next((key for key, kind in SELECTORS.items() if kind is method), method)
+        return method
     raise ValueError(f"method={method!r} is not one of {sorted(SELECTORS)}, nor the class of a Selector")
+
+
+def method_key(method: Method) -> Method:
+    """The key of a method in results: that of its row where it has one, else the class; see `find_selector`."""
+    kind = find_selector(method)
+    return method if isinstance(method, str) else next((key for key, row in SELECTORS.items() if row is kind), kind)
 
 
 @dataclass
@@ -337,7 +343,7 @@ def compare(
     for pair in pairs:
         run = _Run(pair, Samples(pair, kept_images))
         for name, options in methods.items():
-            kind = SELECTORS[method_key(name)] if isinstance(name, str) else name
+            kind = find_selector(name)
             if runs and kind.symmetric:
                 continue
             try:
