@@ -177,7 +177,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     clock.lap("load")
     if model.config.new_head:
-        train(model, augment_images(model, others, recipe), heads, [Route.alone(name) for name in model.anchors])
+        train(model, augment_training_set(model, others, recipe), heads, [Route.alone(name) for name in model.anchors])
         clock.lap("heads")
     set_seed(recipe.seed)  # new stitches are the same whether heads were trained or read from a checkpoint
     _add_stitches(model, calibration, recipe)
@@ -187,7 +187,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     fitted = model.profile(eval_set, metadata={"dataset": _name(recipe.dataset)})
     clock.lap("first profile")
     before = _anchor_logits(model, calibration)
-    train(model, augment_images(model, train_set, recipe), stitches)
+    train(model, augment_training_set(model, train_set, recipe), stitches)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
     clock.lap("training")
     profile = model.profile(eval_set, metadata={"dataset": _name(recipe.dataset)})
@@ -309,7 +309,7 @@ def hold_out(train_set: Dataset, images: int, new_head: bool) -> tuple[Dataset, 
     return train_set.select(range(count)), train_set.select(others)
 
 
-def augment_images(model: StitchedModelForImageClassification, rows: Dataset, recipe: Recipe) -> Dataset:
+def augment_training_set(model: StitchedModelForImageClassification, rows: Dataset, recipe: Recipe) -> Dataset:
     """Training images, augmented if the recipe asks for it.
 
     Args:

@@ -28,7 +28,7 @@ from restnet_hf.routes.route import ANCHOR_NAME
 
 _SEARCHING = threading.RLock()  # a search traces a network, which no other thread may run meanwhile
 
-Tuned = Callable[[int, int | None], Mapping[str, Tensor]]  # tensors by name, for a start and a stop
+TunedTensors = Callable[[int, int | None], Mapping[str, Tensor]]  # tensors by name, for a start and a stop
 
 
 class Anchor(nn.Module):
@@ -180,7 +180,7 @@ class Anchor(nn.Module):
             raise ValueError("cut 0 is the image; a stitch joins cuts from 1 on")
         return cut.layout
 
-    def forward(self, x: Tensor, start: int = 0, stop: int | None = None, tuned: Tuned | None = None) -> Tensor:
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None, tuned: TunedTensors | None = None) -> Tensor:
         """Run a segment. With activation checkpointing, only the activations at cuts are kept for the backward pass.
 
         Args:
@@ -199,7 +199,7 @@ class Anchor(nn.Module):
             return x
         return self._segment(x, start, stop, tuned)
 
-    def _segment(self, x: Tensor, start: int, stop: int | None, tuned: Tuned | None) -> Tensor:
+    def _segment(self, x: Tensor, start: int, stop: int | None, tuned: TunedTensors | None) -> Tensor:
         return self.capture(x, (stop,), start, tensors={} if tuned is None else tuned(start, stop))[stop]
 
     def capture(
