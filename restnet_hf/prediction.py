@@ -14,7 +14,7 @@ from restnet_hf.data.pixel_values import check_on_error
 from restnet_hf.data.prepare import Pictures, is_one_image, prepare_data
 from restnet_hf.data.preprocessing import plain_processor
 from restnet_hf.errors import BudgetError, PictureError
-from restnet_hf.routes.profile import Budget, Profile
+from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 
 
@@ -87,7 +87,7 @@ class PredictionMixin:
         images: Any,
         *,
         route: Route | str | None = None,
-        budget: Budget | Mapping[str, float] | None = None,
+        budget: BudgetLike | None = None,
         top_k: int | None = 5,
         batch_size: int = 64,
         on_error: str = "raise",
@@ -123,7 +123,7 @@ class PredictionMixin:
             results += [next(named) if readable else [] for readable in kept]
         return results[0] if is_one_image(images) else results
 
-    def _route_for(self, route: Route | str | None, budget: Budget | Mapping[str, float] | None) -> Route | None:
+    def _route_for(self, route: Route | str | None, budget: BudgetLike | None) -> Route | None:
         """The route of a call; None for the active one."""
         if budget is None:
             return None if route is None else self.route(route)
@@ -131,9 +131,7 @@ class PredictionMixin:
             raise ValueError("give a route or a budget, not both")
         if self.profiled is None:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
-        scores = {score for row in self.profiled.routes for score in row.scores}
-        score = "accuracy" if "accuracy" in scores or not scores else min(scores)
-        return self.profiled.best(budget if isinstance(budget, Budget) else Budget(**budget), score).route
+        return self.profiled.best(budget).route
 
     def _read(self, images: Any, batch_size: int, on_error: str) -> Iterator[tuple[Tensor, list[bool]]]:
         """Batches of images (N, 3, H, W) that can be read, and whether each image of the batch is one of them."""

@@ -317,8 +317,9 @@ class ExportedModel:
             images: PIL images, paths or arrays (H, W, 3) in uint8, one or several.
 
         Raises:
-            OSError: an image cannot be read; the message names it.
-            ValueError: an image is too large, or the prepared images differ in size.
+            OSError: a file cannot be opened; the message names it.
+            PictureError: an image is broken or too large; the message names it.
+            ValueError: the prepared images differ in size.
         """
         batch = [prepare_image(image, self.preprocessing) for image in open_pictures(images)]
         if len({image.shape for image in batch}) != 1:
@@ -345,7 +346,7 @@ class ExportedModel:
         return run(images) if self.batch_size is None else run_in_batches(run, images, self.batch_size)
 
     def predict(
-        self, images: Any, *, route: Route | str | None = None, budget: BudgetLike | None = None, top_k: int = 5
+        self, images: Any, *, route: Route | str | None = None, budget: BudgetLike | None = None, top_k: int | None = 5
     ) -> list[Any]:
         """The most likely classes of images, as a pipeline of transformers returns them.
 
@@ -353,7 +354,7 @@ class ExportedModel:
             images: PIL images, paths or arrays (H, W, 3) in uint8, one or several.
             route: route to run; by default that of `using` in this thread, else the active one.
             budget: limits such as ``{"latency_ms": 20}``; the best route within them runs, in this call only.
-            top_k: number of classes for each image.
+            top_k: number of classes for each image; all if None.
 
         Returns:
             For one image a list of ``{"label": ..., "score": ...}``, the most likely first; for several a list of such
@@ -361,14 +362,15 @@ class ExportedModel:
 
         Raises:
             BudgetError: no route fits the budget.
-            OSError: an image cannot be read; the message names it.
+            OSError: a file cannot be opened; the message names it.
+            PictureError: an image is broken or too large; the message names it.
             TypeError: an image is of another type.
-            ValueError: an image is too large, there is no such route, or both route and budget are given.
+            ValueError: there is no such route, or both route and budget are given.
         """
         if route is not None and budget is not None:
             raise ValueError("give either route or budget")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1, or None for all classes")
         chosen = route if budget is None else self.profiled.best(budget).route
         prepared = (prepare_image(image, self.preprocessing) for image in open_pictures(images))
         answers: list[list[dict[str, Any]]] = []
@@ -377,7 +379,7 @@ class ExportedModel:
                 answers += [self._most_likely(row, top_k) for row in self(np.stack(batch), route=chosen)]
         return answers[0] if is_one_picture(images) else answers
 
-    def _most_likely(self, logits: np.ndarray, top_k: int) -> list[dict[str, Any]]:
+    def _most_likely(self, logits: np.ndarray, top_k: int | None) -> list[dict[str, Any]]:
         """The most likely classes of one image from its logits (classes,)."""
         scores = np.exp(logits.astype(np.float64) - float(logits.max()))
         scores /= scores.sum()

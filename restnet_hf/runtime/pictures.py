@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-from restnet_hf.errors import quote, shorten
+from restnet_hf.errors import PictureError, quote, shorten
 
 
 ONE = (str, os.PathLike, Image.Image)  # types of a single picture
@@ -30,9 +30,10 @@ def open_pictures(pictures: Any) -> Iterator[Image.Image]:
         pictures: PIL images, paths or arrays (H, W, 3) in uint8, one or several.
 
     Raises:
-        OSError: there is no such file, or it cannot be decoded; the message names it.
+        OSError: a file cannot be opened; the message names it.
+        PictureError: a picture is broken, or too large to decode; the message names it.
         TypeError: a picture is of another type.
-        ValueError: a picture is too large to decode, or an array has another shape or type.
+        ValueError: an array has another shape or type.
     """
     if not is_one_picture(pictures) and not isinstance(pictures, Iterable):
         raise TypeError(f"pictures must be PIL images, paths or arrays (H, W, 3), not {type(pictures).__name__}")
@@ -59,24 +60,27 @@ def open_picture(picture: Any, name: str = "picture") -> Image.Image:
     path = getattr(picture, "filename", "") if isinstance(picture, Image.Image) else os.fspath(picture)
     name = f"{name} ({quote(path)})" if path else name
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        _check_pixels(image, name)
-        if image is not picture:  # as `datasets` and transformers open files
-            with image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-        return image.convert("RGB")
+        if isinstance(picture, Image.Image):
+            return _decode(picture)
+        with Image.open(picture) as image:
+            return _decode(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise type(error)(f"{name} cannot be opened: {error.strerror or error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"{name} is too large: {shorten(str(error), MAX_MESSAGE)}") from error
-    except (OSError, SyntaxError, EOFError, IndexError, KeyError, MemoryError, TypeError) as error:  # decoders differ
-        raise OSError(f"{name} cannot be decoded: {shorten(str(error), MAX_MESSAGE)}") from error
+        raise PictureError(f"{name} is too large: {shorten(str(error), MAX_MESSAGE)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders may fail in any way on a broken file
+        raise PictureError(f"{name} cannot be decoded: {shorten(str(error), MAX_MESSAGE)}") from error
 
 
-def _check_pixels(image: Image.Image, name: str) -> None:
-    """Raise ValueError where a picture has more pixels than Pillow decodes without a warning."""
+def _decode(image: Image.Image) -> Image.Image:
+    """The picture in RGB, turned upright as its EXIF data say; refused where Pillow would warn of its size."""
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
-        raise ValueError(
-            f"{name} is too large: {image.width}x{image.height} pixels, and PIL.Image.MAX_IMAGE_PIXELS is {most:,}"
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} pixels, and PIL.Image.MAX_IMAGE_PIXELS is {most:,}"
         )
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return image.convert("RGB")

@@ -21,7 +21,7 @@ from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, SelectionBatch
-from restnet_hf.selection.selectors import SELECTORS, Method, compare, method_key
+from restnet_hf.selection.selectors import SELECTORS, Method, compare, find_selector, method_key
 from restnet_hf.steps import Step
 from restnet_hf.stitches.adding import add_stitches
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
@@ -107,7 +107,7 @@ class SelectionMixin:
         given = methods if isinstance(methods, Mapping) else dict[Method, Mapping[str, Any]].fromkeys(methods, {})
         options = {method_key(name): values for name, values in given.items()}
         pairs = self._pairs(order, options, config or StitchConfig())
-        labels = any(getattr(SELECTORS.get(name), "labels", True) for name in options)
+        labels = any(find_selector(name).labels for name in options)
         calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=labels)
         files = self._files(self._dependencies(calibration, config, batch_size, kept_images), options, pairs)
         cached = {

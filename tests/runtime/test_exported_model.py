@@ -16,6 +16,7 @@ from PIL import Image
 
 from restnet_hf import Anchor, Budget, BudgetError, ExportedModel, StitchedModelForImageClassification, export_routes
 from restnet_hf.data.preprocessing import Preprocessing
+from restnet_hf.errors import PictureError
 from restnet_hf.runtime import RUNTIMES
 
 
@@ -52,6 +53,7 @@ def test_one_answer_for_each_image(model, arrays):
     scores = softmax(model(model.prepare(two))[0].astype(np.float64))
     assert answers[1][0] == {"label": model.labels[scores.argmax()], "score": pytest.approx(scores.max())}
     assert model.predict([]) == []
+    assert len(model.predict(one, top_k=None)) == CLASSES
 
 
 def test_pictures_of_every_form(model, arrays, tmp_path):
@@ -85,10 +87,10 @@ def broken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("picture", "error", "message"),
     [
-        ("cut.jpg", OSError, r"picture 1 \('.*cut.jpg'\) cannot be decoded"),
-        ("text.png", OSError, r"picture 1 \('.*text.png'\) cannot be decoded"),
-        ("huge.png", ValueError, r"picture 1 \('.*huge.png'\) is too large: .*196000000 pixels"),
-        ("large.png", ValueError, r"picture 1 \('.*large.png'\) is too large: .*100000000 pixels"),
+        ("cut.jpg", PictureError, r"picture 1 \('.*cut.jpg'\) cannot be decoded"),
+        ("text.png", PictureError, r"picture 1 \('.*text.png'\) cannot be decoded"),
+        ("huge.png", PictureError, r"picture 1 \('.*huge.png'\) is too large: .*196000000 pixels"),
+        ("large.png", PictureError, r"picture 1 \('.*large.png'\) is too large: 10000x10000 pixels|100000000 pixels"),
         ("none.png", FileNotFoundError, r"picture 1 \('.*none.png'\) cannot be opened"),
         (".", OSError, r"picture 1 .* cannot be opened"),
         (np.zeros((8, 8), np.uint8), ValueError, r"picture 1 is an array of shape \(8, 8\) in uint8"),
