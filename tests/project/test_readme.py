@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from test_rooms import FOLDERLESS, ROOMS
 
+from restnet_hf import load_images
+from restnet_hf.demo import DATA
 from restnet_hf.routes.route import Route
 
 
@@ -23,6 +25,13 @@ def test_is_short():
 def test_example_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    for split, count in (("train", 200), ("test", 50)):
+        rows = load_images(DATA, split).select(range(count))
+        for index, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
+            folder = tmp_path / "pictures" / split / rows.features["label"].names[label].replace("/", " or ")
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{index}.png")
+    image.save(tmp_path / "new.png")
     (tmp_path / "example.py").write_text(code)
     subprocess.run([sys.executable, "example.py"], cwd=tmp_path, check=True, timeout=200)
     assert (tmp_path / "my-stitch" / "model.safetensors").stat().st_size < 1e6
