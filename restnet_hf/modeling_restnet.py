@@ -482,22 +482,30 @@ class StitchedModelForImageClassification(
         self,
         budget: BudgetLike | None = None,
         *,
+        macs: float | None = None,
+        params: float | None = None,
+        memory_mb: float | None = None,
+        latency_ms: float | None = None,
+        energy_j: float | None = None,
         score: str | None = None,
-        **limits: float | None,
     ) -> Route:
         """Make the best route of the profile within limits active, and return it.
 
         Args:
-            budget: limits as a `Budget` or a dict such as ``{"macs": 1e9}``.
+            budget: all limits, as a `Budget` or a dict such as ``{"macs": 1e9}``.
+            macs: largest multiply-accumulates for one image.
+            params: largest number of parameters.
+            memory_mb: largest memory in MB.
+            latency_ms: largest latency for one image in milliseconds.
+            energy_j: largest energy for one image in joules.
             score: name of the score that the best route has most of; by default that of `Profile.find_score`.
-            **limits: limits by cost in place of ``budget``: ``macs``, ``params``, ``memory_mb``, ``latency_ms`` or
-                ``energy_j``, all for one image.
 
         Raises:
             BudgetError: no route fits (the message names the cheapest), the model was not profiled, or has no such
                 cost or score.
         """
-        budget = Budget.of(budget, **limits)
+        limits = {"macs": macs, "params": params, "memory_mb": memory_mb}
+        budget = Budget.of(budget, **limits, latency_ms=latency_ms, energy_j=energy_j)
         if self.profiled is None:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
         return self.set_route(self.profiled.best(budget, score).route)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers.utils import logging
 
 from restnet_hf.data.datasets import Batch, batches, data_fingerprint, to_batch
 from restnet_hf.distributed import this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.progress import progress_bar
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.feature_cache import FeatureCache
 from restnet_hf.training.frozen import FrozenPart
@@ -128,7 +128,7 @@ def compute_features(
         The outputs and labels of each image, in the place of the data set.
     """
     names, parts = frozen.names(frozen.walks, matching=False), list[dict[str, Tensor]]()
-    for batch in logging.tqdm(images, desc="features", disable=not this_process().is_local_main_process):
+    for batch in progress_bar(images, "features"):
         with autocast():
             outputs = frozen.compute(batch["pixel_values"].to(model.device, model.dtype), names)
         parts.append({name: value.cpu() for name, value in (outputs | {"labels": batch["labels"]}).items()})
