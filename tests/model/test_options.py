@@ -40,9 +40,11 @@ def test_one_idea_of_a_budget(pair, images):
         assert pair.select_stitches(images, "position", 1, budget=budget)
         assert pair.add_family("skip", budget=budget)
     assert "memory_mb" not in pair.route_costs(budget={"macs": 1})(expected)
-    for wrong in (lambda: pair.set_budget(mac=1), lambda: pair.select_stitches(images, budget={"mac": 1})):
+    for wrong in (lambda: pair.set_budget({"mac": 1}), lambda: pair.select_stitches(images, budget={"mac": 1})):
         with pytest.raises(ValueError, match=r"limits \['mac'\], which are no costs"):
             wrong()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mac'"):
+        pair.set_budget(mac=1)
     with pytest.raises(TypeError, match="not both"):
         pair.set_budget({"macs": 1}, params=3)
 

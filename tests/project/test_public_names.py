@@ -73,7 +73,7 @@ def interpreters():
     "first",
     [
         "import restnet_hf",
-        "import restnet_hf, transformers.image_processing_utils",
+        pytest.param("import restnet_hf, transformers.image_processing_utils", marks=pytest.mark.slow),
         pytest.param(
             "from restnet_hf import Profile\nfrom transformers import ViTForImageClassification, pipeline",
             marks=pytest.mark.slow,

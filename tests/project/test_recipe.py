@@ -83,6 +83,7 @@ def test_stitching_trained_anchors_works(demo_model, clothes):
     assert all(0.2 < value < 1 for value in r2.values())
 
 
+@pytest.mark.slow
 def test_new_task_needs_no_flag(new_task):
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
     recipe |= {"image_size": SIZE, "max_routes": 1, "heads": TOY_STITCHES | {"train_head": True, "distillation": 0.0}}
@@ -378,6 +379,7 @@ def test_label_free_needs_anchors_that_know_the_classes(new_task):
     assert not (new_task / "out").exists()
 
 
+@pytest.mark.slow
 def test_routes_by_name(tmp_path):
     """They take the place of those that a selector would choose, so there is no similarity to show."""
     routes = ["resnet_fashion[:2] + vit_fashion[4:]", "resnet_fashion[:6] + vit_fashion[vit.layers.4:]"]

@@ -401,6 +401,7 @@ def take_turn(folder, answers):
     cache.verify()
 
 
+@pytest.mark.slow
 def test_runs_with_one_folder_take_turns(tmp_path):
     """The first writes everything, the others wait, and find it."""
     context = multiprocessing.get_context("fork")
@@ -414,6 +415,7 @@ def test_runs_with_one_folder_take_turns(tmp_path):
     assert sorted(answers.get(timeout=10) for _ in runs) == [0, 0, len(SPECS)]
 
 
+@pytest.mark.slow
 def test_a_turn_says_that_it_waits(tmp_path, caplog):
     cache = FeatureCache(tmp_path, IDENTITY, IMAGES)
     waiting = threading.Thread(target=lambda: cache.turn(SPECS).__enter__())
