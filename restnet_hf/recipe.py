@@ -28,6 +28,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.recipe_checks import CHECKPOINTS, CHECKS, check_entry, check_stitches, within
 from restnet_hf.reports import report_rows, report_to_resume
+from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.plots import plot_similarity
 from restnet_hf.sources import check_paths
@@ -209,12 +210,18 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     }
     if state.is_main_process:
         shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints are not needed any more
-        plot_tradeoff(profile, folder / "tradeoff.png", fitted)
-        if model.similarity is not None:
-            plot_similarity(model.similarity, model.routes, folder / "similarity.png")
-        with atomic_file(folder / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+        _write_report(model, fitted, profile, report, folder)
     return report
+
+
+def _write_report(
+    model: StitchedModelForImageClassification, fitted: Profile, profile: Profile, report: Any, folder: Path
+) -> None:
+    plot_tradeoff(profile, folder / "tradeoff.png", fitted)
+    if model.similarity is not None:
+        plot_similarity(model.similarity, model.routes, folder / "similarity.png")
+    with atomic_file(folder / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
 
 
 class _Clock:

@@ -93,9 +93,7 @@ def adapt(
     _check_names(search, predictor)
     routes = _candidates(model, candidates)
     data = model.prepare_data(data, on_error=on_error)
-    if latency is None and _is_measured(budget):
-        latency = model.measure_latency(routes)
-    _check_energy(budget, latency)
+    latency = _measured(model, routes, budget, latency)
     costs = dict(zip(routes, map(_corrected_costs(model, latency), routes), strict=True))
     scorer = Scorer(model, data, batch_size, exact)
     scorer.fits = [route for route in costs if budget.allows(costs[route])]
@@ -108,6 +106,16 @@ def adapt(
     model.set_route(best.route)
     confirmed = replace(result, best={budget: best}, rows=tuple(rows))
     return AdaptResult(best, scorer.score, scorer.reasons(confirmed.rejected(budget)), checks, result.finished)
+
+
+def _measured(
+    model: StitchedModelForImageClassification, routes: list[Route], budget: Budget, latency: LatencyTable | None
+) -> LatencyTable | None:
+    """The latency table that was given, or one that is measured if the budget needs one."""
+    if latency is None and _is_measured(budget):
+        latency = model.measure_latency(routes)
+    _check_energy(budget, latency)
+    return latency
 
 
 def _candidates(model: StitchedModelForImageClassification, candidates: Routes | None) -> list[Route]:

@@ -104,9 +104,7 @@ def load_anchor(
     """
     check_load_options(load_anchor, hub_kwargs)
     if isinstance(source, Anchor):
-        if any(option is not None for option in (name, revision, image_size, preprocessing, label_names)):
-            raise ValueError(f"anchor '{source.name}' is made already; pass its options where it is made")
-        return copy.copy(source)  # the same network, but with its own name and head
+        return _copied(source, name, revision, image_size, preprocessing, label_names)
     if preprocessing is not None and image_size is not None:
         raise ValueError("pass either image_size or preprocessing, which holds the image size")
     if isinstance(source, nn.Module):
@@ -131,6 +129,13 @@ def load_anchor(
         revision=revision.resolved if isinstance(revision, ResolvedRevision) else None,
         granularity=granularity,
     )
+
+
+def _copied(anchor: Anchor, *options: Any) -> Anchor:
+    """The same network, but with its own name and head; raises ValueError where options are given for it."""
+    if any(option is not None for option in options):
+        raise ValueError(f"anchor '{anchor.name}' is made already; pass its options where it is made")
+    return copy.copy(anchor)
 
 
 @contextmanager

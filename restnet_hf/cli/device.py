@@ -110,13 +110,10 @@ def export(
     threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export routes for an edge runtime, verified against the adapter's own, with a script that runs them.
-
-    Without --route, --budget or --pareto the active route is exported.
-    """
+    """Export the active route or others for a runtime, verified against the adapter, with a script that runs them."""
     if bool(route) + bool(budget) + pareto > 1:
         raise typer.BadParameter("give --route, --budget or --pareto, not several of them")
-    limits: dict[str, Any] = parse_budget(budget).limits if budget else {}
+    limits = parse_budget(budget) if budget else None
     check_output(out, overwrite)
 
     from restnet_hf.adaptation.adapt import device_images
@@ -124,11 +121,9 @@ def export(
     from restnet_hf.runtime.exported_files import PROFILE
 
     model = load_here(adapter, threads)
-    if limits:
-        model.set_budget(**limits)
-    rows = None if data is None else device_images(model, data, split, images)
-    if rows is not None:
-        warn_of_few(len(rows), "the agreement of a route")
+    if limits is not None:
+        model.set_budget(limits)
+    rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
         min_agreement=min_agreement, calibration_images=calibration_images, batch_size=batch_size, threads=threads,
@@ -138,3 +133,9 @@ def export(
     show_exported(exported)
     size = f"{exported.profiled.metadata['size_mb']:.1f} MB"
     say(f"written to {out}: {size}; try: python {out}/run.py PICTURE, or restnet-hf predict {out} PICTURE")
+
+
+def _few(rows: Any) -> Any:
+    """Images for the export; warns where they are few."""
+    warn_of_few(len(rows), "the agreement of a route")
+    return rows

@@ -67,7 +67,8 @@ def folder_dataset(folder: Path) -> Dataset:
     places, own = class_folders(folder), [path for path in picture_files(folder) if path.parent == folder]
     splits = [place.name for place in places if place.name.lower() in SPLITS]
     if places and len(splits) == len(places):
-        raise ValueError(f"{folder} has the splits {splits}; give one of them, such as {folder / splits[0]}")
+        first = next((split for split in splits if split.lower().startswith("train")), splits[0])
+        raise ValueError(f"{folder} has the splits {splits}; give one of them, such as {folder / first}")
     if places and own:
         raise ValueError(
             f"{folder} has pictures both in itself, such as {own[0].name}, and in subfolders, such as "

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Image as ImageFeature
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from restnet_hf.errors import PictureError, shorten
+from restnet_hf.runtime.pictures import decode
 
 
 CHANNELS = (1, 3, 4)
@@ -58,9 +59,9 @@ def open_picture(picture: Any, name: str = "a picture") -> Image.Image:
         )
     try:
         if isinstance(picture, Image.Image):
-            return _decode(picture)
+            return decode(picture)
         with _open(picture) as image:
-            return _decode(image)
+            return decode(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = f"is too large: {error}"
     except MemoryError:
@@ -83,15 +84,6 @@ def _open(picture: Any) -> Image.Image:
     if picture is None:
         raise ValueError("it has neither bytes nor a path")
     return Image.open(BytesIO(picture) if isinstance(picture, bytes) else picture)
-
-
-def _decode(image: Image.Image) -> Image.Image:
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and image.width * image.height > most:
-        raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels, and at most {most} are decoded")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    return image.convert("RGB")
 
 
 def _from_array(array: Any, name: str) -> Image.Image:

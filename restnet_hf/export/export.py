@@ -168,16 +168,20 @@ def export_routes(
     exporter = _checked_exporter(runtime, precision, data)
     if not 0 <= min_agreement <= 1 or calibration_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{min_agreement=} must be from 0 to 1, {calibration_images=} and {batch_size=} at least 1")
-    chosen = list(dict.fromkeys(map(model.route, each_route(model.active_route if routes is None else routes))))
-    if not chosen:
-        raise ValueError("there are no routes to export")
-    if data is not None:
-        data = model.prepare_data(data, on_error=on_error)
+    chosen = _chosen(model, routes)
+    data = None if data is None else model.prepare_data(data, on_error=on_error)
     job = _Job(model, chosen, exporter, precision, data, calibration_images, min_agreement, batch_size, threads)
     with atomic_folder(out, PROFILE) as folder:
         profile = job.write(folder)
     model.record_runtime(profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
+
+
+def _chosen(model: StitchedModelForImageClassification, routes: Routes | None) -> list[Route]:
+    chosen = list(dict.fromkeys(map(model.route, each_route(model.active_route if routes is None else routes))))
+    if not chosen:
+        raise ValueError("there are no routes to export")
+    return chosen
 
 
 def _checked_exporter(runtime: str, precision: str, data: Any) -> Exporter:

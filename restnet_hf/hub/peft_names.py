@@ -19,16 +19,19 @@ class PeftNamesMixin:
     """
 
     # Attributes of the model
-    _hf_peft_config_loaded: bool
-    peft_config: Mapping[str, Any]
+    peft_config: Mapping[str, Any]  # by name of PEFT's adapters; not there before the first
     routes: Any  # a property of the model
     set_route: Callable[[Route | str], Route]
 
     def _of_peft(self, method: str, ours: str) -> Any:
         """PEFT's own method; raises ValueError, which names ours, where the model has no adapter of PEFT."""
-        if not self._hf_peft_config_loaded:
+        if not self._has_peft_adapters:
             raise ValueError(f"{method} is for adapters of PEFT, and this model has none. {ours}")
         return getattr(super(), method)
+
+    @property
+    def _has_peft_adapters(self) -> bool:
+        return bool(getattr(self, "peft_config", None))
 
     def _names(self) -> list[str]:
         """The names of the adapters that `load_stitch` added."""
@@ -86,7 +89,7 @@ class PeftNamesMixin:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         routes = quote([str(route) for route in self.routes if route.adapter in names or not self._names()])
         ours = f"To switch, call set_route(route); the routes are {routes}"
-        if self._hf_peft_config_loaded and not {*names} <= {*self.peft_config}:
+        if self._has_peft_adapters and not {*names} <= {*self.peft_config}:
             raise ValueError(f"adapters of PEFT are {[*self.peft_config]}, not {quote(adapter_name)}. {ours}")
         self._of_peft("set_adapter", ours)(adapter_name)
 

@@ -238,13 +238,18 @@ def find_adapters(
         if min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy:
             adapters.append(adapter)
     if failed:
-        first = [f"{repo_id} ({_reason(error)})" for repo_id, error in list(failed.items())[:MAX_NAMED]]
-        first += [f"{len(failed) - MAX_NAMED} more"] if len(failed) > MAX_NAMED else []
-        noun = "repository was" if len(failed) == 1 else "repositories were"
-        warnings.warn(f"{len(failed)} {noun} left out, as they cannot be read: {', '.join(first)}", stacklevel=3)
+        warnings.warn(_left_out(failed), stacklevel=3)
     return sorted(
         adapters, key=lambda a: (-a.best.scores.get("accuracy", 0.0), a.best.costs.get("macs", 0.0), a.repo_id)
     )
+
+
+def _left_out(failed: Mapping[str, Exception]) -> str:
+    """A warning of repositories that cannot be read, of which the first few are named."""
+    first = [f"{repo_id} ({_reason(error)})" for repo_id, error in list(failed.items())[:MAX_NAMED]]
+    first += [f"{len(failed) - MAX_NAMED} more"] if len(failed) > MAX_NAMED else []
+    noun = "repository was" if len(failed) == 1 else "repositories were"
+    return f"{len(failed)} {noun} left out, as they cannot be read: {', '.join(first)}"
 
 
 def _listed(api: HfApi, tags: Sequence[str]) -> list[tuple[str, ModelInfo | None]]:

@@ -61,9 +61,9 @@ def open_picture(picture: Any, name: str = "picture") -> Image.Image:
     name = f"{name} ({quote(path)})" if path else name
     try:
         if isinstance(picture, Image.Image):
-            return _decode(picture)
+            return decode(picture)
         with Image.open(picture) as image:
-            return _decode(image)
+            return decode(image)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise type(error)(f"{name} cannot be opened: {error.strerror or error}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -74,8 +74,15 @@ def open_picture(picture: Any, name: str = "picture") -> Image.Image:
         raise PictureError(f"{name} cannot be decoded: {shorten(str(error), MAX_MESSAGE)}") from error
 
 
-def _decode(image: Image.Image) -> Image.Image:
-    """The picture in RGB, turned upright as its EXIF data say; refused where Pillow would warn of its size."""
+def decode(image: Image.Image) -> Image.Image:
+    """Decode a picture to RGB, turned upright as its EXIF data say.
+
+    Args:
+        image: PIL image of any mode, decoded or not.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it has more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, where Pillow warns.
+    """
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and image.width * image.height > most:
         raise Image.DecompressionBombError(
