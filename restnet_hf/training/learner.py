@@ -71,6 +71,13 @@ def _choose_teacher(model: StitchedModelForImageClassification, args: TrainArgs)
     return teacher
 
 
+def _report_untuned(routes: Sequence[str], count: int, kind: str) -> None:
+    """Warn of the routes that have nothing to tune; raise ValueError where none of so many has."""
+    if len(routes) == count:
+        raise ValueError(f"no route has anything of kind {kind!r} behind its last stitch; leave tuning={kind!r} out")
+    logger.warning(f"{list(routes)} have nothing of kind {kind!r} behind their last stitch: only their stitches train")
+
+
 class Learner:
     """Routes that train together: their trainable parts, and their losses on a batch.
 
@@ -115,17 +122,20 @@ class Learner:
     def _add_tuned(self) -> list[Tuned]:
         """Add to the model the tuned parts that it lacks, equal to the anchors' own weights; returns those added."""
         args, model, new = self.args, self.model, list[Tuned]()
-        kinds = KINDS[args.tuning]
+        kinds, without = KINDS[args.tuning], list[str]()
         for route in self.routes:
             for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
                 for key in keys:
                     if key.kind not in kinds or str(key) in model.tuned:
                         continue
                     span = (0, None) if key.kind in SHARED_KINDS else (segment.start, None)
-                    if key.kind == "bias" and not tunable(model.anchors[segment.anchor], key.kind, *span):
+                    if key.kind not in SHARED_KINDS and not tunable(model.anchors[segment.anchor], key.kind, *span):
+                        without += [str(route)] if key.kind == args.tuning else []
                         continue
                     config = TunedConfig(key.kind, segment.anchor, *span, r=args.r, lora_alpha=args.lora_alpha)
                     new.append(model.add_tuned(key, config))
+        if without:
+            _report_untuned(without, sum(bool(route.stitch_points) for route in self.routes), args.tuning)
         tuned = [*map(TunedKey.parse, model.tuned)]
         low_rank, full = ({key.owner for key in tuned if key.kind == kind} for kind in ("lora", "full"))
         both = sorted(low_rank & full)

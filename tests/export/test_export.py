@@ -394,6 +394,7 @@ def test_a_wrong_file_is_not_called_good(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_hostile_folder(bundle, tmp_path):
     """Files outside the folder are never opened, and damaged ones are named."""
     source = bundle[2]

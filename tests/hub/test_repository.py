@@ -307,6 +307,7 @@ print(json.dumps(1))
     assert "me/adapter" in printed and "small-vit[:]" in printed and "100.0" in printed
 
 
+@pytest.mark.slow
 def test_push_by_command(world):
     code = """
 import restnet_hf.cli

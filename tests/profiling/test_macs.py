@@ -41,7 +41,14 @@ def test_blocks_add_up_to_the_whole(anchors, name):
     assert count_params(route_steps(anchor)) == sum(p.numel() for p in anchor.model.parameters())
 
 
-@pytest.mark.parametrize(("front", "end"), [("resnet", "vit"), ("swin_nhwc", "mobilenet"), ("registers", "swin")])
+@pytest.mark.parametrize(
+    ("front", "end"),
+    [
+        ("resnet", "vit"),
+        pytest.param("swin_nhwc", "mobilenet", marks=pytest.mark.slow),
+        pytest.param("registers", "swin", marks=pytest.mark.slow),
+    ],
+)
 def test_every_route_of_a_pair(anchors, front, end):
     model = StitchedModelForImageClassification.from_anchors(anchors[front], anchors[end], order="given")
     table = MacsTable()

@@ -78,7 +78,10 @@ def interpreters():
             "from restnet_hf import Profile\nfrom transformers import ViTForImageClassification, pipeline",
             marks=pytest.mark.slow,
         ),
-        "from transformers import AutoConfig, AutoModelForImageClassification\nimport restnet_hf",
+        pytest.param(
+            "from transformers import AutoConfig, AutoModelForImageClassification\nimport restnet_hf",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("from transformers import AutoConfig\nimport restnet_hf", marks=pytest.mark.slow),
         pytest.param("from restnet_hf import load_anchor", marks=pytest.mark.slow),
         pytest.param("import restnet_hf.comparing", marks=pytest.mark.slow),

@@ -292,6 +292,7 @@ def test_command_errors(tmp_path, monkeypatch, arguments, code, message):
     assert "Traceback" not in result.output and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_similarity_by_command(tmp_path):
     """The routes printed have the highest values of the matrix written; both directions, and labels that help."""
     out = tmp_path / "out"

@@ -12,6 +12,7 @@ from trainings import FAST, ROUTES, build, data, trained
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.routes.route import TunedKey
 from restnet_hf.stitches.layers import STITCHES, StitchConfig
+from restnet_hf.stitches.tuning import tuned_keys
 from restnet_hf.training.frozen import FrozenPart, first_segment
 from restnet_hf.training.learner import KINDS, Learner
 from restnet_hf.training.loaders import first_images
@@ -206,7 +207,9 @@ def test_later_stitches_see_what_earlier_ones_give():
     assert clean != pytest.approx(before, rel=1e-3), "errors of the first are carried on"
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "sampler", ["all", *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS if name != "all")]
+)
 def test_two_stages_of_one_anchor(sampler, tmp_path):
     """Each branch first matches what it replaces, then the task is learned: both losses fall, from disk as well."""
     x = data()[:24][0]
@@ -318,3 +321,18 @@ def test_images_in_their_own_order():
     for source in (rows, DataLoader(rows, batch_size=5, shuffle=True)):
         found = torch.cat([batch["pixel_values"] for batch in first_images(source, 10, 4)])
         assert torch.equal(found, rows.tensors[0][:10])
+
+
+def test_routes_without_norms_train_their_stitches(caplog):
+    """The others train their norms too; where no route has any, that is an error."""
+    model = StitchedModelForImageClassification.from_anchors(
+        make_anchor("vit"), make_anchor("resnet", seed=1), order="given"
+    )
+    last = model.anchors["resnet"].depth
+    routes = [model.add_stitch(f"vit[:1] + resnet[{cut}:]") for cut in (1, last)]
+    with caplog.at_level("WARNING"):
+        train(model, data(), TrainArgs(**FAST, tuning="norm"))
+    assert f"['{routes[1]}'] have nothing of kind 'norm' behind their last stitch" in caplog.text
+    assert [*model.tuned] == [str(tuned_keys(routes[0])[-1][-1])]
+    with pytest.raises(ValueError, match="no route has anything of kind 'norm' behind its last stitch"):
+        train(model, data(), TrainArgs(**FAST, tuning="norm"), routes[1])
