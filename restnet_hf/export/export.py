@@ -274,7 +274,7 @@ class _Job:
         return self.exporter.save(models, folder), kept
 
     def _describe(self, route: Route) -> dict[str, str]:
-        """What a file says of its route, where its format has a place for that: JSON, but for the route itself."""
+        """The metadata of a route's file, in formats that have metadata: the route, and other values as JSON."""
         values = {"labels": self.labels, **{key: self.preprocessing[key] for key in ("mean", "std")}}
         return {"route": str(route), **{key: json.dumps(value) for key, value in values.items()}}
 

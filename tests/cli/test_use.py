@@ -6,14 +6,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from restnet_hf import ExportedModel, Profile, StitchedModelForImageClassification
+from restnet_hf import Profile, StitchedModelForImageClassification
 from restnet_hf.cli import app
 from restnet_hf.data.datasets import load_images
 from restnet_hf.demo.paths import DATA, END, FRONT
+from restnet_hf.export import export_routes
 
 
 ROUTE = "resnet_fashion[:7] + vit_fashion[6:]"
-CLASSES = [{"label": "shirt", "score": 0.75}, {"label": "coat", "score": 0.125}]
 
 
 @pytest.fixture(scope="module")
@@ -40,36 +40,30 @@ def invoke(*arguments):
 
 
 @pytest.mark.parametrize("exported", [False, True])
-def test_predict_passes_everything_on(adapter, pictures, tmp_path, monkeypatch, exported):
-    kind = ExportedModel if exported else StitchedModelForImageClassification
-    calls = []
-
-    def classify(model, images, **options):
-        calls.append((images, options))
-        return [CLASSES] * len(images)
-
-    monkeypatch.setattr(kind, "predict", classify, raising=False)
-    folder = adapter
+def test_predict_prints_what_the_model_predicts(adapter, pictures, tmp_path, exported):
+    model, names = StitchedModelForImageClassification.from_pretrained(adapter), list(map(str, pictures))
+    folder = tmp_path / "profiled"
+    model.profile()
+    model.save_pretrained(folder)
     if exported:
         folder = tmp_path / "exported"
-        folder.mkdir()
-        (folder / "labels.json").touch()
-        monkeypatch.setattr(ExportedModel, "__init__", lambda model, *arguments: None)
-    options = ["--budget", "macs=1e9", "--budget", "params=1e7", "--top-k", "2"]
-    result = invoke("predict", folder, *pictures, *options)
+        model = export_routes(model, folder, [ROUTE, "resnet_fashion[:]"])
+    result = invoke("predict", folder, *pictures, "--budget", "macs=1e9", "--budget", "params=1e7", "--top-k", "2")
     assert result.exit_code == 0, result.output
-    assert calls == [
-        ([str(picture) for picture in pictures], {"route": None, "budget": {"macs": 1e9, "params": 1e7}, "top_k": 2})
+    answers = model.predict(names, budget={"macs": 1e9, "params": 1e7}, top_k=2)
+    assert result.stdout.splitlines() == [
+        f"{name}: " + ", ".join(f"{each['label']} {each['score']:.1%}" for each in answer)
+        for name, answer in zip(names, answers, strict=True)
     ]
-    assert result.stdout.splitlines() == [f"{picture}: shirt 75.0%, coat 12.5%" for picture in pictures]
     result = invoke("predict", folder, *pictures, "--route", ROUTE, "--json")
-    assert json.loads(result.stdout) == [{"picture": str(picture), "classes": CLASSES} for picture in pictures]
-    assert calls[1][1] == {"route": ROUTE, "budget": None, "top_k": 5}
+    answers = model.predict(names, route=ROUTE)
+    assert json.loads(result.stdout) == [
+        {"picture": name, "classes": answer} for name, answer in zip(names, answers, strict=True)
+    ]
     both = invoke("predict", folder, *pictures, "--route", ROUTE, "--budget", "macs=1")
     assert both.exit_code == 2 and "not both" in both.stderr
 
 
-@pytest.mark.skipif(not hasattr(StitchedModelForImageClassification, "predict"), reason="the model has no predict yet")
 def test_predict_of_an_adapter(adapter, pictures):
     result = invoke("predict", adapter, *pictures, "--route", "resnet_fashion[:]", "--top-k", "1", "--json")
     assert result.exit_code == 0, result.output
