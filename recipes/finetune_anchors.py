@@ -41,7 +41,9 @@ class Pictures(torch.utils.data.Dataset):
 
     def __init__(self, rows: Dataset, mean: list[float], std: list[float], size: int, augment: bool) -> None:
         self.names = next(rows.features[name].names for name in CLASS_COLUMNS if name in rows.features)
-        image, label = (next(name for name in names if name in rows.features) for names in (("image", "img"), CLASS_COLUMNS))
+        image, label = (
+            next(name for name in names if name in rows.features) for names in (("image", "img"), CLASS_COLUMNS)
+        )
         pictures = [np.asarray(picture.convert("RGB")) for picture in rows[image][:]]
         self.images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
         self.labels = torch.tensor(rows[label][:])
@@ -99,7 +101,9 @@ def save(model: PreTrainedModel, folder: Path, mean: list[float], std: list[floa
     model.save_pretrained(folder)
 
 
-def fine_tune(source: str, folder: Path, rows: dict[str, Dataset], sizes: list[int], learning_rate: float, bf16: bool) -> None:
+def fine_tune(
+    source: str, folder: Path, rows: dict[str, Dataset], sizes: list[int], learning_rate: float, bf16: bool
+) -> None:
     """Train one anchor on all weights and write it."""
     set_seed(0)
     names = next(rows["train"].features[name].names for name in CLASS_COLUMNS if name in rows["train"].features)
@@ -144,7 +148,9 @@ def main(
     dataset: str = "uoft-cs/cifar10",
     sizes: str = "64,64,96",
     learning_rate: float = 3e-4,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster where the processor has it.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16: faster where the processor has it.")
+    ] = False,
 ) -> None:
     """Fine-tune anchors and write them to OUT."""
     rows = {split: load_dataset(dataset, split=split) for split in ("train", "test")}

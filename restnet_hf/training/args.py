@@ -1,6 +1,8 @@
 """TrainArgs and TrainResult: options and result of training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -35,6 +37,13 @@ class TrainArgs:
             path (AdaptiveNet, arXiv 2303.07129).
         num_train_epochs: number of passes over the data that follow, with labels, distillation or both.
         max_steps: largest number of steps of both stages together; needed for data without a length.
+        max_minutes: largest number of minutes, least squares and caching included; the learning rate falls to zero by
+            then, if this comes before the last step.
+        keep: which state of each route stays: ``best`` the one with the best score on held-out images, that before
+            training included, or ``last``, which holds out no images.
+        eval_steps: steps between scores on held-out images; by default four in all, or one in each epoch.
+        early_stopping_patience: number of scores in a row without a gain after which a route leaves the training, and
+            its time goes to the others; None to train all to the end.
         batch_size: number of images in a step, over all processes.
         gradient_accumulation_steps: number of parts that a step's images run in, to save memory; the result is equal.
         auto_find_batch_size: whether a step's images run in smaller parts where memory runs out.
@@ -78,6 +87,10 @@ class TrainArgs:
     match: Literal["final", "later", "stitch"] = "final"
     num_train_epochs: int = Field(default=3, ge=0)
     max_steps: int | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    keep: Literal["best", "last"] = "best"
+    eval_steps: int | None = Field(default=None, gt=0)
+    early_stopping_patience: int | None = Field(default=5, gt=0)
     batch_size: int = Field(default=64, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     auto_find_batch_size: bool = False
@@ -132,6 +145,27 @@ class TrainArgs:
 
 
 @plain_dataclass(frozen=True)
+class RouteScores:
+    """Scores of a route on held-out images during training.
+
+    Args:
+        metric: ``accuracy`` on labels, ``agreement`` with the teacher, or ``loss``.
+        start: value before training.
+        best: value of the state that the route has now.
+        last: value at the end of training.
+        step: step of that state; 0 for the one before the first step.
+        epoch: epochs done at that step.
+    """
+
+    metric: str
+    start: float
+    best: float
+    last: float
+    step: int = 0
+    epoch: float = 0.0
+
+
+@plain_dataclass(frozen=True)
 class TrainResult:
     """What `train` returns.
 
@@ -139,8 +173,12 @@ class TrainResult:
         steps: number of steps done.
         seconds: seconds that training took.
         losses: mean loss of each route over the last epoch.
+        scores: scores of each route on held-out images; empty where none were held out.
+        held_out_images: number of held-out images.
     """
 
     steps: int
     seconds: float
     losses: dict[str, float]
+    scores: Mapping[str, RouteScores] = field(default_factory=dict)
+    held_out_images: int = 0

@@ -40,6 +40,7 @@ class Checkpoints:
         optimizer: Any,
         place: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
+        best: Mapping[str, Tensor],
     ) -> None:
         """Write a checkpoint, and delete all but the last `KEPT`.
 
@@ -49,6 +50,7 @@ class Checkpoints:
             optimizer: optimizer of the parameters.
             place: other values that a resumed run needs, as JSON can hold them.
             buffers: buffers that training has set, by name.
+            best: the best states seen so far, by name of the tensor.
 
         Raises:
             OSError: the checkpoint cannot be written; earlier ones do not change.
@@ -57,6 +59,7 @@ class Checkpoints:
             return
         tensors = {f"parameters/{name}": p.detach().contiguous() for name, p in parameters.items()}
         tensors |= {f"buffers/{name}": buffer.contiguous() for name, buffer in buffers.items()}
+        tensors |= {f"best/{name}": tensor.contiguous() for name, tensor in best.items()}
         moments = optimizer.state_dict()["state"]
         for index, name in enumerate(parameters):
             tensors |= {f"{key}/{name}": value.contiguous() for key, value in moments.get(index, {}).items()}
@@ -75,7 +78,7 @@ class Checkpoints:
 
     def load(
         self, total: int, parameters: Mapping[str, nn.Parameter], optimizer: Any, buffers: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Set parameters, buffers and optimizer to those of the latest checkpoint.
 
         Args:
@@ -85,7 +88,7 @@ class Checkpoints:
             buffers: buffers that training sets, by name.
 
         Returns:
-            The ``place`` that `save` was given.
+            The ``place`` and the best states that `save` was given.
 
         Raises:
             ValueError: the checkpoint belongs to another training.
@@ -102,7 +105,7 @@ class Checkpoints:
         for key, tensor in tensors.items():
             section, _, name = key.partition("/")
             sections.setdefault(section, {})[name] = tensor
-        weights, stored = sections.pop("parameters", {}), sections.pop("buffers", {})
+        weights, stored, best = (sections.pop(name, {}) for name in ("parameters", "buffers", "best"))
         if weights.keys() != parameters.keys() or stored.keys() != buffers.keys() or place["total"] != total:
             raise ValueError(
                 f"{folder} belongs to another training: it has {place['total']} steps over {sorted(weights)}, this "
@@ -120,4 +123,4 @@ class Checkpoints:
         for group, rate in zip(state["param_groups"], place["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
         optimizer.load_state_dict(state)
-        return place
+        return place, best

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
+from restnet_hf.data.datasets import IGNORED, MULTI_LABEL
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, Routes, TunedKey, each_route
 from restnet_hf.steps import Step, run_steps
@@ -85,8 +88,8 @@ class Learner:
         model: model of the routes; parts that are tuned and missing are added to it.
         routes: routes with stitches, or anchors alone with a new head to train.
         args: options of the training.
-        images: images for the scales of features that are matched, and for the BatchNorm statistics of new tuned
-            parts; None where both are read from a checkpoint, or neither is needed.
+        images: images for the scales of features that are matched; None where these are read from a checkpoint, or
+            nothing is matched.
 
     Raises:
         ValueError: there is nothing to distil from, or weights were tuned in another way before.
@@ -102,7 +105,7 @@ class Learner:
         self.model, self.args = model, args
         self.routes = [model.route(route) for route in routes]
         _choose_teacher(model, args)
-        new = self._add_tuned()
+        self.new_tuned = self._add_tuned()
         self.modules = self._trainable_modules()
         cast = [name for name, module in self.modules.items() if make_trainable(module)]
         if cast:
@@ -117,7 +120,6 @@ class Learner:
         self.scales: dict[str, float] = {}
         if images is not None:
             self._set_scales(images)
-            self._recalibrate(images, new)
 
     def _add_tuned(self) -> list[Tuned]:
         """Add to the model the tuned parts that it lacks, equal to the anchors' own weights; returns those added."""
@@ -183,12 +185,19 @@ class Learner:
         if goals:
             self.scales = goal_scales(self.frozen.compute(next(images()), goals))
 
-    def _recalibrate(self, images: Images, new: Sequence[Tuned]) -> None:
-        """Compute the BatchNorm statistics of new tuned parts."""
+    def recalibrate(self, images: Images) -> bool:
+        """Compute the BatchNorm statistics of tuned parts that are new.
+
+        Args:
+            images: images to compute them on.
+
+        Returns:
+            Whether there are any.
+        """
         for steps in self.walks.values():
             *front, last = steps[: _last_segment(steps) + 1]
             for tuned in last.tuned:
-                if any(tuned is each for each in new):
+                if any(tuned is each for each in self.new_tuned):
                     assert isinstance(last.module, Anchor)
                     start = tuned.config.start
                     own: list[Callable[[Tensor], Tensor]] = [
@@ -199,6 +208,7 @@ class Learner:
                     tensors = tuned.tensors(last.module, start)
                     recalibrate(tensors, last.module, start, pairs)
                     tuned.assign(tensors)
+        return bool(self.new_tuned)
 
     def _trainable_steps(self, steps: Sequence[Step]) -> tuple[Step, ...]:
         """The steps of a route after its frozen beginning, with the end compiled if the options ask for it."""
@@ -267,6 +277,82 @@ class Learner:
         tensors = last.replaced(segment.start, None)
         captured = last.module.capture(x, stops, segment.start, tensors=tensors, features=True)
         return matching_loss({goal_name(segment.anchor, cut): captured[cut] for cut in stops}, goals, self.scales)
+
+    def parts(self, route: Route) -> dict[str, nn.Module]:
+        """The modules that train on a route, by name.
+
+        Args:
+            route: one of the routes.
+        """
+        names = {f"stitches.{point.name}" for point in route.stitch_points} | {f"heads.{route.head}"}
+        names |= {f"tuned.{key}" for keys in tuned_keys(route) for key in keys}
+        return {name: module for name, module in self.modules.items() if name in names}
+
+    def evaluate(
+        self,
+        batch: Mapping[str, Tensor],
+        routes: Sequence[Route],
+        matching: bool,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Score routes on a batch: by labels, where there are none by the teacher, else by the loss.
+
+        Args:
+            batch: ``pixel_values``, or the outputs that `FrozenPart.compute` returns for them; and ``labels``, if any.
+            routes: routes to score.
+            matching: whether the training at hand matches features, or learns the task.
+            autocast: context manager of mixed precision.
+
+        Returns:
+            For each route the metric, whether it is right on each image, and the loss of each image, (images,).
+        """
+        metrics = [self._metric(route, batch.get("labels")) for route in routes]
+        plain = [route for route, metric in zip(routes, metrics, strict=True) if metric != "loss"]
+        outputs, images = batch, batch.get("pixel_values")
+        if images is not None:
+            images = images.to(self.model.device, self.model.dtype)
+            names = {name for route in plain if (name := self.frozen.front(route))}
+            names |= {TEACHER} if "agreement" in metrics else set()
+            names |= self.frozen.names({*routes} - {*plain}, matching) if "loss" in metrics else set()
+            with autocast():
+                outputs = {**batch, **self.frozen.compute(images, names)}
+        for route, metric in zip(routes, metrics, strict=True):
+            name = self.frozen.front(route)
+            start = images if name is None else outputs[name].to(self.model.device, self.model.dtype)
+            with autocast():
+                right, losses = self._score(route, metric, cast("Tensor", start), outputs, matching)
+            yield metric, right, losses
+
+    def _metric(self, route: Route, labels: Tensor | None) -> str:
+        config = self.model.config
+        learns_head = f"heads.{route.head}" in self.modules and self.args.num_train_epochs
+        if config.new_head and route.head not in config.trained_heads and not learns_head:
+            return "loss"  # a random head is right by chance
+        if labels is not None and labels.dim() == 1 and config.problem_type != MULTI_LABEL:
+            return "accuracy"
+        return "loss" if self.frozen.teacher is None or labels is not None else "agreement"
+
+    def _score(
+        self, route: Route, metric: str, start: Tensor, outputs: Mapping[str, Tensor], matching: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Whether a route, whose frozen beginning has the output ``start``, is right on each image; and its losses."""
+        labels = outputs["labels"].to(start.device) if "labels" in outputs else None
+        if metric == "loss" and matching:
+            loss = self._matching_loss(route, start, outputs).float()
+            return torch.zeros(len(start), device=loss.device), loss.expand(len(start))
+        logits = run_steps(start, self.rest[route]).float()
+        if metric == "accuracy":
+            assert labels is not None
+            known = labels != IGNORED
+            right = logits.argmax(-1)[known] == labels[known]
+            return right, cross_entropy(logits[known], labels[known], reduction="none")
+        teacher = outputs[TEACHER].to(logits.device).float() if TEACHER in outputs else None
+        if metric == "agreement":
+            assert teacher is not None
+            losses = kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            return logits.argmax(-1) == teacher.argmax(-1), losses
+        loss = task_loss(logits, labels, teacher, self.args.distillation, self.args.temperature)
+        return torch.zeros(len(logits), device=logits.device), loss.expand(len(logits))
 
     def saliency(self, route: Route) -> float:
         """Mean abs(gradient * weight) over the weights that only this route trains (ESTA, arXiv 2311.17352)."""

@@ -44,20 +44,30 @@ class FeatureRows(Dataset[dict[str, Tensor]]):
 
     Args:
         tensors: tensors (N, ...) by name.
+        indices: rows of the tensors that the data set has; all by default.
     """
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], indices: Tensor | None = None) -> None:
         self.tensors = tensors
+        self.indices = torch.arange(len(next(iter(tensors.values())))) if indices is None else indices
 
     def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: rows[index] for name, rows in self.tensors.items()}
+        return {name: rows[self.indices[index]] for name, rows in self.tensors.items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The rows of several images (len(indices), ...), by name; `collate` returns them unchanged."""
-        return {name: rows[torch.as_tensor(indices)] for name, rows in self.tensors.items()}
+        return {name: rows[self.indices[torch.as_tensor(indices)]] for name, rows in self.tensors.items()}
+
+    def select(self, indices: Sequence[int]) -> "FeatureRows":
+        """The same tensors, of some of the images.
+
+        Args:
+            indices: indices of the images.
+        """
+        return FeatureRows(self.tensors, self.indices[torch.as_tensor(indices)])
 
     @staticmethod
     def collate(rows: Any) -> dict[str, Tensor]:
@@ -105,9 +115,29 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
     rows = train_set
     if isinstance(rows, FeatureRows):
         options = {"batch_size": args.batch_size, "collate_fn": rows.collate}
-    elif data_fingerprint(rows) is None and not isinstance(rows, FeatureCache):
+    elif data_fingerprint(rows) is None and not _cached(rows):
         rows = SeededItems(rows, args.seed)
     return DataLoader(rows, shuffle=True, **options)
+
+
+def _cached(rows: Any) -> bool:
+    return isinstance(rows.dataset if isinstance(rows, Subset) else rows, FeatureCache)
+
+
+def evaluation_loader(rows: Any, args: TrainArgs) -> Any:
+    """Batches of a data set in its own order; batches and DataLoaders are returned unchanged.
+
+    Args:
+        rows: a map-style data set, a DataLoader, or a list of batches.
+        args: options of the training.
+    """
+    if isinstance(rows, list | DataLoader) or is_stream(rows):
+        return rows
+    collate = rows.collate if isinstance(rows, FeatureRows) else None
+    workers = 0 if collate or _cached(rows) else args.dataloader_num_workers
+    if collate is None and data_fingerprint(rows) is None and not _cached(rows):
+        rows = SeededItems(rows, args.seed)  # images that are augmented at random are the same each time
+    return DataLoader(rows, batch_size=args.batch_size, num_workers=workers, collate_fn=collate)
 
 
 def compute_features(

@@ -6,12 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Subset
 from transformers.utils import logging
 
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
@@ -19,22 +22,26 @@ from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route, Routes
-from restnet_hf.training.args import TrainArgs, TrainResult
+from restnet_hf.training.args import RouteScores, TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
 from restnet_hf.training.heads import head_args, needed_heads, shared_options, untrained_heads
 from restnet_hf.training.learner import Learner, check_routes
 from restnet_hf.training.loaders import (
+    FeatureRows,
     SeededItems,
     cache_features,
     check_train_set,
     compute_features,
+    evaluation_loader,
     first_images,
     is_stream,
     make_loader,
 )
+from restnet_hf.training.pace import Pace
 from restnet_hf.training.restoring import restored_on_error
 from restnet_hf.training.samplers import SAMPLERS, Sampler
 from restnet_hf.training.tracking import trackers
+from restnet_hf.training.validation import BestStates, HeldOut, Split, split_held_out
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +54,7 @@ def train(
     args: TrainArgs | None = None,
     routes: Routes | None = None,
     *,
+    validation: Any = None,
     on_error: str = "raise",
 ) -> TrainResult:
     """Train the stitches of routes, by default all of them on every batch, and the other parts that ``args`` names.
@@ -55,11 +63,16 @@ def train(
     Stitches that no other route shares learn as they would alone; routes of a family may share stitches, which learn
     from all of them. The anchors do not change: tuned weights take the place of theirs while a stitched route runs.
 
+    A tenth of the images, at least 100 and at most half of them, is held out, and each route ends with the state that
+    scored best on them, which may be the one that it had before. Routes that share weights keep the state with the
+    best mean score.
+
     Args:
         model: model whose stitches train.
         train_set: labelled images, in any form that ``model.prepare_data`` takes.
         args: options of training; the defaults of `TrainArgs` where None.
         routes: one route or several to train; by default the stitched ones. Of an anchor alone only a new head trains.
+        validation: images to score routes on in place of held-out ones, in any form that ``model.prepare_data`` takes.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     New heads that training needs, the teacher's and those at the end of routes, are trained first where they were not,
@@ -75,7 +88,13 @@ def train(
     """
     args = args or TrainArgs()
     chosen = check_routes(model, model.routes if routes is None else routes, args)
+    if validation is not None and args.keep == "last":
+        raise ValueError(
+            "keep='last' scores no routes, so there is nothing to do with validation; leave one of them out"
+        )
     train_set = model.prepare_data(train_set, name="train_set", on_error=on_error)
+    if validation is not None:
+        validation = model.prepare_data(validation, name="validation", on_error=on_error)
     with restored_on_error(model):
         heads = needed_heads(model, chosen, args)
         if heads:
@@ -84,7 +103,7 @@ def train(
                 "train_heads does this with options of your own"
             )
             _train(model, train_set, shared_options(args), heads, in_memory=True)
-        return _train(model, train_set, args, chosen)
+        return _train(model, train_set, args, chosen, validation=validation)
 
 
 def train_heads(
@@ -128,23 +147,26 @@ def _train(
     args: TrainArgs,
     routes: Sequence[Route],
     in_memory: bool = False,
+    validation: Any = None,
 ) -> TrainResult:
     """Train routes; see `train`. With ``in_memory``, the outputs of frozen networks are computed once, and kept."""
     check_train_set(train_set, args)
     resumes = _check_output_dir(args)
-    accelerator = start_accelerator(model, args)
     began = time.perf_counter()
-    if args.least_squares_images is not None and not resumes:
-        model.fit_stitches(first_images(train_set, args.least_squares_images), routes)
-    steps, losses = 0, dict[str, float]()
+    accelerator = start_accelerator(model, args)
     if args.matching_epochs + args.num_train_epochs:
-        training = Training(model, train_set, args, routes, accelerator, resumes, in_memory)
+        split = Split(train_set, validation)
+        if args.keep == "best" and validation is None:
+            split = split_held_out(train_set, args)
+        training = Training(model, split, args, routes, accelerator, resumes, in_memory, began)
         training.run()
-        training.record(time.perf_counter() - began)
-        steps, losses = training.step, training.mean_losses()
+        result = training.result()
+    else:
+        model.fit_stitches(first_images(train_set, args.least_squares_images or 0), routes)
+        result = TrainResult(0, time.perf_counter() - began, {})
     model.unfitted.difference_update(point.name for route in routes for point in route.stitch_points)
     model.profiled = None  # it was measured with the stitches as they were before
-    return TrainResult(steps, time.perf_counter() - began, losses)
+    return result
 
 
 def _check_output_dir(args: TrainArgs) -> bool:
@@ -181,13 +203,14 @@ class Training:
 
     Args:
         model: model on the device of ``accelerator``.
-        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        split: images to train on and those held out: map-style data sets, DataLoaders, or data without a length.
         args: options of the training.
         routes: routes that are to train.
         accelerator: Accelerate's state, from `start_accelerator`.
         resumes: whether to go on from the last checkpoint in ``output_dir``.
         in_memory: whether the outputs of frozen networks are computed once for each image and held in memory, unless
             ``args`` has a ``cache_dir``.
+        began: value of `time.perf_counter` from which the time counts; by default now.
 
     Raises:
         ValueError: there is nothing to learn from, or the images cannot be cached.
@@ -197,45 +220,116 @@ class Training:
     def __init__(
         self,
         model: StitchedModelForImageClassification,
-        train_set: Any,
+        split: Split,
         args: TrainArgs,
         routes: Iterable[Route | str],
         accelerator: Accelerator,
         resumes: bool = False,
         in_memory: bool = False,
+        began: float | None = None,
     ) -> None:
-        self.model, self.train_set, self.args, self.accelerator = model, train_set, args, accelerator
+        self.model, self.train_set, self.args, self.accelerator = model, split.train, args, accelerator
         self.checkpoints = Checkpoints(args.output_dir)
-        self.resumes = resumes
+        self.resumes, self.began = resumes, time.perf_counter() if began is None else began
         self.losses: dict[Route, list[float]] = {}
         self.step = self.epoch = self.done = 0  # steps done, epochs done, and steps done in this epoch
         self.part_size = 0
         self.learner = Learner(model, routes, args, None if self.resumes else self._calibration_images)
-        rows = self._frozen_rows() if in_memory or args.cache_dir is not None else train_set
+        rows, held_out = self._frozen_rows(split, in_memory)
         self.sampler = self._make_sampler()
         optimizer = self._make_optimizer()
         self.loader: Any = accelerator.prepare(make_loader(rows, args))
         self.per_epoch = None if is_stream(self.loader) else len(self.loader)
         epochs = args.matching_epochs + args.num_train_epochs
         self.total = min(count for count in (self.per_epoch and epochs * self.per_epoch, args.max_steps) if count)
-        self.optimizer, self.schedule = accelerator.prepare(optimizer, self._make_schedule(optimizer))
+        seconds = None if args.max_minutes is None else 60 * args.max_minutes
+        self.pace = Pace(self.total, seconds, self.began, args.warmup_ratio, epochs, accelerator)
+        self.optimizer, self.schedule = accelerator.prepare(optimizer, LambdaLR(optimizer, self.pace.rate))
+        self.best = BestStates({route: self.learner.parts(route) for route in self.learner.routes})
+        self.held_out: HeldOut | None = None
+        if held_out is not None:
+            self.held_out = HeldOut(self.learner, evaluation_loader(held_out, args), self.check_batch, accelerator)
+        self.scored_step = -1
 
-    def _frozen_rows(self) -> Any:
-        """The outputs of the frozen networks for each image, on disk or in memory."""
+    def _frozen_rows(self, split: Split, in_memory: bool) -> tuple[Any, Any]:
+        """The images to train on and those held out, or the outputs of the frozen networks for them."""
         args, frozen = self.args, self.learner.frozen
         if args.cache_dir is not None:
-            return cache_features(self.model, frozen, self.train_set, args)
-        count = (args.max_steps or 1) * args.batch_size if is_stream(self.train_set) else sys.maxsize
-        images = first_images(self.train_set, count, args.batch_size, args.dataloader_num_workers)
-        return compute_features(self.model, frozen, map(self.check_batch, images), self.accelerator.autocast)
+            rows = cache_features(self.model, frozen, split.train if split.whole is None else split.whole, args)
+            if split.indices is None:
+                return rows, split.held_out
+            train, held_out = (Subset(rows, each) for each in split.indices)
+            return train, held_out
+        if not in_memory:
+            return split.train, split.held_out
+        return self._in_memory(split.train), None if split.held_out is None else self._in_memory(split.held_out)
+
+    def _in_memory(self, data: Any) -> FeatureRows:
+        args = self.args
+        count = (args.max_steps or 1) * args.batch_size if is_stream(data) else sys.maxsize
+        images = map(self.check_batch, first_images(data, count, args.batch_size, args.dataloader_num_workers))
+        return compute_features(self.model, self.learner.frozen, images, self.accelerator.autocast)
 
     def run(self) -> None:
         """Train all steps, from the last checkpoint on if there is one."""
         with self._tracked(), self.training_mode(), catch_sigterm() as asked:
+            if self.resumes:
+                self._resume()
+            else:
+                self._start()
             self._run_epochs(asked)
+            self._score()
+            self.best.restore()
         heads = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
         trained = heads if self.args.num_train_epochs else set()  # matching ends before the head
         self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
+
+    def _start(self) -> None:
+        """Fit stitches and statistics before the first step, and score the routes before and after each."""
+        self._score()
+        if self.args.least_squares_images is not None:
+            stitched = [route for route in self.learner.routes if route.stitch_points]
+            self.model.fit_stitches(first_images(self.train_set, self.args.least_squares_images), stitched)
+            self._score()
+        if self.learner.recalibrate(self._calibration_images):
+            self._score()
+
+    def _score(self) -> None:
+        """Score the routes on the held-out images, keep the best states, and leave routes out that gain no more."""
+        if self.held_out is None or self.scored_step == self.step > 0:
+            return
+        began, matching = time.perf_counter(), self.matching
+        routes = [route for route in self.best.routes if route in self.sampler.routes]
+        scores = self.held_out.scores(routes, matching)
+        self.best.update(scores, self.step, self.epoch + self.done / (self.per_epoch or self.total))
+        self.scored_step = self.step
+        results = self.best.results(self.held_out.metrics)
+        self.accelerator.log({f"held_out/{route}": results[route].last for route in routes}, self.step)
+        self._leave_out(self.best.stalled(self.args.early_stopping_patience or sys.maxsize))
+        self.pace.evaluated(time.perf_counter() - began)
+
+    def _leave_out(self, routes: set[Route]) -> None:
+        left = [route for route in self.sampler.routes if route not in routes]
+        if not left:
+            self.pace.progress = 1.0
+        elif len(left) < len(self.sampler.routes):
+            self.sampler = self.sampler.without(routes)
+
+    @property
+    def matching(self) -> bool:
+        """Whether the next step matches features, and does not learn the task."""
+        epochs = self.args.matching_epochs + self.args.num_train_epochs
+        return self.pace.progress < self.args.matching_epochs / epochs
+
+    def result(self) -> TrainResult:
+        """What `train` returns; adds this training to the model's configuration, for its card."""
+        seconds = time.perf_counter() - self.began
+        scores = {} if self.held_out is None else self.best.results(self.held_out.metrics)
+        images = 0 if self.held_out is None else self.held_out.images
+        self._record(seconds, scores, images)
+        return TrainResult(
+            self.step, seconds, self.mean_losses(), {str(route): each for route, each in scores.items()}, images
+        )
 
     def mean_losses(self) -> dict[str, float]:
         """The mean loss of each route over the last epoch."""
@@ -253,11 +347,6 @@ class Training:
             foreach=True,
         )
 
-    def _make_schedule(self, optimizer: torch.optim.Optimizer) -> Any:
-        from transformers import get_cosine_schedule_with_warmup  # imports PEFT, which takes a second and more
-
-        return get_cosine_schedule_with_warmup(optimizer, int(self.args.warmup_ratio * self.total), self.total)
-
     def _calibration_images(self) -> Iterator[Tensor]:
         for batch in first_images(self.train_set, CALIBRATION_IMAGES, self.args.batch_size):
             yield self.check_batch(batch)["pixel_values"].to(self.model.device, self.model.dtype)
@@ -268,15 +357,13 @@ class Training:
         routes = self.learner.routes
         return kind(routes, {r: cost(r)["macs"] if cost else 0.0 for r in routes}, self.args.seed)
 
-    def record(self, seconds: float) -> None:
-        """Add this training to the model's configuration, for its card.
-
-        Args:
-            seconds: seconds that training took.
-        """
+    def _record(self, seconds: float, scores: Mapping[Route, RouteScores], held_out: int) -> None:
+        """Add this training to the model's configuration, for its card."""
         images = None if is_stream(self.loader) else len(self.loader.dataset)
         stage = "training" if any(route.stitch_points for route in self.learner.routes) else "heads"
-        done = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
+        done: dict[str, Any] = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
+        if scores:
+            done |= {"held_out_images": held_out, "scores": {str(r): asdict(each) for r, each in scores.items()}}
         processes = {"processes": self.accelerator.num_processes, "seconds": round(seconds, 1)}
         self.model.config.training = [
             *self.model.config.training,
@@ -322,30 +409,37 @@ class Training:
                 parameter.requires_grad_(True)
 
     def _run_epochs(self, asked: Callable[[], bool]) -> None:
-        args = self.args
-        if self.resumes:
-            self._resume()
+        self.pace.begin(self.step)
         with progress_bar(desc="training", total=self.total, initial=self.step) as bar:
-            while self.step < self.total:
+            while not self.pace.over:
                 self.losses = {route: [] for route in self.learner.routes}
                 for batch in self.epoch_batches():
-                    self.update(batch)
-                    self.step += 1
-                    self.done += 1
-                    bar.update()
-                    if self.step % args.logging_steps == 0:
-                        self._log(bar)
-                    over = self.step >= self.total or self.done == self.per_epoch
+                    self._do_step(batch, bar)
                     stop = asked()
-                    if stop or (self.step % args.save_steps == 0 if args.save_steps else over):
+                    ended = self.pace.over or self.done == self.per_epoch
+                    every = self.args.save_steps
+                    if stop or (self.step % every == 0 if every else ended):
                         self._save()
                     if stop:
                         raise SystemExit(128 + signal.SIGTERM)
-                    if self.step >= self.total:
+                    if self.pace.over:
                         return
                 if not self.done:
                     raise ValueError("train_set gives no images")
                 self.epoch, self.done = self.epoch + 1, 0
+
+    def _do_step(self, batch: Batch, bar: Any) -> None:
+        due = self.pace.evaluation_number
+        self.update(batch)
+        self.step += 1
+        self.done += 1
+        self.pace.update(self.step)
+        bar.update()
+        if self.step % self.args.logging_steps == 0:
+            self._log(bar)
+        every = self.args.eval_steps
+        if self.pace.over or (self.step % every == 0 if every else self.pace.evaluation_number > due):
+            self._score()
 
     def epoch_batches(self) -> Iterator[Batch]:
         """The remaining batches of this epoch."""
@@ -433,8 +527,7 @@ class Training:
         self.part_size = batch_size
         self.optimizer.zero_grad()
         size = len(next(iter(batch.values())))
-        matching = self.step < self.args.matching_epochs * (self.per_epoch or self.total)
-        options = matching, self.sampler.in_place, self.accelerator.autocast
+        options = self.matching, self.sampler.in_place, self.accelerator.autocast
         sums = torch.zeros(len(drawn), device=self.accelerator.device)
         for start in range(0, size, batch_size):
             part = {name: values[start : start + batch_size] for name, values in batch.items()}
@@ -463,16 +556,25 @@ class Training:
             return
         place = {"total": self.total, "epoch": self.epoch, "done": self.done, "scales": self.learner.scales}
         place |= {"schedule": self.schedule.state_dict(), "sampler": self.sampler.state_dict()}
+        place |= {"best": self.best.state_dict(), "scored_step": self.scored_step, "seconds": self.pace.elapsed()}
+        place |= {"metrics": {} if self.held_out is None else [*self.held_out.metrics.values()]}
         if self.accelerator.scaler is not None:
             place["scaler"] = self.accelerator.scaler.state_dict()
         learner = self.learner
-        self.checkpoints.save(self.step, learner.parameters, self.optimizer, place, learner.buffers)
+        self.checkpoints.save(
+            self.step, learner.parameters, self.optimizer, place, learner.buffers, self.best.tensors()
+        )
 
     def _resume(self) -> None:
         learner = self.learner
-        place = self.checkpoints.load(self.total, learner.parameters, self.optimizer, learner.buffers)
+        place, best = self.checkpoints.load(self.total, learner.parameters, self.optimizer, learner.buffers)
         self.schedule.load_state_dict(place["schedule"])
+        self.best.load_state_dict(place["best"], best)
+        if self.held_out is not None:
+            self.held_out.metrics = dict(zip(self.best.routes, place["metrics"], strict=True))
+        self._leave_out(self.best.stalled(self.args.early_stopping_patience or sys.maxsize))
         self.sampler.load_state_dict(place["sampler"])
+        self.scored_step, self.pace.before = place["scored_step"], place["seconds"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(place["scaler"])
         learner.scales = place["scales"]

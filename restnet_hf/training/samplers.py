@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,23 @@ class Sampler(ABC):
         others = [str(route) for route in saliency if route not in self.macs]
         if others:
             raise ValueError(f"saliency of {others}, which are not among the routes {[*map(str, self.routes)]}")
+
+    def without(self, routes: Collection[Route]) -> "Sampler":
+        """A sampler with the same state that draws from the other routes.
+
+        Args:
+            routes: routes that leave the training.
+
+        Raises:
+            ValueError: no route is left.
+        """
+        left = [route for route in self.routes if route not in routes]
+        return type(self)(left, self.macs, self.seed, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the sampler."""
+        return {}
 
     @property
     def scores(self) -> dict[Route, float]:
@@ -106,6 +123,11 @@ class Sandwich(Sampler):
         *cheaper, largest = sorted(self.routes, key=self.macs.__getitem__)
         self.ends, self.others = [largest, *cheaper[:1]], cheaper[1:]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the sampler."""
+        return {"extra": self.extra}
+
     def draw(self, step: int) -> list[Route]:
         """The routes that train at ``step`` (0 is the first), no route twice."""
         order = self._random(step).permutation(len(self.others))
@@ -150,6 +172,11 @@ class Buckets(OneRoute):
             raise ValueError(f"buckets={buckets} must be at least 1")
         self.buckets = buckets
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the sampler."""
+        return {"buckets": self.buckets}
+
     def probabilities(self) -> np.ndarray:
         """The same probability for each bucket, and within a bucket for each route, (routes,)."""
         above = np.array([self.macs[route] for route in self.routes]) - min(self.macs.values())
@@ -187,6 +214,17 @@ class Importance(OneRoute):
             raise ValueError(f"decay={decay} must be from 0 to below 1, and floor={floor} from 0 to 1")
         self.decay, self.floor = decay, floor
         self._averages: dict[Route, float] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the sampler."""
+        return {"decay": self.decay, "floor": self.floor}
+
+    def without(self, routes: Collection[Route]) -> "Importance":
+        """A sampler with the same averages that draws from the other routes; see `Sampler.without`."""
+        other = Importance([r for r in self.routes if r not in routes], self.macs, self.seed, **self.options)
+        other._averages = {route: value for route, value in self._averages.items() if route not in routes}
+        return other
 
     def probabilities(self) -> np.ndarray:
         """The probability of each of ``routes``, (routes,), as in the description of the class."""

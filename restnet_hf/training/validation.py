@@ -1,0 +1,380 @@
+"""Held-out images of training: which they are, scores of routes on them, and the best state of each route."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
+from transformers.utils import logging
+
+from restnet_hf.data.datasets import Batch, to_batch
+from restnet_hf.data.pixel_values import prepared_by
+from restnet_hf.routes.route import Route
+from restnet_hf.training.args import RouteScores, TrainArgs
+from restnet_hf.training.learner import Learner
+from restnet_hf.training.loaders import FeatureRows, is_stream
+
+
+logger = logging.get_logger(__name__)
+HELD_OUT, AT_LEAST = 0.1, 100  # share of the images, and number of images where there are twice as many
+MOST_STREAMED = 512  # images of a stream that are held out, in memory
+MOST_ROUTES = 32  # routes of a component that are scored; more share its weights
+
+
+class Score(NamedTuple):
+    """How a route does on held-out images; the larger tuple is the better.
+
+    Args:
+        score: accuracy or agreement, from 0 to 1; 0 where only the loss is known.
+        negative_loss: mean loss, times -1.
+    """
+
+    score: float
+    negative_loss: float
+
+
+def held_out_indices(count: int, labels: Sequence[int] | None, seed: int) -> list[int]:
+    """Indices of the images that are held out: a tenth, at least 100, at most half; in order.
+
+    With labels, each class has its share of them.
+
+    Args:
+        count: number of images.
+        labels: label of each image; None where they are not known.
+        seed: seed of the choice.
+    """
+    wanted = min(max(AT_LEAST, round(HELD_OUT * count)), count // 2)
+    order = np.random.default_rng(seed).permutation(count)
+    if labels is not None:
+        order = order[np.argsort(np.asarray(labels)[order], kind="stable")]
+    places = ((np.arange(wanted) + 0.5) * count / max(wanted, 1)).astype(np.intp)
+    return sorted(order[places].tolist())
+
+
+def _labels_of(rows: Any) -> list[int] | None:
+    """The label of each image where they can be read without the images, one class for each; else None."""
+    labels: Any = None
+    if isinstance(rows, Dataset):
+        prepared = prepared_by(rows)
+        name = prepared.label_column if prepared is not None else None
+        labels = rows.with_format(None)[name][:] if name in rows.column_names else None
+    elif type(rows) is TensorDataset and len(rows.tensors) > 1:
+        labels = rows.tensors[1]
+    labels = None if labels is None else torch.as_tensor(labels)
+    return labels.tolist() if labels is not None and labels.dim() == 1 and not labels.is_floating_point() else None
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images to train on and images that are held out.
+
+    Args:
+        train: images to train on.
+        held_out: images that are held out, without augmentation; None where there are none.
+        whole: the map-style data set that both are part of; None where there is none.
+        indices: in that data set, indices of the images to train on and of those held out.
+    """
+
+    train: Any
+    held_out: Any = None
+    whole: Any = None
+    indices: tuple[list[int], list[int]] | None = None
+
+
+def split_held_out(train_set: Any, args: TrainArgs) -> Split:
+    """Hold out images of a training set; of a stream the first ones.
+
+    Args:
+        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        args: options of the training.
+    """
+    if is_stream(train_set):
+        images = min(max(AT_LEAST, round(HELD_OUT * args.batch_size * (args.max_steps or 0))), MOST_STREAMED)
+        return _split_stream(train_set, images)
+    rows = train_set.dataset if isinstance(train_set, DataLoader) else train_set
+    held = held_out_indices(len(rows), _labels_of(rows), args.seed)
+    if not held:
+        return Split(train_set)
+    indices = sorted(set(range(len(rows))) - set(held)), held
+    train, held_out = (select_rows(rows, each) for each in indices)
+    if not isinstance(train_set, DataLoader):
+        return Split(train, _without_augmentation(held_out), rows, indices)
+    own = not isinstance(train_set.sampler, RandomSampler | SequentialSampler) or train_set.batch_size is None
+    if own:
+        logger.warning(
+            "train_set is a DataLoader with a sampler of its own, so no images can be held out of it, and training "
+            "ends with the last state; give validation=, or the data set itself"
+        )
+        return Split(train_set)
+    options = {
+        name: getattr(train_set, name)
+        for name in ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator")
+    }
+    loader = DataLoader(train, shuffle=isinstance(train_set.sampler, RandomSampler), **options)
+    return Split(loader, DataLoader(held_out, **{**options, "drop_last": False, "generator": None}))
+
+
+def select_rows(rows: Any, indices: Sequence[int]) -> Any:
+    """Some rows of a map-style data set, as the same kind of data set where it has one.
+
+    Args:
+        rows: map-style data set.
+        indices: indices of the rows.
+    """
+    if isinstance(rows, Dataset | FeatureRows):
+        return rows.select(indices)
+    if type(rows) is TensorDataset:
+        return TensorDataset(*(tensor[torch.as_tensor(indices)] for tensor in rows.tensors))
+    if isinstance(rows, Tensor):
+        return rows[torch.as_tensor(indices)]
+    return Subset(rows, indices)
+
+
+def _without_augmentation(rows: Any) -> Any:
+    prepared = prepared_by(rows) if isinstance(rows, Dataset) else None
+    if prepared is None or prepared.augment is None:
+        return rows
+    return rows.with_transform(replace(prepared, augment=None))
+
+
+class _Rest(torch.utils.data.IterableDataset):
+    """A stream without its first items."""
+
+    def __init__(self, items: Iterable[Any], skipped: int) -> None:
+        self.items, self.skipped = items, skipped
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, item in enumerate(self.items):
+            if index >= self.skipped:
+                yield item
+
+
+def _split_stream(stream: Any, images: int) -> Split:
+    """Hold out about the first images of a stream, in memory."""
+    loaded, held, items = 0, list[Batch](), 0
+    loader = stream if isinstance(stream, DataLoader) else DataLoader(stream, batch_size=1)
+    for item in loader:
+        held.append(to_batch(item, "train_set"))
+        loaded, items = loaded + len(held[-1]["pixel_values"]), items + 1
+        if loaded >= images:
+            break
+    else:  # a short one
+        items //= 2
+        held = held[:items]
+    if isinstance(stream, DataLoader):
+        from accelerate import skip_first_batches
+
+        return Split(skip_first_batches(stream, items), held)
+    if isinstance(stream, IterableDataset):
+        return Split(stream.skip(items), held)
+    return Split(_Rest(stream, items), held)
+
+
+class HeldOut:
+    """Scores routes on held-out images.
+
+    Args:
+        learner: learner of the routes.
+        loader: batches of images, or of the outputs of frozen networks; the same ones at each pass.
+        check: function that checks an item of the loader and returns it as a batch.
+        accelerator: Accelerate's state; its processes share the batches.
+    """
+
+    def __init__(
+        self, learner: Learner, loader: Iterable[Any], check: Callable[[Any], Batch], accelerator: Accelerator
+    ) -> None:
+        self.learner, self.loader, self.check, self.accelerator = learner, loader, check, accelerator
+        self.metrics: dict[Route, str] = {}
+        self.images = 0  # after the first pass
+
+    def scores(self, routes: Sequence[Route], matching: bool) -> dict[Route, Score]:
+        """Score routes in their present state.
+
+        Args:
+            routes: routes to score.
+            matching: whether the training at hand matches features, whose loss counts where there is no other score.
+        """
+        sums, images = torch.zeros(len(routes), 3, dtype=torch.float64), 0
+        accelerator = self.accelerator
+        with _evaluating(self.learner.model):
+            for index, item in enumerate(self.loader):
+                batch = self.check(item)
+                images += len(next(iter(batch.values())))
+                if index % accelerator.num_processes == accelerator.process_index:
+                    sums += self._sums(batch, routes, matching)
+        self.images = images
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
+        return {
+            route: Score(right / max(count, 1), -loss / max(count, 1))
+            for route, (right, loss, count) in zip(routes, sums.tolist(), strict=True)
+        }
+
+    @torch.no_grad()
+    def _sums(self, batch: Batch, routes: Sequence[Route], matching: bool) -> Tensor:
+        """Number of right images, sum of losses and number of images, for each route (routes, 3)."""
+        rows = []
+        outputs = self.learner.evaluate(batch, routes, matching, self.accelerator.autocast)
+        for route, (metric, right, losses) in zip(routes, outputs, strict=True):
+            self.metrics[route] = metric
+            rows.append(torch.stack([right.double().sum(), losses.double().sum(), losses.new_tensor(len(losses))]))
+        return torch.stack(rows).double().cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+class BestStates:
+    """The best state of the weights of each route, and where it was seen.
+
+    Routes that share weights that train have one state together: the one with the best mean score.
+
+    Args:
+        parts: for each route, the modules that train on it, by name.
+    """
+
+    def __init__(self, parts: Mapping[Route, Mapping[str, nn.Module]]) -> None:
+        self.groups = [_Group(routes, modules) for routes, modules in _components(parts)]
+
+    @property
+    def routes(self) -> list[Route]:
+        """The routes to score: all that train, or the first of those that share weights where they are many."""
+        return [route for group in self.groups for route in group.scored]
+
+    def update(self, scores: Mapping[Route, Score], step: int, epoch: float) -> None:
+        """Keep the present state of the routes that are better than they have been.
+
+        Args:
+            scores: scores of routes in their present state; of the others the state is as it was.
+            step: number of steps done.
+            epoch: number of epochs done.
+        """
+        for group in self.groups:
+            if all(route in scores for route in group.scored):
+                group.update(scores, step, epoch)
+
+    def stalled(self, patience: int) -> set[Route]:
+        """The routes that have not gained for so many scores in a row.
+
+        Args:
+            patience: number of scores.
+        """
+        return {route for group in self.groups if group.waited >= patience for route in group.routes}
+
+    def restore(self) -> None:
+        """Give each route its best state."""
+        for group in self.groups:
+            group.restore()
+
+    def results(self, metrics: Mapping[Route, str]) -> dict[Route, RouteScores]:
+        """Scores of each route at the start, in the best state and at the end.
+
+        Args:
+            metrics: metric of each route's score.
+        """
+        return {
+            route: RouteScores(
+                metrics[route],
+                *(_value(scores[route], metrics[route]) for scores in (group.start, group.best, group.last)),
+                group.step,
+                group.epoch,
+            )
+            for group in self.groups
+            for route in group.scored
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The best states, by name of the tensor."""
+        return {name: tensor for group in self.groups for name, tensor in group.state.items()}
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """All but the tensors, as JSON can hold it."""
+        return [group.state_dict() for group in self.groups]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` and `tensors` returned.
+
+        Args:
+            state: result of `state_dict`.
+            tensors: result of `tensors`.
+        """
+        for group, values in zip(self.groups, state, strict=True):
+            group.load_state_dict(values, tensors)
+
+
+class _Group:
+    """Routes that share weights, or one that shares none."""
+
+    def __init__(self, routes: Sequence[Route], modules: Mapping[str, nn.Module]) -> None:
+        self.routes, self.modules = list(routes), dict(modules)
+        self.scored = self.routes[:: -(-len(self.routes) // MOST_ROUTES)]
+        self.start: dict[Route, Score] = {}
+        self.best: dict[Route, Score] = {}
+        self.last: dict[Route, Score] = {}
+        self.state: dict[str, Tensor] = {}
+        self.step, self.epoch, self.waited = 0, 0.0, 0
+
+    def update(self, scores: Mapping[Route, Score], step: int, epoch: float) -> None:
+        own = {route: scores[route] for route in self.scored}
+        self.start, self.last = self.start or own, own
+        if self.best and _mean(own) <= _mean(self.best):
+            self.waited += 1
+            return
+        self.best, self.step, self.epoch, self.waited = own, step, epoch, 0
+        self.state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors()}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for key, module in self.modules.items():
+            yield from ((f"{key}.{name}", tensor) for name, tensor in module.state_dict(keep_vars=True).items())
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, tensor in self._tensors() if self.state else ():
+            tensor.copy_(self.state[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        scores = {name: [*getattr(self, name).values()] for name in ("start", "best", "last")}
+        return {**scores, "step": self.step, "epoch": self.epoch, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        for name in ("start", "best", "last"):
+            setattr(self, name, dict(zip(self.scored, (Score(*pair) for pair in state[name]), strict=True)))
+        self.step, self.epoch, self.waited = state["step"], state["epoch"], state["waited"]
+        self.state = {name: tensors[name].clone() for name, _ in self._tensors()}
+
+
+def _mean(scores: Mapping[Route, Score]) -> tuple[float, float]:
+    columns = zip(*scores.values(), strict=True)
+    mean, loss = (sum(column) / len(scores) for column in columns)
+    return round(mean, 9), loss  # the order of a sum over processes must not decide
+
+
+def _value(score: Score, metric: str) -> float:
+    return -score.negative_loss if metric == "loss" else score.score
+
+
+def _components(
+    parts: Mapping[Route, Mapping[str, nn.Module]],
+) -> list[tuple[list[Route], dict[str, nn.Module]]]:
+    """Routes that are connected by shared modules, with all of these."""
+    groups: list[tuple[list[Route], dict[str, nn.Module]]] = []
+    for route, modules in parts.items():
+        joined = [group for group in groups if group[1].keys() & modules.keys()]
+        groups = [group for group in groups if group not in joined]
+        routes = [each for group in joined for each in group[0]]
+        shared = {key: module for group in joined for key, module in group[1].items()}
+        groups.append(([*routes, route], {**shared, **modules}))
+    return groups
