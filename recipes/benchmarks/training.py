@@ -51,6 +51,7 @@ from restnet_hf.data.datasets import Batch
 from restnet_hf.training.learner import Learner
 from restnet_hf.training.loaders import cache_features
 from restnet_hf.training.loop import Training, start_accelerator
+from restnet_hf.training.validation import Split
 
 
 PAIRS = {  # front, its cut, end, its cut
@@ -160,7 +161,7 @@ class Case:
     def _training(self, args: TrainArgs) -> Training:
         """The training that `restnet_hf.train` runs, at the point where its loop begins."""
         accelerator = start_accelerator(self.model, args)
-        training = Training(self.model, self.data, args, [self.route], accelerator)
+        training = Training(self.model, Split(self.data), args, [self.route], accelerator)
         self.stack.enter_context(training.training_mode())
         training.losses = {self.route: []}
         return training

@@ -89,9 +89,7 @@ def train(
     args = args or TrainArgs()
     chosen = check_routes(model, model.routes if routes is None else routes, args)
     if validation is not None and args.keep == "last":
-        raise ValueError(
-            "keep='last' scores no routes, so there is nothing to do with validation; leave one of them out"
-        )
+        raise ValueError("keep='last' scores no routes, so validation would not be used; leave one of them out")
     train_set = model.prepare_data(train_set, name="train_set", on_error=on_error)
     if validation is not None:
         validation = model.prepare_data(validation, name="validation", on_error=on_error)
@@ -266,6 +264,10 @@ class Training:
 
     def _in_memory(self, data: Any) -> FeatureRows:
         args = self.args
+        if isinstance(data, list):
+            return compute_features(
+                self.model, self.learner.frozen, map(self.check_batch, data), self.accelerator.autocast
+            )
         count = (args.max_steps or 1) * args.batch_size if is_stream(data) else sys.maxsize
         images = map(self.check_batch, first_images(data, count, args.batch_size, args.dataloader_num_workers))
         return compute_features(self.model, self.learner.frozen, images, self.accelerator.autocast)
@@ -326,7 +328,7 @@ class Training:
         seconds = time.perf_counter() - self.began
         scores = {} if self.held_out is None else self.best.results(self.held_out.metrics)
         images = 0 if self.held_out is None else self.held_out.images
-        self._record(seconds, scores, images)
+        self.record(seconds, scores, images)
         return TrainResult(
             self.step, seconds, self.mean_losses(), {str(route): each for route, each in scores.items()}, images
         )
@@ -357,8 +359,14 @@ class Training:
         routes = self.learner.routes
         return kind(routes, {r: cost(r)["macs"] if cost else 0.0 for r in routes}, self.args.seed)
 
-    def _record(self, seconds: float, scores: Mapping[Route, RouteScores], held_out: int) -> None:
-        """Add this training to the model's configuration, for its card."""
+    def record(self, seconds: float, scores: Mapping[Route, RouteScores], held_out: int) -> None:
+        """Add this training to the model's configuration, for its card.
+
+        Args:
+            seconds: seconds that training took.
+            scores: scores of routes on held-out images.
+            held_out: number of held-out images.
+        """
         images = None if is_stream(self.loader) else len(self.loader.dataset)
         stage = "training" if any(route.stitch_points for route in self.learner.routes) else "heads"
         done: dict[str, Any] = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
@@ -412,7 +420,7 @@ class Training:
         self.pace.begin(self.step)
         with progress_bar(desc="training", total=self.total, initial=self.step) as bar:
             while not self.pace.over:
-                self.losses = {route: [] for route in self.learner.routes}
+                self.losses |= {route: [] for route in self.sampler.routes}  # of those that left, the last ones stay
                 for batch in self.epoch_batches():
                     self._do_step(batch, bar)
                     stop = asked()

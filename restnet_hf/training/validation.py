@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset
@@ -96,7 +96,7 @@ def split_held_out(train_set: Any, args: TrainArgs) -> Split:
     """
     if is_stream(train_set):
         images = min(max(AT_LEAST, round(HELD_OUT * args.batch_size * (args.max_steps or 0))), MOST_STREAMED)
-        return _split_stream(train_set, images)
+        return _split_stream(train_set, images, args.batch_size)
     rows = train_set.dataset if isinstance(train_set, DataLoader) else train_set
     held = held_out_indices(len(rows), _labels_of(rows), args.seed)
     if not held:
@@ -155,25 +155,23 @@ class _Rest(torch.utils.data.IterableDataset):
                 yield item
 
 
-def _split_stream(stream: Any, images: int) -> Split:
+def _split_stream(stream: Any, images: int, batch_size: int) -> Split:
     """Hold out about the first images of a stream, in memory."""
-    loaded, held, items = 0, list[Batch](), 0
-    loader = stream if isinstance(stream, DataLoader) else DataLoader(stream, batch_size=1)
+    loader, parts = stream if isinstance(stream, DataLoader) else DataLoader(stream, batch_size=1), list[Batch]()
     for item in loader:
-        held.append(to_batch(item, "train_set"))
-        loaded, items = loaded + len(held[-1]["pixel_values"]), items + 1
-        if loaded >= images:
+        parts.append(to_batch(item, "train_set"))
+        if sum(len(part["pixel_values"]) for part in parts) >= images:
             break
     else:  # a short one
-        items //= 2
-        held = held[:items]
+        del parts[len(parts) // 2 :]
+    if not parts:
+        return Split(stream)
+    joined = {name: torch.cat([part[name] for part in parts]).split(batch_size) for name in parts[0]}
+    held_out = [dict(zip(joined, values, strict=True)) for values in zip(*joined.values(), strict=True)]
     if isinstance(stream, DataLoader):
-        from accelerate import skip_first_batches
-
-        return Split(skip_first_batches(stream, items), held)
-    if isinstance(stream, IterableDataset):
-        return Split(stream.skip(items), held)
-    return Split(_Rest(stream, items), held)
+        return Split(skip_first_batches(stream, len(parts)), held_out)
+    rest = stream.skip(len(parts)) if isinstance(stream, IterableDataset) else _Rest(stream, len(parts))
+    return Split(rest, held_out)
 
 
 class HeldOut:
@@ -350,10 +348,10 @@ class _Group:
         return {**scores, "step": self.step, "epoch": self.epoch, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        for name in ("start", "best", "last"):
+        for name in ("start", "best", "last") if state["start"] else ():
             setattr(self, name, dict(zip(self.scored, (Score(*pair) for pair in state[name]), strict=True)))
         self.step, self.epoch, self.waited = state["step"], state["epoch"], state["waited"]
-        self.state = {name: tensors[name].clone() for name, _ in self._tensors()}
+        self.state = {name: tensors[name].clone() for name, _ in self._tensors()} if state["start"] else {}
 
 
 def _mean(scores: Mapping[Route, Score]) -> tuple[float, float]:

@@ -33,11 +33,11 @@ def test_each_image_is_read_once_and_heads_learn():
     start = trained(model)
     result = train_heads(model, rows)
     assert Counted.reads == len(rows) + 1  # what kind of items they are, is seen from the first
-    assert result.steps == 20 and [*result.losses] == ALONE
+    assert result.steps <= 20 and [*result.losses] == ALONE
     moved = {name.split(".")[0] for name, value in trained(model).items() if not torch.equal(value, start[name])}
     assert moved == {"heads"} and model.config.trained_heads == ["resnet", "vit"]
     stage = model.config.training[-1]
-    assert (stage["stage"], stage["images"], stage["routes"]) == ("heads", 24, 2)
+    assert (stage["stage"], stage["images"], stage["routes"], stage["held_out_images"]) == ("heads", 12, 2, 12)
     with pytest.raises(ValueError, match="no heads to train: all new heads are trained"):
         train_heads(model, rows)
     with pytest.raises(ValueError, match="the model has the anchors' own heads"):
@@ -47,7 +47,7 @@ def test_each_image_is_read_once_and_heads_learn():
 @pytest.mark.parametrize("cached", [False, True])
 def test_heads_are_those_of_the_loop(cached, tmp_path):
     """Step by step what `train` gives on the images themselves, up to rounding; on disk to half precision."""
-    options = {"num_train_epochs": 3, "batch_size": 8, "distillation": 0.0}
+    options = {"num_train_epochs": 3, "batch_size": 8, "distillation": 0.0, "keep": "last"}
     heads, plain = new_task(), new_task()
     train_heads(heads, data(classes=3), TrainArgs(**options, cache_dir=str(tmp_path) if cached else None))
     train(plain, data(classes=3), TrainArgs(**options), ALONE)
@@ -65,7 +65,7 @@ def test_a_loader_and_a_stream():
             return iter(zip(images, labels, strict=True))
 
     train_heads(stream, Stream(), TrainArgs(max_steps=4, batch_size=4))
-    assert stream.config.training[-1]["images"] == 16 and stream.config.training[-1]["steps"] == 4
+    assert stream.config.training[-1]["images"] == 12 and stream.config.training[-1]["steps"] == 4
 
 
 def test_train_trains_missing_heads_first(caplog):

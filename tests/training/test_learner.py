@@ -19,6 +19,7 @@ from restnet_hf.training.loaders import first_images
 from restnet_hf.training.loop import Training, start_accelerator
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 from restnet_hf.training.samplers import SAMPLERS
+from restnet_hf.training.validation import Split
 
 
 BACK = "vit[:1] + resnet[3:]"
@@ -58,7 +59,7 @@ def test_learning_rates_of_tuned_weights():
         ({"tuning": "lora", "anchor_learning_rate": 3e-3}, {1e-2: "stitches", 3e-3: "tuned"}),
     ):
         model, args = build(), TrainArgs(learning_rate=1e-2, warmup_ratio=0, **options)
-        job = Training(model, data(), args, model.routes, start_accelerator(model, args))
+        job = Training(model, Split(data()), args, model.routes, start_accelerator(model, args))
         names = iter(job.learner.parameters)
         groups = {group["initial_lr"]: {next(names).split(".")[0] for _ in group["params"]}
                   for group in job.optimizer.param_groups}  # fmt: skip
@@ -80,7 +81,7 @@ def test_every_kind_of_stitch_trains(kind):
         model.delete_stitch(route)
         model.add_stitch(route, StitchConfig(kind=kind))
     first = train(model, data(), TrainArgs(least_squares_images=24, num_train_epochs=1, learning_rate=1e-9)).losses
-    last = train(model, data(), TrainArgs(num_train_epochs=15, batch_size=8, learning_rate=1e-2)).losses
+    last = train(model, data(), TrainArgs(num_train_epochs=15, batch_size=8, learning_rate=1e-2, keep="last")).losses
     assert all(last[route] < 0.8 * first[route] for route in ROUTES)
 
 
@@ -218,7 +219,7 @@ def test_two_stages_of_one_anchor(sampler, tmp_path):
         "resnet[:1] + resnet[3:4] + resnet[6:]",
         "resnet[:3] + resnet[5:5] + resnet[6:]",
     ]
-    options = {"match": "stitch", "sampler": sampler, "batch_size": 8, "learning_rate": 1e-2, "distillation": 0.5}
+    options = {"match": "stitch", "sampler": sampler, "batch_size": 8, "learning_rate": 1e-2, "keep": "last"}
     model = elastic()
     model.add_stitch(routes[2], StitchConfig("branch"))
     frozen = {key: value.clone() for key, value in model.anchors.state_dict().items()}
