@@ -144,6 +144,11 @@ def run_steps(x: Tensor, steps: Iterable[Callable[[Tensor], Tensor]]) -> Tensor:
     return x
 
 
+def first_segment(steps: Sequence[Step]) -> Step:
+    """The first step that runs part of an anchor."""
+    return next(step for step in steps if step.segment is not None)
+
+
 def run_with_states(
     x: Tensor, steps: Iterable[Step], wanted: bool | Sequence[int]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:

@@ -343,6 +343,27 @@ def _load_processor(
     return processor
 
 
+def own_preprocessing(module: nn.Module) -> Preprocessing | None:
+    """The preprocessing that a classifier was trained with, as far as it or its image processor tells.
+
+    Args:
+        module: anchor, stitched model, module of transformers or timm, or any other.
+
+    Returns:
+        The preprocessing; None where it is unknown, as for most modules made in code.
+
+    Raises:
+        OSError: the image processor cannot be read.
+    """
+    known = getattr(module, "preprocessing", None)
+    if isinstance(known, Preprocessing):
+        return known
+    named = getattr(module, "name_or_path", "")
+    with _processor_errors(type(module).__name__):
+        processor = _load_processor(module, _source_id(named) if named else None, None, False, {})
+        return None if processor is None else Preprocessing.of(processor)
+
+
 def _check_sizes(processor: Any) -> None:
     """Raise ValueError where a processor's images would be too large to try it."""
     settings = processor.to_dict()

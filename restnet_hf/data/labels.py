@@ -1,6 +1,7 @@
 """Class names of classifiers, and how the classes of one match those of another."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 
@@ -35,6 +36,34 @@ def label_order(reference: Sequence[str], other: Sequence[str]) -> list[int] | N
         if len(positions) == len(names) and set(wanted) == set(positions):
             return [positions[name] for name in wanted]
     return None
+
+
+def find_classes(wanted: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Position of each class among the classes of another classifier, which may have more.
+
+    Names are compared as by `label_order`, with ``_`` for a space: whole names first, then, where some are not found,
+    the first synonym of all.
+
+    Args:
+        wanted: names of the classes to find.
+        names: names of the other classifier's classes.
+
+    Returns:
+        The position of each name in ``wanted``; None for one that is missing, or that several classes have.
+    """
+    plain, others = ([name.replace("_", " ") for name in each] for each in (wanted, names))
+    order = label_order(plain, others)
+    if order is not None:
+        return [*order]
+    places: list[int | None] = []
+    for normalize in (_whole, _first):
+        present, asked = ([normalize(name) for name in each] for each in (others, plain))
+        counts, repeated = Counter(present), Counter(asked)
+        positions = {name: index for index, name in enumerate(present) if counts[name] == 1}
+        places = [positions.get(name) if repeated[name] == 1 else None for name in asked]
+        if None not in places:
+            break
+    return places
 
 
 def _whole(name: str) -> str:
@@ -105,10 +134,11 @@ def match_classes(names: Sequence[str], id2label: Mapping[int, str]) -> list[int
 def compare_classes(names: Sequence[str], id2label: Mapping[int, str]) -> str:
     """A sentence on the classes of a data set and those of a model, for errors."""
     model = [str(id2label[index]) for index in sorted(id2label)]
-    return f"the data set has {len(names)} classes ({_some(names)}), the model {len(model)} ({_some(model)})"
+    return f"the data set has {len(names)} classes ({list_some(names)}), the model {len(model)} ({list_some(model)})"
 
 
-def _some(names: Sequence[str]) -> str:
+def list_some(names: Sequence[str]) -> str:
+    """The first names of a list, for messages."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

@@ -1,5 +1,6 @@
 """TrainArgs and TrainResult: options and result of training."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -8,10 +9,12 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from restnet_hf.errors import quote
 from restnet_hf.stitches.tuning import MAX_RANK
 from restnet_hf.training.samplers import SAMPLERS
 
 
+AUTO, MEAN = "auto", "mean"  # teachers: the best anchor on held-out images, and the mean of the anchors
 NOT_SETTINGS = {  # options that do not change the trained weights
     "output_dir",
     "save_steps",
@@ -51,8 +54,12 @@ class TrainArgs:
         weight_decay: weight decay of AdamW.
         warmup_ratio: share of the steps in which the learning rate rises.
         max_grad_norm: norm to which the gradient of each stitch and head is clipped.
-        distillation: weight of the distillation from the largest anchor; the rest is cross-entropy. 1 needs no
-            labels. A new head of that anchor that is not trained yet is trained first, as by `train_heads`.
+        distillation: weight of the distillation from a teacher; the rest is cross-entropy. 1 needs no labels.
+        teacher: classifier that is distilled. ``auto`` is the anchor that is most accurate on held-out images, without
+            labels the most confident one; ``mean`` the mean of the anchors' probabilities. Others are the name of an
+            anchor, a folder or Hub id, an anchor of `load_anchor`, a module, or a function of images (N, 3, H, W) in
+            the model's preprocessing that returns logits (N, classes). New heads of anchors that teach are trained
+            first, as by `train_heads`.
         temperature: temperature of the distillation (Hinton et al., arXiv 1503.02531).
         train_head: whether new heads train too; None trains them if the model has any.
         tuning: weights that train besides stitches: ``stitch`` none; ``norm`` each route's own copy of the affine
@@ -99,6 +106,7 @@ class TrainArgs:
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     distillation: float = Field(default=0.5, ge=0, le=1)
+    teacher: Any = AUTO
     temperature: float = Field(default=2.0, gt=0)
     train_head: bool | None = None
     tuning: Literal["stitch", "norm", "lora", "full"] = "stitch"
@@ -127,6 +135,7 @@ class TrainArgs:
                 f"resume_from_checkpoint={self.resume_from_checkpoint} and save_steps={self.save_steps} are about "
                 "checkpoints, which need a folder: give output_dir"
             )
+        self._check_teacher()
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r} is not one of {sorted(SAMPLERS)}")
         if self.cache_dir is not None and self.tuning in ("lora", "full"):
@@ -139,9 +148,24 @@ class TrainArgs:
             )
         return self
 
+    def _check_teacher(self) -> None:
+        teacher = self.teacher
+        if isinstance(teacher, str) and teacher == AUTO:
+            return
+        if isinstance(teacher, type) or not (isinstance(teacher, str | os.PathLike) or callable(teacher)):
+            raise ValueError(
+                f"teacher={quote(teacher)} is no classifier: give 'auto', 'mean', the name of an anchor, a folder or "
+                "Hub id, a module, or a function of images that returns logits"
+            )
+        if not (self.distillation and self.num_train_epochs):
+            raise ValueError(
+                f"teacher={quote(teacher)} teaches nothing with distillation={self.distillation} and num_train_epochs="
+                f"{self.num_train_epochs}: both must be above 0, or leave teacher out"
+            )
+
     def settings(self) -> dict[str, Any]:
-        """The options that a model card should show."""
-        return {key: value for key, value in vars(self).items() if key not in NOT_SETTINGS}
+        """The options that a model card should show; the teacher is recorded by its name."""
+        return {key: value for key, value in vars(self).items() if key not in {*NOT_SETTINGS, "teacher"}}
 
 
 @plain_dataclass(frozen=True)
@@ -175,6 +199,7 @@ class TrainResult:
         losses: mean loss of each route over the last epoch.
         scores: scores of each route on held-out images; empty where none were held out.
         held_out_images: number of held-out images.
+        teacher: name of the teacher and the reason of its choice; None without distillation.
     """
 
     steps: int
@@ -182,3 +207,4 @@ class TrainResult:
     losses: dict[str, float]
     scores: Mapping[str, RouteScores] = field(default_factory=dict)
     held_out_images: int = 0
+    teacher: str | None = None

@@ -33,6 +33,18 @@ class Checkpoints:
         names = [] if self.folder is None else self.folder.glob("checkpoint-*")
         return sorted((p for p in names if p.name[11:].isdecimal()), key=lambda p: int(p.name[11:]))
 
+    def read_place(self) -> dict[str, Any]:
+        """The ``place`` that `save` was given for the latest checkpoint.
+
+        Raises:
+            OSError: the checkpoint is damaged.
+        """
+        folder = complete_folder(self.paths()[-1], PLACE)
+        try:
+            return json.loads((folder / PLACE).read_text())
+        except ValueError as error:
+            raise OSError(f"{folder} is damaged ({error}); delete it to go on from the one before") from error
+
     def save(
         self,
         step: int,

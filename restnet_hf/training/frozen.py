@@ -8,10 +8,8 @@ from torch import Tensor
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.routes.route import Route
-from restnet_hf.steps import Step, run_steps
-
-
-TEACHER = "teacher"  # name of the logits that are distilled
+from restnet_hf.steps import Step, first_segment, run_steps
+from restnet_hf.training.teachers import Teacher
 
 
 @dataclass
@@ -35,12 +33,12 @@ class FrozenPart:
     """The outputs of networks that do not train, by name.
 
     ``front-ANCHOR-CUT`` is the activation that a stitch takes, ``goal-ANCHOR-CUT`` an activation that a route should
-    match, where ``final`` for CUT is the input of the classifier, and ``teacher`` the logits that are distilled.
+    match, where ``final`` for CUT is the input of the classifier, and ``teacher-NAME`` the logits that are distilled.
 
     Args:
         walks: routes with their steps.
         before: for each anchor, the steps that prepare images for it, and the anchor.
-        teacher: steps of the route that is distilled; None for no distillation.
+        teacher: classifier that is distilled; None for no distillation.
         goals: for each route that matches features, the cuts by anchor at which the anchor's own activation is the
             goal; None stands for the input of the classifier.
     """
@@ -49,7 +47,7 @@ class FrozenPart:
         self,
         walks: Mapping[Route, Sequence[Step]],
         before: Mapping[str, tuple[tuple[Step, ...], Anchor]],
-        teacher: Sequence[Step] | None = None,
+        teacher: Teacher | None = None,
         goals: Mapping[Route, Mapping[str, Iterable[int | None]]] | None = None,
     ) -> None:
         self.walks, self.teacher, self.goals = walks, teacher, goals or {}
@@ -70,7 +68,7 @@ class FrozenPart:
         """
         fronts = {name for route in routes if (name := self.front(route))}
         if not matching:
-            return fronts | ({TEACHER} if self.teacher else set())
+            return fronts | ({self.teacher.output} if self.teacher else set())
         goals = (item for route in routes for item in self.goals.get(route, {}).items())
         return fronts | {goal_name(name, cut) for name, cuts in goals for cut in cuts}
 
@@ -85,7 +83,7 @@ class FrozenPart:
     def compute(self, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Compute outputs, running each network once.
 
-        An anchor that is teacher and front runs once for both; its final features as a goal take a second run.
+        An anchor that teaches and is front runs once for both; its final features as a goal take a second run.
 
         Args:
             images: images (N, 3, H, W).
@@ -93,11 +91,12 @@ class FrozenPart:
         """
         needed = set(names)
         outputs: dict[str, Tensor] = {}
-        teacher_anchor = None if self.teacher is None else first_segment(self.teacher).module
+        taught: dict[str, Tensor] = {}  # logits of the anchors that teach
+        teacher = self.teacher if self.teacher and self.teacher.output in needed else None
         for name, cuts in self.cuts.items():
             fronts = {cut for cut in cuts.fronts if _name("front", name, cut) in needed}
             goals = {cut for cut in cuts.goals if goal_name(name, cut) in needed}
-            teaches = cuts.anchor is teacher_anchor and TEACHER in needed
+            teaches = teacher is not None and name in teacher.anchors
             if not (fronts or goals or teaches):
                 continue
             x = run_steps(images, cuts.before)
@@ -106,11 +105,11 @@ class FrozenPart:
                 outputs |= _named(cuts.anchor.capture(x, {None}, features=True), name, set(), {None})
                 goals -= {None}
             captured = cuts.anchor.capture(x, fronts | goals | whole, features=not teaches)
-            if teaches:
-                assert self.teacher is not None
-                at = self.teacher.index(first_segment(self.teacher))
-                outputs[TEACHER] = run_steps(captured[None], self.teacher[at + 1 :])
+            if teacher is not None and teaches:
+                taught[name] = teacher.finish(name, captured[None])
             outputs |= _named(captured, name, fronts, goals)
+        if teacher is not None:
+            outputs[teacher.output] = teacher.combine(images, taught)
         return outputs
 
     def specs(self, cut_dtype: torch.dtype, classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -129,7 +128,7 @@ class FrozenPart:
                     shape = final if cut is None else anchor.layout(cut).shape(1)[1:]
                     specs[_name(kind, name, cut)] = (shape, cut_dtype)
         if self.teacher:
-            specs[TEACHER] = ((classes,), torch.float32)
+            specs[self.teacher.output] = ((classes,), torch.float32)
         return specs
 
 
@@ -140,11 +139,6 @@ def goal_name(anchor: str, cut: int | None) -> str:
 
 def _name(kind: str, anchor: str, cut: int | None) -> str:
     return f"{kind}-{anchor}-{'final' if cut is None else cut}"
-
-
-def first_segment(steps: Sequence[Step]) -> Step:
-    """The first step that runs part of an anchor."""
-    return next(step for step in steps if step.segment is not None)
 
 
 def _named(

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from restnet_hf.anchors.anchor import largest_anchor
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import HeadKey, Route
-from restnet_hf.training.args import TrainArgs
+from restnet_hf.training.args import AUTO, TrainArgs
+from restnet_hf.training.teachers import taught_by
 
 
 SHARED = ("batch_size", "seed", "mixed_precision", "dataloader_num_workers", "channels_last", "max_steps")
@@ -26,7 +26,7 @@ def untrained_heads(model: StitchedModelForImageClassification, keys: Iterable[s
 
 
 def needed_heads(model: StitchedModelForImageClassification, routes: Iterable[Route], args: TrainArgs) -> list[Route]:
-    """The anchors alone whose heads must be trained before routes are: the teacher's, and those that routes end in.
+    """The anchors alone whose heads must be trained before routes are: those that teach, and those that routes end in.
 
     Args:
         model: model of the routes.
@@ -35,7 +35,7 @@ def needed_heads(model: StitchedModelForImageClassification, routes: Iterable[Ro
     """
     if not args.num_train_epochs:
         return []
-    keys = {largest_anchor(model.anchors.values()).name} if args.distillation else set()
+    keys = set(taught_by(model, args))
     if args.distillation < 1:  # without labels the ends learn from the teacher alone
         keys |= {route.head for route in routes if route.stitch_points}
     return untrained_heads(model, keys)
@@ -56,6 +56,7 @@ def head_args(args: TrainArgs | None) -> TrainArgs:
         "least_squares_images": args.least_squares_images,
         "matching_epochs": args.matching_epochs or None,
         "tuning": None if args.tuning == "stitch" else args.tuning,
+        "teacher": None if isinstance(args.teacher, str) and args.teacher == AUTO else args.teacher,
         "train_head": None if args.train_head is not False else args.train_head,
     }
     unused = {name: value for name, value in given.items() if value is not None}

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers.utils import logging
 
-from restnet_hf.anchors.anchor import Anchor, largest_anchor
+from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.datasets import IGNORED, MULTI_LABEL
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, Routes, TunedKey, each_route
-from restnet_hf.steps import Step, run_steps
+from restnet_hf.steps import Step, first_segment, run_steps
 from restnet_hf.stitches.norms import recalibrate
 from restnet_hf.stitches.precision import make_trainable
 from restnet_hf.stitches.tuning import SHARED_KINDS, Tuned, TunedConfig, tunable, tuned_keys
 from restnet_hf.training.args import TrainArgs
-from restnet_hf.training.frozen import TEACHER, FrozenPart, first_segment, goal_name
+from restnet_hf.training.frozen import FrozenPart, goal_name
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
+from restnet_hf.training.teachers import Teacher, needs_teacher
 
 
 # Kinds of `TUNINGS` that each value of `TrainArgs.tuning` trains.
@@ -57,23 +58,6 @@ def check_routes(model: StitchedModelForImageClassification, routes: Routes, arg
     return parsed
 
 
-def _choose_teacher(model: StitchedModelForImageClassification, args: TrainArgs) -> str | None:
-    """Name of the anchor that is distilled, the largest one; None without distillation.
-
-    Raises:
-        ValueError: its new head is not trained.
-    """
-    if not (args.distillation and args.num_train_epochs):
-        return None
-    teacher = largest_anchor(model.anchors.values()).name
-    if model.config.new_head and teacher not in model.config.trained_heads:
-        raise ValueError(
-            f"the new head of '{teacher}' is not trained yet, so there is nothing to distil from it. Call train_heads "
-            "first, or set distillation=0"
-        )
-    return teacher
-
-
 def _report_untuned(routes: Sequence[str], count: int, kind: str) -> None:
     """Warn of the routes that have nothing to tune; raise ValueError where none of so many has."""
     if len(routes) == count:
@@ -90,6 +74,7 @@ class Learner:
         args: options of the training.
         images: images for the scales of features that are matched; None where these are read from a checkpoint, or
             nothing is matched.
+        teacher: classifier that is distilled, from `make_teacher`; None without distillation.
 
     Raises:
         ValueError: there is nothing to distil from, or weights were tuned in another way before.
@@ -101,10 +86,12 @@ class Learner:
         routes: Iterable[Route | str],
         args: TrainArgs,
         images: Images | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.model, self.args = model, args
+        self.model, self.args, self.teacher = model, args, teacher
         self.routes = [model.route(route) for route in routes]
-        _choose_teacher(model, args)
+        if teacher is None and needs_teacher(args):
+            raise ValueError(f"distillation={args.distillation} needs a teacher: make one with make_teacher, or set 0")
         self.new_tuned = self._add_tuned()
         self.modules = self._trainable_modules()
         cast = [name for name, module in self.modules.items() if make_trainable(module)]
@@ -165,8 +152,7 @@ class Learner:
         before = {
             name: (steps[: steps.index(first_segment(steps))], model.anchors[name]) for name, steps in alone.items()
         }
-        teacher = _choose_teacher(model, self.args)
-        return FrozenPart(self.walks, before, None if teacher is None else alone[teacher], goals)
+        return FrozenPart(self.walks, before, self.teacher, goals)
 
     def _goals(self, route: Route) -> dict[str, set[int | None]]:
         """The cuts, by anchor, at which a route's features should match the anchor's own."""
@@ -243,7 +229,7 @@ class Learner:
             images = batch["pixel_values"].to(self.model.dtype)
             with autocast():
                 outputs = self.frozen.compute(images, self.frozen.names(drawn, matching))
-        teacher_logits = outputs.get(TEACHER)
+        teacher_logits = None if self.teacher is None else outputs.get(self.teacher.output)
         for index, route in enumerate(drawn):
             name = self.frozen.front(route)
             start = images if name is None else outputs[name].to(self.model.dtype)
@@ -312,7 +298,7 @@ class Learner:
         if images is not None:
             images = images.to(self.model.device, self.model.dtype)
             names = {name for route in plain if (name := self.frozen.front(route))}
-            names |= {TEACHER} if "agreement" in metrics else set()
+            names |= {self.teacher.output} if self.teacher is not None and "agreement" in metrics else set()
             names |= self.frozen.names({*routes} - {*plain}, matching) if "loss" in metrics else set()
             with autocast():
                 outputs = {**batch, **self.frozen.compute(images, names)}
@@ -330,7 +316,7 @@ class Learner:
             return "loss"  # a random head is right by chance
         if labels is not None and labels.dim() == 1 and config.problem_type != MULTI_LABEL:
             return "accuracy"
-        return "loss" if self.frozen.teacher is None or labels is not None else "agreement"
+        return "loss" if self.teacher is None or labels is not None else "agreement"
 
     def _score(
         self, route: Route, metric: str, start: Tensor, outputs: Mapping[str, Tensor], matching: bool
@@ -346,7 +332,8 @@ class Learner:
             known = labels != IGNORED
             right = logits.argmax(-1)[known] == labels[known]
             return right, cross_entropy(logits[known], labels[known], reduction="none")
-        teacher = outputs[TEACHER].to(logits.device).float() if TEACHER in outputs else None
+        teacher = None if self.teacher is None else outputs.get(self.teacher.output)
+        teacher = None if teacher is None else teacher.to(logits.device).float()
         if metric == "agreement":
             assert teacher is not None
             losses = kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)

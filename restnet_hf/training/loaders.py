@@ -231,21 +231,27 @@ def _own_batches(
         start += len(batch["pixel_values"])
 
 
-def first_images(train_set: Any, count: int, batch_size: int = 64, num_workers: int = 0) -> Iterator[Batch]:
-    """Batches of about the first ``count`` images of a data set, in its own order.
+def first_images(
+    train_set: Any, count: int, batch_size: int = 64, num_workers: int = 0, *, spread: bool = False
+) -> Iterator[Batch]:
+    """Batches of about ``count`` images of a data set, in its own order, by default the first ones.
 
     Args:
         train_set: a map-style data set, a DataLoader, or a data set without a length.
         count: number of images; the last batch may exceed it.
         batch_size: number of images in a batch, where no DataLoader decides it.
         num_workers: number of worker processes, as in ``DataLoader``.
+        spread: whether the images are spread evenly over a data set that has a length, since one that is sorted by
+            class has only a few classes among its first images.
     """
     rows, options = train_set, dict[str, Any](batch_size=batch_size, num_workers=num_workers)
     if isinstance(train_set, DataLoader):
         rows, options["collate_fn"] = train_set.dataset, train_set.collate_fn
     loader: Any = train_set
     if not is_stream(train_set):
-        loader = DataLoader(Subset(rows, range(min(count, len(rows)))), **options)
+        wanted = min(count, len(rows))
+        places = [place * len(rows) // wanted for place in range(wanted)] if spread else range(wanted)
+        loader = DataLoader(Subset(rows, places), **options)
     elif not isinstance(train_set, DataLoader):
         loader = DataLoader(train_set, **options)
     seen = 0

@@ -37,15 +37,18 @@ from restnet_hf.training.loaders import (
     is_stream,
     make_loader,
 )
+from restnet_hf.training.outside import ready_teacher
 from restnet_hf.training.pace import Pace
 from restnet_hf.training.restoring import restored_on_error
 from restnet_hf.training.samplers import SAMPLERS, Sampler
+from restnet_hf.training.teachers import Teacher, load_teacher, make_teacher
 from restnet_hf.training.tracking import trackers
 from restnet_hf.training.validation import BestStates, HeldOut, Split, split_held_out
 
 
 logger = logging.get_logger(__name__)
 CALIBRATION_IMAGES = 512  # images for BatchNorm statistics and the scales of features
+TEACHER_IMAGES = 1000  # of those held out, images that a teacher is chosen by
 
 
 def train(
@@ -75,8 +78,8 @@ def train(
         validation: images to score routes on in place of held-out ones, in any form that ``model.prepare_data`` takes.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
-    New heads that training needs, the teacher's and those at the end of routes, are trained first where they were not,
-    as by `train_heads`. Stitches, heads and tuned weights train in float32 whatever the type of the anchors.
+    New heads that training needs, those of teachers and at the end of routes, are trained first as by
+    `train_heads`, unless they were. Stitches, heads and tuned weights train in float32 whatever type the anchors have.
 
     Raises:
         ValueError: nothing would train; labels are missing, out of range or of other classes; or the loss is not
@@ -90,6 +93,7 @@ def train(
     chosen = check_routes(model, model.routes if routes is None else routes, args)
     if validation is not None and args.keep == "last":
         raise ValueError("keep='last' scores no routes, so validation would not be used; leave one of them out")
+    args = load_teacher(model, args)
     train_set = model.prepare_data(train_set, name="train_set", on_error=on_error)
     if validation is not None:
         validation = model.prepare_data(validation, name="validation", on_error=on_error)
@@ -156,8 +160,9 @@ def _train(
         split = Split(train_set, validation)
         if args.keep == "best" and validation is None:
             split = split_held_out(train_set, args)
-        training = Training(model, split, args, routes, accelerator, resumes, in_memory, began)
-        training.run()
+        with ready_teacher(args.teacher, model.device):
+            training = Training(model, split, args, routes, accelerator, resumes, in_memory, began)
+            training.run()
         result = training.result()
     else:
         model.fit_stitches(first_images(train_set, args.least_squares_images or 0), routes)
@@ -232,7 +237,9 @@ class Training:
         self.losses: dict[Route, list[float]] = {}
         self.step = self.epoch = self.done = 0  # steps done, epochs done, and steps done in this epoch
         self.part_size = 0
-        self.learner = Learner(model, routes, args, None if self.resumes else self._calibration_images)
+        self.teacher = self._make_teacher(split)
+        calibration = None if self.resumes else self._calibration_images
+        self.learner = Learner(model, routes, args, calibration, self.teacher)
         rows, held_out = self._frozen_rows(split, in_memory)
         self.sampler = self._make_sampler()
         optimizer = self._make_optimizer()
@@ -329,9 +336,9 @@ class Training:
         scores = {} if self.held_out is None else self.best.results(self.held_out.metrics)
         images = 0 if self.held_out is None else self.held_out.images
         self.record(seconds, scores, images)
-        return TrainResult(
-            self.step, seconds, self.mean_losses(), {str(route): each for route, each in scores.items()}, images
-        )
+        teacher = None if self.teacher is None else self.teacher.reason
+        named = {str(route): each for route, each in scores.items()}
+        return TrainResult(self.step, seconds, self.mean_losses(), named, images, teacher)
 
     def mean_losses(self) -> dict[str, float]:
         """The mean loss of each route over the last epoch."""
@@ -348,6 +355,21 @@ class Training:
             weight_decay=args.weight_decay,
             foreach=True,
         )
+
+    def _make_teacher(self, split: Split) -> Teacher | None:
+        def images() -> Iterator[Batch]:
+            device, dtype = self.model.device, self.model.dtype
+            data = split.train if split.held_out is None else split.held_out
+            streamed = split.whole is None and isinstance(split.held_out, list)  # in memory, in batches
+            some = data if streamed else first_images(data, TEACHER_IMAGES, self.args.batch_size, spread=True)
+            for item in some:
+                batch = self.check_batch(item)
+                yield {**batch, "pixel_values": batch["pixel_values"].to(device, dtype)}
+
+        stored = self.checkpoints.read_place().get("teacher") if self.resumes else None
+        with torch.random.fork_rng(devices=()):  # random augmentation is the same for a run that was resumed
+            torch.default_generator.manual_seed(self.args.seed)
+            return make_teacher(self.model, self.args, images, stored)
 
     def _calibration_images(self) -> Iterator[Tensor]:
         for batch in first_images(self.train_set, CALIBRATION_IMAGES, self.args.batch_size):
@@ -372,6 +394,7 @@ class Training:
         done: dict[str, Any] = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
         if scores:
             done |= {"held_out_images": held_out, "scores": {str(r): asdict(each) for r, each in scores.items()}}
+        done |= {} if self.teacher is None else {"teacher": self.teacher.reason}
         processes = {"processes": self.accelerator.num_processes, "seconds": round(seconds, 1)}
         self.model.config.training = [
             *self.model.config.training,
@@ -566,6 +589,7 @@ class Training:
         place |= {"schedule": self.schedule.state_dict(), "sampler": self.sampler.state_dict()}
         place |= {"best": self.best.state_dict(), "scored_step": self.scored_step, "seconds": self.pace.elapsed()}
         place |= {"metrics": {} if self.held_out is None else [*self.held_out.metrics.values()]}
+        place["teacher"] = self.teacher and self.teacher.state()
         if self.accelerator.scaler is not None:
             place["scaler"] = self.accelerator.scaler.state_dict()
         learner = self.learner

@@ -31,7 +31,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "model": ["modeling_restnet"],
     "training": [
         *("args", "checkpoints", "feature_cache", "frozen", "heads", "learner", "loaders", "loop", "losses"),
-        *("restoring", "samplers", "tracking"),
+        *("outside", "restoring", "samplers", "teachers", "tracking"),
     ],
     "adaptation": ["adapt", "neighbours", "scorer", "search", "surrogate"],
     "export": [

@@ -11,14 +11,16 @@ from trainings import FAST, ROUTES, build, data, trained
 
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.routes.route import TunedKey
+from restnet_hf.steps import first_segment
 from restnet_hf.stitches.layers import STITCHES, StitchConfig
 from restnet_hf.stitches.tuning import tuned_keys
-from restnet_hf.training.frozen import FrozenPart, first_segment
+from restnet_hf.training.frozen import FrozenPart
 from restnet_hf.training.learner import KINDS, Learner
 from restnet_hf.training.loaders import first_images
 from restnet_hf.training.loop import Training, start_accelerator
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 from restnet_hf.training.samplers import SAMPLERS
+from restnet_hf.training.teachers import Teacher
 from restnet_hf.training.validation import Split
 
 
@@ -80,8 +82,10 @@ def test_every_kind_of_stitch_trains(kind):
         model.set_route("resnet[:]")
         model.delete_stitch(route)
         model.add_stitch(route, StitchConfig(kind=kind))
-    first = train(model, data(), TrainArgs(least_squares_images=24, num_train_epochs=1, learning_rate=1e-9)).losses
-    last = train(model, data(), TrainArgs(num_train_epochs=15, batch_size=8, learning_rate=1e-2, keep="last")).losses
+    args = TrainArgs(least_squares_images=24, num_train_epochs=1, learning_rate=1e-9, teacher="resnet")
+    first = train(model, data(), args).losses
+    args = TrainArgs(num_train_epochs=15, batch_size=8, learning_rate=1e-2, teacher="resnet", keep="last")
+    last = train(model, data(), args).losses
     assert all(last[route] < 0.8 * first[route] for route in ROUTES)
 
 
@@ -245,9 +249,8 @@ def test_two_stages_of_one_anchor(sampler, tmp_path):
 def test_only_goals_of_the_routes_that_are_drawn(images):
     """What a step computes of the frozen anchor is what its routes need."""
     model = elastic()
-    job = Learner(
-        model, ["resnet[:1] + resnet[3:]", "resnet[:4] + resnet[6:]"], TrainArgs(matching_epochs=1, match="stitch")
-    )
+    args = TrainArgs(matching_epochs=1, match="stitch", num_train_epochs=0)
+    job = Learner(model, ["resnet[:1] + resnet[3:]", "resnet[:4] + resnet[6:]"], args)
     one, two = job.routes
     assert job.frozen.names([one], matching=True) == {"front-resnet-1", "goal-resnet-3"}
     assert job.frozen.names([two], matching=True) == {"front-resnet-4", "goal-resnet-6"}
@@ -278,7 +281,7 @@ def test_frozen_networks_run_once(images):
     before = {name: (s[: s.index(first_segment(s))], model.anchors[name]) for name, s in alone.items()}
     forth, other, back = walks
     goals = {forth: {"vit": {None, 3}}, back: {"resnet": {None, 5}}}
-    frozen = FrozenPart(walks, before, alone["resnet"], goals)
+    frozen = FrozenPart(walks, before, Teacher("resnet", "", {"resnet": alone["resnet"]}), goals)
     assert frozen.names([forth], matching=True) == {"front-resnet-2", "goal-vit-3", "goal-vit-final"}
     assert frozen.names([other], matching=True) == {"front-resnet-4"}, "it has nothing to match"
     runs = {name: 0 for name in model.anchors}
@@ -299,9 +302,9 @@ def test_frozen_networks_run_once(images):
         assert torch.equal(found["front-resnet-2"], resnet(images, 0, 2))
         assert torch.equal(found["front-vit-1"], vit(images, 0, 1))
         assert torch.equal(found["goal-vit-3"], vit(images, 0, 3))
-        assert torch.equal(found["teacher"], resnet(images))
+        assert torch.equal(found["teacher-resnet"], resnet(images))
         logits = resnet.model.classifier[1](found["goal-resnet-final"].flatten(1))
-        assert torch.allclose(logits, found["teacher"], atol=1e-5)
+        assert torch.allclose(logits, found["teacher-resnet"], atol=1e-5)
     specs = frozen.specs(torch.float16, CLASSES)
     assert {name: tuple(value.shape[1:]) for name, value in found.items()} == {n: s for n, (s, _) in specs.items()}
 

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train, train_heads
 from restnet_hf.training.checkpoints import KEPT
 from restnet_hf.training.learner import Learner
+from restnet_hf.training.teachers import make_teacher
 
 
 def test_activation_checkpointing_changes_nothing_else():
@@ -59,16 +60,14 @@ def test_loss_falls():
 def test_loss_by_hand():
     """(1 - w) cross-entropy + w T² KL(teacher ‖ student), in float64, from probabilities."""
     model = build()
-    args = TrainArgs(distillation=0.3, temperature=3.0)
-    job = Learner(model, ROUTES, args)
+    args = TrainArgs(distillation=0.3, temperature=3.0, teacher="vit")
     images, labels = data()[:8]
+    job = Learner(model, ROUTES, args, teacher=make_teacher(model, args, list))
     batch = {"pixel_values": images, "labels": labels}
     with torch.no_grad():
         losses = job.losses(batch, job.routes, False, False, nullcontext)
         found = {str(route): loss.item() for route, loss in zip(job.routes, losses, strict=True)}
-        anchors = model.anchors
-        largest = max(anchors, key=lambda name: sum(p.numel() for p in anchors[name].parameters()))
-        teacher = anchors[largest](images).double()
+        teacher = model.anchors["vit"](images).double()
         for route in ROUTES:
             model.set_route(route)
             student = model(images).logits.double()
@@ -121,7 +120,7 @@ def test_resume_is_exact(tmp_path, save_steps):
     train(whole, data(), TrainArgs(**{**args, "save_steps": None}))
     out = str(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        train(build(), Stops(data(), 24 + 8 * 2 + 3), TrainArgs(output_dir=out, **args))
+        train(build(), Stops(data(), 24 + 24 + 8 * 2 + 3), TrainArgs(output_dir=out, **args))
     again = build()
     with pytest.raises(ValueError, match="holds checkpoints of an earlier training"):
         train(again, data(), TrainArgs(output_dir=out, **args))
@@ -143,7 +142,7 @@ def test_heads(images):
     model = build(num_labels=3)
     start = trained(model)
     with pytest.raises(ValueError, match=r"new head of '.*' is not trained yet.*train_heads"):
-        Learner(model, ROUTES, TrainArgs(**FAST))
+        make_teacher(model, TrainArgs(**FAST), list)
     args = TrainArgs(distillation=0.0, **FAST)
     train(model, data(classes=3), args, routes=["resnet[:]", "vit[:]"])
     moved = {name.split(".")[0] for name, value in trained(model).items() if not torch.equal(value, start[name])}
@@ -158,19 +157,21 @@ def test_heads(images):
 
 
 def test_other_order():
-    """The teacher is the larger anchor also where it is the end."""
+    """The end teaches as well as the front does."""
     model = build(order="small-to-large")
     front = next(iter(model.anchors))
     end = ({"resnet", "vit"} - {front}).pop()
     model.add_stitch(f"{front}[:2] + {end}[1:]")
     result = train(model, data(), TrainArgs(**FAST), routes=[f"{front}[:2] + {end}[1:]"])
     assert len(result.losses) == 1
+    result = train(model, data(), TrainArgs(**FAST, teacher=end), routes=[f"{front}[:2] + {end}[1:]"])
+    assert result.teacher == end
 
 
 def test_images_whose_label_is_ignored():
     """-100: they have no part in the cross-entropy, and still learn from the teacher."""
-    model, args = build(), TrainArgs(distillation=0.3)
-    job = Learner(model, ROUTES, args)
+    model, args = build(), TrainArgs(distillation=0.3, teacher="vit")
+    job = Learner(model, ROUTES, args, teacher=make_teacher(model, args, list))
     images, labels = data()[:8]
 
     def losses(images, labels):
@@ -375,7 +376,7 @@ def images_seen(anchor):
 def test_features_kept_on_disk(dtype, tolerance, tmp_path):
     """The same result up to the rounding of activations; the front sees each image once, later never."""
     plain, kept, again = build(), build(), build()
-    args = {"num_train_epochs": 3, "batch_size": 8, "learning_rate": 3e-3}
+    args = {"teacher": "resnet", "num_train_epochs": 3, "batch_size": 8, "learning_rate": 3e-3}
     train(plain, data(), TrainArgs(**args))
     cache = {"cache_dir": str(tmp_path), "cache_dtype": dtype}
     seen, later = images_seen(kept.anchors["resnet"]), images_seen(again.anchors["resnet"])
