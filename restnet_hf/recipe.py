@@ -35,6 +35,7 @@ from restnet_hf.sources import check_paths
 from restnet_hf.stitches.layers import BRANCH, StitchConfig
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.loop import train
+from restnet_hf.training.teachers import load_teacher
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", validate_default=True))
@@ -172,9 +173,9 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     folder, clock = Path(out), _Clock()
     if resume and (report := report_to_resume(dataclasses.asdict(recipe), folder)) is not None:
         return report
-    heads, stitches = (_train_args(recipe, stage, folder, resume) for stage in ("heads", "stitches"))
     set_seed(recipe.seed)
     model, train_set, eval_set = prepare(recipe)
+    heads, stitches = (load_teacher(model, _train_args(recipe, s, folder, resume)) for s in ("heads", "stitches"))
     calibration, others = hold_out(train_set, recipe.calibration_images, model.config.new_head)
     clock.lap("load")
     if model.config.new_head:

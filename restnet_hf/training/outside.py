@@ -115,7 +115,7 @@ def _names_of(module: nn.Module) -> tuple[str, ...] | None:
 
 def _check_separate(model: StitchedModelForImageClassification, module: nn.Module, title: str) -> None:
     """Raise ValueError where a teacher has weights that train."""
-    parts = model.stitches, model.heads, model.tuned
+    parts = (*model.stitches.values(), *model.heads.values(), *model.tuned.values())
     trained = {id(parameter) for part in parts for parameter in part.parameters()}
     if any(id(parameter) in trained for parameter in module.parameters()):
         raise ValueError(

@@ -303,13 +303,13 @@ def _run_all(run: Callable[[Tensor], dict[str, Tensor]], images: Images) -> tupl
     """
     parts, labels = dict[str, list[Tensor]](), list[Tensor]()
     for batch in images():
-        for name, logits in run(batch["pixel_values"]).items():
-            parts.setdefault(name, []).append(logits.float().cpu())
+        for name, each in run(batch["pixel_values"]).items():
+            parts.setdefault(name, []).append(each.float().cpu())
         if "labels" in batch:
             labels.append(batch["labels"].cpu())
     if not parts:
         raise ValueError("train_set gives no images")
-    logits = {name: torch.cat(each) for name, each in parts.items()}
+    logits = {name: torch.cat(chunks) for name, chunks in parts.items()}
     joined = torch.cat(labels) if labels else torch.empty(0)
     if len(joined) != len(next(iter(logits.values()))):
         return logits, None

@@ -234,12 +234,13 @@ def test_all_that_cannot_be_loaded_is_listed(tmp_path):
         ({"routes": ["resnet[:2] + vit[1:]"], "stitch_kind": "branch"}, "cannot join"),
         ({"family": {"kind": "nearest", "budget": {"macs": 1}}}, "no route of family|stages"),
         ({"calibration_images": 2}, "2 calibration images are too few for method 'cka'"),
+        ({"stitches": {"teacher": "resnet5"}}, "teacher='resnet5' is not 'auto', 'mean' or the name of an anchor"),
     ],
 )
-def test_routes_are_checked_before_heads_are_trained(new_task, monkeypatch, options, message):
+def test_routes_and_teacher_are_checked_before_heads_are_trained(new_task, monkeypatch, options, message):
     monkeypatch.setattr("restnet_hf.recipe.train", lambda *_: pytest.fail("heads were trained"))
     anchors = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((OSError, ValueError), match=message):
         run_recipe(Recipe(**anchors, **options), new_task / "out")
 
 
