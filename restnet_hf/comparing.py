@@ -19,7 +19,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.selection.cache import write_similarity
 from restnet_hf.selection.plots import plot_similarity
-from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes
+from restnet_hf.selection.ranking import RankedRoute, Similarity, anchor_points, choose_routes, rank_routes
 
 
 def compare_anchors(
@@ -71,7 +71,8 @@ def compare_anchors(
     folder.mkdir(parents=True, exist_ok=True)
     chosen = {}
     for name, similarities in compared.items():
-        chosen[name] = choose_routes(rank_routes(similarities, costs, limits), max_routes)
+        points = anchor_points(similarities, lambda route: costs(route)["macs"])
+        chosen[name] = choose_routes(rank_routes(similarities, costs, limits, points), max_routes, anchors=points)
         for similarity in similarities:
             suffix = "" if similarity is similarities[0] else "_back"
             _write_files(model, similarity, chosen[name], folder / f"{name}{suffix}")

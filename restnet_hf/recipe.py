@@ -30,6 +30,7 @@ from restnet_hf.recipe_checks import CHECKPOINTS, CHECKS, check_entry, check_sti
 from restnet_hf.reports import report_rows, report_to_resume
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
+from restnet_hf.selection.dropping import beaten_routes
 from restnet_hf.selection.plots import plot_similarity
 from restnet_hf.sources import check_paths
 from restnet_hf.stitches.layers import BRANCH, StitchConfig
@@ -68,6 +69,8 @@ class Recipe:
             the anchors must know the classes; accuracy is measured by the labels of the evaluation images.
         cache: whether the outputs of frozen networks for each image are cached in ``OUT/training`` while heads and
             stitches train; not done where images are augmented or the front trains.
+        drop_dominated: whether the adapter leaves out the stitched routes that another one beats in MACs and accuracy;
+            the report lists them.
         seed: seed of the first weights of new heads; the images and their order have fixed seeds.
         heads: options of training for new heads on the frozen anchors.
         stitches: options of training for stitches.
@@ -94,6 +97,7 @@ class Recipe:
     augment: str | None = None
     label_free: bool = False
     cache: bool = True
+    drop_dominated: bool = True
     seed: int = 0
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
     stitches: TrainArgs = TrainArgs()
@@ -194,7 +198,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     clock.lap("training")
     profile = model.profile(eval_set, metadata={"dataset": _name(recipe.dataset)})
     clock.lap("second profile")
-    model.set_route(max(profile.routes, key=lambda row: (len(row.route.segments) > 1, row.scores["accuracy"])).route)
+    offered = _offer(model, profile, recipe)
     state = this_process()
     model.save_pretrained(folder / "adapter", is_main_process=state.is_main_process)
     state.wait_for_everyone()
@@ -203,20 +207,29 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     report = {
         "recipe": dataclasses.asdict(recipe),
         "routes": report_rows(model, fitted, profile, r2),
+        **offered,
         "checks": {"anchors_unchanged": unchanged, "reloaded_logits_equal": same},
         "similarity": None if model.similarity is None else dict(model.similarity.settings),
         "seconds": clock.laps,
         "metadata": dict(profile.metadata),
     }
     if state.is_main_process:
-        shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints are not needed any more
         _write_report(model, fitted, profile, report, folder)
     return report
+
+
+def _offer(model: StitchedModelForImageClassification, profile: Profile, recipe: Recipe) -> dict[str, Any]:
+    """Make the best stitched route active, and drop those that another beats; returns entries of the report."""
+    model.set_route(max(profile.routes, key=lambda row: (len(row.route.segments) > 1, row.scores["accuracy"])).route)
+    gaps = {"gap_closed": profile.gap_closed(), "gap_closed_stitched": profile.gap_closed(stitched_only=True)}
+    beaten = beaten_routes(profile) if recipe.drop_dominated and model.drop_dominated() else {}
+    return {"dropped": {str(route): str(rival) for route, rival in beaten.items()}, **gaps}
 
 
 def _write_report(
     model: StitchedModelForImageClassification, fitted: Profile, profile: Profile, report: Any, folder: Path
 ) -> None:
+    shutil.rmtree(folder / "training", ignore_errors=True)  # the checkpoints are not needed any more
     plot_tradeoff(profile, folder / "tradeoff.png", fitted)
     if model.similarity is not None:
         plot_similarity(model.similarity, model.routes, folder / "similarity.png")

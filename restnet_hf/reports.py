@@ -21,7 +21,7 @@ def report_rows(
         profile: profile after the training.
         r2: R² of the fit by stitch.
     """
-    rows = []
+    rows, front = [], [row.route for row in profile.front()]
     for before, after in zip(fitted.routes, profile.routes, strict=True):
         row: dict[str, Any] = {"route": str(after.route), **after.costs}
         for point in after.route.stitch_points:
@@ -29,7 +29,7 @@ def report_rows(
                 row["similarity"] = model.similarity.value(after.route)
             row["r2"] = r2.get(point.name)
             row["accuracy_least_squares"] = before.scores["accuracy"]
-        rows.append({**row, "accuracy": after.scores["accuracy"]})
+        rows.append({**row, "accuracy": after.scores["accuracy"], "front": after.route in front})
     return sorted(rows, key=lambda row: row["macs"])
 
 

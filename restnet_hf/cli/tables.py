@@ -8,12 +8,15 @@ from rich.console import Console
 from rich.segment import Segments
 from rich.table import Table
 
+from restnet_hf.routes.fronts import describe_gap
+from restnet_hf.routes.tables import FRONT
+
 
 if TYPE_CHECKING:
     from restnet_hf.adaptation.adapt import AdaptResult
     from restnet_hf.hub.repository import FoundAdapter
     from restnet_hf.profiling.latency import LatencyTable
-    from restnet_hf.routes.profile import Budget, Profile
+    from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
     from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_model import ExportedModel
     from restnet_hf.selection.ranking import RankedRoute
@@ -99,12 +102,34 @@ def show_report(report: Mapping[str, Any]) -> None:
         value = [number(row["similarity"] if stitched else None, 2)] if compared else []
         fitted = number(row["accuracy_least_squares"] if stitched else None, 1, 100)
         costs = number(row["macs"], 1, 1e-6), number(row["params"], 0, 1e-3)
-        rows.append([row["route"], *costs, *value, number(row.get("r2"), 2), fitted, number(row["accuracy"], 1, 100)])
-    columns = ["route", "MACs, M", "params, K", *(["value"] if compared else []), "R²", "fitted, %", "trained, %"]
+        trained, star = number(row["accuracy"], 1, 100), "*" if row.get("front") else ""
+        rows.append([row["route"], *costs, *value, number(row.get("r2"), 2), fitted, trained, star])
+    columns = [
+        "route",
+        "MACs, M",
+        "params, K",
+        *(["value"] if compared else []),
+        "R²",
+        "fitted, %",
+        "trained, %",
+        FRONT,
+    ]
     title = "routes, cheapest first" + (f"; value: {method}" if compared else "")
     show_table(title, columns, rows, [index for index, row in enumerate(report["routes"]) if "r2" not in row])
+    _say_what_is_offered(report)
     say(", ".join(f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in report["checks"].items()))
     say(", ".join(f"{name} {spent:.0f} s" for name, spent in report["seconds"].items()))
+
+
+def _say_what_is_offered(report: Mapping[str, Any]) -> None:
+    """Print the gap closed, and the routes that the adapter leaves out."""
+    closed, dropped = report.get("gap_closed"), report.get("dropped", {})
+    if closed is not None:
+        say(f"gap closed: {closed:.2f}")
+    if dropped:
+        say("\n  ".join(["not in the adapter, since another route is as good at no more MACs:", *dropped]))
+        if not any("r2" in row and row["route"] not in dropped for row in report["routes"]):
+            say("no stitched route is left: an anchor alone is as good at every budget", "yellow")
 
 
 def show_compared(name: str, rows: "Sequence[RankedRoute]") -> None:
@@ -148,8 +173,38 @@ def show_profile(profile: "Profile") -> None:
     for row in rows:
         spent = (number(row.costs.get(name), 4 if name == "energy_j" else 1, 1 / COSTS[name][1]) for name in costs)
         cells.append([str(row.route), *spent, *(number(row.scores.get(name), 1, 100) for name in scores)])
-    columns = ("route", *(COSTS[name][0] for name in costs), *(f"{name}, %" for name in scores))
-    show_table(f"{len(rows)} routes, cheapest first", columns, cells)
+    columns = ["route", *(COSTS[name][0] for name in costs), *(f"{name}, %" for name in scores)]
+    _show_front(f"{len(rows)} routes, cheapest first", columns, cells, rows, profile)
+
+
+def _show_front(
+    title: str,
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    rows: "Sequence[ProfiledRoute]",
+    profile: "Profile",
+    bold: Collection[int] = (),
+) -> None:
+    """Print a table with a star for the rows that no other of the profile beats, and the gap closed.
+
+    Args:
+        title: line above the table.
+        columns: headings.
+        cells: cells by row.
+        rows: the row of the profile for each row of the table.
+        profile: profile that has the rows.
+        bold: numbers of the rows to print in bold.
+    """
+    front = profile.front()
+    if not front:
+        show_table(title, columns, cells, bold)
+        return
+    stars = ["*" if any(row is each for each in front) else "" for row in rows]
+    starred = [[*cell, star] for cell, star in zip(cells, stars, strict=True)]
+    show_table(f"{title}; *: on the front, no other beats it", [*columns, FRONT], starred, bold)
+    gap = describe_gap(profile.routes, "macs", profile.find_score() or "")
+    if gap:
+        say(gap)
 
 
 def show_exported(exported: "ExportedModel") -> None:

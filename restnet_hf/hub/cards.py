@@ -13,7 +13,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from restnet_hf.routes.fronts import describe_gap
 from restnet_hf.routes.profile import Profile, ProfiledRoute
+from restnet_hf.routes.tables import FRONT
 
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -31,6 +33,11 @@ BUCKETS = {  # upper limits of costs, for tags that the Hub can filter by
     "memory_mb": {"3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0, "1000": 1000.0},
     "latency_ms": {"1": 1.0, "3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0},
 }
+ON_FRONT = "Routes on the front are those that no other beats in MACs and score."
+GAP = (
+    "The gap closed is the mean over budgets between the anchors' MACs of the share of the difference between their "
+    "scores that the best route within the budget gains: 0 for the anchors alone, 0.5 for a line between them."
+)
 COLUMNS = {  # of the table of routes: heading, factor, digits
     "macs": ("MACs, M", 1e-6, 1),
     "params": ("params, M", 1e-6, 2),
@@ -251,8 +258,14 @@ def _routes(profile: Profile | None, plot: str | None) -> str:
     shown = _shown(profile)
     names = [name for name in COLUMNS if any(_value(row, name) is not None for row in shown.routes)]
     rows = sorted(shown.routes, key=lambda row: row.costs.get("macs", 0))
-    printed = [(_code(row.route), *(_printed(row, name) for name in names)) for row in rows]
-    parts = [_table(("route", *(COLUMNS[name][0] for name in names)), printed), _measured(profile)]
+    front = profile.front()
+    marks = [["yes" if any(row is each for each in front) else ""] if front else [] for row in rows]
+    printed = [(_code(r.route), *(_printed(r, name) for name in names), *m) for r, m in zip(rows, marks, strict=True)]
+    head = ("route", *(COLUMNS[name][0] for name in names), *([FRONT] if front else []))
+    parts = [_table(head, printed), _measured(profile)]
+    if front:
+        gap = describe_gap(profile.routes, "macs", profile.find_score() or "")
+        parts.append(f"{ON_FRONT} {markdown(gap[:1].upper() + gap[1:])}. {GAP}" if gap else ON_FRONT)
     if len(rows) < len(profile.routes):
         parts.append(f"These are {len(rows)} of {len(profile.routes)} routes; profile.json has all.")
     if any(row.route.via for row in rows):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from restnet_hf.files import atomic_file
+from restnet_hf.routes.fronts import anchor_ends, is_anchor
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profile | None = None) -> None:
-    """Plot accuracy against MACs of every route, with the anchors marked and the Pareto front.
+    """Plot accuracy against MACs of every route, with the anchors and the straight line between them.
+
+    Routes that no other beats in both are ringed, and stairs show the best accuracy within each budget.
 
     Args:
         profile: profile whose routes have MACs and accuracy.
@@ -35,9 +38,15 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         if points:
             axes.plot(*zip(*points, strict=True), marker, **style)
 
-    anchors = [row for row in profile.routes if len(row.route.segments) == 1]
+    anchors = [row for row in profile.routes if is_anchor(row.route)]
+    tuned = [row for row in profile.routes if len(row.route.segments) == 1 and not is_anchor(row.route)]
     stitched = [row for row in profile.routes if len(row.route.segments) > 1]
-    draw(profile.pareto(), "-", color="0.7", zorder=0, label="best for its cost")
+    front = profile.pareto()
+    draw(
+        anchor_ends(profile.routes, "macs", "accuracy") or (), ":", color="tab:red", zorder=0, label="between anchors"
+    )
+    draw(front, "-", color="0.7", zorder=0, drawstyle="steps-post", label="best within a budget")
+    draw(front, "o", markersize=11, markerfacecolor="none", markeredgecolor="0.4", label="on the front")
     if before is not None and stitched:
         draw(
             (r for r in before.routes if len(r.route.segments) > 1),
@@ -48,6 +57,7 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         )
     if stitched:
         draw(stitched, "o", color="tab:blue", label="stitched")
+    draw(tuned, "^", color="tab:green", label="anchor tuned")
     draw(anchors, "*", color="tab:red", markersize=14, label="anchor alone")
     for row in anchors:
         axes.annotate(

@@ -14,6 +14,7 @@ from typing import Any
 from restnet_hf.errors import BudgetError, quote
 from restnet_hf.files import atomic_file
 from restnet_hf.limits import MAX_BYTES
+from restnet_hf.routes.fronts import beaten_rows, describe_gap, front_rows, measure_gap, measured_rows
 from restnet_hf.routes.route import Route
 from restnet_hf.routes.tables import profile_table
 
@@ -126,7 +127,8 @@ class ProfiledRoute:
 class Profile:
     """Costs and scores of routes, with where the numbers come from.
 
-    ``print(profile)`` shows it as a table, ``profile["vit[:]"]`` is the row of one route, and a loop has all rows.
+    ``print(profile)`` shows it as a table, in which a star marks the routes that no other beats in MACs and score,
+    ``profile["vit[:]"]`` is the row of one route, and a loop has all rows.
 
     Args:
         routes: profiled routes, in any order.
@@ -156,7 +158,9 @@ class Profile:
         raise KeyError(f"no route '{route}' in the profile; its routes are {quote([str(r.route) for r in self])}")
 
     def __str__(self) -> str:
-        return profile_table(self.routes)
+        front = self.front()
+        gap = describe_gap(self.routes, "macs", str(self._default_score())) if front else ""
+        return "\n".join(filter(None, [profile_table(self.routes, front=front), gap]))
 
     def __repr__(self) -> str:
         costs = list(dict.fromkeys(name for row in self.routes for name in row.costs))
@@ -224,6 +228,22 @@ class Profile:
                 common = sorted(set.intersection(*(set(row.costs) for row in self.routes)))
                 raise BudgetError(f"the profile has no {cost} for its routes, only {common}; profile the model again")
 
+    def _default_score(self) -> str | None:
+        """The score of `find_score`; None too where there are several, none of which is the default."""
+        try:
+            return self.find_score()
+        except BudgetError:
+            return None
+
+    def front(self) -> tuple[ProfiledRoute, ...]:
+        """The routes that tables, cards and plots mark: of those with MACs and the default score the `pareto` ones.
+
+        Empty where fewer than two routes have both, since there is nothing to compare.
+        """
+        score = self._default_score()
+        measured = measured_rows(self.routes, "macs", score)
+        return tuple(front_rows(measured, "macs", str(score))) if len(measured) > 1 else ()
+
     def pareto(self, cost: str = "macs", score: str = "accuracy") -> tuple[ProfiledRoute, ...]:
         """The routes that no other route beats on both ``cost`` and ``score``, cheapest first.
 
@@ -233,11 +253,54 @@ class Profile:
         missing = [str(row.route) for row in self.routes if cost not in row.costs or score not in row.scores]
         if missing:
             raise ValueError(f"'{missing[0]}' has no {cost} or no {score}; profile the model again")
-        front: list[ProfiledRoute] = []
-        for row in sorted(self.routes, key=lambda row: (row.costs[cost], -row.scores[score])):
-            if not front or row.scores[score] > front[-1].scores[score]:
-                front.append(row)
-        return tuple(front)
+        return tuple(front_rows(self.routes, cost, score))
+
+    def dominated(self, cost: str = "macs", score: str | None = None) -> tuple[ProfiledRoute, ...]:
+        """The routes that another one beats: it costs as much or less and scores as high or higher.
+
+        Of routes that are equal in both, one is not dominated: an anchor alone, or the first. Routes without the cost
+        or the score are left out.
+
+        Args:
+            cost: name of the cost.
+            score: name of the score; see `find_score`.
+
+        Raises:
+            BudgetError: no route has such a cost, or there are scores but no such one.
+        """
+        score = self._comparable(cost, score)
+        return () if score is None else tuple(row for row, _ in beaten_rows(self.routes, cost, score))
+
+    def gap_closed(self, cost: str = "macs", score: str | None = None, *, stitched_only: bool = False) -> float | None:
+        """The share of the gap between the anchors that the routes close, by which we judge a model.
+
+        With ``small`` and ``large`` the scores of the cheapest and the most expensive anchor alone, it is the mean
+        over budgets from the first one's cost to the second one's of (best score within the budget - small) / (large -
+        small). It is 0 where only the anchors are worth choosing, 0.5 where many routes lie on the straight line
+        between them, and 1 where one has the large anchor's score at the small one's cost. It is exact, and can exceed
+        1. The anchors alone can always be chosen.
+
+        Args:
+            cost: name of the cost.
+            score: name of the score; see `find_score`.
+            stitched_only: whether only stitched routes and the anchors alone can be chosen, not tuned anchors.
+
+        Returns:
+            The share; None where it is not defined: there are no scores, fewer than two anchors alone, or the most
+            expensive one is no better than the cheapest, so that there is no gap to close.
+
+        Raises:
+            BudgetError: no route has such a cost, or there are scores but no such one.
+        """
+        score = self._comparable(cost, score)
+        return None if score is None else measure_gap(self.routes, cost, score, stitched_only)[0]
+
+    def _comparable(self, cost: str, score: str | None) -> str | None:
+        """The score to compare by; raises BudgetError where no route has the cost, or such a score."""
+        costs = list(dict.fromkeys(name for row in self.routes for name in row.costs))
+        if self.routes and cost not in costs:
+            raise BudgetError(f"no route of the profile has {cost!r}; its costs are {quote(costs)}")
+        return self.find_score(score)
 
     def with_runtime(self, exported: "Profile") -> "Profile":
         """A copy with the measurements of an exported folder's profile added to ``metadata["runtimes"]``.

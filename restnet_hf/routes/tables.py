@@ -2,13 +2,14 @@
 
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 
 COSTS = {"macs": "MACs", "params": "params", "memory_mb": "MB", "latency_ms": "ms", "energy_j": "J"}  # with headings
 MIN_ROUTE = 24  # characters of the column of routes, where the terminal has them
 MAX_NAME = 20  # characters of a cost or score in the heading, which a file may have named
+FRONT = "front"  # heading of the column with a star for the routes that no other beats
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"))
 
 
@@ -36,12 +37,13 @@ def short_number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
-def profile_table(rows: Sequence[Row], width: int | None = None) -> str:
+def profile_table(rows: Sequence[Row], width: int | None = None, front: Collection[Row] = ()) -> str:
     """Rows of a profile as a table, scores in per cent; long routes continue in the next line.
 
     Args:
         rows: rows of the profile.
         width: characters of a line; by default those of the terminal, or 80 where there is none.
+        front: rows that no other beats, which get a star; there is no column of stars without any.
     """
     width = width or shutil.get_terminal_size().columns
     costs = {name: None for row in rows for name in row.costs}
@@ -49,6 +51,8 @@ def profile_table(rows: Sequence[Row], width: int | None = None) -> str:
     scores = dict.fromkeys(name for row in rows for name in row.scores)
     columns = [_column(COSTS.get(name, name), [_number(row.costs, name) for row in rows]) for name in costs]
     columns += [_column(f"{name}, %", [_number(row.scores, name, 100) for row in rows]) for name in scores]
+    if front:
+        columns.append(_column(FRONT, ["*" if any(row is each for each in front) else "" for row in rows]))
     longest = max([len("route"), *(len(str(row.route)) for row in rows)])
     left = min(longest, max(MIN_ROUTE, width - sum(2 + len(cells[0]) for cells in columns)))
     lines = []

@@ -19,7 +19,8 @@ from restnet_hf.routes.families import WITHIN, family, within_budget
 from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
-from restnet_hf.selection.ranking import RankedRoute, Similarity, choose_routes, rank_routes, spread
+from restnet_hf.selection.dropping import drop_beaten
+from restnet_hf.selection.ranking import RankedRoute, Similarity, anchor_points, choose_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, SelectionBatch
 from restnet_hf.selection.selectors import SELECTORS, Method, compare, find_selector, method_key
 from restnet_hf.steps import Step
@@ -277,6 +278,11 @@ class SelectionMixin:
         more than any anchor alone are left out if there are others. `similarity` then has all values, `ranking` all
         routes. The best route becomes the active one.
 
+        With ``fitted_accuracy``, whose values are accuracies, the best route of a part is the one furthest above the
+        straight line between the anchors, and routes that an anchor alone beats come last; they stay candidates, since
+        training gains what a fit does not have. The values of the other selectors predict no accuracy, so nothing can
+        be said about anchors: train, `profile`, and call `drop_dominated`.
+
         Args:
             calibration: images, in any form that `prepare_data` takes.
             method: selector, a key of `SELECTORS` or a class.
@@ -299,15 +305,34 @@ class SelectionMixin:
             calibration, {method: options}, order, config, batch_size, kept_images, on_error=on_error
         ).values()
         costs = self.route_costs(config, budget=limits)
-        ranking = rank_routes(similarities, costs, limits)
+        points = anchor_points(similarities, lambda route: costs(route)["macs"])
+        ranking = rank_routes(similarities, costs, limits, points)
         self.similarity, self.ranking = similarities[0], ranking
         most = max(costs(Route.alone(name))["macs"] for name in self.anchors)
         chosen = choose_routes(
-            [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part
+            [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part, points
         )
         self.add_stitches((row.route for row in chosen), config)
         self.set_route(max(chosen, key=lambda row: row.score).route)
         return [row.route for row in chosen]
+
+    def drop_dominated(self, cost: str = "macs", score: str | None = None) -> list[Route]:
+        """Remove the stitched routes that another route of the profile beats; returns them.
+
+        A route is beaten where another one, the anchors alone among them, costs as much or less and scores as high or
+        higher, on the images that the model was profiled with; with few images that is partly chance. Stitches that
+        other routes share stay, and so do routes that were not profiled. Where the active route is removed, the best
+        one that costs no more becomes active.
+
+        Args:
+            cost: cost to compare: ``macs``, ``params``, ``memory_mb``, ``latency_ms`` or ``energy_j``.
+            score: score to compare; by default that of `Profile.find_score`.
+
+        Raises:
+            BudgetError: the model was not profiled with labelled images, or has no such cost or score.
+            ValueError: budgets have no such cost.
+        """
+        return drop_beaten(self, cost, score)
 
     def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
         """Batches of images by anchor name, each anchor's in its own preprocessing."""

@@ -45,19 +45,49 @@ class RankedRoute:
         route: route with one stitch.
         score: value of the selector, the higher the better.
         costs: costs of the route by name.
-        dominated: whether a cheaper route has a score as high.
+        dominated: whether a cheaper route, or where the selector predicts accuracy an anchor alone, has a score as
+            high.
+        gain: predicted accuracy above that of the straight line between the anchors at these MACs; None for a
+            selector that predicts no accuracy.
     """
 
     route: Route
     score: float
     costs: Mapping[str, float] = field(default_factory=dict)
     dominated: bool = False
+    gain: float | None = None
+
+
+Points = Sequence[tuple[float, float]]
+"""MACs and accuracy of anchors alone."""
+
+
+def anchor_points(similarities: Iterable[Similarity], macs: Callable[[Route], float]) -> list[tuple[float, float]]:
+    """MACs and accuracy of the anchors alone, the cheapest first; none where the values are no accuracies.
+
+    Args:
+        similarities: similarities by one selector, whose settings have ``anchors`` where the values are accuracies.
+        macs: function that returns the MACs of a route.
+    """
+    scores = {name: score for each in similarities for name, score in each.settings.get("anchors", {}).items()}
+    return sorted((macs(Route.alone(name)), score) for name, score in scores.items())
+
+
+def line_between(points: Points) -> Callable[[float], float]:
+    """The accuracy at any MACs on the straight lines between the anchors that no other anchor beats.
+
+    Args:
+        points: MACs and accuracy of each anchor, at least one.
+    """
+    front = [(macs, score) for macs, score in sorted(points) if not any(m <= macs and s > score for m, s in points)]
+    return lambda macs: float(np.interp(macs, *zip(*front, strict=True)))
 
 
 def rank_routes(
     similarities: Iterable[Similarity],
     costs: Callable[[Route], Mapping[str, float]] | None = None,
     budget: Budget | None = None,
+    anchors: Points = (),
 ) -> list[RankedRoute]:
     """Rank every route with one stitch, the best score first; of equal scores, the cheaper in MACs.
 
@@ -65,6 +95,7 @@ def rank_routes(
         similarities: similarities by one selector, one for each direction to consider.
         costs: function that returns the costs of a route.
         budget: limits on the costs; routes over them are left out.
+        anchors: MACs and accuracy of the anchors alone, where the values are accuracies; see `anchor_points`.
 
     Raises:
         BudgetError: a cost that is limited is not among the costs.
@@ -84,27 +115,41 @@ def rank_routes(
         if not fitting:
             raise ValueError(f"no stitched route fits {budget}; {describe_cheapest(rows, budget)}")
         rows = fitting
-    return sorted(_mark_dominated(rows), key=lambda row: (-row.score, row.costs.get("macs", 0.0)))
+    if anchors:
+        line = line_between(anchors)
+        rows = [replace(row, gain=row.score - line(row.costs["macs"])) for row in rows]
+    return sorted(_mark_dominated(rows, anchors), key=lambda row: (-row.score, row.costs.get("macs", 0.0)))
 
 
-def _mark_dominated(rows: Sequence[RankedRoute]) -> list[RankedRoute]:
+def _mark_dominated(rows: Sequence[RankedRoute], anchors: Points) -> list[RankedRoute]:
     best, marked = -np.inf, []
     for row in sorted(rows, key=lambda row: (row.costs.get("macs", 0.0), -row.score)):
-        marked.append(replace(row, dominated=bool(row.costs) and row.score <= best))
+        beaten = bool(row.costs) and (row.score <= best or _beaten(row, anchors))
+        marked.append(replace(row, dominated=beaten))
         best = max(best, row.score)
     return marked
 
 
+def _beaten(row: RankedRoute, anchors: Points) -> bool:
+    """Whether an anchor alone costs as little and scores as high."""
+    return any(macs <= row.costs["macs"] and score >= row.score for macs, score in anchors)
+
+
 def choose_routes(
-    ranked: Sequence[RankedRoute], max_routes: int, cost: str = "macs", per_part: int = 1
+    ranked: Sequence[RankedRoute], max_routes: int, cost: str = "macs", per_part: int = 1, anchors: Points = ()
 ) -> list[RankedRoute]:
     """Choose the best routes of each part of the range of costs, the cheapest first (KLAS, arXiv 2605.29259, buckets).
+
+    Where the accuracies of the anchors are known, the best of a part is the one that is furthest above the straight
+    line between them (see `RankedRoute`), and routes that an anchor alone beats come last. They stay candidates, since
+    training gains what no prediction has.
 
     Args:
         ranked: routes from `rank_routes` that have the cost.
         max_routes: number of parts of equal width that the range is divided into; parts without a route are left out.
         cost: name of the cost.
         per_part: number of routes to take from each part; with more than one, training and a profile decide.
+        anchors: MACs and accuracy of the anchors alone, where the scores are accuracies; see `anchor_points`.
 
     Raises:
         ValueError: ``max_routes`` or ``per_part`` is below 1.
@@ -116,6 +161,8 @@ def choose_routes(
     for row in ranked:
         part = int((row.costs[cost] - least) / max(most - least, 1e-9) * max_routes)
         best.setdefault(min(part, max_routes - 1), []).append(row)
+    for rows in best.values() if anchors else ():
+        rows.sort(key=lambda row: (_beaten(row, anchors), -(row.gain if row.gain is not None else row.score)))
     return [row for part in sorted(best) for row in best[part][:per_part]]
 
 

@@ -239,10 +239,22 @@ class Samples:
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the held-out images, in the front's preprocessing, and their right classes (N,)."""
-        right = self._all("labels") if self.labelled else self._teacher().argmax(-1)
-        images, held = self._all("images"), self.held
+        images, held, right = self._all("images"), self.held, self._right()
         for batch, answers in zip(images.split(TEST_BATCH), right[held].split(TEST_BATCH), strict=True):
             yield batch, answers.to(batch.device)
+
+    def accuracy(self, anchor: Anchor) -> float:
+        """Accuracy of an anchor alone on the held-out images, from 0 to 1.
+
+        Args:
+            anchor: front or end.
+        """
+        predicted = self._all(("logits", anchor.name))[self.held].argmax(-1)
+        return (predicted == self._right()[self.held]).double().mean().item()
+
+    def _right(self) -> Tensor:
+        """The right class of each image (N,): its label or, without labels, what the larger anchor predicts."""
+        return self._all("labels") if self.labelled else self._teacher().argmax(-1)
 
     def _teacher(self) -> Tensor:
         return self._all(("logits", largest_anchor((self.pair.front, self.pair.end)).name))

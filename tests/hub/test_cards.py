@@ -79,9 +79,25 @@ def test_a_folder_is_no_dataset_of_the_hub():
 
 def test_table_of_routes():
     text = make_card("me/adapter", parents("mit", "mit"), profile(), plot="tradeoff.png").text
-    assert "| `small[:]` | 250.0 | 2.00 | 70.00 |" in text.splitlines()
-    assert "| `big[:3] + small[2:]` | 4000.0 | 2.00 | 80.00 |" in text.splitlines()
+    assert "| `small[:]` | 250.0 | 2.00 | 70.00 | yes |" in text.splitlines()
+    assert "| `big[:3] + small[2:]` | 4000.0 | 2.00 | 80.00 | yes |" in text.splitlines()
+    assert "Routes on the front are" in text and "gap closed" not in text.lower()
     assert "![accuracy against MACs of every route](tradeoff.png)" in text and MARK in text
+
+
+def test_what_stitching_gains():
+    rows = (("a[:]", 30.0, 0.9), ("b[:]", 10.0, 0.8), ("a[:1] + b[1:]", 20.0, 0.85), ("a[:2] + b[1:]", 25.0, 0.8))
+    whole = Profile(tuple(ProfiledRoute(Route.parse(r), {"macs": m}, {"accuracy": s}) for r, m, s in rows))
+    text = make_card("me/adapter", parents("mit", "mit"), whole).text
+    assert "Gap closed: 0.25. The gap closed is the mean over budgets" in text
+    assert [line.rsplit("|", 2)[1].strip() for line in text.splitlines() if line.startswith("| `")] == [
+        *("yes", "yes", "", "yes")
+    ]
+    level = Profile(
+        (*whole.routes[2:], *(ProfiledRoute(r.route, r.costs, {"accuracy": 0.5}) for r in whole.routes[:2]))
+    )
+    text = make_card("me/adapter", parents("mit", "mit"), level).text
+    assert "Gap closed: not defined, since the most expensive anchor" in text
 
 
 @pytest.mark.parametrize("licences", [("mit", "apache-2.0"), ("mit", None), (None, None)])

@@ -34,6 +34,14 @@ def test_tradeoff(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_line_between_the_anchors_is_drawn(tmp_path):
+    """In the anchors' red, dotted; without a second anchor there is none."""
+    plot_tradeoff(profile(*ANCHORS), tmp_path / "two.png")
+    plot_tradeoff(profile(ANCHORS[0], ("a[:2] + b[1:]", 5, 0.8)), tmp_path / "one.png")
+    red = [((p := pixels(tmp_path / f"{n}.png"))[..., 0] - p[..., 2] > 100).sum() for n in ("one", "two")]
+    assert red[1] > 2.2 * red[0] > 0
+
+
 def test_similarity(tmp_path):
     values = np.ma.masked_array([[0.1, 0.9], [0.5, 0.5], [0.2, 0.3]], [[0, 0], [1, 0], [0, 0]])
     found = Similarity("a", "b", values, {"method": "cka", "images": 64})

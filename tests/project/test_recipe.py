@@ -29,7 +29,8 @@ FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 FRONTS = {"deit_small_tiny_cifar10": "other_vit"}  # at toy size, where it is not a ResNet
 TOY = {"front": str(FRONT), "end": str(END), "dataset": str(DATA), "train_images": 96, "eval_images": 50}
-TOY |= {"calibration_images": 64, "max_routes": 2}
+TOY |= {"calibration_images": 64, "max_routes": 2, "drop_dominated": False}
+ALL = {"drop_dominated": False}
 TOY_STITCHES = {"num_train_epochs": 1, "batch_size": 32}
 
 
@@ -52,7 +53,7 @@ def new_task(tmp_path):
 
 def test_the_whole_job(tmp_path):
     out = tmp_path / "out"
-    report = run_recipe(Recipe(**TOY, stitches=TOY_STITCHES), out)
+    report = run_recipe(Recipe(**{**TOY, "drop_dominated": True}, stitches=TOY_STITCHES), out)
     assert report["checks"] == {"anchors_unchanged": True, "reloaded_logits_equal": True}
     assert sorted(file.name for file in out.iterdir()) == ["adapter", "report.json", "similarity.png", "tradeoff.png"]
     assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -64,11 +65,15 @@ def test_the_whole_job(tmp_path):
     assert macs == sorted(macs)
     profile = Profile.load(out / "adapter" / "profile.json")
     assert {str(row.route): row.scores["accuracy"] for row in profile.routes} == {
-        name: row["accuracy"] for name, row in rows.items()
+        name: row["accuracy"] for name, row in rows.items() if name not in report["dropped"]
     }
+    assert {*report["dropped"]} == {name for name, row in rows.items() if not row["front"] and "r2" in row}
+    assert all(rows[rival]["macs"] <= rows[name]["macs"] for name, rival in report["dropped"].items())
+    assert report["gap_closed"] == report["gap_closed_stitched"] and report["gap_closed"] >= 0
     assert str(tmp_path) not in (out / "adapter" / "profile.json").read_text()
     model = StitchedModelForImageClassification.from_pretrained(out / "adapter")
-    assert len(model.active_route.segments) == 2
+    assert {*map(str, model.routes)} == {name for name, row in rows.items() if "r2" in row and row["front"]}
+    assert model.routes == () or model.active_route in model.routes
 
 
 @pytest.mark.slow
@@ -99,7 +104,7 @@ def test_new_task_needs_no_flag(new_task):
 @pytest.mark.slow
 def test_a_recipe_gives_the_same_every_time(new_task):
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
-    recipe |= {"max_routes": 1, "heads": TOY_STITCHES | {"distillation": 0.0}, "stitches": TOY_STITCHES}
+    recipe |= {"max_routes": 1, "heads": TOY_STITCHES | {"distillation": 0.0}, "stitches": TOY_STITCHES, **ALL}
     weights = []
     for run in ("one", "two"):
         torch.rand(7)  # whatever has happened before
@@ -141,7 +146,9 @@ def test_recipes_run_at_toy_size(path, new_task):
         }
     if recipe.label_free:  # the anchors must know the classes
         toy = {**TOY, "eval_split": "test", "image_size": 56}
-    report = run_recipe(load_recipe(path, **{**toy, "calibration_images": 16, "max_routes": 2}), new_task / "out")
+    report = run_recipe(
+        load_recipe(path, **{**toy, "calibration_images": 16, "max_routes": 2, **ALL}), new_task / "out"
+    )
     assert all(report["checks"].values())
     model = StitchedModelForImageClassification.from_pretrained(new_task / "out" / "adapter")
     assert bool(model.tuned) == (recipe.stitches.tuning != "stitch")
@@ -407,7 +414,7 @@ def test_routes_by_name(tmp_path):
 def test_a_killed_run_goes_on(new_task):
     """SIGTERM in the middle of training: exit status 143 and a checkpoint; resumed, the same adapter as without it."""
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
-    recipe |= {"routes": ["resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"], "stitch_kind": "lora"}
+    recipe |= {"routes": ["resnet[:2] + vit[1:]", "resnet[:4] + vit[2:]"], "stitch_kind": "lora", **ALL}
     recipe |= {"heads": TOY_STITCHES | {"distillation": 0.0}, "augment": "crop"}
     recipe |= {"stitches": {"num_train_epochs": 20, "batch_size": 8, "save_steps": 1, "sampler": "importance"}}
     (new_task / "toy.yaml").write_text(yaml.safe_dump(recipe))

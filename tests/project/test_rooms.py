@@ -10,7 +10,7 @@ import pytest
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
     "ground": ["distributed", "errors", "files", "hashing", "limits", "progress", "public_names", "sources"],
-    "routes": ["blocks", "families", "profile", "route", "tables"],
+    "routes": ["blocks", "families", "fronts", "profile", "route", "tables"],
     "runtime": ["controller", "exported_files", "exported_model", "pictures", "runners", "torch_archives"],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
@@ -23,7 +23,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "tuning"],
     "middle": ["configuration_restnet", "prediction", "steps"],
     "profiling": ["accuracy", "costs", "device", "latency", "macs", "memory", "metric", "plots", "timing"],
-    "selection": ["cache", "cka", "mixin", "plots", "racing", "ranking", "samples", "selectors"],
+    "selection": ["cache", "cka", "dropping", "mixin", "plots", "racing", "ranking", "samples", "selectors"],
     "hub": [
         *("adapter_files", "cards", "loading_options", "mixin", "paging", "peft_names", "repository"),
         "several_adapters",

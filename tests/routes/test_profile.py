@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -263,6 +264,91 @@ def test_a_printed_profile(monkeypatch):
     ]
     monkeypatch.setenv("COLUMNS", "60")
     assert max(map(len, str(profile).splitlines())) <= 60 + 5  # the column of routes has a least width
+
+
+def whole_profile(*stitched, small=(10, 0.8), large=(30, 0.9)):
+    anchors = (("b[:]", *small), ("a[:]", *large))
+    rows = (*anchors, *((f"a[:{i + 1}] + b[1:]", *point) for i, point in enumerate(stitched)))
+    return Profile(tuple(ProfiledRoute(Route.parse(r), {"macs": m}, {"accuracy": s}) for r, m, s in rows))
+
+
+@pytest.mark.parametrize(
+    ("stitched", "closed"),
+    [
+        ((), 0.0),
+        (((20, 0.85),), 0.25),  # half the gap for half of the budgets
+        (((20, 0.79), (12, 0.7)), 0.0),
+        (((10, 0.9),), 1.0),
+        (((5, 0.95),), 1.5),  # cheaper than both
+        (((15, 0.82), (25, 0.88), (25, 0.86), (40, 0.99)), 0.5 * 0.2 + 0.25 * 0.8),
+    ],
+)
+def test_gap_closed(stitched, closed):
+    """By hand, and as the mean over many budgets."""
+    profile = whole_profile(*stitched)
+    assert profile.gap_closed() == profile.gap_closed(stitched_only=True) == pytest.approx(closed)
+    budgets = [10 + 20 * (i + 0.5) / 5000 for i in range(5000)]
+    gains = [(profile.best({"macs": budget}).scores["accuracy"] - 0.8) / 0.1 for budget in budgets]
+    assert sum(gains) / len(gains) == pytest.approx(closed, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("profile", "reason"),
+    [
+        (whole_profile((20, 0.85), large=(30, 0.8)), "no better than the cheapest, 'b[:]' (80.0 % accuracy)"),
+        (
+            whole_profile((20, 0.85), large=(10, 0.9)),
+            "the most expensive anchor 'b[:]' (80.0 % accuracy) is no better",
+        ),
+        (whole_profile(large=(1e308, 1e308), small=(-1e308, -1e308)), "out of range"),
+    ],
+)
+def test_no_gap_to_close(profile, reason):
+    assert profile.gap_closed() is None
+    assert reason in str(profile).splitlines()[-1] or "b[:]" in reason
+
+
+def test_a_gap_needs_two_anchors_and_scores():
+    assert PROFILE.gap_closed() is None and "gap" not in str(PROFILE)
+    assert Profile((row(1, 10), row(2, 20))).gap_closed() is None and Profile(()).gap_closed() is None
+    assert Profile(()).dominated() == ()
+    for name in ("gap_closed", "dominated"):
+        with pytest.raises(BudgetError, match=r"no route of the profile has 'latency_ms'; its costs are \['macs'\]"):
+            getattr(PROFILE, name)("latency_ms")
+        with pytest.raises(BudgetError, match="score='acc' is not one of them"):
+            getattr(PROFILE, name)(score="acc")
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=9))
+def test_dominated_and_front_are_the_whole(points):
+    profile = whole_profile(*points)
+    dominated, front = profile.dominated(), profile.front()
+    assert len(dominated) + len(front) == len(profile) and not {id(r) for r in front} & {id(r) for r in dominated}
+    for beaten in dominated:
+        assert any(
+            r.costs["macs"] <= beaten.costs["macs"] and r.scores["accuracy"] >= beaten.scores["accuracy"]
+            for r in front
+        )
+    assert all(a.scores["accuracy"] < b.scores["accuracy"] for a, b in pairwise(front))
+
+
+def test_of_equals_the_anchor_stays():
+    profile = whole_profile((10, 0.8), (30, 0.9))
+    assert [str(row.route) for row in profile.front()] == ["b[:]", "a[:]"]
+    other = Profile(profile.routes[::-1])
+    assert [str(row.route) for row in other.dominated()] == ["a[:2] + b[1:]", "a[:1] + b[1:]"]
+
+
+def test_a_printed_front(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert str(whole_profile((20, 0.85), (25, 0.84))).splitlines() == [
+        "route          MACs  accuracy, %  front",
+        "b[:]           10.0         80.0      *",
+        "a[:]           30.0         90.0      *",
+        "a[:1] + b[1:]  20.0         85.0      *",
+        "a[:2] + b[1:]  25.0         84.0",
+        "gap closed: 0.25",
+    ]
 
 
 def test_as_data_frame(monkeypatch):

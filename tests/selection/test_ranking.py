@@ -5,7 +5,7 @@ import pytest
 
 from restnet_hf.routes.profile import Budget
 from restnet_hf.routes.route import Route
-from restnet_hf.selection.ranking import Similarity, choose_routes, rank_routes
+from restnet_hf.selection.ranking import Similarity, anchor_points, choose_routes, line_between, rank_routes
 
 
 VALUES = np.ma.masked_array([[0.9, 0.2], [0.5, 0.8], [0.7, 0.1]], [[0, 0], [0, 0], [0, 1]])
@@ -78,3 +78,30 @@ def test_value_of_a_route():
     assert FORTH.value(Route.parse("a[:2] + b[2:]")) == 0.8
     assert FORTH.value(Route.parse("a[:3] + b[2:]")) is None, "masked"
     assert FORTH.value(Route.parse("b[:1] + a[2:]")) is None and FORTH.value(Route.parse("a[:]")) is None
+
+
+def test_gain_over_the_anchors():
+    """In each part the route furthest above the line between the anchors, and those that an anchor beats last."""
+    points = [(10.0, 0.4), (34.0, 0.88)]  # 0.02 for each of the MACs
+    ranked = rank_routes([FORTH], costs, anchors=points)
+    gains = {str(row.route): row.gain for row in ranked}
+    assert gains["a[:1] + b[1:]"] == pytest.approx(0.9 - 0.46) and gains["a[:3] + b[1:]"] == pytest.approx(0.7 - 0.86)
+    assert names(row for row in ranked if not row.dominated) == ["a[:1] + b[1:]"], "an anchor beats the cheapest, 0.2"
+    assert names(choose_routes(ranked, 1, per_part=9, anchors=points)) == [
+        *("a[:1] + b[1:]", "a[:2] + b[2:]", "a[:2] + b[1:]", "a[:3] + b[1:]", "a[:1] + b[2:]")
+    ]
+    assert rank_routes([FORTH], costs)[0].gain is None
+
+
+def test_line_between_several_anchors():
+    """Through those that no other beats; level beyond them."""
+    line = line_between([(20, 0.7), (10, 0.5), (15, 0.4), (30, 0.6)])
+    assert [line(macs) for macs in (5, 10, 15, 20, 30)] == pytest.approx([0.5, 0.5, 0.6, 0.7, 0.7])
+
+
+def test_anchors_of_values_that_are_accuracies():
+    settings = {"anchors": {"a": 0.9, "b": 0.8}}
+    macs = {"a[:]": 30.0, "b[:]": 10.0}
+    both = [Similarity("a", "b", VALUES, settings), Similarity("b", "a", VALUES.T, settings)]
+    assert anchor_points(both, lambda route: macs[str(route)]) == [(10.0, 0.8), (30.0, 0.9)]
+    assert anchor_points([FORTH], lambda route: 1.0) == []

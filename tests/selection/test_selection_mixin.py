@@ -9,10 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, SIZE, make_anchor
+from conftest import CLASSES, SIZE, make_anchor, save_model
 
-from restnet_hf import BudgetError, StitchConfig, StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf import (
+    BudgetError,
+    Profile,
+    ProfiledRoute,
+    Route,
+    StitchConfig,
+    StitchedModelForImageClassification,
+    TrainArgs,
+    train,
+)
 from restnet_hf.selection import mixin
+from restnet_hf.selection.dropping import beaten_routes
 from restnet_hf.selection.selectors import SELECTORS, Position
 
 
@@ -234,3 +244,61 @@ def test_budgets_of_other_costs(noise):
             build().select_stitches(noise, "position", 2, budget=budget)
         with pytest.raises(BudgetError, match="only .*'macs'.* are known here"):
             build().add_family("skip", budget=budget, max_routes=2)
+
+
+def scored(model, *points):
+    """A profile of the model with given MACs and accuracies, in the order of its routes."""
+    pairs = zip(model.all_routes, points, strict=True)
+    rows = [ProfiledRoute(route, {"macs": macs}, {"accuracy": score}) for route, (macs, score) in pairs]
+    return model.record_profile(rows)
+
+
+def test_drop_dominated(noise):
+    """What an anchor or a stitched route beats goes, shared stitches stay, and the best within the cost is active."""
+    model = build()
+    both = "resnet[:5] +both vit[2:]", "resnet[:5] +both vit[3:]"
+    a, b, c, d = model.add_stitches(["resnet[:1] + vit[3:]", "resnet[:3] + vit[3:]", *both])
+    model.set_route(b)
+    scored(model, (100, 0.9), (10, 0.5), (20, 0.7), (30, 0.65), (90, 0.8), (80, 0.6))
+    assert beaten_routes(model.profiled) == {b: a, d: a}
+    assert model.drop_dominated() == [b, d] and [*model.routes] == [a, c] and model.active_route == a
+    assert {*model.stitches} == {a.stitch_points[0].name, c.stitch_points[0].name} and len(model.profiled) == 4
+    assert model.drop_dominated() == [] and model.active_route == a
+    model.set_route(c)
+    scored(model, (100, 0.9), (10, 0.8), (20, 0.7), (90, 0.8))
+    assert model.drop_dominated() == [a, c] and str(model.active_route) == "vit[:]" and not model.stitches
+
+
+def test_nothing_stitched_is_left(tmp_path):
+    """The model is still one, and saves and loads."""
+    for name in ("resnet", "vit"):
+        save_model(name, tmp_path / name)
+    model = StitchedModelForImageClassification.from_anchors(tmp_path / "resnet", tmp_path / "vit", order="given")
+    model.set_route(model.add_stitch("resnet[:6] + vit[1:]"))
+    scored(model, (100, 0.9), (10, 0.9), (50, 0.9))
+    assert len(model.drop_dominated()) == 1 and not model.routes and len(model.active_route.segments) == 1
+    model.save_pretrained(tmp_path / "adapter")
+    again = StitchedModelForImageClassification.from_pretrained(tmp_path / "adapter")
+    assert again.active_route == model.active_route and not again.routes
+
+
+def test_what_cannot_be_dropped(pair):
+    with pytest.raises(BudgetError, match=r"not measured yet; call profile\(data\)"):
+        pair.drop_dominated()
+    pair.profile()
+    with pytest.raises(BudgetError, match=r"no scores to compare; call profile\(data\)"):
+        pair.drop_dominated()
+    with pytest.raises(BudgetError, match="no latency_ms for its routes"):
+        pair.drop_dominated("latency_ms")
+    with pytest.raises(ValueError, match="no costs; the costs are"):
+        pair.drop_dominated("speed")
+
+
+def test_adapters_are_compared_with_their_own():
+    """The routes of another task neither beat nor are beaten."""
+    rows = [("a[:]", 30, 0.9), ("b[:]", 5, 0.5), ("a[:1] + b[1:]", 10, 0.6), ("night: a[:1] + b[1:]", 10, 0.55)]
+    rows += [("night: a[:2] + b[1:]", 15, 0.52), ("night: a[:3] + b[1:]", 20, 0.95)]
+    profile = Profile(tuple(ProfiledRoute(Route.parse(r), {"macs": m}, {"accuracy": s}) for r, m, s in rows))
+    assert [*map(str, beaten_routes(profile))] == ["night: a[:2] + b[1:]"]
+    head = ProfiledRoute(Route.parse("night: b[:]"), {"macs": 5}, {"accuracy": 0.99})
+    assert len(beaten_routes(Profile((*profile.routes, head)))) == 3

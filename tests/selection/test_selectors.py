@@ -102,7 +102,8 @@ def test_held_out_r2(anchors):
 def test_fitted_accuracy(anchors, names, labels):
     """What a route through the kept stitch scores, run step by step on the held-out images."""
     front, end = (anchors[name] for name in names)
-    values = one(front, end, "fitted_accuracy", labels=labels).values
+    found = one(front, end, "fitted_accuracy", labels=labels)
+    values = found.values
     samples = Samples(Pair(front, end, nn.Identity()))
     samples.keep_rows()
     for batch in seen((front, end), labels=labels):
@@ -116,6 +117,9 @@ def test_fitted_accuracy(anchors, names, labels):
         for i, j in ((1, 1), (front.depth, end.depth)):
             logits = end(stitches[i, j](front(IMAGES[1::2], stop=i)), start=j)
             assert values[i - 1, j - 1] == pytest.approx((logits.argmax(-1) == truth).double().mean().item())
+        for anchor in (front, end):
+            alone = (anchor(IMAGES[1::2]).argmax(-1) == truth).double().mean().item()
+            assert found.settings["anchors"][anchor.name] == pytest.approx(alone)
 
 
 @pytest.mark.slow
