@@ -9,7 +9,6 @@ from rich.segment import Segments
 from rich.table import Table
 
 from restnet_hf.routes.fronts import describe_gap
-from restnet_hf.routes.tables import FRONT
 
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ errors = Console(stderr=True)
 TEXTS = ("adapter", "because", "rejected", "route")  # columns of text, which continue in the next line
 LEAST_TEXT = 16  # characters of a column of text, however narrow the terminal is
 FEW = 100  # images, below which a comparison is mostly chance
+STAR = "*: no other route beats it"
 COSTS = {  # of a profile: heading, and the number that it is divided by
     "macs": ("MACs, M", 1e6),
     "params": ("params, K", 1e3),
@@ -104,17 +104,9 @@ def show_report(report: Mapping[str, Any]) -> None:
         costs = number(row["macs"], 1, 1e-6), number(row["params"], 0, 1e-3)
         trained, star = number(row["accuracy"], 1, 100), "*" if row.get("front") else ""
         rows.append([row["route"], *costs, *value, number(row.get("r2"), 2), fitted, trained, star])
-    columns = [
-        "route",
-        "MACs, M",
-        "params, K",
-        *(["value"] if compared else []),
-        "R²",
-        "fitted, %",
-        "trained, %",
-        FRONT,
-    ]
-    title = "routes, cheapest first" + (f"; value: {method}" if compared else "")
+    accuracies = ("fitted, %", "trained, %")
+    columns = ["route", "MACs, M", "params, K", *(["value"] if compared else []), "R²", *accuracies, ""]
+    title = f"routes, cheapest first{f'; value: {method}' if compared else ''}; {STAR}"
     show_table(title, columns, rows, [index for index, row in enumerate(report["routes"]) if "r2" not in row])
     _say_what_is_offered(report)
     say(", ".join(f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in report["checks"].items()))
@@ -201,7 +193,7 @@ def _show_front(
         return
     stars = ["*" if any(row is each for each in front) else "" for row in rows]
     starred = [[*cell, star] for cell, star in zip(cells, stars, strict=True)]
-    show_table(f"{title}; *: on the front, no other beats it", [*columns, FRONT], starred, bold)
+    show_table(f"{title}; {STAR}", [*columns, ""], starred, bold)
     gap = describe_gap(profile.routes, "macs", profile.find_score() or "")
     if gap:
         say(gap)
