@@ -119,7 +119,7 @@ class StitchedModelForImageClassification(
         self.unfitted: set[str] = set()  # stitches with random weights; see `warn_unfitted`
         self.profiled: Profile | None = None
         self.weight_files: WeightFiles | None = None
-        self.similarity: Similarity | None = None
+        self.similarities: list[Similarity] = []
         self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route.alone(self.front)
         if attention is not None:

@@ -25,8 +25,9 @@ def report_rows(
     for before, after in zip(fitted.routes, profile.routes, strict=True):
         row: dict[str, Any] = {"route": str(after.route), **after.costs}
         for point in after.route.stitch_points:
-            if model.similarity is not None:
-                row["similarity"] = model.similarity.value(after.route)
+            if model.similarities:
+                values = (similarity.value(after.route) for similarity in model.similarities)
+                row["similarity"] = next((value for value in values if value is not None), None)
             row["r2"] = r2.get(point.name)
             row["accuracy_least_squares"] = before.scores["accuracy"]
         rows.append({**row, "accuracy": after.scores["accuracy"], "front": after.route in front})

@@ -20,7 +20,9 @@ from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.dropping import drop_beaten
-from restnet_hf.selection.ranking import RankedRoute, Similarity, anchor_points, choose_routes, rank_routes, spread
+from restnet_hf.selection.halving import RACE, RaceConfig, select_by_race
+from restnet_hf.selection.pairs import choose_pairs, draw_images
+from restnet_hf.selection.ranking import RankedRoute, Similarity, anchor_points, divide_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, SelectionBatch
 from restnet_hf.selection.selectors import SELECTORS, Method, compare, find_selector, method_key
 from restnet_hf.steps import Step
@@ -53,20 +55,25 @@ class SelectionMixin:
     preprocessing: Any  # a `Preprocessing`, of which the model has a property
     prepare_data: Callable[..., Any]
 
-    similarity: Similarity | None
+    similarities: list[Similarity]
     ranking: list[RankedRoute]
 
-    def _selection_batches(self, data: Any, batch_size: int) -> Iterator[SelectionBatch]:
-        """Batches of images for selectors."""
-        front, *_, end = self.anchors
-        anchors = {name: self.anchors[name] for name in (front, end)}
+    def _selection_batches(
+        self, data: Any, batch_size: int, names: Iterable[str], max_images: int | None
+    ) -> Iterator[SelectionBatch]:
+        """Batches of images for the selectors of some anchors."""
+        anchors = {name: self.anchors[name] for name in self.anchors if name in names}
         finish = {name: self.finish(name) for name in anchors}
         start = 0
         for batch in self._checked(data, batch_size, "calibration"):
+            left = None if max_images is None else max_images - start
+            batch = {key: values[:left] for key, values in batch.items()}
             images = batch["pixel_values"].to(self.device)
             inputs = {name: self.images_for(name, images) for name in anchors}
             yield SelectionBatch(start, inputs, anchors, finish, batch.get("labels"))
             start += len(images)
+            if start == max_images:
+                return
 
     def compare(
         self,
@@ -77,88 +84,95 @@ class SelectionMixin:
         batch_size: int = 64,
         kept_images: int = 512,
         *,
+        pairs: str = "any",
+        max_images: int | None = 2048,
         on_error: str = "raise",
     ) -> dict[Any, list[Similarity]]:
-        """Rate each pair of cuts of the first and the last anchor by one or more selectors.
+        """Rate each pair of cuts of any two anchors by one or more selectors.
 
-        All selectors share one pass over each anchor.
+        All selectors and all pairs of anchors share one pass over each anchor, which costs one forward of each for
+        every image: with selectors that fit something alone no more than ``kept_images`` run.
 
         Args:
             calibration: images, in any form that `prepare_data` takes; some selectors use labels if there are any.
             methods: keys of `SELECTORS` or classes of selectors, or a mapping from these to options.
-            order: directions to rate: ``given`` for the first anchor in front only, ``auto`` for both.
+            order: directions to rate: ``given`` for the earlier anchor in front of the later one, ``auto`` for both.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
             kept_images: number of images that selectors which fit something keep samples of; half are for tests.
+            pairs: pairs of anchors to join, where there are more than two: ``any`` two, ``adjacent`` ones in the
+                order of the model, or ``ends`` for the first and the last.
+            max_images: largest number of images to run, drawn at random (of a stream, the first); None for all.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
 
         Returns:
-            A list with a `Similarity` for each direction, by method: by key for those of `SELECTORS`, else by class.
+            A list with a `Similarity` for each pair and direction, by method: by key for those of `SELECTORS`, else by
+            class.
 
         Raises:
             ValueError: an option is unknown, images are too few or labels are wrong, an activation is not finite
                 (named), or a selector needs heads that are not trained yet.
         """
-        if order not in ("given", "auto"):
-            raise ValueError(f"order={order!r} is not one of ('given', 'auto')")
-        if len(self.anchors) < 2:
-            raise ValueError(
-                "there is one anchor, and similarity joins two; add_family('skip') makes routes within one"
-            )
+        if max_images is not None and max_images < 1:
+            raise ValueError(f"max_images={max_images} must be at least 1, or None for all")
         given = methods if isinstance(methods, Mapping) else dict[Method, Mapping[str, Any]].fromkeys(methods, {})
         options = {method_key(name): values for name, values in given.items()}
-        pairs = self._pairs(order, options, config or StitchConfig())
+        chosen = self._pairs(order, options, config or StitchConfig(), pairs)
         labels = any(find_selector(name).labels for name in options)
         calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=labels)
-        files = self._files(self._dependencies(calibration, config, batch_size, kept_images), options, pairs)
-        cached = {
-            name: [read_similarity(files[name, p.front.name], p.front.name, p.end.name) for p in pairs]
-            for name in options
-        }
+        settings = {"batch_size": batch_size, "kept_images": kept_images, "max_images": max_images}
+        files = self._files(self._dependencies(calibration, config, settings), options, chosen)
+        cached = {name: [read_similarity(files[name, p.names], *p.names) for p in chosen] for name in options}
         missing = {name: options[name] for name in options if None in cached[name]}
+        drawn = draw_images(calibration, kept_images, max_images) if missing else None
+        names = {name for pair in chosen for name in pair.names}
         computed = (
-            compare(pairs, lambda: self._selection_batches(calibration, batch_size), missing, kept_images)
+            compare(
+                chosen, lambda: self._selection_batches(drawn, batch_size, names, max_images), missing, kept_images
+            )
             if missing
             else {}
         )
         for name, similarities in computed.items():
             for similarity in similarities:
-                file = files[name, similarity.front]
+                file = files[name, (similarity.front, similarity.end)]
                 if file is not None and this_process().is_main_process:
                     cache_similarity(similarity, file)
         return {name: computed.get(name) or [each for each in cached[name] if each is not None] for name in options}
 
-    def _pairs(self, order: str, methods: Iterable[Method], config: StitchConfig) -> list[Pair]:
-        """The first and the last anchor in the wanted directions; raises ValueError if a selector lacks heads."""
-        first, *_, last = self.anchors
-        ends = [first, last]
-        untrained = sorted({*ends} - {*self.config.trained_heads}) if self.config.new_head else []
+    def _pairs(self, order: str, methods: Iterable[Method], config: StitchConfig, pairs: str = "any") -> list[Pair]:
+        """The pairs of anchors in the wanted directions; raises ValueError if a selector lacks heads."""
+        names = choose_pairs([*self.anchors], pairs, order)
+        used = {name for pair in names for name in pair}
+        untrained = sorted(used - {*self.config.trained_heads}) if self.config.new_head else []
         if untrained and {*methods} & {"kl_probe", "fitted_accuracy"}:
             raise ValueError(f"{[*methods]}: the new heads of {untrained} are not trained yet; call train_heads")
-        return [
-            Pair(self.anchors[front], self.anchors[end], self.finish(end), config)
-            for front, end in ([ends] if order == "given" else [ends, ends[::-1]])
-        ]
+        return [Pair(self.anchors[front], self.anchors[end], self.finish(end), config) for front, end in names]
 
     def _files(
         self,
         dependencies: Mapping[str, Any] | None,
         options: Mapping[Method, Mapping[str, Any]],
         pairs: Iterable[Pair],
-    ) -> dict[tuple[Method, str], Path | None]:
-        """Paths of cached similarities, by method and front; None where there is no cache."""
-        fronts = [(name, pair.front.name) for name in options for pair in pairs]
-        files: dict[tuple[Method, str], Path | None] = dict.fromkeys(fronts)
-        for name, front in fronts:
+    ) -> dict[tuple[Method, tuple[str, str]], Path | None]:
+        """Paths of cached similarities, by method and names of the pair; None where there is no cache."""
+        keys = [(name, pair.names) for name in options for pair in pairs]
+        files: dict[tuple[Method, tuple[str, str]], Path | None] = dict.fromkeys(keys)
+        for name, names in keys:
             kind = SELECTORS.get(name) if isinstance(name, str) else None
             ours = getattr(kind, "__module__", "").startswith(f"{__package__}.")  # others may change
             if dependencies is not None and ours:
-                about = {**dependencies, "front": front, "method": name, "options": dict(options[name])}
-                files[name, front] = cache_file(about)
+                about = {**dependencies, "pair": names, "method": name, "options": dict(options[name])}
+                files[name, names] = cache_file(about)
         return files
 
+    @property
+    def similarity(self) -> Similarity | None:
+        """The values of the last selection for the first pair of anchors; `similarities` has those of all pairs."""
+        return next(iter(self.similarities), None)
+
     def _dependencies(
-        self, data: Any, config: StitchConfig | None, batch_size: int, kept_images: int
+        self, data: Any, config: StitchConfig | None, settings: Mapping[str, Any]
     ) -> dict[str, Any] | None:
         """Everything that similarities depend on besides the selector, fit for JSON.
 
@@ -167,8 +181,7 @@ class SelectionMixin:
         images = data_fingerprint(data)
         if images is None or this_process().num_processes > 1:
             return None
-        settings = {"config": asdict(config or StitchConfig()), "batch_size": batch_size, "kept_images": kept_images}
-        return {**self.identity(), "images": images, **settings}
+        return {**self.identity(), "images": images, "config": asdict(config or StitchConfig()), **settings}
 
     def identity(self) -> dict[str, Any]:
         """Everything that the anchors' activations and logits depend on besides the images, fit for JSON."""
@@ -269,14 +282,24 @@ class SelectionMixin:
         budget: BudgetLike | None = None,
         kept_images: int = 512,
         per_part: int = 1,
+        pairs: str = "any",
+        max_images: int | None = 2048,
         on_error: str = "raise",
         **options: Any,
     ) -> list[Route]:
-        """Choose cuts at which to join the first anchor to the last, from a few hundred images, and add the stitches.
+        """Choose cuts at which to join two of the anchors, from a few hundred images, and add the stitches.
+
+        Of more than two anchors any two may be joined, so that a model of five candidates gets the best routes between
+        any of them.
 
         The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
-        more than any anchor alone are left out if there are others. `similarity` then has all values, `ranking` all
+        more than any anchor alone are left out if there are others. `similarities` then has all values, `ranking` all
         routes. The best route becomes the active one.
+
+        ``race`` trains: of each part the best few by ``fitted_accuracy`` are fitted and trained together for a few
+        steps, and the worse half stops until ``per_part`` are left (successive halving). The winners keep the stitches
+        that they trained, and `ranking` begins with them and the other candidates, whose scores are accuracies on
+        held-out images. Give it one or two thousand images; its options are those of `RaceConfig`.
 
         With ``fitted_accuracy``, whose values are accuracies, the best route of a part is the one furthest above the
         straight line between the anchors, and routes that an anchor alone beats come last; they stay candidates, since
@@ -285,15 +308,17 @@ class SelectionMixin:
 
         Args:
             calibration: images, in any form that `prepare_data` takes.
-            method: selector, a key of `SELECTORS` or a class.
+            method: selector, a key of `SELECTORS` or a class; or ``race``.
             max_routes: number of parts that the range of MACs is divided into.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
-            order: directions to consider: ``given`` joins the first anchor to the last; ``auto`` also joins the last
-                to the first, and takes the route with the higher score in each part of the range.
+            order: directions to consider: ``given`` joins an earlier anchor to a later one; ``auto`` also joins the
+                later to the earlier, and takes the route with the higher score in each part of the range.
             budget: limits, a `Budget` or such as ``{"macs": 1e9}``; routes over them are left out.
             kept_images: number of images that selectors which fit something keep samples of.
             per_part: number of routes to add from each part; the best two nearly always include the best one.
+            pairs: pairs of anchors to join: ``any``, ``adjacent`` or ``ends``; see `compare`.
+            max_images: largest number of images to run, drawn at random; None for all; see `compare`.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
             **options: options of the selector.
 
@@ -301,20 +326,43 @@ class SelectionMixin:
             ValueError: see `compare`; or no route fits the budget.
         """
         limits = None if budget is None else Budget.of(budget)  # checked before anything runs
+        race = RaceConfig.from_options(options) if method == RACE else None
+        if race is not None:
+            method, options = "fitted_accuracy", {}
+            calibration = self.prepare_data(calibration, name="calibration", on_error=on_error)
         (similarities,) = self.compare(
-            calibration, {method: options}, order, config, batch_size, kept_images, on_error=on_error
-        ).values()
+            calibration, {method: options}, order, config, batch_size, kept_images,
+            pairs=pairs, max_images=max_images, on_error=on_error,
+        ).values()  # fmt: skip
+        count = per_part if race is None else max(per_part, race.candidates)
+        ranking, parts = self._rank(similarities, config, limits, max_routes, count)
+        chosen = [row for rows in parts for row in rows]
+        if race is None:
+            self.add_stitches((row.route for row in chosen), config)
+        else:
+            others = [row for row in ranking if row not in chosen]
+            images = self._checked(draw_images(calibration, 0, race.images), batch_size, "calibration")
+            chosen, stopped = select_by_race(self, parts, images, race, config, per_part)
+            ranking = [*chosen, *stopped, *others]
+        self.similarities, self.ranking = similarities, ranking
+        self.set_route(max(chosen, key=lambda row: row.score).route)
+        return [row.route for row in chosen]
+
+    def _rank(
+        self,
+        similarities: Sequence[Similarity],
+        config: StitchConfig | None,
+        limits: Budget | None,
+        max_routes: int,
+        per_part: int,
+    ) -> tuple[list[RankedRoute], list[list[RankedRoute]]]:
+        """All routes, ranked, and the best of each part of the range of MACs."""
         costs = self.route_costs(config, budget=limits)
         points = anchor_points(similarities, lambda route: costs(route)["macs"])
         ranking = rank_routes(similarities, costs, limits, points)
-        self.similarity, self.ranking = similarities[0], ranking
         most = max(costs(Route.alone(name))["macs"] for name in self.anchors)
-        chosen = choose_routes(
-            [row for row in ranking if row.costs["macs"] <= most] or ranking, max_routes, "macs", per_part, points
-        )
-        self.add_stitches((row.route for row in chosen), config)
-        self.set_route(max(chosen, key=lambda row: row.score).route)
-        return [row.route for row in chosen]
+        worth = [row for row in ranking if row.costs["macs"] <= most] or ranking
+        return ranking, divide_routes(worth, max_routes, "macs", per_part, points)
 
     def drop_dominated(self, cost: str = "macs", score: str | None = None) -> list[Route]:
         """Remove the stitched routes that another route of the profile beats; returns them.

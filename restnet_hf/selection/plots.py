@@ -1,9 +1,10 @@
-"""Heat map of a similarity."""
+"""Heat maps of similarities."""
 
 from __future__ import annotations  # matplotlib takes long to import, and is imported only to draw
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,26 +13,43 @@ from restnet_hf.routes.route import Route
 from restnet_hf.selection.ranking import Similarity
 
 
-def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str | os.PathLike[str]) -> None:
-    """Plot the similarity of two anchors as a heat map, with the cuts that the routes join.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_similarity(
+    similarity: Similarity | Sequence[Similarity], routes: Iterable[Route], path: str | os.PathLike[str]
+) -> None:
+    """Plot similarities of anchors as heat maps side by side, with the cuts that the routes join.
 
     Args:
-        similarity: values for every pair of cuts.
+        similarity: values for every pair of cuts, of one pair of anchors or of several.
         routes: routes whose stitches are circled.
         path: file of the picture.
     """
     from matplotlib.figure import Figure
 
+    every = [similarity] if isinstance(similarity, Similarity) else [*similarity]
+    shapes = [each.values.shape for each in every]
+    widths = [2.5 + 0.35 * columns for _, columns in shapes]
+    figure = Figure(figsize=(sum(widths), 1.8 + 0.35 * max(rows for rows, _ in shapes)), layout="constrained")
+    places = figure.subplots(1, len(every), squeeze=False, width_ratios=widths)[0]
+    points = [point for route in routes for point in route.stitch_points]
+    for each, axes in zip(every, places, strict=True):
+        joined = [p for p in points if (p.source, p.target) == (each.front, each.end)]
+        _draw(figure, axes, each, [(p.target_cut, p.source_cut) for p in joined])
+    save_figure(figure, path)
+
+
+def _draw(figure: Figure, axes: Any, similarity: Similarity, circles: Sequence[tuple[int, int]]) -> None:
+    """Draw one pair of anchors."""
     rows, columns = similarity.values.shape
-    figure = Figure(figsize=(2.5 + 0.35 * columns, 1.8 + 0.35 * rows), layout="constrained")
-    axes = figure.add_subplot()
     extent = (0.5, columns + 0.5, rows + 0.5, 0.5)
     image = axes.imshow(
         similarity.values, cmap="viridis", extent=extent, aspect="auto", vmin=_least(similarity), vmax=1.0
     )
-    points = [point for route in routes for point in route.stitch_points]
     axes.scatter(
-        [p.target_cut for p in points], [p.source_cut for p in points], s=90, c="none", edgecolors="red", linewidths=2
+        *(zip(*circles, strict=True) if circles else ((), ())), s=90, c="none", edgecolors="red", linewidths=2
     )
     axes.set_xticks(range(1, columns + 1))
     axes.set_yticks(range(1, rows + 1))
@@ -41,7 +59,6 @@ def plot_similarity(similarity: Similarity, routes: Iterable[Route], path: str |
     images = f", {settings['images']} images" if "images" in settings else ""
     axes.set_title(f"{settings['method']}{images}\ncircles: stitches", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.9)
-    save_figure(figure, path)
 
 
 def _least(similarity: Similarity) -> float:

@@ -154,6 +154,17 @@ def choose_routes(
     Raises:
         ValueError: ``max_routes`` or ``per_part`` is below 1.
     """
+    return [row for rows in divide_routes(ranked, max_routes, cost, per_part, anchors) for row in rows]
+
+
+def divide_routes(
+    ranked: Sequence[RankedRoute], max_routes: int, cost: str = "macs", per_part: int = 1, anchors: Points = ()
+) -> list[list[RankedRoute]]:
+    """The best routes of each part of the range of costs, by part; see `choose_routes` for the arguments.
+
+    Raises:
+        ValueError: ``max_routes`` or ``per_part`` is below 1.
+    """
     if max_routes < 1 or per_part < 1:
         raise ValueError(f"max_routes={max_routes} and per_part={per_part} must be at least 1")
     least, most = (pick(row.costs[cost] for row in ranked) for pick in (min, max))
@@ -163,7 +174,7 @@ def choose_routes(
         best.setdefault(min(part, max_routes - 1), []).append(row)
     for rows in best.values() if anchors else ():
         rows.sort(key=lambda row: (_beaten(row, anchors), -(row.gain if row.gain is not None else row.score)))
-    return [row for part in sorted(best) for row in best[part][:per_part]]
+    return [best[part][:per_part] for part in sorted(best)]
 
 
 def spread(macs: Mapping[Route, float], count: int) -> list[Route]:

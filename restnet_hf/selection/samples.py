@@ -1,4 +1,4 @@
-"""Samples of two anchors' activations from one pass, to fit and test stitches and probes on."""
+"""Samples of anchors' activations from one pass, to fit and test stitches and probes on."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,9 +35,14 @@ class Pair:
     finish: Callable[[Tensor], Tensor]
     config: StitchConfig = field(default_factory=StitchConfig)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the front and the end."""
+        return self.front.name, self.end.name
+
 
 class SelectionBatch:
-    """One batch of images for both anchors.
+    """One batch of images for all anchors that are compared.
 
     Args:
         start: index of the first image in the whole data.
@@ -59,6 +64,7 @@ class SelectionBatch:
         self.size = len(next(iter(images.values())))
         self._anchors, self._finish = anchors, finish
         self._last: dict[str, Tensor] = {}
+        self._computed: dict[Hashable, Tensor] = {}
 
     def run(self, hook: Callable[[Anchor, int, Tensor], None]) -> None:
         """Run each anchor once; only its last activation is kept.
@@ -74,6 +80,17 @@ class SelectionBatch:
                     self._last[anchor.name] = activation
 
             anchor.capture(self.images[name], _cuts(anchor), see=record)
+
+    def compute_once(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
+        """The result of a function, which the selectors of all pairs share.
+
+        Args:
+            key: everything that the result depends on besides the batch.
+            function: function that computes the result.
+        """
+        if key not in self._computed:
+            self._computed[key] = function()
+        return self._computed[key]
 
     @cached_property
     def logits(self) -> dict[str, Tensor]:
@@ -97,65 +114,41 @@ class Solution:
     r2: float
 
 
-class Samples:
-    """Samples of both anchors' activations on the first images; every other image is held out for tests.
+class SampleStore:
+    """Samples of the activations of all anchors on the first images, kept once and shared by all pairs.
 
     Nothing is kept before a selector asks for it, and the memory does not grow with the data.
 
     Args:
-        pair: front and end anchor, and options of stitches.
         images: number of images to keep samples of.
     """
 
-    def __init__(self, pair: Pair, images: int = 512) -> None:
-        self.pair, self.images = pair, images
+    def __init__(self, images: int = 512) -> None:
+        self.images = images
+        self.anchors: dict[str, Anchor] = {}
         self.chunks: list[dict[Any, Tensor]] = []
-        self.problems: dict[tuple[int, int], list[Problem]] = {}
-        self._readers: dict[tuple[str, int], dict[Hashable, tuple[Problem, Any]]] = {}
+        self.pooled: set[str] = set()  # anchors whose activations are kept as means over positions
+        self.fronts: set[str] = set()  # anchors in whose preprocessing held-out images are kept
+        self.readers: dict[tuple[str, int], dict[Hashable, tuple[Problem, Any]]] = {}
+        self.probes: dict[Hashable, list[Tensor]] = {}
         self._chunk: dict[Any, Tensor] = {}
-        self.wants_pooled = self.wants_images = False
 
-    def keep_rows(self) -> None:
-        """Keep activations at a few positions of each image, to fit stitches on."""
-        if not self.problems:
-            front, end = self.pair.front, self.pair.end
-            front.search()
-            end.search()
-            with torch.device("meta"):  # only shapes are needed
-                stitches = {(i, j): self._stitch(i, j) for i in _cuts(front) for j in _cuts(end)}
-            self.problems = {cuts: stitch.problems() for cuts, stitch in stitches.items()}
-            for (i, j), problems in self.problems.items():
-                for problem in problems:
-                    self._readers.setdefault((front.name, i), {})["in", i, problem.key_in] = problem, problem.inputs
-                    self._readers.setdefault((end.name, j), {})["out", j, problem.key_out] = problem, problem.outputs
-
-    def keep_pooled(self) -> None:
-        """Keep each activation's mean over positions."""
-        self.wants_pooled = True
-
-    def keep_images(self) -> None:
-        """Keep the held-out images themselves."""
-        self.wants_images = True
-
-    def _stitch(self, i: int, j: int) -> Stitch:
-        return make_stitch(self.pair.front.layout(i), self.pair.end.layout(j), self.pair.config)
+    @property
+    def wanted(self) -> bool:
+        """Whether a selector has asked for anything."""
+        return bool(self.readers or self.pooled)
 
     def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:
         """Take samples of one activation of a batch."""
         n = min(batch.size, self.images - batch.start)
         if n <= 0 or not self.wanted:
             return
-        if self.wants_pooled:
+        if anchor.name in self.pooled:
             spatial = anchor.layout(cut).split(activation[:n])[0]
             self._chunk["pooled", anchor.name, cut] = _finite(spatial.mean((2, 3)), anchor, cut)
-        for key, (problem, rows) in self._readers.get((anchor.name, cut), {}).items():
+        for key, (problem, rows) in self.readers.get((anchor.name, cut), {}).items():
             chosen = problem.chosen(n, POSITIONS, batch.start)
             self._chunk[key] = _finite(rows(activation[:n], chosen), anchor, cut)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a selector has asked for anything."""
-        return bool(self.problems) or self.wants_pooled
 
     def update(self, batch: SelectionBatch) -> None:
         """Finish a batch after all of its activations were read."""
@@ -167,9 +160,11 @@ class Samples:
         chunk |= {("logits", name): logits[:n].float().cpu() for name, logits in batch.logits.items()}
         if batch.labels is not None:
             chunk["labels"] = batch.labels[:n].cpu()
-        if self.wants_images:
-            images = batch.images[self.pair.front.name][:n]
-            chunk["images"] = images[(chunk["number"] % 2 == 1).to(images.device)]
+        held: dict[int, Tensor] = {}  # anchors of equal preprocessing have the same images
+        for name in sorted(self.fronts):
+            images = batch.images[name][:n]
+            mask = (chunk["number"] % 2 == 1).to(images.device)
+            chunk["images", name] = held.setdefault(images.data_ptr(), images[mask])
         self.chunks.append(chunk)
 
     def state(self) -> list[dict[Any, Tensor]]:
@@ -180,15 +175,86 @@ class Samples:
         """Merge the samples of all processes."""
         self.chunks = sorted((c for state in states for c in state), key=lambda chunk: int(chunk["number"][0]))
 
-    def _all(self, key: Hashable) -> Tensor:
+    def all(self, key: Hashable) -> Tensor:
+        """One kind of sample of all kept images.
+
+        Args:
+            key: key of the samples in a chunk.
+
+        Raises:
+            ValueError: there are no images.
+        """
         if not self.chunks:
             raise ValueError("there were no images to fit anything on")
         return torch.cat([chunk[key] for chunk in self.chunks])
 
+
+class Samples:
+    """Samples of both anchors' activations on the first images; every other image is held out for tests.
+
+    Args:
+        pair: front and end anchor, and options of stitches.
+        images: number of images to keep samples of.
+        store: samples of several pairs, of which this is one; by default those of this pair alone.
+    """
+
+    def __init__(self, pair: Pair, images: int = 512, store: SampleStore | None = None) -> None:
+        self.pair = pair
+        self.store = SampleStore(images) if store is None else store
+        self.store.anchors |= {anchor.name: anchor for anchor in (pair.front, pair.end)}
+        self.problems: dict[tuple[int, int], list[Problem]] = {}
+        self.read, self.update = self.store.read, self.store.update
+
+    @property
+    def chunks(self) -> list[dict[Any, Tensor]]:
+        """The samples, by batch."""
+        return self.store.chunks
+
+    def keep_rows(self) -> None:
+        """Keep activations at a few positions of each image, to fit stitches on."""
+        if not self.problems:
+            front, end = self.pair.front, self.pair.end
+            front.search()
+            end.search()
+            with torch.device("meta"):  # only shapes are needed
+                stitches = {(i, j): self._stitch(i, j) for i in _cuts(front) for j in _cuts(end)}
+            self.problems = {cuts: stitch.problems() for cuts, stitch in stitches.items()}
+            for (i, j), problems in self.problems.items():
+                readers = (self.store.readers.setdefault(place, {}) for place in ((front.name, i), (end.name, j)))
+                inputs, outputs = readers
+                for problem in problems:
+                    inputs[self._key("in", i, problem.key_in)] = problem, problem.inputs
+                    outputs[self._key("out", j, problem.key_out)] = problem, problem.outputs
+
+    def _key(self, side: str, cut: int, key: Hashable) -> Hashable:
+        """The key of rows of the front (``in``) or the end (``out``), which pairs with the same anchor share."""
+        return side, (self.pair.front if side == "in" else self.pair.end).name, cut, key
+
+    def keep_pooled(self) -> None:
+        """Keep each activation's mean over positions."""
+        self.store.pooled |= {self.pair.front.name, self.pair.end.name}
+
+    def keep_images(self) -> None:
+        """Keep the held-out images themselves."""
+        self.store.fronts.add(self.pair.front.name)
+
+    def _stitch(self, i: int, j: int) -> Stitch:
+        return make_stitch(self.pair.front.layout(i), self.pair.end.layout(j), self.pair.config)
+
+    def rows(self, side: str, cut: int, key: Hashable) -> Tensor:
+        """Rows (N, P, C) of a least-squares problem.
+
+        Args:
+            side: ``in`` for the front, ``out`` for the end.
+            cut: number of the cut.
+            key: key of the problem's rows on that side.
+        """
+        return self.store.all(self._key(side, cut, key))
+
     @property
     def held(self) -> Tensor:
         """Which of the kept images are held out (N,), as booleans."""
-        held = self._all("number") % 2 == 1
+        held = self.store.all("number") % 2 == 1
         if not held.any():
             raise ValueError("at least 2 images are needed, one to fit on and one to test on")
         return held
@@ -217,8 +283,8 @@ class Samples:
             solved: dict[tuple[int, int], Solution] = {}
             for key in dict.fromkeys(problem.key_in for _, _, problem in problems):
                 same = [(j, number, problem) for j, number, problem in problems if problem.key_in == key]
-                outputs = [self._all(("out", j, problem.key_out)) for j, _, problem in same]
-                solutions = _regress(self._all(("in", i, key)), outputs, held, ridge)
+                outputs = [self.rows("out", j, problem.key_out) for j, _, problem in same]
+                solutions = _regress(self.rows("in", i, key), outputs, held, ridge)
                 solved |= {(j, number): solution for (j, number, _), solution in zip(same, solutions, strict=True)}
             for j in _cuts(self.pair.end):
                 yield (i, j), [solved[j, number] for number in range(len(self.problems[i, j]))]
@@ -239,7 +305,7 @@ class Samples:
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the held-out images, in the front's preprocessing, and their right classes (N,)."""
-        images, held, right = self._all("images"), self.held, self._right()
+        images, held, right = self.store.all(("images", self.pair.front.name)), self.held, self._right()
         for batch, answers in zip(images.split(TEST_BATCH), right[held].split(TEST_BATCH), strict=True):
             yield batch, answers.to(batch.device)
 
@@ -249,24 +315,25 @@ class Samples:
         Args:
             anchor: front or end.
         """
-        predicted = self._all(("logits", anchor.name))[self.held].argmax(-1)
+        predicted = self.store.all(("logits", anchor.name))[self.held].argmax(-1)
         return (predicted == self._right()[self.held]).double().mean().item()
 
     def _right(self) -> Tensor:
-        """The right class of each image (N,): its label or, without labels, what the larger anchor predicts."""
-        return self._all("labels") if self.labelled else self._teacher().argmax(-1)
+        """The right class of each image (N,): its label or, without labels, what the largest anchor predicts."""
+        return self.store.all("labels") if self.labelled else self._teacher().argmax(-1)
 
     def _teacher(self) -> Tensor:
-        return self._all(("logits", largest_anchor((self.pair.front, self.pair.end)).name))
+        return self.store.all(("logits", largest_anchor(self.store.anchors.values()).name))
 
     def log_probabilities(self, anchor: Anchor) -> Tensor:
         """Log-probabilities (N, classes) of the anchor itself on the held-out images."""
-        return log_softmax(self._all(("logits", anchor.name))[self.held], dim=-1)
+        return log_softmax(self.store.all(("logits", anchor.name))[self.held], dim=-1)
 
     def probes(self, anchor: Anchor, weight_decay: float) -> list[Tensor]:
         """Log-probabilities (N, classes) of a linear probe on the held-out images, for each cut.
 
-        Probes learn the labels or, without labels, the outputs of the larger anchor.
+        Probes learn the labels or, without labels, the outputs of the largest anchor. They are trained once for all
+        pairs with the anchor.
 
         Args:
             anchor: anchor whose activations the probes take.
@@ -275,20 +342,25 @@ class Samples:
         Raises:
             ValueError: there are fewer than three images.
         """
+        if (known := self.store.probes.get((anchor.name, weight_decay))) is not None:
+            return known
         held, teacher = self.held, self._teacher()
         if (count := len(held)) < 3:
             raise ValueError(
                 f"{count} images came, and probes need 3: two to learn on and one to test; give some hundreds"
             )
         targets = (
-            one_hot(self._all("labels").long(), teacher.shape[1]).float() if self.labelled else softmax(teacher, -1)
+            one_hot(self.store.all("labels").long(), teacher.shape[1]).float()
+            if self.labelled
+            else softmax(teacher, -1)
         )
         outputs = []
         for cut in progress_bar(_cuts(anchor), f"probes of {anchor.name}"):
-            x = self._all(("pooled", anchor.name, cut)).float()
+            x = self.store.all(("pooled", anchor.name, cut)).float()
             x = (x - x[~held].mean(0)) / x[~held].std(0).clamp_min(1e-6)
             weight, bias = _softmax_regression(x[~held].to(targets.device), targets[~held], weight_decay)
             outputs.append(log_softmax(x[held] @ weight + bias, dim=-1))
+        self.store.probes[anchor.name, weight_decay] = outputs
         return outputs
 
 

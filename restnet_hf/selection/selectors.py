@@ -1,7 +1,7 @@
-"""SELECTORS: values of stitches at every pair of cuts of two anchors, all from one pass over each anchor."""
+"""SELECTORS: values of stitches at every pair of cuts of anchors, all from one pass over each anchor."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from restnet_hf.distributed import this_process
 from restnet_hf.progress import progress_bar
 from restnet_hf.selection.cka import HSIC, KERNELS, gram
 from restnet_hf.selection.ranking import Similarity
-from restnet_hf.selection.samples import Pair, Samples, SelectionBatch, not_finite
+from restnet_hf.selection.samples import Pair, Samples, SampleStore, SelectionBatch, not_finite
 from restnet_hf.stitches.precision import run_in_own_type
 
 
@@ -38,6 +38,7 @@ class Selector(ABC):
     cuts = True  # whether the selector needs activations
     symmetric = False  # whether the values of the other direction are the transpose
     labels = True  # whether labels are read, which must then be of the model's classes
+    all_images = True  # whether batches are read beyond the images that `samples` keeps
 
     def __init__(self, pair: Pair, samples: Samples) -> None:
         self.pair, self.samples = pair, samples
@@ -108,6 +109,11 @@ class CKA(Selector):
 
     def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:
         """Add the Gram matrix of one activation of a batch."""
+        key = (anchor.name, cut, self.features, self.kernel)
+        self._grams[anchor.name, cut] = batch.compute_once(key, lambda: self._gram(anchor, cut, activation))
+
+    def _gram(self, anchor: Anchor, cut: int, activation: Tensor) -> Tensor:
+        """The Gram matrix of one activation; raises ValueError where it is not finite."""
         feature = activation
         if self.features != "flattened":
             feature = anchor.layout(cut).split(feature)[0]
@@ -118,7 +124,7 @@ class CKA(Selector):
         matrix = gram(feature, self.kernel)
         if not matrix.isfinite().all():
             raise not_finite(anchor, cut)
-        self._grams[anchor.name, cut] = matrix
+        return matrix
 
     def update(self, batch: SelectionBatch) -> None:
         """Add the Gram matrices of a batch to the sums."""
@@ -180,6 +186,7 @@ class LeastSquaresR2(Selector):
     """
 
     labels = False
+    all_images = False
 
     def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
         super().__init__(pair, samples)
@@ -201,7 +208,7 @@ class LeastSquaresR2(Selector):
 class FittedAccuracy(Selector):
     """Accuracy of the route with the fitted, untrained stitch on held-out images.
 
-    Without labels, the predictions of the larger anchor count as right. The values are less than what training
+    Without labels, the predictions of the largest anchor count as right. The values are less than what training
     reaches, most of all for early cuts; those of the anchors alone, on the same images, are in the settings.
 
     Args:
@@ -209,6 +216,8 @@ class FittedAccuracy(Selector):
         samples: samples of activations that all selectors share.
         ridge: regularisation of the fit, relative to the mean variance of the features.
     """
+
+    all_images = False
 
     def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
         super().__init__(pair, samples)
@@ -251,6 +260,8 @@ class ProbeKL(Selector):
         samples: samples of activations that all selectors share.
         weight_decay: weight decay of the probes.
     """
+
+    all_images = False
 
     def __init__(self, pair: Pair, samples: Samples, *, weight_decay: float = 1e-2) -> None:
         super().__init__(pair, samples)
@@ -301,7 +312,10 @@ def find_selector(method: Method) -> type[Selector]:
         return SELECTORS[method]
     if isinstance(method, type) and issubclass(method, Selector):
         return method
-    raise ValueError(f"method={method!r} is not one of {sorted(SELECTORS)}, nor the class of a Selector")
+    raise ValueError(
+        f"method={method!r} is not one of {sorted(SELECTORS)}, nor the class of a Selector; select_stitches also "
+        "takes 'race'"
+    )
 
 
 def method_key(method: Method) -> Method:
@@ -312,7 +326,7 @@ def method_key(method: Method) -> Method:
 
 @dataclass
 class _Run:
-    """The selectors of one direction."""
+    """The selectors of one pair in one direction."""
 
     pair: Pair
     samples: Samples
@@ -331,8 +345,8 @@ def compare(
     With several processes each takes every n-th batch, and all return the same result.
 
     Args:
-        pairs: pairs of the same two anchors, one for each direction.
-        images: function that returns batches for both anchors.
+        pairs: pairs of anchors, one for each direction.
+        images: function that returns batches for all of the anchors.
         methods: options by key of `SELECTORS`, or by class.
         kept_images: number of images that selectors which fit something keep samples of.
 
@@ -342,42 +356,46 @@ def compare(
     Raises:
         ValueError: an unknown method or option, no images, or an activation that is not finite (named).
     """
-    runs: list[_Run] = []
+    runs, store = dict[tuple[str, str], _Run](), SampleStore(kept_images)
     for pair in pairs:
-        run = _Run(pair, Samples(pair, kept_images))
+        run = _Run(pair, Samples(pair, store=store))
         for name, options in methods.items():
             kind = find_selector(name)
-            if runs and kind.symmetric:
+            if kind.symmetric and run.pair.names[::-1] in runs:
                 continue
             try:
                 run.selectors[name] = kind(pair, run.samples, **options)
             except TypeError as error:
                 raise ValueError(f"method {name!r}: {error}") from error
-        runs.append(run)
-    if any(selector.cuts for run in runs for selector in run.selectors.values()):
-        _stream(runs, images())
-    similarities: dict[Method, list[Similarity]] = {name: [] for name in methods}
-    for run in runs:
-        for name in methods:
-            if name in run.selectors:
-                values = run.selectors[name].values()
-                settings: Mapping[str, Any] = {
-                    "method": getattr(name, "__name__", name),
-                    **run.selectors[name].settings(),
-                }
-            else:
-                values, settings = similarities[name][0].values.T, similarities[name][0].settings
-            similarities[name].append(Similarity(run.pair.front.name, run.pair.end.name, values, settings))
-    return similarities
+        runs[run.pair.names] = run
+    if any(selector.cuts for run in runs.values() for selector in run.selectors.values()):
+        _stream(runs.values(), store, images())
+    values = {
+        (name, names): (selector.values(), {"method": getattr(name, "__name__", name), **selector.settings()})
+        for names, run in runs.items()
+        for name, selector in run.selectors.items()
+    }
+
+    def similarity(name: Method, names: tuple[str, str]) -> Similarity:
+        if (name, names) in values:
+            return Similarity(*names, *values[name, names])
+        matrix, settings = values[name, names[::-1]]
+        return Similarity(*names, matrix.T, settings)
+
+    return {name: [similarity(name, names) for names in runs] for name in methods}
 
 
-def _stream(runs: Iterable[_Run], images: Iterable[SelectionBatch]) -> None:
+def _stream(runs: Collection[_Run], store: SampleStore, images: Iterable[SelectionBatch]) -> None:
     """Show all batches to the samples and selectors, and merge their states over processes."""
-    parts: list[Any] = [part for run in runs for part in (run.samples, *run.selectors.values())]
+    parts: list[Any] = [store, *(selector for run in runs for selector in run.selectors.values())]
+    readers = [(run.pair.names, selector) for run in runs for selector in run.selectors.values()]
+    everything = any(selector.all_images for _, selector in readers)
     state = this_process()
     for index, batch in enumerate(images):
+        if not everything and batch.start >= store.images:
+            break
         if index % state.num_processes == state.process_index:
-            batch.run(partial(_read, parts, batch))
+            batch.run(partial(_read, store, readers, batch))
             for part in parts:
                 part.update(batch)
     if state.num_processes > 1:
@@ -386,6 +404,16 @@ def _stream(runs: Iterable[_Run], images: Iterable[SelectionBatch]) -> None:
             part.merge([each[index] for each in states])
 
 
-def _read(parts: Iterable[Any], batch: SelectionBatch, anchor: Anchor, cut: int, activation: Tensor) -> None:
-    for part in parts:
-        part.read(anchor, cut, activation, batch)
+def _read(
+    store: SampleStore,
+    readers: Iterable[tuple[tuple[str, str], Selector]],
+    batch: SelectionBatch,
+    anchor: Anchor,
+    cut: int,
+    activation: Tensor,
+) -> None:
+    """Show one activation to the samples, and to the selectors of the anchor's pairs."""
+    store.read(anchor, cut, activation, batch)
+    for names, selector in readers:
+        if anchor.name in names:
+            selector.read(anchor, cut, activation, batch)

@@ -23,7 +23,10 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "tuning"],
     "middle": ["configuration_restnet", "prediction", "steps"],
     "profiling": ["accuracy", "costs", "device", "latency", "macs", "memory", "metric", "plots", "timing"],
-    "selection": ["cache", "cka", "dropping", "mixin", "plots", "racing", "ranking", "samples", "selectors"],
+    "selection": [
+        *("cache", "cka", "dropping", "halving", "mixin", "pairs", "plots", "race_images", "race_state", "racing"),
+        *("ranking", "samples", "selectors"),
+    ],
     "hub": [
         *("adapter_files", "cards", "loading_options", "mixin", "paging", "peft_names", "repository"),
         "several_adapters",

@@ -23,6 +23,8 @@ from restnet_hf import (
 )
 from restnet_hf.selection import mixin
 from restnet_hf.selection.dropping import beaten_routes
+from restnet_hf.selection.pairs import draw_images
+from restnet_hf.selection.plots import plot_similarity
 from restnet_hf.selection.selectors import SELECTORS, Position
 
 
@@ -198,6 +200,8 @@ import torch
 from accelerate import PartialState
 from test_selection_mixin import build, labelled
 from conftest import SIZE
+from restnet_hf.selection.pairs import draw_images
+from restnet_hf.selection.plots import plot_similarity
 from restnet_hf.selection.selectors import SELECTORS
 
 noise = torch.randn(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
@@ -267,6 +271,43 @@ def test_drop_dominated(noise):
     model.set_route(c)
     scored(model, (100, 0.9), (10, 0.8), (20, 0.7), (90, 0.8))
     assert model.drop_dominated() == [a, c] and str(model.active_route) == "vit[:]" and not model.stitches
+
+
+def three(**options):
+    return StitchedModelForImageClassification.from_anchors(
+        make_anchor("resnet"), make_anchor("vit", seed=1), make_anchor("plain"), order="given", **options
+    )
+
+
+def test_any_two_of_several_anchors(noise, tmp_path):
+    """One selection takes the best routes between any two; pairs= says which, and order= in which directions."""
+    model = three()
+    chosen = model.select_stitches(labelled(noise), "fitted_accuracy", max_routes=6, order="auto")
+    ranked = {tuple(s.anchor for s in row.route.segments) for row in model.ranking}
+    assert len(ranked) == len(model.similarities) == 6 and model.similarity is model.similarities[0]
+    assert {*model.routes} == {*chosen} and len({(r.segments[0].anchor, r.segments[1].anchor) for r in chosen}) > 1
+    values = {row.route: row.score for row in model.ranking}
+    assert all(next(v for s in model.similarities if (v := s.value(r)) is not None) == values[r] for r in chosen)
+    plot_similarity(model.similarities, chosen, tmp_path / "all.png")
+    assert len(model.compare(noise, ["position"], pairs="adjacent")["position"]) == 2
+    ends = model.compare(noise, ["position"], "auto", pairs="ends")["position"]
+    assert [(s.front, s.end) for s in ends] == [("resnet", "plain"), ("plain", "resnet")]
+    with pytest.raises(ValueError, match=r"pairs='all' is not one of \('any', 'adjacent', 'ends'\)"):
+        model.select_stitches(noise, pairs="all")
+
+
+def test_a_cap_on_images(noise):
+    """Drawn from all of the data, which may be sorted by class; a stream's first ones."""
+    many = noise.repeat(4, 1, 1, 1) + torch.arange(96)[:, None, None, None]
+    capped = build().compare(many, ["cka"], kept_images=16, max_images=40)["cka"][0]
+    assert capped.settings["images"] == 40 and build().compare(noise, ["cka"])["cka"][0].settings["images"] == 24
+    stream = build().compare(list(many.split(16)), ["cka"], kept_images=16, max_images=40)["cka"][0]
+    assert stream.settings["images"] == 40 and not np.allclose(stream.values, capped.values)
+    drawn = draw_images(many, 16, 40)
+    numbers = drawn[:16].mean((1, 2, 3)).round().tolist()
+    assert len(drawn) == 40 and min(numbers) < 24 and max(numbers) > 72 and draw_images(many, 96, 40) is many
+    with pytest.raises(ValueError, match="max_images=0 must be at least 1"):
+        build().compare(noise, max_images=0)
 
 
 def test_nothing_stitched_is_left(tmp_path):

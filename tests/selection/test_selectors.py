@@ -8,7 +8,7 @@ from formulas import biased_formula, unbiased_formula
 from torch import nn
 
 from restnet_hf.selection.cka import ESTIMATORS
-from restnet_hf.selection.samples import Pair, Samples, SelectionBatch
+from restnet_hf.selection.samples import Pair, Samples, SampleStore, SelectionBatch
 from restnet_hf.selection.selectors import FEATURES, SELECTORS, TOKENS, ProbeKL, compare
 
 
@@ -85,8 +85,8 @@ def test_held_out_r2(anchors):
     values = one(front, end, "lstsq", batch=8).values
     for i, j in ((1, 1), (3, 5), (front.depth, end.depth)):
         (problem,) = samples.problems[i, j]
-        x, y = (samples._all((side, cut, key)).double().numpy() for side, cut, key in
-                (("in", i, problem.key_in), ("out", j, problem.key_out)))  # fmt: skip
+        x = samples.rows("in", i, problem.key_in).double().numpy()
+        y = samples.rows("out", j, problem.key_out).double().numpy()
         assert x.shape[:2] == y.shape[:2] == (COUNT, min(4, np.prod(end.layout(j).grid)))
         (fit_x, fit_y), (test_x, test_y) = ([v[k::2].reshape(-1, v.shape[2]) for v in (x, y)] for k in (0, 1))
         mean_x, mean_y = fit_x.mean(0), fit_y.mean(0)
@@ -233,3 +233,64 @@ def test_too_few_images_for_probes(pair, count):
     images = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="images? (are needed|came, and probes need 3)"):
         pair.select_stitches(images, method="kl_probe", max_routes=1)
+
+
+def calls_of(anchors):
+    """Calls of each anchor's network from here on, by name, and a function that stops counting."""
+    calls = dict.fromkeys((anchor.name for anchor in anchors), 0)
+
+    def count(name):
+        calls[name] += 1
+
+    handles = [a.model.register_forward_pre_hook(lambda m, x, name=a.name: count(name)) for a in anchors]
+    return calls, lambda: [handle.remove() for handle in handles]
+
+
+def test_several_pairs_share_one_pass(anchors):
+    """Three anchors in both directions: each runs once a batch, what is kept is there once, and values are those of
+    the pair alone."""
+    chosen = [anchors[name] for name in ("resnet", "vit", "swin")]
+    pairs = [Pair(a, b, nn.Identity()) for a in chosen for b in chosen if a is not b]
+    methods = {name: {} for name in ("cka", "lstsq", "kl_probe", "fitted_accuracy", "position")}
+    alone = {pair.names: {name: one(pair.front, pair.end, name, labels=LABELS, batch=8) for name in methods}
+             for pair in pairs}  # fmt: skip
+    cheap = {name: {} for name in ("cka", "lstsq", "kl_probe")}
+    calls, stop = calls_of(chosen)
+    compare(pairs, lambda: seen(chosen, labels=LABELS, batch=8), cheap)
+    stop()
+    assert set(calls.values()) == {6}, "three batches, to the last cut and on to the logits"
+    together = compare(pairs, lambda: seen(chosen, labels=LABELS, batch=8), methods)
+    for name, similarities in together.items():
+        assert [(s.front, s.end) for s in similarities] == [pair.names for pair in pairs]
+        for similarity in similarities:
+            expected = alone[similarity.front, similarity.end][name]
+            assert np.allclose(similarity.values, expected.values, atol=1e-6), name
+            assert dict(similarity.settings) == dict(expected.settings)
+
+
+def test_samples_of_several_pairs_are_kept_once(anchors):
+    chosen = [anchors[name] for name in ("resnet", "vit", "swin")]
+    store = SampleStore(8)
+    views = [Samples(Pair(a, b, nn.Identity()), store=store) for a in chosen for b in chosen if a is not b]
+    for view in views:
+        view.keep_rows()
+        view.keep_pooled()
+        view.keep_images()
+    for batch in seen(chosen, batch=8):
+        batch.run(lambda *args, seen=batch: store.read(*args, seen))
+        store.update(batch)
+    (chunk,) = store.chunks
+    assert sum(key[0] == "pooled" for key in chunk) == sum(anchor.depth for anchor in chosen)
+    assert len({chunk["images", anchor.name].data_ptr() for anchor in chosen}) == 1
+    outputs = {key[1:3] for key in chunk if key[0] == "out"}
+    assert len(outputs) == sum(anchor.depth for anchor in chosen)
+    assert sum(key[0] == "out" and key[1] == "resnet" for key in chunk) == chosen[0].depth
+
+
+@pytest.mark.parametrize(("method", "runs"), [("lstsq", 4), ("kl_probe", 4), ("cka", 3)])
+def test_no_more_images_run_than_are_used(anchors, method, runs):
+    front, end = anchors["resnet"], anchors["vit"]
+    calls, stop = calls_of((front, end))
+    compare([Pair(front, end, nn.Identity())], lambda: seen((front, end), batch=8), {method: {}}, kept_images=16)
+    stop()
+    assert calls == {"resnet": runs, "vit": runs}
