@@ -42,7 +42,7 @@ class RaceImages:
         wanted: dict[str, set[int | None]] = {}
         for name, cut in places:
             wanted.setdefault(name, set()).add(cut)
-        found = {}
+        found: dict[tuple[str, int], Tensor] = {}
         for name, cuts in wanted.items():
             anchor = self.model.anchors[name]
             captured = anchor.capture(self.model.images_for(name, images), cuts)

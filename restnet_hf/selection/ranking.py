@@ -80,7 +80,8 @@ def line_between(points: Points) -> Callable[[float], float]:
         points: MACs and accuracy of each anchor, at least one.
     """
     front = [(macs, score) for macs, score in sorted(points) if not any(m <= macs and s > score for m, s in points)]
-    return lambda macs: float(np.interp(macs, *zip(*front, strict=True)))
+    costs, scores = [macs for macs, _ in front], [score for _, score in front]
+    return lambda macs: float(np.interp(macs, costs, scores))
 
 
 def rank_routes(

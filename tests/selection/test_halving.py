@@ -123,7 +123,7 @@ def test_no_longer_than_it_may():
     model = build()
     left, stopped = race_candidates(model, candidates(model, FOUR), BATCHES, RaceConfig(**SMALL, max_minutes=1e-9))
     assert len(left) == 1 and not any(racer.epochs for racer in (*left, *stopped))
-    assert left[0].score >= max(racer.score for racer in stopped) - 0.05
+    assert left[0].score >= max(racer.score for racer in stopped)
 
 
 class Nothing(Stitch):
