@@ -3,12 +3,12 @@
     python recipes/benchmarks/accuracy.py [--quick] [--out FILE.json] [--seconds 60] [--seeds 3] [--routes 4]
         [--front DIR --end DIR --dataset DIR --images 10000 --point DIR ...] [--method NAME ...] [--part a|b]
 
-A pair is two anchors that know the task; without --front it is the demo. Routes are chosen once, by fitted
-accuracy in both directions on 512 training images. Each method then has so many seconds for all of its routes together,
-of one thread or of those that OMP_NUM_THREADS says, and new stitches; seeds differ in the first weights, the order of
-the images and the images that are held out. Outputs of frozen networks are computed once for the pair and kept in a
-folder beside FILE.json: methods that read them have the seconds for steps alone, and those that cannot, since their
-first blocks train or run on images, have the seconds of that computation besides.
+A pair is two anchors that know the task; without --front it is the demo. Routes are chosen once, by fitted accuracy in
+both directions on 512 training images. Each method then has so many seconds for all of its routes together, on the
+threads that OMP_NUM_THREADS says, and new stitches; seeds differ in the first weights, the order of the images and the
+images that are held out. Outputs of frozen networks are computed once for the pair and kept in a folder beside
+FILE.json: methods that read them have the seconds for steps alone, and those that cannot, since their first blocks
+train or run on images, have the seconds of that computation besides.
 
 Rivals train the same way on the same images: each anchor's own norms and head, all weights of the small one, alone and
 distilled from the large one. Points are other classifiers at hand, as they are. The cascade of the two anchors sends
@@ -16,8 +16,8 @@ an image on where the small one's highest probability is below a threshold; its 
 
 Gap closed: with both anchors, the mean over budgets from the small one's MACs to the large one's of the best accuracy
 within the budget, as a share of the way from the small one's accuracy to the large one's. Accuracy is measured on the
-first half of the test images, with --part b on the second: choices made on one half are checked on the other. Spread is
-the standard deviation over seeds.
+first half of the test images, with --part b on the second: choices made on one half are checked on the other. Spread
+is the standard deviation over seeds.
 
 FILE.json is written after every run; the same command goes on where it was stopped, also with more seeds or methods.
 """
