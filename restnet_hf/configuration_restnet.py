@@ -178,8 +178,10 @@ class RestNetConfig(PreTrainedConfig):
     def _check_routes(self, names: AbstractSet[str], points: AbstractSet[str]) -> None:
         if len(self.routes or ()) > MAX_ROUTES or sum(map(len, self.routes or ())) > 64 * MAX_ROUTES:
             raise ValueError(f"config.json: the routes are too many or too long; at most {MAX_ROUTES} are allowed")
-        for route in (*self.parsed_routes(), *([Route.parse(self.active_route)] if self.active_route else [])):
+        routes = set(self.parsed_routes())
+        for route in (*routes, *([Route.parse(self.active_route)] if self.active_route else [])):
             unknown = {segment.anchor for segment in route.segments} - names
+            unknown |= {str(route)} if route.tuned and route not in routes else set()
             if unknown or not points >= {point.name for point in route.stitch_points}:
                 raise ValueError(
                     f"config.json: route {quote(str(route))} names anchors or stitches that are not there"
@@ -228,9 +230,11 @@ class RestNetConfig(PreTrainedConfig):
         self.stitches = {**(self.stitches or {}), point.name: entry}
 
     def head_keys(self) -> list[str]:
-        """The keys of all new heads: one for each anchor, and for each anchor in every named adapter."""
-        adapters = sorted({"", *(route.adapter for route in self.parsed_routes())}) if self.new_head else []
-        return [str(HeadKey(entry["name"], adapter)) for adapter in adapters for entry in self.anchors or []]
+        """The keys of all new heads: one for each anchor and tuned anchor, and each anchor in every named adapter."""
+        routes = self.parsed_routes() if self.new_head else ()
+        adapters = sorted({"", *(route.adapter for route in routes)}) if self.new_head else []
+        keys = [str(HeadKey(entry["name"], adapter)) for adapter in adapters for entry in self.anchors or []]
+        return list(dict.fromkeys([*keys, *(route.head for route in routes if route.tuned)]))
 
     def part_names(self) -> Iterator[str]:
         """The names of all stitches, heads and tuned parts, which are prefixes of the names of their tensors."""

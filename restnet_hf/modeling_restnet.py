@@ -39,12 +39,12 @@ from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
 from restnet_hf.routes.route import HeadKey, Route, Routes, StitchPoint, TunedKey, each_route
 from restnet_hf.selection.mixin import SelectionMixin
 from restnet_hf.selection.ranking import RankedRoute, Similarity, spread
-from restnet_hf.steps import Reorder, Step, run_steps, run_with_states
+from restnet_hf.steps import Reorder, Step, make_steps, run_steps, run_with_states
 from restnet_hf.stitches.adding import add_stitches, warn_unfitted
 from restnet_hf.stitches.branches import stitch_at, stitch_that_fits
 from restnet_hf.stitches.layers import StitchConfig
 from restnet_hf.stitches.least_squares import AUTO, fit_routes
-from restnet_hf.stitches.precision import accept_type, trained_dtype, weight_dtype
+from restnet_hf.stitches.precision import accept_type, trained_dtype
 from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_meta
 
 
@@ -261,12 +261,12 @@ class StitchedModelForImageClassification(
 
     @property
     def routes(self) -> tuple[Route, ...]:
-        """The stitched routes."""
+        """The routes that were added: those with stitches, and tuned anchors."""
         return self.config.parsed_routes()
 
     @property
     def all_routes(self) -> tuple[Route, ...]:
-        """Every anchor alone, then the stitched routes."""
+        """Every anchor alone, then the routes that were added."""
         alone = [Route.alone(name) for name in self.anchors]
         adapters = sorted({route.adapter for route in self.routes if route.adapter}) if self.heads else []
         return (*alone, *(replace(route, adapter=name) for name in adapters for route in alone), *self.routes)
@@ -283,7 +283,7 @@ class StitchedModelForImageClassification(
         if isinstance(route, str):
             route = Route.parse(route, lambda anchor, cut: self._anchor(anchor).cut_index(cut))
         alone = len(route.segments) == 1  # an anchor alone needs no search for cuts
-        if alone and route.adapter and route.head not in self.heads:
+        if route.is_anchor and route.adapter and route.head not in self.heads:
             raise ValueError(f"route '{route}': the anchor alone has no head of an adapter '{route.adapter}'")
         return route.check({name: 0 if alone else anchor.depth for name, anchor in self.anchors.items()})
 
@@ -299,41 +299,9 @@ class StitchedModelForImageClassification(
             stitches: stitches by name, in place of the model's own.
 
         Raises:
-            ValueError: the model lacks a stitch or head of the route.
+            ValueError: the model lacks a stitch or head of the route, or does not have a tuned anchor.
         """
-        route = self.route(route) if isinstance(route, str) else route
-        stitches = self.stitches if stitches is None else stitches
-        steps: list[Step] = []
-        first, last = route.segments[0].anchor, route.segments[-1].anchor
-        dtypes = None, next(self.anchors[first].parameters()).dtype
-        if first in self.converters:
-            image = (1, 3, *self.preprocessing.image_size)
-            steps.append(Step(f"images for {first}", self.converters[first], image))
-        points = iter(route.stitch_points)
-        for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
-            anchor = self.anchors[segment.anchor]
-            tuned = {str(key): self.tuned[str(key)] for key in keys if str(key) in self.tuned}
-            name = f"{segment} with {', '.join(tuned)}" if tuned else str(segment)
-            shape: tuple[int, ...] = (1, 3, *anchor.preprocessing.image_size)
-            if segment.start:
-                point = next(points)
-                if point.name not in stitches:
-                    raise ValueError(f"route '{route}' has no stitch yet; call add_stitch('{route}') and fit_stitches")
-                shape = self.anchors[point.source].layout(point.source_cut).shape(1)
-                cast = weight_dtype(stitches[point.name]) not in dtypes
-                steps.append(Step(point.name, stitches[point.name], shape, cast=cast))
-                shape = anchor.layout(segment.start).shape(1)
-            if segment.start != segment.stop:  # nothing runs between two stitches in a row
-                steps.append(Step(name, anchor, shape, segment, tuple(tuned.values())))
-        if self.heads:
-            if route.head not in self.heads:
-                raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")
-            head = self.heads[route.head]
-            cast = weight_dtype(head) not in dtypes
-            steps.append(Step(f"head of {route.head}", head, (1, head.in_features), cast=cast))
-        elif last in self.orders:
-            steps.append(Step(f"labels of {last}", self.orders[last], (1, self.config.num_labels)))
-        return tuple(steps)
+        return make_steps(self, self.route(route) if isinstance(route, str) else route, stitches)
 
     def finish(self, anchor: str) -> nn.Module:
         """The module from an anchor's output to the model's logits: a new head, an order of labels, or identity."""
@@ -354,7 +322,8 @@ class StitchedModelForImageClassification(
         """Add a route and the stitches it lacks, which are not fitted yet; returns the route.
 
         A route with an adapter's name in front, ``night: a[:1] + b[2:]``, gets stitches of its own and, if the model
-        has new heads, a copy of the head. Stitches with names of their own, ``a[:1] +both b[2:]``, are shared.
+        has new heads, a copy of the head. Stitches with names of their own, ``a[:1] +both b[2:]``, are shared. A tuned
+        anchor, ``tuned a[:]``, has no stitch: `train` gives it weights in place of some of the anchor's.
 
         Args:
             route: route or its string form to add.
@@ -435,7 +404,7 @@ class StitchedModelForImageClassification(
             self.unfitted.discard(name)
         for key in set(self.tuned) - {str(key) for other in left for keys in tuned_keys(other) for key in keys}:
             del self.tuned[key], self.config.tuned[key]
-        for name in set(self.heads) - {str(HeadKey(name, adapter)) for adapter in adapters for name in self.anchors}:
+        for name in set(self.heads) - set(self.config.head_keys()):
             del self.heads[name]
         self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
         self.config.training = remaining_training(self.config.training, adapters)

@@ -62,6 +62,8 @@ class Recipe:
         per_part: number of routes that are chosen of each part.
         routes: routes to stitch; ``method`` then chooses none.
         family: routes of a published method instead: its ``kind``, and options of ``add_family``.
+        tuned_anchors: whether each anchor also trains as a route of its own, ``tuned a[:]``, on the same images in the
+            same way, so that routes are compared with what anchors gain by that.
         stitch_kind: kind of the stitches, see `StitchConfig`; by default ``branch`` for routes within an anchor, else
             ``linear``.
         class_token: treatment of class tokens, see `StitchConfig`.
@@ -94,6 +96,7 @@ class Recipe:
     per_part: int = Field(default=1, gt=0)
     routes: list[str] | None = Field(default=None, min_length=1)
     family: dict[str, Any] | None = None
+    tuned_anchors: bool = False
     stitch_kind: str | None = None
     class_token: str = "pool"
     augment: str | None = None
@@ -221,8 +224,8 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
 
 
 def _offer(model: StitchedModelForImageClassification, profile: Profile, recipe: Recipe) -> dict[str, Any]:
-    """Make the best stitched route active, and drop those that another beats; returns entries of the report."""
-    model.set_route(max(profile.routes, key=lambda row: (len(row.route.segments) > 1, row.scores["accuracy"])).route)
+    """Make the adapter's best route active, and drop those that another beats; returns entries of the report."""
+    model.set_route(max(profile.routes, key=lambda row: (not row.route.is_anchor, row.scores["accuracy"])).route)
     gaps = {"gap_closed": profile.gap_closed(), "gap_closed_stitched": profile.gap_closed(stitched_only=True)}
     beaten = beaten_routes(profile) if recipe.drop_dominated and model.drop_dominated() else {}
     return {"dropped": {str(route): str(rival) for route, rival in beaten.items()}, **gaps}
@@ -347,7 +350,7 @@ def augment_training_set(model: StitchedModelForImageClassification, rows: Datas
 
 
 def _add_stitches(model: StitchedModelForImageClassification, calibration: Dataset, recipe: Recipe) -> None:
-    """Add the stitches that the recipe names, those of its family, or those that its selector chooses."""
+    """Add the stitches that the recipe names, of its family, or that its selector chooses, and tuned anchors."""
     config = recipe.stitch_config()
     if recipe.family is not None:
         model.add_family(config=config, **recipe.family)
@@ -355,6 +358,8 @@ def _add_stitches(model: StitchedModelForImageClassification, calibration: Datas
         model.select_stitches(calibration, recipe.method, recipe.max_routes, config, per_part=recipe.per_part)
     for route in recipe.routes or ():
         model.add_stitch(route, config)
+    if recipe.tuned_anchors:
+        model.add_stitches([Route.alone(name, tuned=True) for name in model.anchors])
 
 
 def _name(dataset: str) -> str:

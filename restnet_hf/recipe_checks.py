@@ -141,6 +141,8 @@ def _stitches(value: TrainArgs, earlier: Mapping[str, Any]) -> Iterable[str]:
             "label_free leaves stitches only the anchors to learn from; set stitches.distillation to 1, or "
             "stitches.num_train_epochs to 0 and stitches.matching_epochs to 1 or more"
         )
+    if earlier.get("tuned_anchors") and not value.num_train_epochs:
+        yield "tuned_anchors learn the task; set stitches.num_train_epochs to 1 or more, or tuned_anchors to false"
 
 
 CHECKS: dict[str, Check] = {

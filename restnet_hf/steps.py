@@ -4,15 +4,16 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.routes.route import Route, Segment
+from restnet_hf.routes.route import HeadKey, Route, Segment
 from restnet_hf.stitches.layers import Stitch
-from restnet_hf.stitches.precision import InOwnType, run_in_own_type
-from restnet_hf.stitches.tuning import Tuned, tuned_tensors
+from restnet_hf.stitches.precision import InOwnType, run_in_own_type, weight_dtype
+from restnet_hf.stitches.tuning import Tuned, tuned_keys, tuned_tensors
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,68 @@ class Step:
 
 
 Walk = tuple[Route, Sequence[Step]]
+
+
+def make_steps(model: Any, route: Route, stitches: Mapping[str, nn.Module] | None = None) -> tuple[Step, ...]:
+    """The steps of a route of a model, in order.
+
+    Args:
+        model: stitched model.
+        route: route of the model.
+        stitches: stitches by name, in place of the model's own, for a route that the model may not have.
+
+    Raises:
+        ValueError: the model lacks a stitch or head of the route, or does not have a tuned anchor.
+    """
+    if route.tuned and stitches is None and route not in model.routes:
+        raise ValueError(
+            f"there is no route '{route}' yet; add_stitch('{route}') adds it, and train tunes its weights"
+        )
+    own = model.stitches if stitches is None else stitches
+    steps: list[Step] = []
+    first, last = route.segments[0].anchor, route.segments[-1].anchor
+    dtypes = None, next(model.anchors[first].parameters()).dtype
+    if first in model.converters:
+        image = (1, 3, *model.preprocessing.image_size)
+        steps.append(Step(f"images for {first}", model.converters[first], image))
+    points = iter(route.stitch_points)
+    for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
+        anchor = model.anchors[segment.anchor]
+        tuned = {str(key): model.tuned[str(key)] for key in keys if str(key) in model.tuned}
+        name = f"{segment} with {', '.join(tuned)}" if tuned else str(segment)
+        shape: tuple[int, ...] = (1, 3, *anchor.preprocessing.image_size)
+        if segment.start:
+            point = next(points)
+            if point.name not in own:
+                raise ValueError(f"route '{route}' has no stitch yet; call add_stitch('{route}') and fit_stitches")
+            shape = model.anchors[point.source].layout(point.source_cut).shape(1)
+            cast = weight_dtype(own[point.name]) not in dtypes
+            steps.append(Step(point.name, own[point.name], shape, cast=cast))
+            shape = anchor.layout(segment.start).shape(1)
+        if segment.start != segment.stop:  # nothing runs between two stitches in a row
+            steps.append(Step(name, anchor, shape, segment, tuple(tuned.values())))
+    if model.heads:
+        key = route.head
+        if route.tuned and key not in model.heads and stitches is not None:
+            key = str(HeadKey(last, route.adapter))  # of which the new route's head would be a copy
+        if key not in model.heads:
+            raise ValueError(f"route '{route}' has no head yet; call add_stitch with a route of that adapter")
+        cast = weight_dtype(model.heads[key]) not in dtypes
+        steps.append(Step(f"head of {key}", model.heads[key], (1, model.heads[key].in_features), cast=cast))
+    elif last in model.orders:
+        steps.append(Step(f"labels of {last}", model.orders[last], (1, model.config.num_labels)))
+    return tuple(steps)
+
+
+def split_step(step: Step, cut: int) -> list[Step]:
+    """Split a step that runs part of an anchor at a cut.
+
+    Args:
+        step: step with a segment.
+        cut: cut between the segment's start and stop.
+    """
+    assert step.segment is not None
+    return _pieces(step, {(step.segment.anchor, step.segment.start): {cut}})
 
 
 def split_at_shared_cuts(walks: Sequence[Walk]) -> list[Walk]:

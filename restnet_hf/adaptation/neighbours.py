@@ -6,11 +6,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from restnet_hf.routes.route import Route, StitchPoint
+from restnet_hf.routes.route import TUNED, Route, StitchPoint
 
 
 Genome = tuple[str, str, tuple[StitchPoint, ...]]
-"""The adapter of a route's stitches, the anchor that the route begins with, and its stitches from the image on."""
+"""The adapter of a route's stitches, the anchor that it begins with, ``tuned a`` for a tuned one, and its stitches."""
 
 
 def genome(route: Route) -> Genome:
@@ -18,11 +18,14 @@ def genome(route: Route) -> Genome:
 
     That of ``a[:2] + b[3:5] + a[6:]`` is ``("", "a", (stitch from a 2 to b 3, stitch from b 5 to a 6))``.
     """
-    return route.adapter, route.segments[0].anchor, route.stitch_points
+    first = route.segments[0].anchor
+    return route.adapter, f"{TUNED} {first}" if route.tuned else first, route.stitch_points
 
 
 class Neighbours:
     """The candidates that differ from a candidate by one change: a stitch more, one fewer, or a similar one instead.
+
+    An anchor alone and the same one with tuned weights are neighbours too.
 
     A skip, which leaves an anchor and enters it again, is a stitch too. New stitches are taken from other candidates,
     so that changes lead to candidates: where every stitch joins cuts of the same depth, so does every new one.
@@ -49,6 +52,9 @@ class Neighbours:
     def _changed(self, original: Genome) -> Iterator[Genome]:
         """Genomes that differ by one change; some belong to no route."""
         adapter, first, stitches = original
+        if not stitches:
+            own = first.removeprefix(f"{TUNED} ")
+            yield adapter, f"{TUNED} {own}" if own == first else own, ()
         for place in range(len(stitches) + 1):
             before, after = stitches[:place], stitches[place:]
             anchor, cut = (before[-1].target, before[-1].target_cut) if before else (first, 0)

@@ -19,7 +19,8 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
 
     One half of the squared distance is due to summaries: for each anchor the share of all its blocks, and of the
     blocks of its first, middle and last third, that run; the number of stitches of each kind (adapter, anchors and
-    name; each skip is a kind); and the logarithm of each cost. The other half is due to the single blocks.
+    name; each skip and tuned anchor is a kind); and the logarithm of each cost. The other half is due to the single
+    blocks.
 
     Args:
         routes: routes, at least one.
@@ -33,6 +34,8 @@ def route_features(routes: Sequence[Route], costs: np.ndarray) -> np.ndarray:
     for row, route in enumerate(routes):
         for segment in route.segments:
             runs[segment.anchor][row, segment.start : segment.stop] += 1
+        if route.tuned:
+            kinds.setdefault((route.adapter, "tuned", route.head), np.zeros(len(routes)))[row] += STITCH
         for stitch in route.stitch_points:
             skip = (stitch.source_cut, stitch.target_cut) if stitch.source == stitch.target else ()
             kind = (stitch.adapter, stitch.source, stitch.target, stitch.via, *skip)

@@ -270,6 +270,8 @@ def _routes(profile: Profile | None, plot: str | None) -> str:
         parts.append(f"These are {len(rows)} of {len(profile.routes)} routes; profile.json has all.")
     if any(row.route.via for row in rows):
         parts.append("A stitch with a name, as in `a[:7] +name b[11:]`, is one that several routes may share.")
+    if any(row.route.tuned for row in rows):
+        parts.append("`tuned a[:]` is the anchor `a` with tuned weights, and a head, of this adapter.")
     if plot:
         parts.append(f"![accuracy against MACs of every route]({quote(plot, errors='replace')})")
     return "\n\n".join(parts)

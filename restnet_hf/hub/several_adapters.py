@@ -102,7 +102,7 @@ def _make_heads(
         key = HeadKey.parse(text)
         module = model.heads[anchors[key.anchor]]
         check(f"heads.{text}", module)
-        heads[text] = rename(Route.alone(key.anchor, key.adapter)).head, copy.deepcopy(module)
+        heads[text] = rename(Route.alone(key.anchor, key.adapter, key.tuned)).head, copy.deepcopy(module)
     return heads
 
 
@@ -219,7 +219,7 @@ def _merge_profiles(
             row.scores if data else {},
         )
         for row in other.routes
-        if len(row.route.segments) > 1 or any(key.startswith("heads.") for key in renamed)
+        if not row.route.is_anchor or any(key.startswith("heads.") for key in renamed)
     ]
     hashes = [
         weights if isinstance(weights, Mapping) else {}

@@ -10,7 +10,11 @@ ANCHOR_NAME = re.compile(r"[A-Za-z0-9_-]+")
 ADAPTER = re.compile(rf"\s*({ANCHOR_NAME.pattern}):(.*)", re.S)
 SEGMENT = re.compile(rf"(?:({ANCHOR_NAME.pattern})\s+)?({ANCHOR_NAME.pattern})\[([^:\[\]]*):([^:\[\]]*)\]")
 MAX_LENGTH = 10_000  # characters; thirty segments take about 1,000
-EXAMPLE = "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone"
+TUNED = "tuned"  # the word before an anchor alone whose weights are tuned
+EXAMPLE = (
+    "write it like 'resnet50[:7] + mobilenetv2[11:]', or 'resnet50[:]' for an anchor alone, 'tuned resnet50[:]' for "
+    "one with tuned weights"
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -65,18 +69,24 @@ class Route:
     stitch belongs to the two cuts that it joins, unless it has a name of its own, ``small[:3] +shared large[3:]``:
     routes that name the same one share it, whatever cuts they join.
 
+    ``tuned resnet50[:]`` is the anchor alone with tuned weights in place of some of its own, and a head of its own.
+    Beside it ``resnet50[:]`` stays as it is.
+
     Args:
         segments: segments of the route, from the image on.
         adapter: name of the adapter whose stitches and head the route uses.
         via: name of each stitch, empty for those without; an empty tuple where no stitch has one.
+        tuned: whether the route is an anchor alone with tuned weights.
 
     Raises:
-        ValueError: the segments do not lead from an image to logits, or the numbers of names and stitches differ.
+        ValueError: the segments do not lead from an image to logits, the numbers of names and stitches differ, or a
+            route with stitches is to be tuned.
     """
 
     segments: tuple[Segment, ...]
     adapter: str = ""
     via: tuple[str, ...] = ()
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         if not any(self.via):
@@ -103,16 +113,22 @@ class Route:
                 f"route '{self}': the stitches' names {self.via} must be one for each of its {len(self.segments) - 1} "
                 "stitches, of letters, digits, '_' and '-'"
             )
+        if self.tuned and len(self.segments) > 1:
+            raise ValueError(
+                f"route '{self}': only an anchor alone may be tuned, as in '{TUNED} {self.segments[-1].anchor}[:]'. "
+                "What trains of a route with stitches is an option of train: leave the word out"
+            )
 
     @classmethod
-    def alone(cls, anchor: str, adapter: str = "") -> "Route":
+    def alone(cls, anchor: str, adapter: str = "", tuned: bool = False) -> "Route":
         """The route of an anchor alone.
 
         Args:
             anchor: name of the anchor.
             adapter: name of the adapter whose head the route uses.
+            tuned: whether the route runs with tuned weights.
         """
-        return cls((Segment(anchor),), adapter)
+        return cls((Segment(anchor),), adapter, tuned=tuned)
 
     @classmethod
     def parse(cls, text: str, cut_number: Callable[[str, str], int] | None = None) -> "Route":
@@ -142,19 +158,20 @@ class Route:
         via: list[str] = []
         for part in rest.split("+"):
             match = SEGMENT.fullmatch(part.strip())
-            if match is None or (match[1] and not segments):
+            if match is None or (match[1] not in (None, TUNED) and not segments):
                 raise ValueError(f"{text!r} is not a route; {EXAMPLE}")
             anchor, start, stop = match[2], match[3].strip(), match[4].strip()
             via.append(match[1] or "")
             segments.append(
                 Segment(anchor, parse_cut(anchor, start) if start else 0, parse_cut(anchor, stop) if stop else None)
             )
-        return cls(tuple(segments), adapter, tuple(via[1:]))
+        return cls(tuple(segments), adapter, tuple(via[1:]), tuned=via[0] == TUNED)
 
     def __str__(self) -> str:
         first, *others = self.segments
         joints = zip_longest(self.via[: len(others)], others, fillvalue="")
-        text = "".join([str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
+        mark = f"{TUNED} " if self.tuned else ""
+        text = "".join([mark, str(first), *(f" +{via or ''} {segment}" for via, segment in joints)])
         return f"{self.adapter}: {text}" if self.adapter else text
 
     def __repr__(self) -> str:
@@ -163,7 +180,12 @@ class Route:
     @property
     def head(self) -> str:
         """The key of the new head that the route ends in, where the model has new heads."""
-        return prefix_key(self.adapter, self.segments[-1].anchor)
+        return str(HeadKey(self.segments[-1].anchor, self.adapter, self.tuned))
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether the route is an anchor alone with its own weights."""
+        return len(self.segments) == 1 and not self.tuned
 
     @property
     def stitch_points(self) -> tuple[StitchPoint, ...]:
@@ -215,31 +237,34 @@ class HeadKey:
     Args:
         anchor: name of the anchor whose features the head classifies.
         adapter: name of the adapter that uses the head; empty for the first.
+        tuned: whether the head is that of the tuned anchor, ``tuned~resnet50``, which no other route uses.
     """
 
     anchor: str
     adapter: str = ""
+    tuned: bool = False
 
     @classmethod
     def parse(cls, text: str) -> "HeadKey":
         """Read a key from its string form.
 
         Args:
-            text: ``anchor`` or ``adapter:anchor``.
+            text: ``anchor`` or ``adapter:anchor``, with ``tuned~`` before the anchor where the head is a tuned one's.
 
         Raises:
             ValueError: the text is not the key of a head.
         """
-        adapter, colon, anchor = text.rpartition(":")
+        adapter, colon, name = text.rpartition(":")
+        anchor = name.removeprefix(f"{TUNED}~")
         if not all(map(ANCHOR_NAME.fullmatch, [adapter, anchor] if colon else [anchor])):
             raise ValueError(
                 f"{text!r} is not the key of a head; write it 'anchor' or 'adapter:anchor', with names of letters, "
                 "digits, '_' and '-'"
             )
-        return cls(anchor, adapter)
+        return cls(anchor, adapter, name != anchor)
 
     def __str__(self) -> str:
-        return prefix_key(self.adapter, self.anchor)
+        return prefix_key(self.adapter, f"{TUNED}~{self.anchor}" if self.tuned else self.anchor)
 
 
 @dataclass(frozen=True, order=True)
@@ -248,7 +273,8 @@ class TunedKey:
 
     Args:
         kind: kind of the replacement, a key of ``TUNINGS``, in lower-case letters.
-        owner: the anchor, with its adapter in front, or the stitches of the route that uses the tensors.
+        owner: the anchor, with its adapter in front, or what names the route that uses the tensors: its stitches, or
+            ``tuned~resnet50`` for an anchor alone.
     """
 
     kind: str

@@ -51,7 +51,7 @@ def add_stitches(
         model.config.set_stitch(point, *layouts, options)
         if stitch.problems():  # a copy of a block needs no fit
             model.unfitted.add(name)
-    listed = dict.fromkeys((*model.routes, *(route for route in added if len(route.segments) > 1)))
+    listed = dict.fromkeys((*model.routes, *(route for route in added if not route.is_anchor)))
     model.config.routes = list(map(str, listed))
     for route in added if model.heads else ():
         _copy_heads(model, route)
@@ -72,9 +72,11 @@ def _check_options(model: Any, routes: Iterable[Route], config: StitchConfig, ne
 
 
 def _copy_heads(model: Any, route: Route) -> None:
-    """Give a route's adapter copies of all new heads, unless it has them."""
-    for name in model.anchors:
-        key = str(HeadKey(name, route.adapter))
+    """Give a route's adapter copies of all new heads, and a tuned anchor one of its own, unless they have them."""
+    wanted = {str(HeadKey(name, route.adapter)): name for name in model.anchors}
+    if route.tuned:
+        wanted[route.head] = str(HeadKey(route.segments[0].anchor, route.adapter))
+    for key, name in wanted.items():
         if key not in model.heads:
             model.heads[key] = copy.deepcopy(model.heads[name])
             if name in model.config.trained_heads:

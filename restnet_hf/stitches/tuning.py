@@ -14,6 +14,7 @@ from restnet_hf.stitches.norms import is_norm
 from restnet_hf.stitches.precision import trained_dtype
 
 
+HEAD = "head"
 MAX_RANK = 4096  # an untrusted config must not exhaust memory
 WEIGHTED_LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -154,15 +155,26 @@ def tunable(anchor: Anchor, kind: str, start: int = 0, stop: int | None = None) 
         stop: cut at which the segment ends; None for the logits.
     """
     last = None if stop is None else anchor.cut(stop)
+    if kind == HEAD and (stop is not None or anchor.headless):
+        return []  # a new head is a module of the model
+    modules = remaining_modules(anchor.model, unused_paths(anchor.cut(start), last, anchor.classifier))
+    if kind == HEAD:
+        modules = _head_modules(anchor)
     names, seen = [], set()
-    for module, path in remaining_modules(
-        anchor.model, unused_paths(anchor.cut(start), last, anchor.classifier)
-    ).items():
+    for module, path in modules.items():
         for leaf, tensor in TUNINGS[kind](module):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 names.append(f"{path}.{leaf}" if path else leaf)
     return names
+
+
+def _head_modules(anchor: Anchor) -> dict[nn.Module, str]:
+    """The anchor's linear classifier with its path; all modules behind the last cut where the logits are from more."""
+    path = anchor.search_result.classifier
+    if path is not None:
+        return {anchor.model.get_submodule(path): path}
+    return remaining_modules(anchor.model, unused_paths(anchor.cut(anchor.depth), None, None))
 
 
 Named = Iterable[tuple[str, Tensor]]
@@ -188,21 +200,31 @@ def _full(module: nn.Module) -> Named:
     return module.named_parameters(recurse=False)
 
 
-# The tensors of a module that each kind replaces. Routes of an adapter share those of the first two kinds; each route
-# has its own of the others.
-TUNINGS: dict[str, Callable[[nn.Module], Named]] = {"full": _full, "lora": _lora, "bias": _bias, "norm": _norm}
+def _head(module: nn.Module) -> Named:
+    yield from (*_lora(module), *_bias(module))
+
+
+# The tensors of a module that each kind replaces; ``head`` those of the classifier alone. Routes of an adapter share
+# those of the first two kinds; each route has its own of the others. The head is tuned of anchors alone.
+TUNINGS: dict[str, Callable[[nn.Module], Named]] = {
+    "full": _full,
+    "lora": _lora,
+    "bias": _bias,
+    "norm": _norm,
+    HEAD: _head,
+}
 SHARED_KINDS = ("full", "lora")
 
 
 def tuned_keys(route: Route) -> list[list[TunedKey]]:
     """The keys of tensors that a model may tune, for each segment of a route.
 
-    An anchor alone has none: it always runs with its own weights.
+    An anchor alone has none: it always runs with its own weights. A tuned one shares what routes share with those of
+    its adapter, since in SN-Net the anchors train with the stitches.
     """
-    points = route.stitch_points
-    if not points:
+    if route.is_anchor:
         return [[]]
-    own = "+".join(point.name for point in points)
+    own = route.head if route.tuned else "+".join(point.name for point in route.stitch_points)
     keys = []
     for index, segment in enumerate(route.segments):
         shared = prefix_key(route.adapter, segment.anchor)
@@ -211,7 +233,7 @@ def tuned_keys(route: Route) -> list[list[TunedKey]]:
             [
                 TunedKey(kind, shared if kind in SHARED_KINDS else own)
                 for kind in TUNINGS
-                if last or kind in SHARED_KINDS
+                if (last or kind in SHARED_KINDS) and (route.tuned or kind != HEAD)
             ]
         )
     return keys

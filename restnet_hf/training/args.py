@@ -61,18 +61,20 @@ class TrainArgs:
             the model's preprocessing that returns logits (N, classes). New heads of anchors that teach are trained
             first, as by `train_heads`.
         temperature: temperature of the distillation (Hinton et al., arXiv 1503.02531).
-        train_head: whether new heads train too; None trains them if the model has any.
-        tuning: weights that train besides stitches: ``stitch`` none; ``norm`` each route's own copy of the affine
-            parameters of the end's norms, with BatchNorm statistics that correct for the stitch; ``lora`` low-rank
-            updates of both anchors that all routes share, with biases of the end for each route (ESTA, arXiv
-            2311.17352); ``full`` copies of all weights that all routes share (SN-Net, arXiv 2302.06586). The anchors
-            themselves never change.
+        train_head: whether the new heads that routes share train too; None trains them if the model has any. The own
+            head of a tuned anchor always trains.
+        tuning: weights that train besides stitches, and heads of tuned anchors: ``stitch`` none; ``norm`` each route's
+            own copy of the affine parameters of the end's norms, with BatchNorm statistics that correct for the
+            stitch; ``lora`` low-rank updates of both anchors that all routes share, with biases of the end for each
+            route (ESTA, arXiv 2311.17352); ``full`` copies of all weights that all routes share (SN-Net, arXiv
+            2302.06586). The anchors themselves never change.
         anchor_learning_rate: learning rate of the weights that train inside anchors; by default ``learning_rate``, and
             a tenth of it for ``full``.
         r: rank of the low-rank updates.
         lora_alpha: scale of the low-rank updates.
         sampler: key of `SAMPLERS`, which draws the routes of each step.
-        cache_dir: folder in which the outputs of frozen networks for each image are cached, so that these run once.
+        cache_dir: folder in which the outputs of frozen networks for each image are cached, so that these run once;
+            and the images, where a tuned anchor trains from the first block on.
         cache_dtype: type of cached activations.
         save_steps: steps between checkpoints; None for one at the end of each epoch.
         resume_from_checkpoint: whether to go on from the last checkpoint in ``output_dir``, if there is one.

@@ -12,6 +12,9 @@ from restnet_hf.steps import Step, first_segment, run_steps
 from restnet_hf.training.teachers import Teacher
 
 
+IMAGES = "images"  # name of the images themselves, from which routes start whose first segment trains
+
+
 @dataclass
 class _AnchorCuts:
     """The cuts of one anchor at which activations are needed; None stands for the input of its classifier.
@@ -33,7 +36,8 @@ class FrozenPart:
     """The outputs of networks that do not train, by name.
 
     ``front-ANCHOR-CUT`` is the activation that a stitch takes, ``goal-ANCHOR-CUT`` an activation that a route should
-    match, where ``final`` for CUT is the input of the classifier, and ``teacher-NAME`` the logits that are distilled.
+    match, where ``final`` for CUT is the input of the classifier, ``images`` the images themselves for routes whose
+    first segment is tuned, and ``teacher-NAME`` the logits that are distilled.
 
     Args:
         walks: routes with their steps.
@@ -52,10 +56,9 @@ class FrozenPart:
     ) -> None:
         self.walks, self.teacher, self.goals = walks, teacher, goals or {}
         self.cuts = {name: _AnchorCuts(*parts) for name, parts in before.items()}
-        for route, steps in walks.items():
-            first = route.segments[0]
-            if not first_segment(steps).tuned:
-                self.cuts[first.anchor].fronts.add(first.stop)
+        for first in map(first_segment, walks.values()):
+            if not first.tuned and first.segment:
+                self.cuts[first.segment.anchor].fronts.add(first.segment.stop)
         for name, goal_cuts in (item for each in self.goals.values() for item in each.items()):
             self.cuts[name].goals.update(goal_cuts)
 
@@ -66,18 +69,18 @@ class FrozenPart:
             routes: routes that train at a step.
             matching: whether the routes match features, or learn the task.
         """
-        fronts = {name for route in routes if (name := self.front(route))}
+        fronts = {self.front(route) for route in routes}
         if not matching:
             return fronts | ({self.teacher.output} if self.teacher else set())
         goals = (item for route in routes for item in self.goals.get(route, {}).items())
         return fronts | {goal_name(name, cut) for name, cuts in goals for cut in cuts}
 
-    def front(self, route: Route) -> str | None:
-        """Name of the output of a route's first segment; None where the segment trains."""
-        first = route.segments[0]
-        if first_segment(self.walks[route]).tuned:
-            return None
-        return _name("front", first.anchor, first.stop)
+    def front(self, route: Route) -> str:
+        """Name of what the trained steps of a route start from: the output of its first segment, or the images."""
+        first = first_segment(self.walks[route])
+        if first.tuned or first.segment is None:
+            return IMAGES
+        return _name("front", first.segment.anchor, first.segment.stop)
 
     @torch.no_grad()
     def compute(self, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
@@ -90,7 +93,7 @@ class FrozenPart:
             names: names of the outputs to compute.
         """
         needed = set(names)
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {IMAGES: images} if IMAGES in needed else {}
         taught: dict[str, Tensor] = {}  # logits of the anchors that teach
         teacher = self.teacher if self.teacher and self.teacher.output in needed else None
         for name, cuts in self.cuts.items():
@@ -116,7 +119,7 @@ class FrozenPart:
         """Shape for one image and type of each output, as it is cached.
 
         Args:
-            cut_dtype: type of activations; logits are cached in float32.
+            cut_dtype: type of activations; logits are cached in float32, images in float16.
             classes: number of classes of the logits.
         """
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -127,6 +130,9 @@ class FrozenPart:
                 for cut in cuts:
                     shape = final if cut is None else anchor.layout(cut).shape(1)[1:]
                     specs[_name(kind, name, cut)] = (shape, cut_dtype)
+        tuned = [steps for steps in self.walks.values() if first_segment(steps).tuned]
+        if tuned:
+            specs[IMAGES] = (tuned[0][0].shape[1:], torch.float16)
         if self.teacher:
             specs[self.teacher.output] = ((classes,), torch.float32)
         return specs

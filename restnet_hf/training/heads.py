@@ -1,7 +1,8 @@
 """Which new heads must be trained, and with which options."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import HeadKey, Route
@@ -18,11 +19,29 @@ def untrained_heads(model: StitchedModelForImageClassification, keys: Iterable[s
 
     Args:
         model: model with or without new heads.
-        keys: keys of the heads to consider; all by default.
+        keys: keys of the heads to consider; all but those of tuned anchors by default.
     """
     wanted = set(model.heads) if keys is None else set(keys)
     keyed = (HeadKey.parse(key) for key in model.heads if key in wanted and key not in model.config.trained_heads)
-    return [Route.alone(key.anchor, key.adapter) for key in keyed]
+    return [Route.alone(key.anchor, key.adapter) for key in keyed if not key.tuned]
+
+
+def record_trained(model: StitchedModelForImageClassification, modules: Mapping[str, Any]) -> None:
+    """Record which heads were trained. Tuned anchors whose own heads were not yet begin with what their anchors have.
+
+    Args:
+        model: model with or without new heads.
+        modules: modules that were trained, by name, ``heads.KEY`` for a head.
+    """
+    trained = {key.removeprefix("heads.") for key in modules if key.startswith("heads.")}
+    before = set(model.config.trained_heads)
+    for key in trained:
+        own = HeadKey.parse(key)
+        tuned = str(replace(own, tuned=True))
+        if not own.tuned and tuned in set(model.heads) - trained - before:
+            model.heads[tuned].load_state_dict(model.heads[key].state_dict())
+            before.add(tuned)
+    model.config.trained_heads = sorted(before | trained)
 
 
 def needed_heads(model: StitchedModelForImageClassification, routes: Iterable[Route], args: TrainArgs) -> list[Route]:
@@ -38,6 +57,7 @@ def needed_heads(model: StitchedModelForImageClassification, routes: Iterable[Ro
     keys = set(taught_by(model, args))
     if args.distillation < 1:  # without labels the ends learn from the teacher alone
         keys |= {route.head for route in routes if route.stitch_points}
+        keys |= {str(HeadKey(route.segments[0].anchor, route.adapter)) for route in routes if route.tuned}
     return untrained_heads(model, keys)
 
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,23 @@ from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.datasets import IGNORED, MULTI_LABEL
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, Routes, TunedKey, each_route
-from restnet_hf.steps import Step, first_segment, run_steps
+from restnet_hf.steps import Step, first_segment, run_steps, split_step
 from restnet_hf.stitches.norms import recalibrate
 from restnet_hf.stitches.precision import make_trainable
-from restnet_hf.stitches.tuning import SHARED_KINDS, Tuned, TunedConfig, tunable, tuned_keys
+from restnet_hf.stitches.tuning import HEAD, SHARED_KINDS, Tuned, TunedConfig, tunable, tuned_keys
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.frozen import FrozenPart, goal_name
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 from restnet_hf.training.teachers import Teacher, needs_teacher
 
 
-# Kinds of `TUNINGS` that each value of `TrainArgs.tuning` trains.
-KINDS: dict[str, tuple[str, ...]] = {"stitch": (), "norm": ("norm",), "lora": ("lora", "bias"), "full": ("full",)}
+# Kinds of `TUNINGS` that each value of `TrainArgs.tuning` trains; the head only of tuned anchors.
+KINDS: dict[str, tuple[str, ...]] = {
+    "stitch": (HEAD,),
+    "norm": ("norm", HEAD),
+    "lora": ("lora", "bias", HEAD),
+    "full": ("full",),
+}
 logger = logging.get_logger(__name__)
 Images = Callable[[], Iterator[Tensor]]
 """A function that returns an iterator over a few batches of images, the same ones at each call."""
@@ -46,23 +51,30 @@ def check_routes(model: StitchedModelForImageClassification, routes: Routes, arg
         ValueError: nothing would train, or anchors alone should match.
     """
     parsed = [model.route(route) for route in each_route(routes)]
-    stitched = any(route.stitch_points for route in parsed)
     heads = model.heads and args.train_head is not False
-    if not stitched and not heads:
+    if all(route.is_anchor for route in parsed) and not heads:
         raise ValueError(
-            "there is nothing to train: give routes with stitches (select_stitches or add_stitch makes them), or "
-            "ask for train_head=True on a model built with num_labels= or id2label="
+            "there is nothing to train: give routes with stitches (select_stitches or add_stitch makes them) or tuned "
+            "anchors ('tuned a[:]'), or ask for train_head=True on a model built with num_labels= or id2label="
         )
-    if args.matching_epochs and not all(route.stitch_points for route in parsed):
-        raise ValueError("anchors alone have nothing to match; set matching_epochs=0, or give stitched routes")
+    alone = [route for route in parsed if not route.stitch_points]
+    if args.matching_epochs and alone:
+        if not (args.num_train_epochs and len(alone) < len(parsed) and all(route.tuned for route in alone)):
+            raise ValueError("anchors alone have nothing to match; set matching_epochs=0, or give stitched routes")
+        logger.warning(f"{list(map(str, alone))} have no features to match: they learn the task in all epochs")
     return parsed
 
 
-def _report_untuned(routes: Sequence[str], count: int, kind: str) -> None:
-    """Warn of the routes that have nothing to tune; raise ValueError where none of so many has."""
-    if len(routes) == count:
+def _report_untuned(without: Sequence[Route], routes: Sequence[Route], kind: str) -> None:
+    """Warn of the routes that have nothing to tune; raise ValueError where none has."""
+    if len(without) == sum(not route.is_anchor for route in routes):
         raise ValueError(f"no route has anything of kind {kind!r} behind its last stitch; leave tuning={kind!r} out")
-    logger.warning(f"{list(routes)} have nothing of kind {kind!r} behind their last stitch: only their stitches train")
+    stitched = [str(route) for route in without if not route.tuned]
+    if stitched:
+        logger.warning(f"{stitched} have nothing of kind {kind!r} behind their last stitch: only their stitches train")
+    tuned = [str(route) for route in without if route.tuned]
+    if tuned:
+        logger.warning(f"{tuned} have nothing of kind {kind!r}: only their heads train")
 
 
 class Learner:
@@ -70,7 +82,7 @@ class Learner:
 
     Args:
         model: model of the routes; parts that are tuned and missing are added to it.
-        routes: routes with stitches, or anchors alone with a new head to train.
+        routes: routes with stitches, tuned anchors, or anchors alone with a new head to train.
         args: options of the training.
         images: images for the scales of features that are matched; None where these are read from a checkpoint, or
             nothing is matched.
@@ -97,9 +109,9 @@ class Learner:
         cast = [name for name, module in self.modules.items() if make_trainable(module)]
         if cast:
             logger.warning(f"{cast} were cast to half precision; they train and stay in float32 from here on")
-        self.walks = {route: model.steps(route) for route in self.routes}
+        self.walks = {route: self._steps(route) for route in self.routes}
         self.frozen = self._frozen_part()
-        self.rest = {route: self._trainable_steps(steps) for route, steps in self.walks.items()}
+        self.rest = {route: self._trainable_steps(route) for route in self.walks}
         named = {f"{key}.{n}": p for key, m in self.modules.items() for n, p in m.named_parameters()}
         names = sorted((name for name in named if named[name].requires_grad), key=lambda name: name[:6] == "tuned.")
         self.parameters = {name: named[name] for name in names}
@@ -111,7 +123,7 @@ class Learner:
     def _add_tuned(self) -> list[Tuned]:
         """Add to the model the tuned parts that it lacks, equal to the anchors' own weights; returns those added."""
         args, model, new = self.args, self.model, list[Tuned]()
-        kinds, without = KINDS[args.tuning], list[str]()
+        kinds, without = KINDS[args.tuning], list[Route]()
         for route in self.routes:
             for segment, keys in zip(route.segments, tuned_keys(route), strict=True):
                 for key in keys:
@@ -119,12 +131,12 @@ class Learner:
                         continue
                     span = (0, None) if key.kind in SHARED_KINDS else (segment.start, None)
                     if key.kind not in SHARED_KINDS and not tunable(model.anchors[segment.anchor], key.kind, *span):
-                        without += [str(route)] if key.kind == args.tuning else []
+                        without += [route] if key.kind == args.tuning else []
                         continue
                     config = TunedConfig(key.kind, segment.anchor, *span, r=args.r, lora_alpha=args.lora_alpha)
                     new.append(model.add_tuned(key, config))
         if without:
-            _report_untuned(without, sum(bool(route.stitch_points) for route in self.routes), args.tuning)
+            _report_untuned(without, self.routes, args.tuning)
         tuned = [*map(TunedKey.parse, model.tuned)]
         low_rank, full = ({key.owner for key in tuned if key.kind == kind} for kind in ("lora", "full"))
         both = sorted(low_rank & full)
@@ -137,13 +149,30 @@ class Learner:
         model = self.model
         names = {point.name for route in self.routes for point in route.stitch_points}
         modules: dict[str, nn.Module] = {f"stitches.{name}": model.stitches[name] for name in sorted(names)}
-        if self.args.train_head is not False:
-            ends = {route.head for route in self.routes}
-            modules |= {f"heads.{name}": head for name, head in model.heads.items() if name in ends}
-        if self.args.tuning != "stitch":
-            used = {str(key) for route in self.routes for keys in tuned_keys(route) for key in keys}
-            modules |= {f"tuned.{key}": tuned for key, tuned in model.tuned.items() if key in used}
+        ends = {route.head for route in self.routes if route.tuned or self.args.train_head is not False}
+        modules |= {f"heads.{name}": head for name, head in model.heads.items() if name in ends}
+        used = {key for route in self.routes for keys in tuned_keys(route) for key in keys}
+        if self.args.tuning == "stitch":
+            used = {key for key in used if key.kind == HEAD}
+        modules |= {f"tuned.{key}": tuned for key, tuned in model.tuned.items() if TunedKey.parse(key) in used}
         return modules
+
+    def _steps(self, route: Route) -> tuple[Step, ...]:
+        """The steps of a route; where only the head of a tuned anchor is tuned, the part before it is one of its own.
+
+        Raises:
+            ValueError: the anchor has nothing to tune.
+        """
+        steps = self.model.steps(route)
+        if not route.tuned:
+            return steps
+        at = steps.index(first_segment(steps))
+        if not steps[at].tuned and not self.model.heads:
+            raise ValueError(f"'{route}' has nothing to tune: no linear layer, norm or convolution gives its logits")
+        if not steps[at].tuned or any(tuned.config.kind != HEAD for tuned in steps[at].tuned):
+            return steps
+        front, head = split_step(steps[at], self.model.anchors[route.segments[0].anchor].depth)
+        return *steps[:at], replace(front, tuned=()), head, *steps[at + 1 :]
 
     def _frozen_part(self) -> FrozenPart:
         model = self.model
@@ -172,7 +201,7 @@ class Learner:
             self.scales = goal_scales(self.frozen.compute(next(images()), goals))
 
     def recalibrate(self, images: Images) -> bool:
-        """Compute the BatchNorm statistics of tuned parts that are new.
+        """Compute the BatchNorm statistics of tuned parts that are new; what comes into a tuned anchor is as it was.
 
         Args:
             images: images to compute them on.
@@ -180,7 +209,7 @@ class Learner:
         Returns:
             Whether there are any.
         """
-        for steps in self.walks.values():
+        for steps in (walk for route, walk in self.walks.items() if route.stitch_points):
             *front, last = steps[: _last_segment(steps) + 1]
             for tuned in last.tuned:
                 if any(tuned is each for each in self.new_tuned):
@@ -196,11 +225,12 @@ class Learner:
                     tuned.assign(tensors)
         return bool(self.new_tuned)
 
-    def _trainable_steps(self, steps: Sequence[Step]) -> tuple[Step, ...]:
+    def _trainable_steps(self, route: Route) -> tuple[Step, ...]:
         """The steps of a route after its frozen beginning, with the end compiled if the options ask for it."""
+        steps = self.walks[route]
         first = steps.index(first_segment(steps))
         rest = list(steps if steps[first].tuned else steps[first + 1 :])
-        if self.args.torch_compile and _last_segment(steps) > first:
+        if self.args.torch_compile and _last_segment(steps) > first and not route.tuned:
             at = _last_segment(rest)
             end = rest[at].bake()
             end.compile(backend=self.args.torch_compile_backend)
@@ -228,13 +258,12 @@ class Learner:
         if "pixel_values" in batch:
             images = batch["pixel_values"].to(self.model.dtype)
             with autocast():
-                outputs = self.frozen.compute(images, self.frozen.names(drawn, matching))
+                outputs = self.frozen.compute(images, self._needed(drawn, matching))
         teacher_logits = None if self.teacher is None else outputs.get(self.teacher.output)
         for index, route in enumerate(drawn):
-            name = self.frozen.front(route)
-            start = images if name is None else outputs[name].to(self.model.dtype)
+            start = outputs[self.frozen.front(route)].to(self.model.dtype)
             with autocast():
-                if matching:
+                if matching and route.stitch_points:
                     loss = self._matching_loss(route, start, outputs)
                 else:
                     logits = run_steps(start, self.rest[route]).float()
@@ -243,6 +272,13 @@ class Learner:
                     if index == 0 and in_place and self.args.distillation:
                         teacher_logits = logits.detach()
             yield loss
+
+    def _needed(self, drawn: Sequence[Route], matching: bool) -> set[str]:
+        """Names of the outputs of frozen networks that routes need; those without stitches always learn the task."""
+        match = [route for route in drawn if matching and route.stitch_points]
+        tasks = [route for route in drawn if route not in match]
+        needed = self.frozen.names(tasks, matching=False) if tasks else set()
+        return needed | self.frozen.names(match, matching=True)
 
     def _matching_loss(self, route: Route, start: Tensor, goals: Mapping[str, Tensor]) -> Tensor:
         """The matching loss of a route, whose frozen beginning has the output ``start``."""
@@ -297,16 +333,15 @@ class Learner:
         outputs, images = batch, batch.get("pixel_values")
         if images is not None:
             images = images.to(self.model.device, self.model.dtype)
-            names = {name for route in plain if (name := self.frozen.front(route))}
+            names = {self.frozen.front(route) for route in plain}
             names |= {self.teacher.output} if self.teacher is not None and "agreement" in metrics else set()
-            names |= self.frozen.names({*routes} - {*plain}, matching) if "loss" in metrics else set()
+            names |= self._needed([route for route in routes if route not in plain], matching)
             with autocast():
                 outputs = {**batch, **self.frozen.compute(images, names)}
         for route, metric in zip(routes, metrics, strict=True):
-            name = self.frozen.front(route)
-            start = images if name is None else outputs[name].to(self.model.device, self.model.dtype)
+            start = outputs[self.frozen.front(route)].to(self.model.device, self.model.dtype)
             with autocast():
-                right, losses = self._score(route, metric, cast("Tensor", start), outputs, matching)
+                right, losses = self._score(route, metric, start, outputs, matching)
             yield metric, right, losses
 
     def _metric(self, route: Route, labels: Tensor | None) -> str:
@@ -323,7 +358,7 @@ class Learner:
     ) -> tuple[Tensor, Tensor]:
         """Whether a route, whose frozen beginning has the output ``start``, is right on each image; and its losses."""
         labels = outputs["labels"].to(start.device) if "labels" in outputs else None
-        if metric == "loss" and matching:
+        if metric == "loss" and matching and route.stitch_points:
             loss = self._matching_loss(route, start, outputs).float()
             return torch.zeros(len(start), device=loss.device), loss.expand(len(start))
         logits = run_steps(start, self.rest[route]).float()
@@ -345,6 +380,7 @@ class Learner:
         """Mean abs(gradient * weight) over the weights that only this route trains (ESTA, arXiv 2311.17352)."""
         own = {f"stitches.{point.name}" for point in route.stitch_points}
         own |= {f"tuned.{key}" for key in tuned_keys(route)[-1] if key.kind not in SHARED_KINDS}
+        own |= {f"heads.{route.head}"} if route.tuned else set()
         products = [
             (p.grad * p).detach().abs().flatten()
             for key in own & self.modules.keys()

@@ -24,7 +24,7 @@ from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route, Routes
 from restnet_hf.training.args import RouteScores, TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
-from restnet_hf.training.heads import head_args, needed_heads, shared_options, untrained_heads
+from restnet_hf.training.heads import head_args, needed_heads, record_trained, shared_options, untrained_heads
 from restnet_hf.training.learner import Learner, check_routes
 from restnet_hf.training.loaders import (
     FeatureRows,
@@ -64,7 +64,8 @@ def train(
 
     Each batch runs once through the front, without gradients, and from each cut on through its stitch and the end.
     Stitches that no other route shares learn as they would alone; routes of a family may share stitches, which learn
-    from all of them. The anchors do not change: tuned weights take the place of theirs while a stitched route runs.
+    from all of them. The anchors do not change: tuned weights take the place of theirs while a stitched route runs, or
+    a tuned anchor, ``tuned a[:]``, which has a head of its own.
 
     A tenth of the images, at least 100 and at most half of them, is held out, and each route ends with the state that
     scored best on them, which may be the one that it had before. Routes that share weights keep the state with the
@@ -74,7 +75,8 @@ def train(
         model: model whose stitches train.
         train_set: labelled images, in any form that ``model.prepare_data`` takes.
         args: options of training; the defaults of `TrainArgs` where None.
-        routes: one route or several to train; by default the stitched ones. Of an anchor alone only a new head trains.
+        routes: one route or several to train; by default those that were added. Of an anchor alone only a new head
+            trains, of a tuned one its own head and what ``args.tuning`` names.
         validation: images to score routes on in place of held-out ones, in any form that ``model.prepare_data`` takes.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
@@ -289,9 +291,8 @@ class Training:
             self._run_epochs(asked)
             self._score()
             self.best.restore()
-        heads = {key.removeprefix("heads.") for key in self.learner.modules if key.startswith("heads.")}
-        trained = heads if self.args.num_train_epochs else set()  # matching ends before the head
-        self.model.config.trained_heads = sorted(trained.union(self.model.config.trained_heads))
+        if self.args.num_train_epochs:  # matching ends before the head
+            record_trained(self.model, self.learner.modules)
 
     def _start(self) -> None:
         """Fit stitches and statistics before the first step, and score the routes before and after each."""
@@ -390,7 +391,7 @@ class Training:
             held_out: number of held-out images.
         """
         images = None if is_stream(self.loader) else len(self.loader.dataset)
-        stage = "training" if any(route.stitch_points for route in self.learner.routes) else "heads"
+        stage = "heads" if all(route.is_anchor for route in self.learner.routes) else "training"
         done: dict[str, Any] = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
         if scores:
             done |= {"held_out_images": held_out, "scores": {str(r): asdict(each) for r, each in scores.items()}}

@@ -101,6 +101,24 @@ def test_new_task_needs_no_flag(new_task):
         run_recipe(load_recipe(new_task / "recipe.yaml", new_head=False), new_task / "other")
 
 
+@pytest.mark.parametrize("tuning", ["norm", pytest.param("full", marks=pytest.mark.slow)])
+def test_tuned_anchors_are_compared(new_task, tuning):
+    """Beside the routes and the anchors as they are, in the report, in the adapter and in its profile."""
+    recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
+    recipe |= {"image_size": SIZE, "routes": ["resnet[:2] + vit[1:]"], "tuned_anchors": True}
+    recipe |= {"heads": TOY_STITCHES | {"distillation": 0.0}, "stitches": TOY_STITCHES | {"tuning": tuning}}
+    report = run_recipe(Recipe(**recipe), new_task / "out")
+    assert all(report["checks"].values())
+    rows = {row["route"]: row for row in report["routes"]}
+    assert {*rows} == {
+        "resnet[:2] + vit[1:]",
+        *(f"{mark}{n}[:]" for mark in ("", "tuned ") for n in ("resnet", "vit")),
+    }
+    assert rows["tuned vit[:]"]["macs"] == rows["vit[:]"]["macs"] and "accuracy" in rows["tuned vit[:]"]
+    model = StitchedModelForImageClassification.from_pretrained(new_task / "out" / "adapter")
+    assert {str(row.route) for row in model.profiled.routes} == {*rows} and "tuned~vit" in model.heads
+
+
 @pytest.mark.slow
 def test_a_recipe_gives_the_same_every_time(new_task):
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
@@ -217,6 +235,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path):
         ("family: {kind: nearest}", "one anchor needs a family of"),
         ("end: b\nstitches: {sampler: al}", "sampler='al' is not one of"),
         ("end: b\nheads: {log_with: wand}", "heads: .*wand"),
+        ("end: b\ntuned_anchors: true\nstitches: {num_train_epochs: 0, matching_epochs: 1}", "tuned_anchors learn"),
     ],
 )
 def test_bad_options_of_a_recipe(tmp_path, text, message):

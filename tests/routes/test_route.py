@@ -10,11 +10,37 @@ from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, Segment, Stitch
 @pytest.mark.parametrize(
     "text",
     ["a[:]", "resnet50[:7] + mobilenetv2[11:]", "a[:3] + b[5:9] + a[10:]", "a-1_x[:2] + a-1_x[4:]"]
-    + ["a[:2] + a[4:4] + a[6:]", "a[:1] + b[2:2] + a[1:1] + b[3:]", "night: a[:3] + b[5:5] + a[6:]"],
+    + ["a[:2] + a[4:4] + a[6:]", "a[:1] + b[2:2] + a[1:1] + b[3:]", "night: a[:3] + b[5:5] + a[6:]"]
+    + ["tuned a[:]", "night: tuned a[:]", "tuned[:]", "tuned tuned[:]", "tuned: tuned a[:]", "a[:1] +tuned b[2:]"],
 )
 def test_round_trip(text):
     assert str(Route.parse(text)) == text
-    assert Route.parse(text.replace(" ", "")) == Route.parse(text)
+    bare = text if "tuned " in text else text.replace(" ", "")  # the word needs its space
+    assert Route.parse(bare) == Route.parse(f" {text} ") == Route.parse(text)
+
+
+def test_tuned_anchors():
+    """Beside the anchor alone; an anchor or a stitch that has the word for a name is what it was."""
+    tuned = Route.alone("a", "night", tuned=True)
+    assert Route.parse("night:tuned  a[:]") == tuned != Route.alone("a", "night") and str(tuned) == "night: tuned a[:]"
+    assert (tuned.tuned, tuned.is_anchor, tuned.stitch_points) == (True, False, ())
+    assert tuned.head == str(HeadKey("a", "night", tuned=True)) == "night:tuned~a"
+    assert Route.parse("tuned[:]") == Route.alone("tuned") and Route.parse("tuned[:]").is_anchor
+    assert Route.parse("a[:1] +tuned b[2:]").via == ("tuned",) and not Route.parse("a[:1] +tuned b[2:]").tuned
+    assert sorted([tuned, Route.alone("a"), Route.alone("a", "night")])[-1] == tuned
+    for text in ("tuned a[:1] + b[2:]", "night: tuned a[:1] +x b[2:]"):
+        with pytest.raises(ValueError, match=r"only an anchor alone may be tuned, as in 'tuned b\[:\]'"):
+            Route.parse(text)
+
+
+@given(st.from_regex(ANCHOR_NAME, fullmatch=True), st.from_regex(ANCHOR_NAME, fullmatch=True) | st.just(""))
+def test_no_tuned_anchor_has_the_key_of_anything_else(name, adapter):
+    """Whatever anchors are called: neither that of another head, nor that of a route's stitches."""
+    own = Route.alone(name, adapter, tuned=True).head
+    assert HeadKey.parse(own) == HeadKey(name, adapter, True)
+    for via in ("", name, "tuned"):
+        point = StitchPoint("tuned", 1, name, 2, adapter, via).name
+        assert own not in (point, f"{point}+{point}", name, str(HeadKey(name, adapter)))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +114,7 @@ def test_cuts_by_name():
     "text",
     ["", "a", "a[3]", "a[:3]", "a[3:]", "a[:3] + b[:]", "a[:] + b[2:]", "a[:0] + b[2:]", "a[:-1] + b[2:]"]
     + ["a[:3] + b[5:4] + a[6:]", "a[:3] + b[0:]", "a[:x] + b[1:]", "a[:3] b[1:]", "a.b[:]", "a[:3] + + b[1:]"]
+    + ["tuneda[:", "Tuned a[:]", "tuned", "tuned a", "tuned tuned a[:]", "tuned a[:2]", "tuned + a[:]", "tuned: a"]
     + ["x a[:3] + b[1:]", "a[:3] +x + b[1:]", "a[:3] +x.y b[1:]", "a[:3] +x y b[1:]", "a[:3] +x: b[1:]"],
 )
 def test_refused(text):
@@ -114,10 +141,11 @@ NAMES = st.from_regex(ANCHOR_NAME, fullmatch=True)
 KINDS, OWNERS = st.from_regex(r"[a-z]+", fullmatch=True), st.from_regex(r"[A-Za-z0-9_+:~-]+", fullmatch=True)
 
 
-@given(st.builds(HeadKey, NAMES, NAMES | st.just("")))
+@given(st.builds(HeadKey, NAMES, NAMES | st.just(""), st.booleans()))
 def test_keys_of_heads_round_trip(key):
     assert HeadKey.parse(str(key)) == key
-    assert str(key) == Route.alone(key.anchor, key.adapter).head
+    route = Route.alone(key.anchor, key.adapter, key.tuned)
+    assert str(key) == route.head and Route.parse(str(route)) == route
 
 
 @given(st.builds(TunedKey, KINDS, OWNERS))
@@ -135,10 +163,11 @@ def test_a_key_that_parses_prints_as_it_was(text):
 
 
 def test_keys():
+    assert HeadKey.parse("night:tuned~vit") == HeadKey("vit", "night", tuned=True)
     assert HeadKey.parse("vit") == HeadKey("vit") and HeadKey.parse("night:a-1_x") == HeadKey("a-1_x", "night")
     assert TunedKey.parse("lora-night:a-1_x") == TunedKey("lora", "night:a-1_x")
     assert TunedKey.parse("norm-night:a_2__b_1+night:b__a~w") == TunedKey("norm", "night:a_2__b_1+night:b__a~w")
-    for text in ("", ":", ":vit", "night:", "a:b:c", "a.b", "a b", "vit\n"):
+    for text in ("", ":", ":vit", "night:", "a:b:c", "a.b", "a b", "vit\n", "tuned~", "a~b", "tuned~tuned~a"):
         with pytest.raises(ValueError, match="is not the key of a head; write it 'anchor' or 'adapter:anchor'"):
             HeadKey.parse(text)
     for text in ("", "lora", "lora-", "-vit", "Lora-vit", "lora2-vit", "lora-a.b", "lora-a b", "lora-vit\n"):

@@ -79,6 +79,11 @@ def test_what_each_kind_takes():
         ends = ("weight", "bias", "running_mean", "running_var")
         assert names["norm"] == {f"{key}.{end}" for key in norms for end in ends if hasattr(modules[key], end)}
         assert names["full"] == {key for key, _ in anchor.model.named_parameters()}
+        head = next(key for key in reversed(modules) if isinstance(modules[key], nn.Linear))
+        assert names["head"] == {f"{head}.weight", f"{head}.bias"}
+        anchor.drop_classifier()
+        with pytest.raises(ValueError, match="has nothing of kind 'head'"):
+            Tuned(anchor, TunedConfig("head", name))
 
 
 @torch.no_grad()
@@ -165,6 +170,8 @@ def test_keys():
         [*shared[2], f"bias-{own}", f"norm-{own}"],
     ]
     assert tuned_keys(Route.parse("a[:]")) == [[]]
+    alone = ["full-night:a", "lora-night:a", "bias-night:tuned~a", "norm-night:tuned~a", "head-night:tuned~a"]
+    assert [[*map(str, keys)] for keys in tuned_keys(Route.parse("night: tuned a[:]"))] == [alone]
 
 
 @pytest.fixture
