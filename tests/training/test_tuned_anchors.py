@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, make_anchor
@@ -11,9 +12,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from trainings import FAST, ROUTES, build, data, trained
 
-from restnet_hf import StitchedModelForImageClassification, TrainArgs, train, train_heads
+from restnet_hf import Budget, StitchedModelForImageClassification, TrainArgs, train, train_heads
 from restnet_hf.adaptation.adapt import adapt
+from restnet_hf.adaptation.neighbours import Neighbours
+from restnet_hf.adaptation.surrogate import route_features
 from restnet_hf.export.export import export_routes
+from restnet_hf.hub.cards import make_card
 from restnet_hf.routes.route import Route, TunedKey
 from restnet_hf.runtime.exported_model import ExportedModel
 from restnet_hf.stitches.norms import is_norm
@@ -273,7 +277,7 @@ def test_a_head_of_several_layers(images):
     assert not torch.allclose(logits(model, images, route), before, atol=1e-4)
 
 
-def test_costs_budgets_and_search(images, tmp_path):
+def test_costs_budgets_and_card():
     """It costs what the anchor does, and is chosen where it is the best."""
     model, rows = both(), data()
     train(model, rows, TrainArgs(tuning="norm", **FAST))
@@ -292,13 +296,24 @@ def test_costs_budgets_and_search(images, tmp_path):
     assert str(model.set_budget(params=costs[TUNED]["params"])) == (
         TUNED if scores[TUNED] > scores["vit[:]"] else "vit[:]"
     )
+    sources = [{"name": name, "repo_id": None, "revision": None, "license": None} for name in model.anchors]
+    card = str(make_card("me/adapter", sources, model.profiled))
+    assert f"`{TUNED}`" in card and "`tuned a[:]` is the anchor `a` with tuned weights" in card
+
+
+def test_measured_and_searched():
+    """Its weights are read as they are on a device, and a search considers it beside the anchor."""
+    model, rows = both(), data()
+    model.add_tuned("norm-tuned~vit", TunedConfig("norm", "vit"))
     latency = model.measure_latency([TUNED, "vit[:]"], seconds=0.1)
     assert latency.latency_ms(model.steps(TUNED)) > latency.latency_ms(model.steps("vit[:]"))
-    found = adapt(model, rows, search="evolution", max_evaluations=6)
-    assert {str(each.route) for each in found.rejected} | {str(found.best.route)} == set(scores)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert f"`{TUNED}`" in card and "`tuned a[:]` is the anchor `a` with tuned weights" in card
+    found = adapt(model, rows, Budget(macs=1e12), search="evolution", max_evaluations=6)
+    assert {each.route for each in found.rejected} | {found.best.route} == {*model.all_routes}
+    numbers = Neighbours(model.all_routes)
+    tuned, own = (model.all_routes.index(Route.parse(text)) for text in (TUNED, "vit[:]"))
+    assert tuned in numbers.of(own) and [own] == [*numbers.of(tuned)]
+    features = route_features(model.all_routes, np.ones((len(model.all_routes), 1)))
+    assert not np.array_equal(features[tuned], features[own])
 
 
 @pytest.mark.slow
