@@ -465,7 +465,6 @@ class Training:
         self.update(batch)
         self.step += 1
         self.done += 1
-        self.pace.update(self.step)
         bar.update()
         if self.step % self.args.logging_steps == 0:
             self._log(bar)
@@ -535,6 +534,7 @@ class Training:
         for module in self.learner.modules.values():
             torch.nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        self.pace.update(self.step + 1)  # the rate of the next step
         self.schedule.step()
         self.optimizer.zero_grad()
 

@@ -163,8 +163,8 @@ def test_learns_what_the_anchor_itself_would(name, options):
     taught = logits(model, images, "resnet[:]")
     norms = [p for module in network.modules() if is_norm(module) for p in module.parameters(recurse=False)]
     by_hand(Logits(), images, labels, taught, [norms, [*head.parameters()]], 3)
-    args = TrainArgs(tuning="norm", num_train_epochs=3, batch_size=len(rows), learning_rate=1e-2, warmup_ratio=0)
-    train(model, rows, replace(args, keep="last"), [route])
+    args = {"num_train_epochs": 3, "batch_size": len(rows), "learning_rate": 1e-2, "warmup_ratio": 0, "keep": "last"}
+    train(model, rows, TrainArgs(tuning="norm", **args), [route])
     state, tuned = network.state_dict(), model.tuned[f"norm-tuned~{name}"]
     found = tuned.tensors(model.anchors[name])
     assert len(found) == len(norms) + sum(key.endswith(("running_mean", "running_var")) for key in state)
@@ -181,7 +181,7 @@ def test_learns_what_the_anchor_itself_would(name, options):
 @pytest.mark.parametrize("tuning", ["stitch", "norm"])
 def test_trains_beside_others_as_it_does_alone(tuning, tmp_path):
     """Nothing but the place in the loop is shared; from disk it is the same but for half precision."""
-    args = {"tuning": tuning, "num_train_epochs": 2, "batch_size": 8}
+    args = {"tuning": tuning, **FAST}
     alone, beside, cached = both(), both(), both()
     train(alone, data(), TrainArgs(**args), [TUNED])
     losses = train(beside, data(), TrainArgs(**args)).losses
@@ -227,6 +227,26 @@ def test_every_sampler_and_matching(sampler, caplog):
             train(model, data(), TrainArgs(**{**FAST, "matching_epochs": 1, **options}), routes)
 
 
+@pytest.mark.parametrize("options", [{}, NEW])
+@pytest.mark.parametrize("tuning", ["stitch", "norm"])
+def test_keeps_the_best_it_had(tuning, options):
+    """On held-out images it never ends below where it began, which is where the anchor is."""
+    model, rows = both(**options), data(48, options.get("num_labels", CLASSES))
+    if options:
+        train_heads(model, rows, TrainArgs(num_train_epochs=1))
+    held = data(24, options.get("num_labels", CLASSES))
+    before = {name: model.profile(held, [f"{name}[:]"]).routes[0].scores["accuracy"] for name in model.anchors}
+    args = TrainArgs(tuning=tuning, matching_epochs=1, num_train_epochs=2, batch_size=8, learning_rate=0.3)
+    result = train(model, rows, args, validation=held)
+    for name in model.anchors:
+        scores = result.scores[f"tuned {name}[:]"]
+        assert (
+            scores.metric == "accuracy" and scores.start == pytest.approx(before[name]) and scores.best >= scores.start
+        )
+        measured = model.profile(held, [f"tuned {name}[:]"]).routes[0].scores["accuracy"]
+        assert measured == pytest.approx(scores.best)
+
+
 def test_untrained_heads():
     """They are trained first, on the frozen anchor; the tuned one begins with what comes out, once."""
     model, rows = both(**NEW), data(classes=3)
@@ -238,7 +258,7 @@ def test_untrained_heads():
     train(model, rows, TrainArgs(**{**FAST, "distillation": 0.0}, train_head=True), ["vit[:]"])
     assert equal(own, model.heads["tuned~vit"].state_dict()) and not equal(own, model.heads["vit"].state_dict())
     fresh = both(**NEW)
-    train(fresh, rows, TrainArgs(num_train_epochs=1, batch_size=24, distillation=0.0), [TUNED])
+    train(fresh, rows, TrainArgs(num_train_epochs=1, batch_size=24, distillation=0.0, keep="last"), [TUNED])
     assert fresh.config.trained_heads == ["tuned~vit", "vit"]
 
 
