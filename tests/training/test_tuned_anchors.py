@@ -18,6 +18,7 @@ from restnet_hf.adaptation.neighbours import Neighbours
 from restnet_hf.adaptation.surrogate import route_features
 from restnet_hf.export.export import export_routes
 from restnet_hf.hub.cards import make_card
+from restnet_hf.profiling import timing
 from restnet_hf.routes.route import Route, TunedKey
 from restnet_hf.runtime.exported_model import ExportedModel
 from restnet_hf.stitches.norms import is_norm
@@ -321,8 +322,9 @@ def test_costs_budgets_and_card():
     assert f"`{TUNED}`" in card and "`tuned a[:]` is the anchor `a` with tuned weights" in card
 
 
-def test_measured_and_searched():
+def test_measured_and_searched(monkeypatch):
     """Its weights are read as they are on a device, and a search considers it beside the anchor."""
+    monkeypatch.setattr(timing, "MAX_SPREAD", float("inf"))  # other tests run beside this one
     model, rows = both(), data()
     model.add_tuned("norm-tuned~vit", TunedConfig("norm", "vit"))
     latency = model.measure_latency([TUNED, "vit[:]"], seconds=0.1)
