@@ -164,7 +164,8 @@ def test_learns_what_the_anchor_itself_would(name, options):
     taught = logits(model, images, "resnet[:]")
     norms = [p for module in network.modules() if is_norm(module) for p in module.parameters(recurse=False)]
     by_hand(Logits(), images, labels, taught, [norms, [*head.parameters()]], 3)
-    args = {"num_train_epochs": 3, "batch_size": len(rows), "learning_rate": 1e-2, "warmup_ratio": 0, "keep": "last"}
+    args = {"num_train_epochs": 3, "batch_size": len(rows), "learning_rate": 1e-2, "warmup_ratio": 0}
+    args |= {"teacher": "resnet", "keep": "last"}
     train(model, rows, TrainArgs(tuning="norm", **args), [route])
     state, tuned = network.state_dict(), model.tuned[f"norm-tuned~{name}"]
     found = tuned.tensors(model.anchors[name])
@@ -197,7 +198,7 @@ def test_trains_beside_others_as_it_does_alone(tuning, tmp_path):
 def test_the_head_learns_from_frozen_features():
     """Only what is behind the last cut runs with gradients, and the rest once for all routes."""
     model = both()
-    job = Learner(model, [TUNED, ROUTES[0]], TrainArgs())
+    job = Learner(model, [TUNED, ROUTES[0]], TrainArgs(distillation=0))
     depth = model.anchors["vit"].depth
     route = job.routes[0]
     assert job.frozen.front(route) == f"front-vit-{depth}"
@@ -208,7 +209,7 @@ def test_the_head_learns_from_frozen_features():
         "tuned.head-tuned~vit.own.classifier/bias",
     ]
     model.add_tuned("norm-tuned~vit", TunedConfig("norm", "vit"))  # from an earlier training
-    assert Learner(model, [TUNED], TrainArgs()).frozen.front(route) == "images"
+    assert Learner(model, [TUNED], TrainArgs(distillation=0)).frozen.front(route) == "images"
 
 
 @pytest.mark.parametrize(
