@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from restnet_hf.files import atomic_file
-from restnet_hf.routes.fronts import anchor_ends, is_anchor
+from restnet_hf.routes.fronts import anchor_ends
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 
 
@@ -38,8 +38,8 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         if points:
             axes.plot(*zip(*points, strict=True), marker, **style)
 
-    anchors = [row for row in profile.routes if is_anchor(row.route)]
-    tuned = [row for row in profile.routes if len(row.route.segments) == 1 and not is_anchor(row.route)]
+    anchors = [row for row in profile.routes if row.route.is_anchor]
+    tuned = [row for row in profile.routes if row.route.tuned]
     stitched = [row for row in profile.routes if len(row.route.segments) > 1]
     front = profile.pareto()
     draw(

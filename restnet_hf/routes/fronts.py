@@ -20,11 +20,6 @@ class RouteRow(Row, Protocol):
 AnyRow = TypeVar("AnyRow", bound=RouteRow)
 
 
-def is_anchor(route: Route) -> bool:
-    """Whether a route is an anchor alone, as it was pre-trained."""
-    return route == Route.alone(route.segments[0].anchor, route.adapter)
-
-
 def measured_rows(rows: Iterable[AnyRow], cost: str, score: str | None) -> list[AnyRow]:
     """The rows that have a cost and a score.
 
@@ -47,7 +42,7 @@ def front_rows(rows: Iterable[AnyRow], cost: str, score: str) -> list[AnyRow]:
         score: name of the score.
     """
     front: list[AnyRow] = []
-    for row in sorted(rows, key=lambda row: (row.costs[cost], -row.scores[score], not is_anchor(row.route))):
+    for row in sorted(rows, key=lambda row: (row.costs[cost], -row.scores[score], not row.route.is_anchor)):
         if not front or row.scores[score] > front[-1].scores[score]:
             front.append(row)
     return front
@@ -75,7 +70,7 @@ def anchor_ends(rows: Iterable[AnyRow], cost: str, score: str) -> tuple[AnyRow, 
         cost: name of the cost.
         score: name of the score, the higher of which counts where anchors cost the same.
     """
-    anchors = [row for row in measured_rows(rows, cost, score) if is_anchor(row.route)]
+    anchors = [row for row in measured_rows(rows, cost, score) if row.route.is_anchor]
     if len(anchors) < 2:
         return None
     cheapest = min(anchors, key=lambda row: (row.costs[cost], -row.scores[score]))
@@ -107,7 +102,7 @@ def measure_gap(
     if not most > least:
         return None, f"the anchors {names[0]} and {names[1]} have the same {cost}"
     best, budgets = low, [(least, low)]
-    chosen = (row for row in rows if not stitched_only or row.route.stitch_points or is_anchor(row.route))
+    chosen = (row for row in rows if not stitched_only or row.route.stitch_points or row.route.is_anchor)
     for row in front_rows(measured_rows(chosen, cost, score), cost, score):
         best = max(best, row.scores[score])
         budgets.append((min(max(row.costs[cost], least), most), best))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from restnet_hf.errors import BudgetError
-from restnet_hf.routes.fronts import beaten_rows, is_anchor
+from restnet_hf.routes.fronts import beaten_rows
 from restnet_hf.routes.profile import Budget, Profile
 from restnet_hf.routes.route import Route
 
@@ -31,7 +31,7 @@ def beaten_routes(profile: Profile, cost: str = "macs", score: str | None = None
     beaten: dict[Route, Route] = {}
     for adapter in dict.fromkeys(row.route.adapter for row in profile):
         own = [row for row in profile if row.route.adapter == adapter]
-        if not any(is_anchor(row.route) for row in own):
+        if not any(row.route.is_anchor for row in own):
             own = [*(row for row in profile if row.route == Route.alone(row.route.segments[0].anchor)), *own]
         pairs = beaten_rows(own, cost, score)
         beaten |= {row.route: rival.route for row, rival in pairs if row.route.stitch_points}
