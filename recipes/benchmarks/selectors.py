@@ -142,7 +142,7 @@ def race(model: Any, train_set: Any, held_out: int, result: Mapping[str, Any], b
         parts = divide_routes(rows, buckets, per_part=config.candidates)
         left, stopped = race_candidates(model, parts, map(to_batch, batches), config)
         result["seconds"][name] = time.perf_counter() - began + result["seconds"][predictor]
-        raced = {str(racer.route): racer.epochs + racer.accuracy for racer in (*left, *stopped)}
+        raced = {str(racer.route): racer.epochs + np.exp(racer.score) for racer in (*left, *stopped)}
         result["values"][name] = {route: raced.get(route) for route in result["routes"]}
     return result
 

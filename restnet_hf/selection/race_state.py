@@ -48,7 +48,7 @@ class RaceState:
         }
         with atomic_file(self.folder / WEIGHTS) as temporary:
             save_file(weights, temporary)
-        entries = [[str(r.route), r.accuracy, r.confidence, r.epochs] for r in every]
+        entries = [[str(r.route), r.accuracy, r.score, r.epochs] for r in every]
         state = {"key": self.key, "round": number, "left": len(self.race.racers), "racers": entries}
         with atomic_file(self.folder / STATE) as temporary:
             temporary.write_text(json.dumps(state))
@@ -63,9 +63,9 @@ class RaceState:
                 logger.warning(f"{self.folder} holds another race, which is begun anew and replaced")
                 return None
             weights, racers = load_file(self.folder / WEIGHTS), {str(r.route): r for r in self.race.racers}
-            for route, accuracy, confidence, epochs in state["racers"]:
+            for route, accuracy, score, epochs in state["racers"]:
                 racer = racers[route]
-                racer.accuracy, racer.confidence, racer.epochs = accuracy, confidence, epochs
+                racer.accuracy, racer.score, racer.epochs = accuracy, score, epochs
                 own = {key.partition("|")[2]: value for key, value in weights.items() if key.startswith(f"{route}|")}
                 racer.stitch.load_state_dict(own)
             order = [racers[route] for route, *_ in state["racers"]]

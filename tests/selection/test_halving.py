@@ -5,7 +5,7 @@ import torch
 from conftest import CLASSES, SIZE, make_anchor
 
 from restnet_hf import StitchedModelForImageClassification
-from restnet_hf.selection.halving import Race, RaceConfig, Racer, race_candidates
+from restnet_hf.selection.halving import Race, RaceConfig, Racer, race_candidates, score_logits
 from restnet_hf.selection.pairs import draw_images
 from restnet_hf.selection.race_state import STATE
 from restnet_hf.selection.ranking import RankedRoute
@@ -83,7 +83,7 @@ def test_what_is_not_kept_in_memory_is_computed_again():
         torch.manual_seed(0)
         model = build()
         left, stopped = race_candidates(model, candidates(model, FOUR), BATCHES, RaceConfig(**SMALL, max_gb=most))
-        results.append([(str(racer.route), racer.accuracy, racer.confidence) for racer in (*left, *stopped)])
+        results.append([(str(racer.route), racer.accuracy, racer.score) for racer in (*left, *stopped)])
     assert [name for name, *_ in results[0]] == [name for name, *_ in results[1]]
     assert [row[1:] for row in results[0]] == [pytest.approx(row[1:], abs=1e-6) for row in results[1]]
 
@@ -126,6 +126,17 @@ def test_no_longer_than_it_may():
     assert left[0].score >= max(racer.score for racer in stopped)
 
 
+def test_the_score_is_scale_free():
+    """Logits that are too sure or unsure everywhere lose nothing; those of a better network win."""
+    logits, right = torch.randn(50, 5, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 5
+    better = logits + torch.nn.functional.one_hot(right, 5)
+    accuracy, score = score_logits(better, right)
+    assert (
+        score == pytest.approx(score_logits(2 * better, right)[1], abs=5e-3) and score > score_logits(logits, right)[1]
+    )
+    assert accuracy == (better.argmax(-1) == right).double().mean()
+
+
 class Nothing(Stitch):
     def problems(self):
         return []
@@ -135,16 +146,16 @@ def test_the_worse_half_of_each_part_stops():
     model = build()
     rows = candidates(model, FOUR, ((3, 3), (4, 3), (5, 3)))
     racers = [
-        Racer(row, part, Nothing(), (), accuracy, 0.5)
+        Racer(row, part, Nothing(), (), score=accuracy)
         for part, (mine, scores) in enumerate(zip(rows, ((0.1, 0.4, 0.3, 0.2), (0.9, 0.8, 0.95)), strict=True))
         for row, accuracy in zip(mine, scores, strict=True)
     ]
     race = Race(racers, None, None, RaceConfig())
     assert race.rounds(1) == 2 and race.rounds(2) == 1
     race.halve(1)
-    assert [racer.accuracy for racer in race.racers] == [0.4, 0.3, 0.95] and race.rounds(1) == 1
+    assert [racer.score for racer in race.racers] == [0.4, 0.3, 0.95] and race.rounds(1) == 1
     race.halve(1)
-    assert [racer.accuracy for racer in race.racers] == [0.4, 0.95] and race.rounds(1) == 0
+    assert [racer.score for racer in race.racers] == [0.4, 0.95] and race.rounds(1) == 0
     assert len(race.finished) == 5
 
 
