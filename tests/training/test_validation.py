@@ -211,10 +211,11 @@ def test_routes_that_gain_no_more_leave():
                model.stitches[model.route(ROUTES[0]).stitch_points[0].name].state_dict().items())  # fmt: skip
 
 
-def test_time_is_kept(tmp_path):
+@pytest.mark.slow  # the time must be long enough for a busy machine
+def test_time_is_kept():
     model = build()
-    result = train(model, data(200), TrainArgs(num_train_epochs=10_000, batch_size=8, max_minutes=0.05))
-    assert 1 <= result.steps < 250_000 and result.seconds < 3.0
+    result = train(model, data(200), TrainArgs(num_train_epochs=10_000, batch_size=8, max_minutes=0.25))
+    assert 1 <= result.steps < 250_000 and result.seconds < 15.0
     assert all(isinstance(scores, RouteScores) and scores.best >= scores.start for scores in result.scores.values())
 
 
