@@ -593,7 +593,7 @@ def test_half_anchors_train_in_float32(tuning, dtype, images):
     """Stitches and tuned weights move, in float32; the anchors keep type and logits to the last bit."""
     model = half(dtype)
     frozen = {key: value.clone() for key, value in model.anchors.state_dict().items()}
-    args = TrainArgs(least_squares_images=12, tuning=tuning, num_train_epochs=1, batch_size=8)
+    args = TrainArgs(least_squares_images=12, tuning=tuning, num_train_epochs=1, batch_size=8, teacher="resnet")
     result = train(model, data(), args)
     assert all(math.isfinite(loss) for loss in result.losses.values())
     assert own_types(model) == {torch.float32} and model.dtype == dtype
