@@ -149,7 +149,7 @@ def test_one_is_trained_and_the_other_is_not(folder, images):
     model.load_stitch(folder / "second", "night")
     before = {key: value.clone() for key, value in model.adapter_state_dict().items()}
     rows = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(images)]
-    args = TrainArgs(num_train_epochs=1, batch_size=3, distillation=0.0)
+    args = TrainArgs(num_train_epochs=1, batch_size=3, distillation=0.0, keep="last")
     train(model, rows, args, routes=[f"night: {ROUTES[0]}"])
     moved = {
         key.rsplit(".", 1)[0] for key, value in model.adapter_state_dict().items() if (value != before[key]).any()

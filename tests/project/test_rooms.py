@@ -34,7 +34,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "model": ["modeling_restnet"],
     "training": [
         *("args", "checkpoints", "feature_cache", "frozen", "heads", "learner", "loaders", "loop", "losses"),
-        *("outside", "restoring", "samplers", "teachers", "tracking"),
+        *("outside", "pace", "restoring", "samplers", "teachers", "tracking", "validation"),
     ],
     "adaptation": ["adapt", "neighbours", "scorer", "search", "surrogate"],
     "export": [
