@@ -97,7 +97,7 @@ def split_held_out(train_set: Any, args: TrainArgs) -> Split:
     if is_stream(train_set):
         images = min(max(AT_LEAST, round(HELD_OUT * args.batch_size * (args.max_steps or 0))), MOST_STREAMED)
         return _split_stream(train_set, images, args.batch_size)
-    rows = train_set.dataset if isinstance(train_set, DataLoader) else train_set
+    rows: Any = train_set.dataset if isinstance(train_set, DataLoader) else train_set
     held = held_out_indices(len(rows), _labels_of(rows), args.seed)
     if not held:
         return Split(train_set)
@@ -283,16 +283,7 @@ class BestStates:
         Args:
             metrics: metric of each route's score.
         """
-        return {
-            route: RouteScores(
-                metrics[route],
-                *(_value(scores[route], metrics[route]) for scores in (group.start, group.best, group.last)),
-                group.step,
-                group.epoch,
-            )
-            for group in self.groups
-            for route in group.scored
-        }
+        return {route: group.result(route, metrics[route]) for group in self.groups for route in group.scored}
 
     def tensors(self) -> dict[str, Tensor]:
         """The best states, by name of the tensor."""
@@ -342,6 +333,10 @@ class _Group:
     def restore(self) -> None:
         for name, tensor in self._tensors() if self.state else ():
             tensor.copy_(self.state[name])
+
+    def result(self, route: Route, metric: str) -> RouteScores:
+        start, best, last = (_value(scores[route], metric) for scores in (self.start, self.best, self.last))
+        return RouteScores(metric, start, best, last, self.step, self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
         scores = {name: [*getattr(self, name).values()] for name in ("start", "best", "last")}
