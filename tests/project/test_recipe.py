@@ -105,7 +105,7 @@ def test_new_task_needs_no_flag(new_task):
 def test_tuned_anchors_are_compared(new_task, tuning):
     """Beside the routes and the anchors as they are, in the report, in the adapter and in its profile."""
     recipe = {"front": str(new_task / "resnet"), "end": str(new_task / "vit"), "dataset": str(new_task / "data")}
-    recipe |= {"image_size": SIZE, "routes": ["resnet[:2] + vit[1:]"], "tuned_anchors": True}
+    recipe |= {"image_size": SIZE, "routes": ["resnet[:2] + vit[1:]"], "tuned_anchors": True, "drop_dominated": False}
     recipe |= {"heads": TOY_STITCHES | {"distillation": 0.0}, "stitches": TOY_STITCHES | {"tuning": tuning}}
     report = run_recipe(Recipe(**recipe), new_task / "out")
     assert all(report["checks"].values())
