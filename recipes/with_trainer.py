@@ -61,7 +61,8 @@ def by_train(model: StitchedModelForImageClassification, train_set: Any, test_se
     """Train the active route with `restnet_hf.train`; returns its accuracy."""
     batches = DataLoader(train_set, BATCH_SIZE)  # in order, as Trainer's; a data set would be shuffled
     route = [model.active_route]
-    train(model, batches, TrainArgs(num_train_epochs=epochs, distillation=0.0, warmup_ratio=0.0, **SAME), route)
+    options = {"distillation": 0.0, "warmup_ratio": 0.0, "keep": "last", **SAME}  # a Trainer holds out no images
+    train(model, batches, TrainArgs(num_train_epochs=epochs, **options), route)
     return model.profile(test_set, route).routes[0].scores["accuracy"]
 
 

@@ -17,7 +17,9 @@ an image on where the small one's highest probability is below a threshold; its 
 Gap closed: with both anchors, the mean over budgets from the small one's MACs to the large one's of the best accuracy
 within the budget, as a share of the way from the small one's accuracy to the large one's. Accuracy is measured on the
 first half of the test images, with --part b on the second: choices made on one half are checked on the other. Spread
-is the standard deviation over seeds.
+is the standard deviation over seeds. Areas are mean accuracies of the best network that fits a budget: with both
+anchors, over budgets from the small one's MACs to the large one's, and of a method's own networks alone, over budgets
+from the cheapest of them to the large anchor.
 
 FILE.json is written after every run; the same command goes on where it was stopped, also with more seeds or methods.
 """
@@ -33,6 +35,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -218,6 +221,22 @@ def cascade(pair: Pair) -> list[list[float]]:
     return points
 
 
+def area(points: Sequence[Sequence[float]], least: float, most: float) -> float:
+    """Mean over budgets in MACs of the best accuracy that fits; budgets that nothing fits are left out.
+
+    Args:
+        points: MACs and accuracy of each network.
+        least, most: budgets.
+    """
+    costs = sorted({macs for macs, _ in points})
+    least = max(least, costs[0])
+    if least >= most:
+        return max(accuracy for macs, accuracy in points if macs <= least)
+    edges = [least, *(macs for macs in costs if least < macs < most), most]
+    steps = [(b - a) * max(accuracy for macs, accuracy in points if macs <= a) for a, b in pairwise(edges)]
+    return sum(steps) / (most - least)
+
+
 def gap(anchors: Mapping[str, Sequence[float]], points: Sequence[Sequence[float]]) -> float | None:
     """Gap closed by networks of some costs, beside the anchors."""
     rows = [ProfiledRoute(Route.parse(text), {"macs": macs}, {"accuracy": at}) for text, (macs, at) in anchors.items()]
@@ -244,6 +263,7 @@ def spread(values: Sequence[float]) -> list[float | None]:
 def summary(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """For each method means and standard deviations over seeds."""
     rows, anchors = {}, result["anchors"]
+    least, most = (pick(macs for macs, _ in anchors.values()) for pick in (min, max))
     for name, runs in result["runs"].items():
         points = [list(run["points"].values()) for run in runs.values()]
         gaps = [gap(anchors, each) for each in points]
@@ -252,6 +272,8 @@ def summary(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 route: [macs, *spread([run["points"][route][1] for run in runs.values()])]
                 for route, (macs, _) in next(iter(runs.values()))["points"].items()
             },
+            "area": spread([area([*each, *anchors.values()], least, most) for each in points]),
+            "area alone": spread([area(each, 0, most) for each in points]),
             "gap closed": None if None in gaps else spread([each for each in gaps if each is not None]),
             "beaten by an anchor": spread([dominated(anchors, each) for each in points]),
             "seconds": spread([run["seconds"] for run in runs.values()]),
@@ -299,10 +321,11 @@ def write(result: Mapping[str, Any], out: Path | None) -> None:
     if out is None:
         return
     rows = summary(result)
+    label = f"{result['pair']}, {result['settings']['seconds']:g} s"
     ratios = {
-        f"{result['pair']}, {name}: {key}": row[key][0]
+        f"{label}, {name}: {key}": row[key][0]
         for name, row in rows.items()
-        for key in ("gap closed", "beaten by an anchor")
+        for key in ("area", "area alone", "gap closed", "beaten by an anchor")
         if row[key] is not None
     }
     with atomic_file(out) as temporary:
@@ -320,7 +343,7 @@ def measure(pair: Pair, points: Sequence[str], dataset: str, part: str, evaluate
     anchors = {str(row.route): [row.costs["macs"], row.scores["accuracy"]] for row in profile}
     images = [len(pair.train_set), len(pair.eval_set)]
     return {
-        "pair": " and ".join(pair.model.anchors), "images": images, "anchors": anchors, "points": found,
+        "pair": " to ".join(pair.model.anchors), "images": images, "anchors": anchors, "points": found,
         "cascade": cascade(pair), "routes": [str(route) for route in pair.routes], "runs": {},
     }  # fmt: skip
 

@@ -208,7 +208,7 @@ class HeldOut:
                     sums += self._sums(batch, routes, matching)
         self.images = images
         if accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums.float().to(accelerator.device), "sum").double().cpu()
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
         return {
             route: Score(right / max(count, 1), -loss / max(count, 1))
             for route, (right, loss, count) in zip(routes, sums.tolist(), strict=True)

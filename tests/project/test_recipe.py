@@ -457,7 +457,7 @@ def test_a_killed_run_goes_on(new_task):
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     """The same accuracies; weights agree to float32 rounding, and only one of the processes speaks."""
-    recipe = {**TOY, "max_routes": 1, "augment": "crop", "stitches": TOY_STITCHES}
+    recipe = {**TOY, "train_images": 128, "max_routes": 1, "augment": "crop", "stitches": TOY_STITCHES}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "restnet_hf.cli"]
     done = subprocess.run(

@@ -305,7 +305,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
         if name.endswith("k_proj/bias"):
             continue  # softmax does not see it: its gradient is rounding, of which Adam makes full steps
         assert torch.allclose(value, found[1][key], atol=2e-5), key
-        assert name not in start or not torch.allclose(value, start[name], atol=1e-3), f"{key} hardly moved"
+        moved = name not in start or not torch.allclose(value, start[name], atol=1e-3)
+        assert moved or key.startswith("best"), f"{key} hardly moved"  # the best may be what it was
 
 
 def tmp_path_made(path):
