@@ -201,7 +201,7 @@ class TrainResult:
         losses: mean loss of each route over the last epoch.
         scores: scores of each route on held-out images; empty where none were held out.
         held_out_images: number of held-out images.
-        teacher: name of the teacher and the reason of its choice; None without distillation.
+        teacher: name of the teacher and the reason of its choice; None where there was none.
     """
 
     steps: int

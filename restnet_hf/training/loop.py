@@ -370,7 +370,15 @@ class Training:
         stored = self.checkpoints.read_place().get("teacher") if self.resumes else None
         with torch.random.fork_rng(devices=()):  # random augmentation is the same for a run that was resumed
             torch.default_generator.manual_seed(self.args.seed)
-            return make_teacher(self.model, self.args, images, stored)
+            return make_teacher(self.model, self.args, images, stored, self._needs_judge(split, images))
+
+    def _needs_judge(self, split: Split, images: Callable[[], Iterator[Batch]]) -> bool:
+        """Whether features are matched, and only agreement with a teacher can tell how good routes are."""
+        config = self.model.config
+        if split.held_out is None or self.args.num_train_epochs:
+            return False
+        untrained = config.new_head and {*self.model.anchors} - {*config.trained_heads}
+        return not untrained and "labels" not in next(images())
 
     def _calibration_images(self) -> Iterator[Tensor]:
         for batch in first_images(self.train_set, CALIBRATION_IMAGES, self.args.batch_size):

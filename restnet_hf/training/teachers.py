@@ -216,6 +216,7 @@ def make_teacher(
     args: TrainArgs,
     images: Images,
     stored: Mapping[str, Any] | None = None,
+    judges: bool = False,
 ) -> Teacher | None:
     """The teacher that the options ask for; all processes get the same one.
 
@@ -224,16 +225,17 @@ def make_teacher(
         args: options of the training.
         images: held-out images, for the choice of ``auto`` and to know a classifier from outside again.
         stored: `Teacher.state` in the checkpoint that is resumed from; None for a new training.
+        judges: whether a teacher is needed without distillation too, since held-out images have no labels.
 
     Returns:
-        The teacher; None without distillation.
+        The teacher; None where none is needed.
 
     Raises:
         OSError: a folder or Hub id cannot be loaded.
         ValueError: the teacher is no classifier, lacks classes of the model, returns logits that are not finite, has a
             new head that is not trained, or is not the checkpoint's.
     """
-    if not needs_teacher(args):
+    if not (needs_teacher(args) or judges):
         return None
     args = load_teacher(model, args)
     name = _own_name(model, args.teacher)

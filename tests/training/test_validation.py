@@ -166,6 +166,15 @@ def test_without_labels_agreement_counts():
         assert any(scores.best == pytest.approx(float(each), abs=1e-6) for each in same)
 
 
+def test_matching_without_labels_is_judged_by_an_anchor():
+    """Nothing is distilled, but agreement says more of a route than its loss."""
+    args = TrainArgs(matching_epochs=1, num_train_epochs=0, batch_size=10)
+    result = train(build(), data(60).tensors[0], args)
+    assert {scores.metric for scores in result.scores.values()} == {"agreement"} and result.teacher is not None
+    labelled = train(build(), data(60), args)
+    assert {scores.metric for scores in labelled.scores.values()} == {"accuracy"} and labelled.teacher is None
+
+
 def test_a_random_head_is_no_judge():
     """Routes that match features before any head was trained are compared by their loss."""
     model = build(num_labels=CLASSES)
