@@ -64,7 +64,7 @@ class Pictures(torch.utils.data.Dataset):
     def shifted(image: torch.Tensor) -> torch.Tensor:
         height, width = image.shape[1:]
         image = image.flip(-1) if torch.rand(()) < 0.5 else image
-        y, x = (int(torch.randint(0, side // 4 + 1, ())) for side in (height, width))
+        y, x = (int(torch.randint(0, 2 * (side // 8) + 1, ())) for side in (height, width))
         return pad(image, (width // 8,) * 2 + (height // 8,) * 2)[:, y : y + height, x : x + width]
 
 

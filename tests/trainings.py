@@ -38,7 +38,12 @@ WAYS = {  # to train, each the same on any number of processes
     "all": {},
     "matching": {"matching_epochs": 1, "num_train_epochs": 1, "match": "later"},
     "cache": {"cache_dir": "cache"},
-    "best": {"keep": "best", "batch_size": 6, "learning_rate": 0.03, "tuning": "norm"},
+    "best": {
+        "keep": "best",
+        "batch_size": 12,
+        "learning_rate": 0.03,
+        "tuning": "norm",
+    },  # one has none held out
     "importance": {"sampler": "importance", "tuning": "lora"},
     "sandwich": {"sampler": "sandwich", "tuning": "full", "gradient_accumulation_steps": 2},
 }

@@ -4,11 +4,11 @@
         [--front DIR --end DIR --dataset DIR --images 10000 --point DIR ...] [--method NAME ...] [--part a|b]
 
 A pair is two anchors that know the task; without --front it is the demo. Routes are chosen once, by fitted accuracy in
-both directions on 512 training images. Each method then has so many seconds for all of its routes together, on the
-threads that OMP_NUM_THREADS says, and new stitches; seeds differ in the first weights, the order of the images and the
-images that are held out. Outputs of frozen networks are computed once for the pair and kept in a folder beside
-FILE.json: methods that read them have the seconds for steps alone, and those that cannot, since their first blocks
-train or run on images, have the seconds of that computation besides.
+both directions on 512 training images, on which stitches are fitted too. Each method then has so many seconds for all
+of its routes together, on the threads that OMP_NUM_THREADS says, and new stitches; seeds differ in the first weights,
+the order of the images and the images that are held out. Outputs of frozen networks are computed once for the pair and
+kept in a folder beside FILE.json: methods that read them have the seconds for steps alone, and those that cannot,
+since their first blocks train or run on images, have the seconds of that computation besides.
 
 Rivals train the same way on the same images: each anchor's own norms and head, all weights of the small one, alone and
 distilled from the large one. Points are other classifiers at hand, as they are. The cascade of the two anchors sends
@@ -56,6 +56,7 @@ from restnet_hf.profiling.accuracy import predict_routes
 from restnet_hf.routes.fronts import measure_gap
 from restnet_hf.routes.profile import ProfiledRoute
 from restnet_hf.steps import run_steps
+from restnet_hf.training.frozen import IMAGES
 from restnet_hf.training.learner import Learner
 from restnet_hf.training.loaders import cache_features, evaluation_loader
 
@@ -179,7 +180,7 @@ def run_method(pair: Pair, method: Method, seed: int, seconds: float) -> dict[st
 def accuracy(pair: Pair, routes: Sequence[Route]) -> dict[Route, float]:
     """Accuracy of routes; what is frozen in them was computed once."""
     learner = Learner(pair.model, routes, TrainArgs(distillation=0.0, train_head=False))
-    if any(learner.frozen.front(route) is None for route in routes):
+    if any(learner.frozen.front(route) == IMAGES for route in routes):
         walks = [(route, pair.model.steps(route)) for route in routes]
         predictions, labels = predict_routes(walks, batches(pair.eval_set, 64), pair.model.device)
         return {route: float((each == labels).float().mean()) for route, each in predictions.items()}
@@ -387,12 +388,13 @@ def main(
         if result is None:
             pair.routes = choose(model, train_set.select(range(min(512, len(train_set)))), routes)
             result = {"settings": settings, **measure(pair, points, dataset, part, eval_images)}
-        pair.routes = [model.route(text) for text in result["routes"]]
+        pair.routes, pair.filled = [model.route(text) for text in result["routes"]], result.get("filled", 0.0)
         for seed in range(seeds):
             for name in methods:
                 if str(seed) not in result["runs"].get(name, {}):
                     run = run_method(pair, METHODS[name], seed, seconds)
                     result["runs"].setdefault(name, {})[str(seed)] = run
+                    result["filled"] = pair.filled
                     print(f"seed {seed}, {name}: {run['points']}", flush=True)
                     write(result, out)
     show(result, summary(result))

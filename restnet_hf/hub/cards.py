@@ -142,7 +142,7 @@ def _licence_of(anchor: Mapping[str, Any]) -> str | None:
 
 
 def _shown(profile: Profile) -> Profile:
-    """The profile with the routes that a card shows: all, or of too many the anchors alone and the Pareto front."""
+    """The profile with the routes that a card shows: all, or of too many the anchors, also tuned, and the front."""
     if len(profile.routes) <= MAX_SHOWN:
         return profile
     rows = [row for row in profile.routes if len(row.route.segments) == 1]

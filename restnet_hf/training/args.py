@@ -138,12 +138,16 @@ class TrainArgs:
                 "checkpoints, which need a folder: give output_dir"
             )
         self._check_teacher()
+        if self.eval_steps is not None and self.keep == "last":
+            raise ValueError("eval_steps scores routes, and keep='last' scores none: leave one of them out")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler={self.sampler!r} is not one of {sorted(SAMPLERS)}")
         if self.cache_dir is not None and self.tuning in ("lora", "full"):
             raise ValueError(f"tuning={self.tuning!r} changes the front at every step, so cache_dir cannot hold it")
         if self.torch_compile and self.tuning != "stitch":
             raise ValueError("torch_compile needs ends in which nothing trains: tuning='stitch'")
+        if self.max_minutes is not None and not self.matching_epochs + self.num_train_epochs:
+            raise ValueError("max_minutes limits epochs, and there are none: leave it out, or set num_train_epochs")
         if self.least_squares_images is None and not self.matching_epochs + self.num_train_epochs:
             raise ValueError(
                 "there is nothing to do: least_squares_images, matching_epochs and num_train_epochs are all off"

@@ -10,7 +10,8 @@ from restnet_hf.training.args import AUTO, TrainArgs
 from restnet_hf.training.teachers import taught_by
 
 
-SHARED = ("batch_size", "seed", "mixed_precision", "dataloader_num_workers", "channels_last", "max_steps")
+SHARED = ("batch_size", "seed", "mixed_precision", "dataloader_num_workers", "channels_last", "max_steps", "keep")
+HEADS_TIME = 0.3  # share of the time that heads may take that are trained first
 HEAD_ARGS = TrainArgs(distillation=0.0, train_head=True, num_train_epochs=20, learning_rate=3e-3)
 
 
@@ -91,4 +92,5 @@ def shared_options(args: TrainArgs) -> TrainArgs:
     Args:
         args: options of that training.
     """
-    return replace(HEAD_ARGS, **{name: getattr(args, name) for name in SHARED})
+    minutes = None if args.max_minutes is None else HEADS_TIME * args.max_minutes
+    return replace(HEAD_ARGS, max_minutes=minutes, **{name: getattr(args, name) for name in SHARED})

@@ -129,6 +129,8 @@ class Learner:
                 for key in keys:
                     if key.kind not in kinds or str(key) in model.tuned:
                         continue
+                    if key.kind == HEAD and any(k.kind == "full" and str(k) in model.tuned for k in keys):
+                        continue  # tuned in full, the head is among those weights, which a copy would replace
                     span = (0, None) if key.kind in SHARED_KINDS else (segment.start, None)
                     if key.kind not in SHARED_KINDS and not tunable(model.anchors[segment.anchor], key.kind, *span):
                         without += [route] if key.kind == args.tuning else []
@@ -328,7 +330,7 @@ class Learner:
         Returns:
             For each route the metric, whether it is right on each image, and the loss of each image, (images,).
         """
-        metrics = [self._metric(route, batch.get("labels")) for route in routes]
+        metrics = [self.metric(route, batch.get("labels")) for route in routes]
         plain = [route for route, metric in zip(routes, metrics, strict=True) if metric != "loss"]
         outputs, images = batch, batch.get("pixel_values")
         if images is not None:
@@ -344,7 +346,13 @@ class Learner:
                 right, losses = self._score(route, metric, start, outputs, matching)
             yield metric, right, losses
 
-    def _metric(self, route: Route, labels: Tensor | None) -> str:
+    def metric(self, route: Route, labels: Tensor | None) -> str:
+        """How a route is scored: ``accuracy``, ``agreement`` with the teacher, or ``loss``.
+
+        Args:
+            route: one of the routes.
+            labels: labels of the images; None where there are none.
+        """
         config = self.model.config
         learns_head = f"heads.{route.head}" in self.modules and self.args.num_train_epochs
         if config.new_head and route.head not in config.trained_heads and not learns_head:

@@ -131,8 +131,10 @@ def evaluation_loader(rows: Any, args: TrainArgs) -> Any:
         rows: a map-style data set, a DataLoader, or a list of batches.
         args: options of the training.
     """
-    if isinstance(rows, list | DataLoader) or is_stream(rows):
+    if isinstance(rows, list | DataLoader):
         return rows
+    if is_stream(rows):
+        return DataLoader(rows, batch_size=args.batch_size)
     collate = rows.collate if isinstance(rows, FeatureRows) else None
     workers = 0 if collate or _cached(rows) else args.dataloader_num_workers
     if collate is None and data_fingerprint(rows) is None and not _cached(rows):

@@ -91,10 +91,13 @@ def train(
 
     After any error, and an interruption, the model has the weights that it had before.
     """
-    args = args or TrainArgs()
+    began, args = time.perf_counter(), args or TrainArgs()
     chosen = check_routes(model, model.routes if routes is None else routes, args)
-    if validation is not None and args.keep == "last":
-        raise ValueError("keep='last' scores no routes, so validation would not be used; leave one of them out")
+    if validation is not None and (args.keep == "last" or not args.matching_epochs + args.num_train_epochs):
+        raise ValueError(
+            f"with keep={args.keep!r} and {args.matching_epochs} + {args.num_train_epochs} epochs no route is scored, "
+            "so validation would not be used; leave it out, or train with keep='best'"
+        )
     args = load_teacher(model, args)
     train_set = model.prepare_data(train_set, name="train_set", on_error=on_error)
     if validation is not None:
@@ -106,8 +109,8 @@ def train(
                 f"the new heads of {[route.head for route in heads]} are trained first, on the frozen anchors; "
                 "train_heads does this with options of your own"
             )
-            _train(model, train_set, shared_options(args), heads, in_memory=True)
-        return _train(model, train_set, args, chosen, validation=validation)
+            _train(model, train_set, shared_options(args), heads, True, validation, began)
+        return _train(model, train_set, args, chosen, validation=validation, began=began)
 
 
 def train_heads(
@@ -121,7 +124,7 @@ def train_heads(
 
     The anchors run once for each image, and the linear heads learn from the features that these give: each image is
     the same in every epoch, also where the data set augments it at random. The features are in memory, or in
-    ``cache_dir`` where the options name one.
+    ``cache_dir`` where the options name one. A tenth is held out, and the best heads stay, as in `train`.
 
     Args:
         model: model of a new task, with new heads.
@@ -152,11 +155,12 @@ def _train(
     routes: Sequence[Route],
     in_memory: bool = False,
     validation: Any = None,
+    began: float | None = None,
 ) -> TrainResult:
     """Train routes; see `train`. With ``in_memory``, the outputs of frozen networks are computed once, and kept."""
     check_train_set(train_set, args)
     resumes = _check_output_dir(args)
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     accelerator = start_accelerator(model, args)
     if args.matching_epochs + args.num_train_epochs:
         split = Split(train_set, validation)
@@ -256,7 +260,8 @@ class Training:
         self.held_out: HeldOut | None = None
         if held_out is not None:
             self.held_out = HeldOut(self.learner, evaluation_loader(held_out, args), self.check_batch, accelerator)
-        self.scored_step = -1
+        self.scored_step, self.resumed_progress = -1, 0.0
+        self.drawn = set[Route]()  # routes that trained since they were scored
 
     def _frozen_rows(self, split: Split, in_memory: bool) -> tuple[Any, Any]:
         """The images to train on and those held out, or the outputs of the frozen networks for them."""
@@ -308,11 +313,11 @@ class Training:
         """Score the routes on the held-out images, keep the best states, and leave routes out that gain no more."""
         if self.held_out is None or self.scored_step == self.step > 0:
             return
-        began, matching = time.perf_counter(), self.matching
-        routes = [route for route in self.best.routes if route in self.sampler.routes]
-        scores = self.held_out.scores(routes, matching)
-        self.best.update(scores, self.step, self.epoch + self.done / (self.per_epoch or self.total))
-        self.scored_step = self.step
+        began, left = time.perf_counter(), set(self.sampler.routes)
+        routes = [route for route in self.best.routes if route in left]
+        scores = self.held_out.scores(routes, not self.args.num_train_epochs)
+        self.best.update(scores, self.step, self.epoch + self.done / (self.per_epoch or self.total), self.drawn)
+        self.scored_step, self.drawn = self.step, set()
         results = self.best.results(self.held_out.metrics)
         self.accelerator.log({f"held_out/{route}": results[route].last for route in routes}, self.step)
         self._leave_out(self.best.stalled(self.args.early_stopping_patience or sys.maxsize))
@@ -449,7 +454,7 @@ class Training:
                 parameter.requires_grad_(True)
 
     def _run_epochs(self, asked: Callable[[], bool]) -> None:
-        self.pace.begin(self.step)
+        self.pace.begin(self.step, self.resumed_progress)
         with progress_bar(desc="training", total=self.total, initial=self.step) as bar:
             while not self.pace.over:
                 self.losses |= {route: [] for route in self.sampler.routes}  # of those that left, the last ones stay
@@ -523,6 +528,7 @@ class Training:
             ValueError: a loss is not finite.
         """
         accelerator, drawn = self.accelerator, self.sampler.draw(self.step)
+        self.drawn.update(drawn)
         losses = self._backward(batch, drawn)
         if accelerator.num_processes > 1:
             losses = accelerator.reduce(losses, "mean")
@@ -592,11 +598,14 @@ class Training:
         self.accelerator.log({**rate, **recent, **importance}, self.step)
 
     def _save(self) -> None:
+        seconds = self.pace.elapsed()  # of all processes together
         if not self.accelerator.is_main_process:
             return
         place = {"total": self.total, "epoch": self.epoch, "done": self.done, "scales": self.learner.scales}
         place |= {"schedule": self.schedule.state_dict(), "sampler": self.sampler.state_dict()}
-        place |= {"best": self.best.state_dict(), "scored_step": self.scored_step, "seconds": self.pace.elapsed()}
+        place |= {"best": self.best.state_dict(), "scored_step": self.scored_step, "seconds": seconds}
+        place |= {"keep": self.args.keep, "progress": self.pace.progress, "drawn": [*map(str, self.drawn)]}
+        place |= {"left": [*map(str, self.sampler.routes)]}
         place |= {"metrics": {} if self.held_out is None else [*self.held_out.metrics.values()]}
         place["teacher"] = self.teacher and self.teacher.state()
         if self.accelerator.scaler is not None:
@@ -610,12 +619,21 @@ class Training:
         learner = self.learner
         place, best = self.checkpoints.load(self.total, learner.parameters, self.optimizer, learner.buffers)
         self.schedule.load_state_dict(place["schedule"])
-        self.best.load_state_dict(place["best"], best)
+        kept = place.get("keep", "last")  # as before there were best states
+        if kept != self.args.keep:
+            raise ValueError(
+                f"the checkpoints in {self.args.output_dir} belong to a training with keep={kept!r}, not "
+                f"{self.args.keep!r}; give the same, or choose another output_dir"
+            )
         if self.held_out is not None:
+            self.best.load_state_dict(place["best"], best)
             self.held_out.metrics = dict(zip(self.best.routes, place["metrics"], strict=True))
-        self._leave_out(self.best.stalled(self.args.early_stopping_patience or sys.maxsize))
+        left = set(place.get("left", map(str, self.sampler.routes)))
+        self.sampler = self.sampler.without({route for route in self.sampler.routes if str(route) not in left})
         self.sampler.load_state_dict(place["sampler"])
-        self.scored_step, self.pace.before = place["scored_step"], place["seconds"]
+        self.scored_step, self.pace.before = place.get("scored_step", -1), place.get("seconds", 0.0)
+        self.drawn = {route for route in self.learner.routes if str(route) in place.get("drawn", ())}
+        self.resumed_progress = place.get("progress", 0.0)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(place["scaler"])
         learner.scales = place["scales"]

@@ -32,26 +32,30 @@ class Pace:
         self.evaluations = min(max(epochs, LEAST_EVALUATIONS), MOST_EVALUATIONS)
         self.progress = 0.0
         self.before = 0.0  # seconds of earlier runs, before a resumed one
-        self.start = 0.0  # share of the time that had passed when the first step began
+        self.start = self.first = 0.0  # share of the time that had passed at the first step, and progress then
         self.slowest = self.evaluation = 0.0  # seconds of the slowest step, and of an evaluation
         self._latest: float | None = None
 
     def elapsed(self) -> float:
         """Seconds that the training has taken; those of the slowest process."""
-        spent = self.before + time.perf_counter() - self.began
+        return self._agreed(self.before + time.perf_counter() - self.began)
+
+    def _agreed(self, seconds: float) -> float:
+        """The most seconds of any process, where time decides."""
         if self.accelerator.num_processes == 1 or self.seconds is None:
-            return spent
-        every = self.accelerator.gather(torch.tensor([spent], device=self.accelerator.device))
+            return seconds
+        every = self.accelerator.gather(torch.tensor([seconds], device=self.accelerator.device))
         return float(every.max())
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, progress: float = 0.0) -> None:
         """Begin with the steps.
 
         Args:
             step: number of steps done.
+            progress: share of the training that an earlier run has done.
         """
-        self.start = self._share(self.elapsed())
-        self.progress = step / self.total
+        self.start, self.first = self._share(self.elapsed()), progress
+        self.progress = max(progress, step / self.total)
         self._latest = None
 
     def update(self, step: int) -> None:
@@ -65,7 +69,7 @@ class Pace:
             self.slowest = max(self.slowest, now - self._latest)
         self._latest = now
         by_time = (self._share(now) - self.start) / max(1 - self.start, 1e-9)
-        self.progress = min(1.0, max(step / self.total, by_time))
+        self.progress = min(1.0, max(step / self.total, self.first + (1 - self.first) * by_time))
 
     def evaluated(self, seconds: float) -> None:
         """Count an evaluation, which is no part of a step.
@@ -73,7 +77,7 @@ class Pace:
         Args:
             seconds: seconds that it took.
         """
-        self.evaluation = max(self.evaluation, seconds)
+        self.evaluation = max(self.evaluation, self._agreed(seconds))
         self._latest = None
 
     def _share(self, elapsed: float) -> float:

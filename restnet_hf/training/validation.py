@@ -1,6 +1,7 @@
 """Held-out images of training: which they are, scores of routes on them, and the best state of each route."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -66,8 +67,10 @@ def _labels_of(rows: Any) -> list[int] | None:
         labels = rows.with_format(None)[name][:] if name in rows.column_names else None
     elif type(rows) is TensorDataset and len(rows.tensors) > 1:
         labels = rows.tensors[1]
-    labels = None if labels is None else torch.as_tensor(labels)
-    return labels.tolist() if labels is not None and labels.dim() == 1 and not labels.is_floating_point() else None
+    if labels is None or (isinstance(labels, list) and not all(isinstance(label, int) for label in labels)):
+        return None
+    labels = torch.as_tensor(labels)
+    return labels.tolist() if labels.dim() == 1 and not labels.is_floating_point() else None
 
 
 @dataclass(frozen=True)
@@ -105,19 +108,24 @@ def split_held_out(train_set: Any, args: TrainArgs) -> Split:
     train, held_out = (select_rows(rows, each) for each in indices)
     if not isinstance(train_set, DataLoader):
         return Split(train, _without_augmentation(held_out), rows, indices)
-    own = not isinstance(train_set.sampler, RandomSampler | SequentialSampler) or train_set.batch_size is None
-    if own:
+    sampler = train_set.sampler
+    plain = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(rows)
+    if not (plain or isinstance(sampler, SequentialSampler)) or train_set.batch_size is None:
         logger.warning(
             "train_set is a DataLoader with a sampler of its own, so no images can be held out of it, and training "
             "ends with the last state; give validation=, or the data set itself"
         )
         return Split(train_set)
-    options = {
-        name: getattr(train_set, name)
-        for name in ("batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator")
-    }
-    loader = DataLoader(train, shuffle=isinstance(train_set.sampler, RandomSampler), **options)
-    return Split(loader, DataLoader(held_out, **{**options, "drop_last": False, "generator": None}))
+    scored = _loader_like(train_set, _without_augmentation(held_out), drop_last=False, generator=None)
+    return Split(_loader_like(train_set, train, shuffle=plain), scored)
+
+
+def _loader_like(loader: DataLoader, rows: Any, **changes: Any) -> DataLoader:
+    """A loader of other rows with the options of a given one, but for some."""
+    names = ["batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator", "timeout"]
+    names += ["worker_init_fn", "multiprocessing_context"]
+    names += ["persistent_workers", "prefetch_factor"] if loader.num_workers else []
+    return DataLoader(rows, **{name: getattr(loader, name) for name in names} | changes)
 
 
 def select_rows(rows: Any, indices: Sequence[int]) -> Any:
@@ -200,29 +208,33 @@ class HeldOut:
         """
         sums, images = torch.zeros(len(routes), 3, dtype=torch.float64), 0
         accelerator = self.accelerator
-        with _evaluating(self.learner.model):
+        with _evaluating(self.learner.model), torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(self.learner.args.seed)  # the training's own numbers stay as they are
             for index, item in enumerate(self.loader):
                 batch = self.check(item)
                 images += len(next(iter(batch.values())))
+                self.metrics |= {route: self.learner.metric(route, batch.get("labels")) for route in routes}
                 if index % accelerator.num_processes == accelerator.process_index:
                     sums += self._sums(batch, routes, matching)
         self.images = images
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-        return {
-            route: Score(right / max(count, 1), -loss / max(count, 1))
-            for route, (right, loss, count) in zip(routes, sums.tolist(), strict=True)
-        }
+        return {route: _score(*row) for route, row in zip(routes, sums.tolist(), strict=True)}
 
     @torch.no_grad()
     def _sums(self, batch: Batch, routes: Sequence[Route], matching: bool) -> Tensor:
         """Number of right images, sum of losses and number of images, for each route (routes, 3)."""
         rows = []
         outputs = self.learner.evaluate(batch, routes, matching, self.accelerator.autocast)
-        for route, (metric, right, losses) in zip(routes, outputs, strict=True):
-            self.metrics[route] = metric
+        for _, right, losses in outputs:
             rows.append(torch.stack([right.double().sum(), losses.double().sum(), losses.new_tensor(len(losses))]))
         return torch.stack(rows).double().cpu()
+
+
+def _score(right: float, loss: float, count: float) -> Score:
+    """The score of a route from its sums; a loss that is not finite is the worst."""
+    mean = -loss / max(count, 1)
+    return Score(right / max(count, 1), mean if math.isfinite(mean) else -math.inf)
 
 
 @contextmanager
@@ -252,17 +264,18 @@ class BestStates:
         """The routes to score: all that train, or the first of those that share weights where they are many."""
         return [route for group in self.groups for route in group.scored]
 
-    def update(self, scores: Mapping[Route, Score], step: int, epoch: float) -> None:
+    def update(self, scores: Mapping[Route, Score], step: int, epoch: float, trained: Collection[Route]) -> None:
         """Keep the present state of the routes that are better than they have been.
 
         Args:
             scores: scores of routes in their present state; of the others the state is as it was.
             step: number of steps done.
             epoch: number of epochs done.
+            trained: routes that have trained since they were scored.
         """
         for group in self.groups:
             if all(route in scores for route in group.scored):
-                group.update(scores, step, epoch)
+                group.update(scores, step, epoch, not group.members.isdisjoint(trained))
 
     def stalled(self, patience: int) -> set[Route]:
         """The routes that have not gained for so many scores in a row.
@@ -308,7 +321,7 @@ class _Group:
     """Routes that share weights, or one that shares none."""
 
     def __init__(self, routes: Sequence[Route], modules: Mapping[str, nn.Module]) -> None:
-        self.routes, self.modules = list(routes), dict(modules)
+        self.routes, self.modules, self.members = list(routes), dict(modules), frozenset(routes)
         self.scored = self.routes[:: -(-len(self.routes) // MOST_ROUTES)]
         self.start: dict[Route, Score] = {}
         self.best: dict[Route, Score] = {}
@@ -316,11 +329,11 @@ class _Group:
         self.state: dict[str, Tensor] = {}
         self.step, self.epoch, self.waited = 0, 0.0, 0
 
-    def update(self, scores: Mapping[Route, Score], step: int, epoch: float) -> None:
+    def update(self, scores: Mapping[Route, Score], step: int, epoch: float, trained: bool) -> None:
         own = {route: scores[route] for route in self.scored}
         self.start, self.last = self.start or own, own
         if self.best and _mean(own) <= _mean(self.best):
-            self.waited += 1
+            self.waited += trained
             return
         self.best, self.step, self.epoch, self.waited = own, step, epoch, 0
         self.state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors()}
@@ -363,11 +376,19 @@ def _components(
     parts: Mapping[Route, Mapping[str, nn.Module]],
 ) -> list[tuple[list[Route], dict[str, nn.Module]]]:
     """Routes that are connected by shared modules, with all of these."""
-    groups: list[tuple[list[Route], dict[str, nn.Module]]] = []
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for modules in parts.values():
+        for key in modules:
+            parent[root(key)] = root(next(iter(modules)))
+    groups: dict[str, tuple[list[Route], dict[str, nn.Module]]] = {}
     for route, modules in parts.items():
-        joined = [group for group in groups if group[1].keys() & modules.keys()]
-        groups = [group for group in groups if group not in joined]
-        routes = [each for group in joined for each in group[0]]
-        shared = {key: module for group in joined for key, module in group[1].items()}
-        groups.append(([*routes, route], {**shared, **modules}))
-    return groups
+        routes, joined = groups.setdefault(root(next(iter(modules))) if modules else str(route), ([], {}))
+        routes.append(route)
+        joined.update(modules)
+    return list(groups.values())

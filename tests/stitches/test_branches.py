@@ -290,7 +290,7 @@ def test_training_moves_branches_alone(images):
     start = {key: value.clone() for key, value in model.stitches.state_dict().items()}
     data = TensorDataset(torch.randn(16, 3, SIZE, SIZE), torch.arange(16) % CLASSES)
     routes = ["resnet[:1] + resnet[3:5] + resnet[8:]", "resnet[:2] + resnet[4:4] + resnet[6:]"]
-    args = TrainArgs(num_train_epochs=2, batch_size=8, learning_rate=1e-2, distillation=0.5)
+    args = TrainArgs(num_train_epochs=2, batch_size=8, learning_rate=1e-2, distillation=0.5, keep="last")
     train(model, data, args, routes=routes)
     used = {point.name for route in routes for point in model.route(route).stitch_points}
     for key, value in model.stitches.state_dict().items():

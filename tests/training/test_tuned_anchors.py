@@ -401,3 +401,16 @@ def test_untrusted_configs(tmp_path, change, message):
     given = {name: copy.deepcopy(anchor.model) for name, anchor in model.anchors.items()}
     with pytest.raises(ValueError, match=message):
         StitchedModelForImageClassification.from_pretrained(tmp_path, anchors=given)
+
+
+def test_a_head_tuned_in_full_is_not_replaced():
+    """Tuned in full, its head is among those weights; a later learner must not put a copy of the old one over it."""
+    model = build()
+    (route,) = model.add_stitches(["tuned vit[:]"])
+    train(model, data(), TrainArgs(**FAST, tuning="full", distillation=0.0), [route])
+    images = data().tensors[0]
+    with torch.no_grad():
+        before = model(images, route=route).logits
+        Learner(model, [route], TrainArgs(distillation=0.0))
+        assert torch.equal(model(images, route=route).logits, before)
+    assert not [key for key in model.tuned if key.startswith("head")]

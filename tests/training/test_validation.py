@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from restnet_hf.data import with_pixel_values
 from restnet_hf.data.datasets import load_images
 from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.training.args import RouteScores
-from restnet_hf.training.validation import held_out_indices, select_rows, split_held_out
+from restnet_hf.training.validation import Score, _score, held_out_indices, select_rows, split_held_out
 
 
 HARMFUL = {"num_train_epochs": 2, "batch_size": 8, "learning_rate": 1.0, "distillation": 0.0}
@@ -122,7 +123,7 @@ def test_last_keeps_what_is_last():
     result = train(ours, data(), TrainArgs(**HARMFUL, keep="last"))
     assert result.scores == {} and result.held_out_images == 0
     assert any(not torch.equal(value, trained(reference)[name]) for name, value in trained(ours).items())
-    with pytest.raises(ValueError, match="keep='last' scores no routes, so validation would not be used"):
+    with pytest.raises(ValueError, match="with keep='last' and 0 \\+ 3 epochs no route is scored"):
         train(build(), data(), TrainArgs(keep="last"), validation=data(8))
 
 
@@ -207,6 +208,30 @@ def test_resume_is_exact(options, tmp_path):
     assert all(torch.equal(value, trained(again)[name]) for name, value in trained(whole).items())
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert any(f"held_out/{ROUTES[0]}" in line for line in lines)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    args = {"num_train_epochs": 2, "batch_size": 8, "output_dir": str(tmp_path), "save_steps": 1, "distillation": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        train(build(), Noisy(data(60), 40), TrainArgs(**args, keep="last"))
+    with pytest.raises(ValueError, match="belong to (another training|a training with keep='last', not 'best')"):
+        train(build(), Noisy(data(60)), TrainArgs(**args, resume_from_checkpoint=True))
+
+
+def test_a_state_that_diverged_is_never_the_best():
+    assert _score(5, math.nan, 10) == Score(0.5, -math.inf) < _score(5, 1e9, 10)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"keep": "last", "eval_steps": 3}, "eval_steps scores routes, and keep='last' scores none"),
+        ({"max_minutes": 1.0, "num_train_epochs": 0, "least_squares_images": 9}, "max_minutes limits epochs"),
+    ],
+)
+def test_options_that_would_be_ignored(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainArgs(**options)
 
 
 def test_routes_that_gain_no_more_leave():
