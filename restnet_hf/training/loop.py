@@ -617,14 +617,14 @@ class Training:
 
     def _resume(self) -> None:
         learner = self.learner
-        place, best = self.checkpoints.load(self.total, learner.parameters, self.optimizer, learner.buffers)
-        self.schedule.load_state_dict(place["schedule"])
-        kept = place.get("keep", "last")  # as before there were best states
+        kept = self.checkpoints.read_place().get("keep", "last")  # as before there were best states
         if kept != self.args.keep:
             raise ValueError(
                 f"the checkpoints in {self.args.output_dir} belong to a training with keep={kept!r}, not "
                 f"{self.args.keep!r}; give the same, or choose another output_dir"
             )
+        place, best = self.checkpoints.load(self.total, learner.parameters, self.optimizer, learner.buffers)
+        self.schedule.load_state_dict(place["schedule"])
         if self.held_out is not None:
             self.best.load_state_dict(place["best"], best)
             self.held_out.metrics = dict(zip(self.best.routes, place["metrics"], strict=True))

@@ -214,7 +214,7 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     args = {"num_train_epochs": 2, "batch_size": 8, "output_dir": str(tmp_path), "save_steps": 1, "distillation": 0.0}
     with pytest.raises(KeyboardInterrupt):
         train(build(), Noisy(data(60), 40), TrainArgs(**args, keep="last"))
-    with pytest.raises(ValueError, match="belong to (another training|a training with keep='last', not 'best')"):
+    with pytest.raises(ValueError, match="belong to a training with keep='last', not 'best'"):
         train(build(), Noisy(data(60)), TrainArgs(**args, resume_from_checkpoint=True))
 
 
