@@ -75,6 +75,10 @@ class FeatureRows(Dataset[dict[str, Tensor]]):
         return rows
 
 
+class Batches(list[Batch]):
+    """Batches in memory, unlike a list of single images, which is a data set."""
+
+
 def is_stream(data: Any) -> bool:
     """Whether a data set has no length, so that its epochs cannot be counted."""
     return not isinstance(data.dataset if isinstance(data, DataLoader) else data, Sized)
@@ -128,10 +132,10 @@ def evaluation_loader(rows: Any, args: TrainArgs) -> Any:
     """Batches of a data set in its own order; batches and DataLoaders are returned unchanged.
 
     Args:
-        rows: a map-style data set, a DataLoader, or a list of batches.
+        rows: a map-style data set, a DataLoader, a stream, or `Batches`.
         args: options of the training.
     """
-    if isinstance(rows, list | DataLoader):
+    if isinstance(rows, Batches | DataLoader):
         return rows
     if is_stream(rows):
         return DataLoader(rows, batch_size=args.batch_size)

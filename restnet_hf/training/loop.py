@@ -27,6 +27,7 @@ from restnet_hf.training.checkpoints import Checkpoints
 from restnet_hf.training.heads import head_args, needed_heads, record_trained, shared_options, untrained_heads
 from restnet_hf.training.learner import Learner, check_routes
 from restnet_hf.training.loaders import (
+    Batches,
     FeatureRows,
     SeededItems,
     cache_features,
@@ -278,7 +279,7 @@ class Training:
 
     def _in_memory(self, data: Any) -> FeatureRows:
         args = self.args
-        if isinstance(data, list):
+        if isinstance(data, Batches):
             return compute_features(
                 self.model, self.learner.frozen, map(self.check_batch, data), self.accelerator.autocast
             )
@@ -366,8 +367,11 @@ class Training:
         def images() -> Iterator[Batch]:
             device, dtype = self.model.device, self.model.dtype
             data = split.train if split.held_out is None else split.held_out
-            streamed = split.whole is None and isinstance(split.held_out, list)  # in memory, in batches
-            some = data if streamed else first_images(data, TEACHER_IMAGES, self.args.batch_size, spread=True)
+            some = (
+                data
+                if isinstance(data, Batches)
+                else first_images(data, TEACHER_IMAGES, self.args.batch_size, spread=True)
+            )
             for item in some:
                 batch = self.check_batch(item)
                 yield {**batch, "pixel_values": batch["pixel_values"].to(device, dtype)}

@@ -19,7 +19,7 @@ from restnet_hf.data.pixel_values import prepared_by
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import RouteScores, TrainArgs
 from restnet_hf.training.learner import Learner
-from restnet_hf.training.loaders import FeatureRows, is_stream
+from restnet_hf.training.loaders import Batches, FeatureRows, is_stream
 
 
 logger = logging.get_logger(__name__)
@@ -175,7 +175,7 @@ def _split_stream(stream: Any, images: int, batch_size: int) -> Split:
     if not parts:
         return Split(stream)
     joined = {name: torch.cat([part[name] for part in parts]).split(batch_size) for name in parts[0]}
-    held_out = [dict(zip(joined, values, strict=True)) for values in zip(*joined.values(), strict=True)]
+    held_out = Batches(dict(zip(joined, values, strict=True)) for values in zip(*joined.values(), strict=True))
     if isinstance(stream, DataLoader):
         return Split(skip_first_batches(stream, len(parts)), held_out)
     rest = stream.skip(len(parts)) if isinstance(stream, IterableDataset) else _Rest(stream, len(parts))
