@@ -464,7 +464,7 @@ from trainings import FAST, Noisy, build, data, trained
 from restnet_hf import TrainArgs, train
 
 how, out = sys.argv[1:]
-args = {**FAST, "output_dir": out, "num_train_epochs": 4}
+args = {**FAST, "output_dir": out, "num_train_epochs": 4, "teacher": "resnet"}  # auto would read images
 
 
 class Rows(Noisy):
@@ -490,7 +490,7 @@ def test_stopped_from_outside(tmp_path):
     (tmp_path / "job.py").write_text(STOPPED)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     whole = build()
-    args = {**FAST, "num_train_epochs": 4}
+    args = {**FAST, "num_train_epochs": 4, "teacher": "resnet"}
     train(whole, Noisy(data()), TrainArgs(**args))
     jobs = {
         how: subprocess.Popen(
