@@ -36,17 +36,19 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 CLASS_COLUMNS = ("label", "fine_label", "labels")
 
 
+def label_column(rows: Dataset) -> str:
+    """The name of the column of classes."""
+    return next(name for name in CLASS_COLUMNS if name in rows.features)
+
+
 class Pictures(torch.utils.data.Dataset):
     """Whole batches at once: enlarged, normalised and, for training, flipped and shifted by up to an eighth."""
 
     def __init__(self, rows: Dataset, mean: list[float], std: list[float], size: int, augment: bool) -> None:
-        self.names = next(rows.features[name].names for name in CLASS_COLUMNS if name in rows.features)
-        image, label = (
-            next(name for name in names if name in rows.features) for names in (("image", "img"), CLASS_COLUMNS)
-        )
+        image = next(name for name in ("image", "img") if name in rows.features)
         pictures = [np.asarray(picture.convert("RGB")) for picture in rows[image][:]]
         self.images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.tensor(rows[label][:])
+        self.labels = torch.tensor(rows[label_column(rows)][:])
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
         self.size, self.augment = size, augment
 
@@ -106,8 +108,7 @@ def fine_tune(
 ) -> None:
     """Train one anchor on all weights and write it."""
     set_seed(0)
-    names = next(rows["train"].features[name].names for name in CLASS_COLUMNS if name in rows["train"].features)
-    model, mean, std = load(source, names)
+    model, mean, std = load(source, rows["train"].features[label_column(rows["train"])].names)
     data = {split: Pictures(rows[split], mean, std, sizes[-1], split == "train") for split in ("train", "test")}
     trainer = Trainer(
         model.to(memory_format=torch.channels_last),

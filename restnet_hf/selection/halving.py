@@ -35,6 +35,10 @@ TEMPERATURES = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)  # by which logit
 class RaceConfig:
     """Options of the method ``race`` of `select_stitches`.
 
+    The best few routes of each part by ``fitted_accuracy`` are fitted and trained together for a few steps, and the
+    worse half stops until ``per_part`` are left. Winners keep the stitches that they trained; `ranking` begins with
+    all that started, whose scores are accuracies on held-out images. It needs one or two thousand images.
+
     Args:
         candidates: number of routes of each part of the range of MACs that start, the best by ``fitted_accuracy``.
         train_images: number of images that stitches train on.
@@ -354,6 +358,7 @@ def _predicted(model: Any, names: Iterable[str], images: Tensor) -> Tensor:
 def select_by_race(
     model: Any,
     parts: Sequence[Sequence[RankedRoute]],
+    ranking: Sequence[RankedRoute],
     batches: Iterable[Mapping[str, Tensor]],
     config: RaceConfig,
     stitch_config: StitchConfig | None,
@@ -361,10 +366,12 @@ def select_by_race(
 ) -> tuple[list[RankedRoute], list[RankedRoute]]:
     """Race candidates, and add the winners to a model with the stitches that they have trained.
 
-    With several processes all run the race, and the first one decides. See `race_candidates` for the arguments.
+    With several processes all run the race, and the first one decides. See `race_candidates` for the arguments;
+    ``ranking`` has all routes, the candidates among them.
 
     Returns:
-        The winners, the cheapest first, and the others; their scores are accuracies on the held-out images.
+        The winners, the cheapest first; and the ranking, which begins with the candidates, whose scores are accuracies
+        on the held-out images.
     """
     left, stopped = race_candidates(model, parts, batches, config, stitch_config, winners)
     chosen = gather_object([[str(racer.route) for racer in left]])
@@ -376,4 +383,6 @@ def select_by_race(
         model.stitches[name].load_state_dict(new[name].state_dict())
         model.unfitted.discard(name)
     winning, losing = ([replace(r.row, score=r.accuracy) for r in racers] for racers in (left, stopped))
-    return sorted(winning, key=lambda row: row.costs["macs"]), losing
+    chosen_rows = sorted(winning, key=lambda row: row.costs["macs"])
+    raced = {row.route for row in (*winning, *losing)}
+    return chosen_rows, [*chosen_rows, *losing, *(row for row in ranking if row.route not in raced)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -126,18 +127,12 @@ class SelectionMixin:
         missing = {name: options[name] for name in options if None in cached[name]}
         drawn = draw_images(calibration, kept_images, max_images) if missing else None
         names = {name for pair in chosen for name in pair.names}
-        computed = (
-            compare(
-                chosen, lambda: self._selection_batches(drawn, batch_size, names, max_images), missing, kept_images
-            )
-            if missing
-            else {}
-        )
-        for name, similarities in computed.items():
-            for similarity in similarities:
-                file = files[name, (similarity.front, similarity.end)]
-                if file is not None and this_process().is_main_process:
-                    cache_similarity(similarity, file)
+        computed: dict[Method, list[Similarity]] = {}
+        if missing:
+            images = partial(self._selection_batches, drawn, batch_size, names, max_images)
+            computed = compare(chosen, images, missing, kept_images)
+        for name, each in computed.items():
+            _cache({files[name, (similarity.front, similarity.end)]: similarity for similarity in each})
         return {name: computed.get(name) or [each for each in cached[name] if each is not None] for name in options}
 
     def _pairs(self, order: str, methods: Iterable[Method], config: StitchConfig, pairs: str = "any") -> list[Pair]:
@@ -287,24 +282,16 @@ class SelectionMixin:
         on_error: str = "raise",
         **options: Any,
     ) -> list[Route]:
-        """Choose cuts at which to join two of the anchors, from a few hundred images, and add the stitches.
-
-        Of more than two anchors any two may be joined, so that a model of five candidates gets the best routes between
-        any of them.
+        """Choose cuts at which to join any two of the anchors, from a few hundred images, and add the stitches.
 
         The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
         more than any anchor alone are left out if there are others. `similarities` then has all values, `ranking` all
         routes. The best route becomes the active one.
 
-        ``race`` trains: of each part the best few by ``fitted_accuracy`` are fitted and trained together for a few
-        steps, and the worse half stops until ``per_part`` are left (successive halving). The winners keep the stitches
-        that they trained, and `ranking` begins with them and the other candidates, whose scores are accuracies on
-        held-out images. Give it one or two thousand images; its options are those of `RaceConfig`.
-
-        With ``fitted_accuracy``, whose values are accuracies, the best route of a part is the one furthest above the
-        straight line between the anchors, and routes that an anchor alone beats come last; they stay candidates, since
-        training gains what a fit does not have. The values of the other selectors predict no accuracy, so nothing can
-        be said about anchors: train, `profile`, and call `drop_dominated`.
+        ``race`` trains the best few of each part by ``fitted_accuracy`` before it chooses; see `RaceConfig`. With
+        these two, whose values are accuracies, the best route of a part is the one furthest above the straight line
+        between the anchors, and those that an anchor beats come last. The others predict no accuracy: train,
+        `profile`, and call `drop_dominated`.
 
         Args:
             calibration: images, in any form that `prepare_data` takes.
@@ -317,8 +304,8 @@ class SelectionMixin:
             budget: limits, a `Budget` or such as ``{"macs": 1e9}``; routes over them are left out.
             kept_images: number of images that selectors which fit something keep samples of.
             per_part: number of routes to add from each part; the best two nearly always include the best one.
-            pairs: pairs of anchors to join: ``any``, ``adjacent`` or ``ends``; see `compare`.
-            max_images: largest number of images to run, drawn at random; None for all; see `compare`.
+            pairs: pairs of anchors to join, as in `compare`.
+            max_images: largest number of images to run, as in `compare`.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
             **options: options of the selector.
 
@@ -327,11 +314,9 @@ class SelectionMixin:
         """
         limits = None if budget is None else Budget.of(budget)  # checked before anything runs
         race = RaceConfig.from_options(options) if method == RACE else None
-        if race is not None:
-            method, options = "fitted_accuracy", {}
-            calibration = self.prepare_data(calibration, name="calibration", on_error=on_error)
+        methods = {method: options} if race is None else {"fitted_accuracy": {}}
         (similarities,) = self.compare(
-            calibration, {method: options}, order, config, batch_size, kept_images,
+            calibration, methods, order, config, batch_size, kept_images,
             pairs=pairs, max_images=max_images, on_error=on_error,
         ).values()  # fmt: skip
         count = per_part if race is None else max(per_part, race.candidates)
@@ -340,10 +325,9 @@ class SelectionMixin:
         if race is None:
             self.add_stitches((row.route for row in chosen), config)
         else:
-            others = [row for row in ranking if row not in chosen]
-            images = self._checked(draw_images(calibration, 0, race.images), batch_size, "calibration")
-            chosen, stopped = select_by_race(self, parts, images, race, config, per_part)
-            ranking = [*chosen, *stopped, *others]
+            images = self.prepare_data(calibration, name="calibration", on_error=on_error)
+            batches = self._checked(draw_images(images, 0, race.images), batch_size, "calibration")
+            chosen, ranking = select_by_race(self, parts, ranking, batches, race, config, per_part)
         self.similarities, self.ranking = similarities, ranking
         self.set_route(max(chosen, key=lambda row: row.score).route)
         return [row.route for row in chosen]
@@ -396,3 +380,10 @@ class SelectionMixin:
             if "labels" in batch:
                 check_labels(batch["labels"], self.config.num_labels)
             yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
+
+
+def _cache(similarities: Mapping[Path | None, Similarity]) -> None:
+    """Write similarities into their files; those without one are not cached."""
+    for file, similarity in similarities.items():
+        if file is not None and this_process().is_main_process:
+            cache_similarity(similarity, file)
