@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import asdict, fields
 from functools import lru_cache
 from json import JSONDecodeError
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, cached_file
@@ -18,6 +18,7 @@ from restnet_hf.errors import quote, shorten
 from restnet_hf.files import SHA256
 from restnet_hf.hashing import Piece, stored_dtype
 from restnet_hf.limits import MAX_ANCHORS, MAX_LABELS, MAX_ROUTES, check_json, read_json
+from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, StitchPoint, TunedKey
 from restnet_hf.stitches.layers import StitchConfig
 from restnet_hf.stitches.tuning import TunedConfig
@@ -47,6 +48,7 @@ class RestNetConfig(PreTrainedConfig):
             once fitted.
         routes: string form of each route.
         active_route: string form of the active route.
+        active_cascade: string form of the active cascade; None where a route is active.
         trained_heads: keys of the new heads that were trained.
         tuned: tensors that replace anchors' own weights, by key; see `TunedConfig`.
         training: settings of each fit or training of stitches and heads, one dict for each.
@@ -55,11 +57,15 @@ class RestNetConfig(PreTrainedConfig):
     """
 
     model_type = "restnet"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "answered_by"
+    ]  # of the output, for the predictions of `Trainer`
 
     anchors: list[dict[str, Any]] | None = None
     stitches: dict[str, dict[str, Any]] | None = None
     routes: list[str] | None = None
     active_route: str | None = None
+    active_cascade: str | None = None
     new_head: bool = False
     standalone: bool = False
     trained_heads: list[str] | None = None
@@ -151,8 +157,9 @@ class RestNetConfig(PreTrainedConfig):
                 raise ValueError(f"config.json: {key} must be true or false, not {quote(getattr(self, key))}")
         if self.problem_type not in PROBLEM_TYPES:
             raise ValueError(f"config.json: problem_type={quote(self.problem_type)} is not one of {PROBLEM_TYPES}")
-        if not isinstance(self.active_route, str | None):
-            raise ValueError(f"config.json: active_route must be a string, not {quote(self.active_route)}")
+        for key in ("active_route", "active_cascade"):
+            if not isinstance(getattr(self, key), str | None):
+                raise ValueError(f"config.json: {key} must be a string, not {quote(getattr(self, key))}")
         self._check_labels()
         names = self._check_anchors()
         points = {name: self.stitch_parts(name)[0] for name in self.stitches or {}}
@@ -179,7 +186,13 @@ class RestNetConfig(PreTrainedConfig):
         if len(self.routes or ()) > MAX_ROUTES or sum(map(len, self.routes or ())) > 64 * MAX_ROUTES:
             raise ValueError(f"config.json: the routes are too many or too long; at most {MAX_ROUTES} are allowed")
         routes = set(self.parsed_routes())
-        for route in (*routes, *([Route.parse(self.active_route)] if self.active_route else [])):
+        active = [Route.parse(self.active_route)] if self.active_route else []
+        if self.active_cascade is not None:
+            cascade = Cascade.parse(self.active_cascade)
+            if not cascade.thresholds:
+                raise ValueError(f"config.json: the active cascade {quote(str(cascade))} has no thresholds")
+            active += cascade.routes
+        for route in (*routes, *active):
             unknown = {segment.anchor for segment in route.segments} - names
             unknown |= {str(route)} if route.tuned and route not in routes else set()
             if unknown or not points >= {point.name for point in route.stitch_points}:

@@ -19,6 +19,7 @@ from restnet_hf.anchors.attention import change_attention, set_attention
 from restnet_hf.anchors.config_entry import add_fingerprint, class_order, describe_model, new_task, rebuild_anchor
 from restnet_hf.anchors.layouts import AnyLayout
 from restnet_hf.anchors.loading import check_load_options, load_anchor
+from restnet_hf.cascading import CascadeOutput
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.datasets import check_problem_type
 from restnet_hf.data.preprocessing import Preprocessing, Reprocess
@@ -31,11 +32,14 @@ from restnet_hf.hub.peft_names import PeftNamesMixin
 from restnet_hf.hub.several_adapters import remaining_training
 from restnet_hf.prediction import PredictionMixin
 from restnet_hf.profiling.accuracy import score_routes
-from restnet_hf.profiling.costs import CostTable, describe_measurement
+from restnet_hf.profiling.cascade_rows import profile_cascades
+from restnet_hf.profiling.costs import CostTable
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable
+from restnet_hf.profiling.mixin import ProfilingMixin
 from restnet_hf.profiling.timing import measure_latency
-from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
+from restnet_hf.routes.cascade import Cascade, is_cascade
+from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import HeadKey, Route, Routes, StitchPoint, TunedKey, each_route
 from restnet_hf.selection.mixin import SelectionMixin
 from restnet_hf.selection.ranking import RankedRoute, Similarity, spread
@@ -49,11 +53,12 @@ from restnet_hf.stitches.tuning import Tuned, TunedConfig, tuned_keys, tuned_on_
 
 
 ORDERS = ("large-to-small", "small-to-large", "given")
-ROUTES: ContextVar[Mapping[int, Route]] = ContextVar("restnet_hf_routes")  # of `using`, by id of the model
+# routes and cascades of `using`, by id of the model
+ROUTES: ContextVar[Mapping[int, Route | Cascade]] = ContextVar("restnet_hf_routes")
 
 
 class StitchedModelForImageClassification(
-    SelectionMixin, AdapterHubMixin, PredictionMixin, PeftNamesMixin, PreTrainedModel
+    SelectionMixin, ProfilingMixin, AdapterHubMixin, PredictionMixin, PeftNamesMixin, PreTrainedModel
 ):
     """One image classifier out of several: the early blocks of one, a stitch, the late blocks of another.
 
@@ -122,6 +127,7 @@ class StitchedModelForImageClassification(
         self.similarities: list[Similarity] = []
         self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route.alone(self.front)
+        self.active_cascade = Cascade.parse(config.active_cascade) if config.active_cascade else None
         if attention is not None:
             set_attention(self.anchors, dict.fromkeys(self.anchors, str(attention)))
         self.post_init()
@@ -221,8 +227,9 @@ class StitchedModelForImageClassification(
         labels: Tensor | None = None,
         output_hidden_states: bool | Sequence[int] | None = None,
         route: Route | str | None = None,
+        cascade: Cascade | str | None = None,
     ) -> ImageClassifierOutput:
-        """Classify images by one route. Threads can share the model: nothing of a call is stored in it.
+        """Classify images by a route or a cascade. Threads can share a model: nothing of a call is stored in it.
 
         Args:
             pixel_values: images (N, 3, H, W) in the model's `preprocessing`.
@@ -231,33 +238,53 @@ class StitchedModelForImageClassification(
             output_hidden_states: whether to return the activations at the route's cuts, those of stitches included, in
                 the layouts of their anchors; or the positions of some. By default that of the config.
             route: route to run; by default that of `using` in this thread, else the active one.
+            cascade: cascade with thresholds to run in place of a route.
+
+        Returns:
+            The logits, and where a cascade ran ``answered_by``, the number of the route that answered each image.
 
         Raises:
-            TypeError, ValueError: the images have another type or shape, the labels are not classes, or the route is
-                not of this model.
+            TypeError, ValueError: the images have another type or shape, the labels are not classes, the route or
+                cascade is not of this model, or activations of a cascade are asked for.
         """
         self.preprocessing.check(pixel_values)
         if labels is not None:
             check_targets(labels, self.config.num_labels, self.config.problem_type)
-        route = ROUTES.get({}).get(id(self), self.active_route) if route is None else self.route(route)
-        x, steps = cast("Tensor", pixel_values).to(self.dtype), self.steps(route)
+        chosen = self._chosen(route, cascade)
+        x = cast("Tensor", pixel_values).to(self.dtype)
         training = self.training and torch.is_grad_enabled()
         if self.unfitted and not torch.compiler.is_compiling():
-            self.unfitted.difference_update(p.name for p in route.stitch_points if training)
-            warn_unfitted(self, [route])
+            self.unfitted.difference_update(p.name for p in chosen.stitch_points if training)
+            warn_unfitted(self, chosen.routes if isinstance(chosen, Cascade) else [chosen])
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: tuple[Tensor | None, ...] | None = None
-        if wanted is None or wanted is False:
-            logits = run_steps(x, steps)
+        answered_by: Tensor | None = None
+        if isinstance(chosen, Cascade):
+            if wanted is not None and wanted is not False:
+                raise ValueError("activations differ between the images of a cascade: give a route=, or ask for none")
+            logits, answered_by = self.run_cascade(x, chosen)
+        elif wanted is None or wanted is False:
+            logits = run_steps(x, self.steps(chosen))
         else:
-            logits, states = run_with_states(x, steps, wanted)
+            logits, states = run_with_states(x, self.steps(chosen), wanted)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         if training and loss is not None and not loss.requires_grad:
             raise ValueError(
-                f"nothing on route '{route}' can train: the anchors are frozen, and it has no stitch or new head. Add "
-                "a stitch and make its route active: model.set_route(model.add_stitch('a[:1] + b[2:]'))"
+                f"nothing on '{chosen}' can train: the anchors are frozen, and it has no stitch or new head. Add a "
+                "stitch and make its route active: model.set_route(model.add_stitch('a[:1] + b[2:]'))"
             )
+        if answered_by is not None:
+            return CascadeOutput(loss=loss, logits=logits, answered_by=answered_by)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def _chosen(self, route: Route | str | None, cascade: Cascade | str | None) -> Route | Cascade:
+        """The route or cascade of a call."""
+        if route is not None and cascade is not None:
+            raise ValueError("give a route or a cascade, not both")
+        if cascade is not None:
+            return self.runnable_cascade(cascade)
+        active = self.active_route if self.active_cascade is None else self.active_cascade
+        return ROUTES.get({}).get(id(self), active) if route is None else self.route(route)
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -396,8 +423,10 @@ class StitchedModelForImageClassification(
         needed = {point.name for other in left for point in other.stitch_points}
         adapters = {"", *(other.adapter for other in left)}
         active = self.active_route
-        if active in deleted or active.adapter not in adapters or {p.name for p in active.stitch_points} - needed:
-            raise ValueError(f"'{active}' is the active route; set another one first")
+        inactive = deleted.keys().isdisjoint((active,) if self.active_cascade is None else self.active_cascade.routes)
+        if not inactive or active.adapter not in adapters or {p.name for p in active.stitch_points} - needed:
+            kind = "route" if self.active_cascade is None else "cascade"
+            raise ValueError(f"'{self.active_cascade or active}' is the active {kind}; set another one first")
         self.config.routes = list(map(str, left))
         for name in set(self.stitches) - needed:
             del self.stitches[name], self.config.stitches[name]
@@ -409,8 +438,10 @@ class StitchedModelForImageClassification(
         self.config.trained_heads = [name for name in self.config.trained_heads if name in self.heads]
         self.config.training = remaining_training(self.config.training, adapters)
         if self.profiled is not None:
-            rows = (r for r in self.profiled.routes if r.route not in deleted and r.route.adapter in adapters)
-            self.profiled = replace(self.profiled, routes=tuple(rows))
+            rows = tuple(r for r in self.profiled if r.route not in deleted and r.route.adapter in adapters)
+            kept = {row.route for row in rows}
+            cascades = tuple(row for row in self.profiled.cascades if kept.issuperset(row.route.routes))
+            self.profiled = replace(self.profiled, routes=rows, cascades=cascades)
 
     def set_route(self, route: Route | str) -> Route:
         """Make a route active, so that ``forward`` runs it; returns the route.
@@ -425,25 +456,29 @@ class StitchedModelForImageClassification(
         steps = self.steps(route)
         if self.weight_files is not None:
             self.weight_files.load(self.anchors, steps)
-        self.active_route = route
+        self.active_route, self.active_cascade = route, None
         self.config.active_route = str(route)
         return route
 
     @contextmanager
-    def using(self, route: Route | str) -> Iterator[Route]:
-        """Run a route in the block, in this thread or task only, whatever other threads make active.
+    def using(self, route: Route | Cascade | str) -> Iterator[Route | Cascade]:
+        """Run a route or cascade in the block, in this thread or task only, whatever other threads make active.
 
         Args:
-            route: route or its string form.
+            route: route, cascade with thresholds, or the string form of either.
 
         Raises:
-            ValueError: the route does not parse, or one of its stitches is missing.
+            ValueError: the route or cascade does not parse, or one of its stitches is missing.
         """
-        route = self.route(route)
-        self.steps(route)
-        token = ROUTES.set({**ROUTES.get({}), id(self): route})
+        chosen: Route | Cascade
+        if isinstance(route, Cascade) or (isinstance(route, str) and is_cascade(route)):
+            chosen = self.runnable_cascade(route)
+        else:
+            chosen = self.route(route)
+            self.steps(chosen)
+        token = ROUTES.set({**ROUTES.get({}), id(self): chosen})
         try:
-            yield route
+            yield chosen
         finally:
             ROUTES.reset(token)
 
@@ -456,9 +491,13 @@ class StitchedModelForImageClassification(
         memory_mb: float | None = None,
         latency_ms: float | None = None,
         energy_j: float | None = None,
+        mean_macs: float | None = None,
+        mean_latency_ms: float | None = None,
         score: str | None = None,
-    ) -> Route:
-        """Make the best route of the profile within limits active, and return it.
+    ) -> Route | Cascade:
+        """Make the best route of the profile within limits active, and return it; or the best cascade.
+
+        Cascades are considered where a mean is limited; the other limits then hold for the most that an image takes.
 
         Args:
             budget: all limits, as a `Budget` or a dict such as ``{"macs": 1e9}``.
@@ -467,17 +506,21 @@ class StitchedModelForImageClassification(
             memory_mb: largest memory in MB.
             latency_ms: largest latency for one image in milliseconds.
             energy_j: largest energy for one image in joules.
+            mean_macs: largest multiply-accumulates as a mean over images.
+            mean_latency_ms: largest latency in milliseconds as a mean over images.
             score: name of the score that the best route has most of; by default that of `Profile.find_score`.
 
         Raises:
             BudgetError: no route fits (the message names the cheapest), the model was not profiled, or has no such
                 cost or score.
         """
-        limits = {"macs": macs, "params": params, "memory_mb": memory_mb}
-        budget = Budget.of(budget, **limits, latency_ms=latency_ms, energy_j=energy_j)
+        limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "mean_macs": mean_macs}
+        limits |= {"latency_ms": latency_ms, "energy_j": energy_j, "mean_latency_ms": mean_latency_ms}
+        budget = Budget.of(budget, **limits)
         if self.profiled is None:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
-        return self.set_route(self.profiled.best(budget, score).route)
+        best = self.profiled.best(budget, score).route
+        return self.set_cascade(best) if isinstance(best, Cascade) else self.set_route(best)
 
     def prune_to(self, routes: Routes) -> None:
         """Delete all but some routes, and free all weights of anchors that these do not use.
@@ -565,31 +608,49 @@ class StitchedModelForImageClassification(
         batch_size: int = 64,
         latency: LatencyTable | None = None,
         *,
+        cascades: bool = False,
         on_error: str = "raise",
         metadata: Mapping[str, Any] | None = None,
     ) -> Profile:
         """Profile routes: their costs and, with labelled data, their accuracy, which `set_budget` then uses.
+
+        With ``cascades`` the same evaluation calibrates cascades of two and three of the routes. Their scores and mean
+        costs are by cross-validation, from images that their thresholds were not chosen on.
 
         Args:
             data: labelled images, in any form that `prepare_data` takes.
             routes: one route or several to profile; by default all, and the anchors alone.
             batch_size: images in a batch, if the images are a tensor or a data set.
             latency: result of `measure_latency` on this device, for ``latency_ms`` and ``energy_j``.
+            cascades: whether to calibrate cascades too.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
             metadata: metadata of the profile, such as ``{"dataset": "imagenet-1k"}``.
+
+        Raises:
+            ValueError: the data has no labels or other classes, or fewer than 100 images for cascades.
         """
         chosen = self._parse_routes(self.all_routes if routes is None else routes)
         walks = [(route, self.steps(route)) for route in chosen]
-        costs, scores, images = self.route_costs(latency=latency, memory=True), dict[Route, float](), {}
+        table, scores, images = CostTable(latency), dict[Route, float](), {}
+        found: tuple[ProfiledCascade, ...] = ()
         if data is not None:
             warn_unfitted(self, chosen)
-            data = self.prepare_data(data, on_error=on_error)
-            scores, images["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
+            checked = self._checked(self.prepare_data(data, on_error=on_error), batch_size)
+            if cascades:
+                observed = self._observe(walks, checked)
+                scores, images["images"] = observed.scores(), len(observed)
+                found = profile_cascades(observed, walks, table, "accuracy")
+            else:
+                scores, images["images"] = score_routes(walks, checked, self.device)
+        elif cascades:
+            raise ValueError("cascades are calibrated on images: give data with labels, or see set_cascade for others")
         rows = [
-            ProfiledRoute(route, costs(route), {"accuracy": scores[route]} if route in scores else {})
-            for route, _ in walks
+            ProfiledRoute(route, table.costs(steps), {"accuracy": scores[route]} if route in scores else {})
+            for route, steps in walks
         ]
-        return self.record_profile(rows, latency, {**(metadata or {}), **images})
+        if cascades:
+            rows = [row.with_means() for row in rows]
+        return self.record_profile(rows, latency, {**(metadata or {}), **images}, found)
 
     def measure_latency(
         self,
@@ -619,32 +680,6 @@ class StitchedModelForImageClassification(
         checked = spread({route: table.macs(steps) for route, steps in walks}, checked_routes)
         check = [walk for walk in walks if walk[0] in checked]
         return measure_latency(walks, batch_size, seconds=seconds, check=check)
-
-    def record_profile(
-        self,
-        rows: Iterable[ProfiledRoute],
-        latency: LatencyTable | None = None,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> Profile:
-        """Make rows the model's profile, with device, weights and versions in its metadata.
-
-        Args:
-            rows: routes with costs and scores.
-            latency: table that latencies in the costs are from, whose device and runtime are recorded.
-            metadata: further metadata of the profile.
-        """
-        measured = describe_measurement(str(self.device), latency, self.profiled)
-        self.profiled = Profile(tuple(rows), {**(metadata or {}), **measured, "weights": self.weights_sha256()})
-        return self.profiled
-
-    def record_runtime(self, exported: Profile) -> Profile:
-        """Add the profile of exported routes to the model's own.
-
-        Args:
-            exported: profile of the folder with exported routes.
-        """
-        self.profiled = (self.profile() if self.profiled is None else self.profiled).with_runtime(exported)
-        return self.profiled
 
     def print_trainable_parameters(self) -> None:
         """Print the number of trainable parameters, as PEFT does."""

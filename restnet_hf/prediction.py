@@ -14,6 +14,7 @@ from restnet_hf.data.pixel_values import check_on_error
 from restnet_hf.data.prepare import Pictures, is_one_image, prepare_data
 from restnet_hf.data.preprocessing import plain_processor
 from restnet_hf.errors import BudgetError, PictureError
+from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 
@@ -31,6 +32,7 @@ class PredictionMixin:
     device: torch.device
     profiled: Profile | None
     route: Callable[[Route | str], Route]
+    runnable_cascade: Callable[[Cascade | str], Cascade]
     __call__: Callable[..., Any]
 
     @property
@@ -87,6 +89,7 @@ class PredictionMixin:
         images: Any,
         *,
         route: Route | str | None = None,
+        cascade: Cascade | str | None = None,
         budget: BudgetLike | None = None,
         top_k: int | None = 5,
         batch_size: int = 64,
@@ -96,9 +99,10 @@ class PredictionMixin:
 
         Args:
             images: images in any form that `prepare_data` takes; their labels are not read.
-            route: route to run; by default the active one.
-            budget: limits such as ``{"macs": 1e9}``; the best route of the profile within them runs, and the active
-                one stays as it is.
+            route: route to run; by default the active one, or the active cascade.
+            cascade: cascade with thresholds to run in place of a route.
+            budget: limits such as ``{"macs": 1e9}``; the best route or cascade of the profile within them runs, and
+                the active one stays as it is.
             top_k: number of classes for each image, those with the highest scores; all if None.
             batch_size: number of images in a batch.
             on_error: ``raise`` to raise an error for a broken picture, or ``skip`` to give it an empty list.
@@ -116,19 +120,23 @@ class PredictionMixin:
             raise ValueError(f"top_k={top_k} must be at least 1, or None for all classes")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        chosen = self._route_for(route, budget)
+        chosen = self._chosen_for(route, cascade, budget)
         results: list[Prediction] = []
         for pixel_values, kept in self._read(images, batch_size, on_error):
             named = iter(self._name(pixel_values, chosen, top_k) if any(kept) else ())
             results += [next(named) if readable else [] for readable in kept]
         return results[0] if is_one_image(images) else results
 
-    def _route_for(self, route: Route | str | None, budget: BudgetLike | None) -> Route | None:
-        """The route of a call; None for the active one."""
+    def _chosen_for(
+        self, route: Route | str | None, cascade: Cascade | str | None, budget: BudgetLike | None
+    ) -> Route | Cascade | None:
+        """The route or cascade of a call; None for the active one."""
+        if sum(each is not None for each in (route, cascade, budget)) > 1:
+            raise ValueError("give one of route, cascade and budget")
+        if cascade is not None:
+            return self.runnable_cascade(cascade)
         if budget is None:
             return None if route is None else self.route(route)
-        if route is not None:
-            raise ValueError("give a route or a budget, not both")
         if self.profiled is None:
             raise BudgetError("the costs of the routes are not known yet; call profile() first")
         return self.profiled.best(budget).route
@@ -156,9 +164,10 @@ class PredictionMixin:
         if errors:
             logger.warning(f"{len(errors)} of {len(data)} pictures have no prediction: {errors[0]}")
 
-    def _name(self, pixel_values: Tensor, route: Route | None, top_k: int | None) -> list[Prediction]:
-        """Labels and scores of images (N, 3, H, W) by a route."""
-        logits = self(pixel_values.to(self.device), route=route).logits.float()
+    def _name(self, pixel_values: Tensor, chosen: Route | Cascade | None, top_k: int | None) -> list[Prediction]:
+        """Labels and scores of images (N, 3, H, W) by a route or cascade."""
+        kind = "cascade" if isinstance(chosen, Cascade) else "route"
+        logits = self(pixel_values.to(self.device), **{kind: chosen}).logits.float()
         many = self.config.problem_type == MULTI_LABEL
         scores = logits.sigmoid() if many else logits.softmax(-1)
         best = scores.topk(min(top_k or scores.shape[-1], scores.shape[-1]))

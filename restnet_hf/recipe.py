@@ -25,9 +25,10 @@ from restnet_hf.data.pixel_values import prepared_by
 from restnet_hf.distributed import this_process
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.profiling.cascades import LEAST_IMAGES
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.recipe_checks import CHECKPOINTS, CHECKS, check_entry, check_stitches, within
-from restnet_hf.reports import report_rows, report_to_resume
+from restnet_hf.reports import report_cascades, report_rows, report_to_resume
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.dropping import beaten_routes
@@ -73,8 +74,9 @@ class Recipe:
             the anchors must know the classes; accuracy is measured by the labels of the evaluation images.
         cache: whether the outputs of frozen networks for each image are cached in ``OUT/training`` while heads and
             stitches train; not done where images are augmented or the front trains.
-        drop_dominated: whether the adapter leaves out the stitched routes that another one beats in MACs and accuracy;
-            the report lists them.
+        cascades: whether cascades of the routes are calibrated on the evaluation images, where these are 100 or more.
+        drop_dominated: whether the adapter leaves out the stitched routes that another one beats in MACs and accuracy
+            and no cascade runs; the report lists them.
         seed: seed of the first weights of new heads; the images and their order have fixed seeds.
         heads: options of training for new heads on the frozen anchors.
         stitches: options of training for stitches.
@@ -102,6 +104,7 @@ class Recipe:
     augment: str | None = None
     label_free: bool = False
     cache: bool = True
+    cascades: bool = True
     drop_dominated: bool = True
     seed: int = 0
     heads: TrainArgs = TrainArgs(distillation=0.0, train_head=True)
@@ -201,7 +204,8 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     train(model, augment_training_set(model, train_set, recipe), stitches)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
     clock.lap("training")
-    profile = model.profile(eval_set, metadata={"dataset": _name(recipe.dataset)})
+    cascades = recipe.cascades and len(eval_set) >= LEAST_IMAGES and len(model.all_routes) > 1
+    profile = model.profile(eval_set, cascades=cascades, metadata={"dataset": _name(recipe.dataset)})
     clock.lap("second profile")
     offered = _offer(model, profile, recipe)
     state = this_process()
@@ -212,6 +216,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     report = {
         "recipe": dataclasses.asdict(recipe),
         "routes": report_rows(model, fitted, profile, r2),
+        "cascades": report_cascades(profile),
         **offered,
         "checks": {"anchors_unchanged": unchanged, "reloaded_logits_equal": same},
         "similarity": None if model.similarity is None else dict(model.similarity.settings),
@@ -227,8 +232,9 @@ def _offer(model: StitchedModelForImageClassification, profile: Profile, recipe:
     """Make the adapter's best route active, and drop those that another beats; returns entries of the report."""
     model.set_route(max(profile.routes, key=lambda row: (not row.route.is_anchor, row.scores["accuracy"])).route)
     gaps = {"gap_closed": profile.gap_closed(), "gap_closed_stitched": profile.gap_closed(stitched_only=True)}
-    beaten = beaten_routes(profile) if recipe.drop_dominated and model.drop_dominated() else {}
-    return {"dropped": {str(route): str(rival) for route, rival in beaten.items()}, **gaps}
+    dropped = model.drop_dominated() if recipe.drop_dominated else []
+    beaten = beaten_routes(profile)
+    return {"dropped": {str(route): str(beaten[route]) for route in dropped}, **gaps}
 
 
 def _write_report(

@@ -34,6 +34,23 @@ def report_rows(
     return sorted(rows, key=lambda row: row["macs"])
 
 
+def report_cascades(profile: Profile) -> list[dict[str, Any]]:
+    """Rows of the report for cascades, the cheapest first.
+
+    Args:
+        profile: profile after the training.
+    """
+    front = [row.route for row in profile.front()]
+    rows = [
+        {
+            "cascade": str(row.route), **row.costs, **row.scores, "standard_error": row.standard_error,
+            "shares": list(row.shares), "front": row.route in front,
+        }
+        for row in profile.cascades
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["mean_macs"])
+
+
 def finished_report(out: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The report of a run that has finished; None where there is none.
 

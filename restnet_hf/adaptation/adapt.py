@@ -281,7 +281,7 @@ def _confirm_latency(
     while True:
         corrected = [_correct_row(row, checks, latency) for row in rows]
         scored = [row for row in corrected if score in row.scores]
-        best = Profile(tuple(scored)).best(budget, score)
+        best = Profile(tuple(scored)).best_route(budget, score)
         if latency is None or best.route in checks:
             return best, corrected, checks
         fitting = [row for row in scored if budget.allows(row.costs)]

@@ -215,7 +215,7 @@ class Search(ABC):
         best = {}
         for budget, fits in zip(self.budgets, self.fits, strict=True):
             within = [index for index in self._found if fits[index]] or [*np.flatnonzero(fits)]
-            best[budget] = Profile(tuple(map(self._row, within))).best(budget, self.score)
+            best[budget] = Profile(tuple(map(self._row, within))).best_route(budget, self.score)
         order = dict.fromkeys([*self._found, *range(len(self.routes))])
         return SearchResult(best, tuple(map(self._row, order)), self.score, finished)
 

@@ -18,6 +18,10 @@ def find(
     params: Annotated[float | None, typer.Option(help="Limit on the parameters of a route.")] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Limit on the memory of a route in megabytes.")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Limit on milliseconds for one image.")] = None,
+    mean_macs: Annotated[
+        float | None, typer.Option(help="Limit on multiply-accumulates as a mean over images.")
+    ] = None,
+    mean_latency_ms: Annotated[float | None, typer.Option(help="Limit on milliseconds as a mean over images.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Lowest accuracy of a route, from 0 to 1.")] = None,
     device: Annotated[str | None, typer.Option(help="Device that the costs were measured on.")] = None,
 ) -> None:
@@ -25,6 +29,7 @@ def find(
     from restnet_hf.hub.repository import find_adapters
 
     limits: dict[str, Any] = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms}
+    limits |= {"mean_macs": mean_macs, "mean_latency_ms": mean_latency_ms}
     show_found(find_adapters(base_model, **limits, min_accuracy=min_accuracy, device=device))
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from restnet_hf.adaptation.adapt import AdaptResult
     from restnet_hf.hub.repository import FoundAdapter
     from restnet_hf.profiling.latency import LatencyTable
-    from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+    from restnet_hf.routes.profile import AnyProfiled, Budget, Profile
     from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_model import ExportedModel
     from restnet_hf.selection.ranking import RankedRoute
@@ -25,12 +25,14 @@ errors = Console(stderr=True)
 TEXTS = ("adapter", "because", "rejected", "route")  # columns of text, which continue in the next line
 LEAST_TEXT = 16  # characters of a column of text, however narrow the terminal is
 FEW = 100  # images, below which a comparison is mostly chance
-STAR = "*: no other route beats it"
+STAR = "*: nothing else beats it"
 COSTS = {  # of a profile: heading, and the number that it is divided by
     "macs": ("MACs, M", 1e6),
+    "mean_macs": ("mean MACs, M", 1e6),
     "params": ("params, K", 1e3),
     "memory_mb": ("memory, MB", 1.0),
     "latency_ms": ("latency, ms", 1.0),
+    "mean_latency_ms": ("mean latency, ms", 1.0),
     "energy_j": ("energy, J", 1.0),
 }
 
@@ -108,16 +110,30 @@ def show_report(report: Mapping[str, Any]) -> None:
     columns = ["route", "MACs, M", "params, K", *(["value"] if compared else []), "R²", *accuracies, ""]
     title = f"routes, cheapest first{f'; value: {method}' if compared else ''}; {STAR}"
     show_table(title, columns, rows, [index for index, row in enumerate(report["routes"]) if "r2" not in row])
+    _show_cascades(report.get("cascades", ()))
     _say_what_is_offered(report)
     say(", ".join(f"{name.replace('_', ' ')}: {'yes' if ok else 'NO'}" for name, ok in report["checks"].items()))
     say(", ".join(f"{name} {spent:.0f} s" for name, spent in report["seconds"].items()))
+
+
+def _show_cascades(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the cascades of a report."""
+    cells = [
+        [row["cascade"], number(row["mean_macs"], 1, 1e-6), number(row["macs"], 1, 1e-6),
+         f"{number(row['accuracy'], 1, 100)} ± {number(row['standard_error'], 1, 100)}", "*" if row["front"] else ""]
+        for row in rows
+    ]  # fmt: skip
+    if cells:
+        columns = ("route", "mean MACs, M", "at most", "accuracy, %", "")
+        show_table(f"cascades: unsure images go on; by cross-validation; {STAR}", columns, cells)
 
 
 def _say_what_is_offered(report: Mapping[str, Any]) -> None:
     """Print the gap closed, and the routes that the adapter leaves out."""
     closed, dropped = report.get("gap_closed"), report.get("dropped", {})
     if closed is not None:
-        say(f"gap closed: {closed:.2f}")
+        mean = " over mean MACs" if report.get("cascades") else ""
+        say(f"gap closed{mean}: {closed:.2f} ({report['gap_closed_stitched']:.2f} by stitched routes alone)")
     if dropped:
         say("\n  ".join(["not in the adapter, since another route is as good at no more MACs:", *dropped]))
         if not any("r2" in row and row["route"] not in dropped for row in report["routes"]):
@@ -157,8 +173,9 @@ def show_latency(table: "LatencyTable", predicted: "Mapping[Route, float]") -> N
 
 
 def show_profile(profile: "Profile") -> None:
-    """Print the costs and scores of routes, the cheapest first."""
-    rows = sorted(profile.routes, key=lambda row: row.costs.get("macs", 0.0))
+    """Print the costs and scores of routes, the cheapest first, then those of cascades."""
+    rows: list[AnyProfiled] = sorted(profile.routes, key=lambda row: row.costs.get("macs", 0.0))
+    rows += sorted(profile.cascades, key=lambda row: row.costs.get("mean_macs", 0.0))
     costs = [name for name in COSTS if any(name in row.costs for row in rows)]
     scores = [*dict.fromkeys(name for row in rows for name in row.scores)]
     cells = []
@@ -166,14 +183,15 @@ def show_profile(profile: "Profile") -> None:
         spent = (number(row.costs.get(name), 4 if name == "energy_j" else 1, 1 / COSTS[name][1]) for name in costs)
         cells.append([str(row.route), *spent, *(number(row.scores.get(name), 1, 100) for name in scores)])
     columns = ["route", *(COSTS[name][0] for name in costs), *(f"{name}, %" for name in scores)]
-    _show_front(f"{len(rows)} routes, cheapest first", columns, cells, rows, profile)
+    cascades = f" and {len(profile.cascades)} cascades" if profile.cascades else ""
+    _show_front(f"{len(profile)} routes{cascades}, cheapest first", columns, cells, rows, profile)
 
 
 def _show_front(
     title: str,
     columns: Sequence[str],
     cells: Sequence[Sequence[str]],
-    rows: "Sequence[ProfiledRoute]",
+    rows: "Sequence[AnyProfiled]",
     profile: "Profile",
     bold: Collection[int] = (),
 ) -> None:
@@ -194,7 +212,7 @@ def _show_front(
     stars = ["*" if any(row is each for each in front) else "" for row in rows]
     starred = [[*cell, star] for cell, star in zip(cells, stars, strict=True)]
     show_table(f"{title}; {STAR}", [*columns, ""], starred, bold)
-    gap = describe_gap(profile.routes, "macs", profile.find_score() or "")
+    gap = describe_gap(profile.rows, profile.default_cost, profile.find_score() or "")
     if gap:
         say(gap)
 

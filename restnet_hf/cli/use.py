@@ -60,6 +60,7 @@ def profile(
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
     images: Annotated[int | None, typer.Option(help="Number of images, chosen at random; by default all.")] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure the latency on this device too.")] = False,
+    cascades: Annotated[bool, typer.Option("--cascades", help="Calibrate cascades of the routes too.")] = False,
     batch_size: Annotated[int, typer.Option(help="Number of images in a run.", min=1)] = 64,
     out: Annotated[
         Path | None, typer.Option(help="JSON file of the profile; by default profile.json of a local adapter.")
@@ -80,7 +81,7 @@ def profile(
     rows = device_images(model, data, split, images)
     warn_of_few(len(rows), "the accuracy of a route")
     table = model.measure_latency() if latency else None
-    measured = _named(model, model.profile(rows, batch_size=batch_size, latency=table), data)
+    measured = _named(model, model.profile(rows, batch_size=batch_size, latency=table, cascades=cascades), data)
     if file is not None:
         measured.save(file)
     show_profile(measured)

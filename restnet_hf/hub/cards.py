@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from restnet_hf.routes.fronts import describe_gap
-from restnet_hf.routes.profile import Profile, ProfiledRoute
+from restnet_hf.routes.profile import MEANS, AnyProfiled, Profile, ProfiledRoute
 from restnet_hf.routes.tables import FRONT
 
 
@@ -34,15 +35,23 @@ BUCKETS = {  # upper limits of costs, for tags that the Hub can filter by
     "latency_ms": {"1": 1.0, "3": 3.0, "10": 10.0, "30": 30.0, "100": 100.0, "300": 300.0},
 }
 ON_FRONT = "Routes on the front are those that no other beats in MACs and score."
+ON_MEAN_FRONT = "On the front are routes and cascades that no other beats in mean MACs and score."
 GAP = (
     "The gap closed is the mean over budgets between the anchors' MACs of the share of the difference between their "
     "scores that the best route within the budget gains: 0 for the anchors alone, 0.5 for a line between them."
 )
+CASCADES = (
+    "`a[:] >0.8 b[:]` is a cascade: an image is answered by `a[:]` where its confidence is at least 0.8, else by "
+    "`b[:]`; `@1.5` behind the threshold is a temperature. Mean costs and accuracies of cascades are by "
+    "cross-validation, and MACs the most that an image can take."
+)
 COLUMNS = {  # of the table of routes: heading, factor, digits
     "macs": ("MACs, M", 1e-6, 1),
+    "mean_macs": ("mean MACs, M", 1e-6, 1),
     "params": ("params, M", 1e-6, 2),
     "memory_mb": ("memory, MB", 1.0, 1),
     "latency_ms": ("latency, ms", 1.0, 2),
+    "mean_latency_ms": ("mean latency, ms", 1.0, 2),
     "energy_j": ("energy, mJ", 1e3, 2),
     "accuracy": ("accuracy, %", 100.0, 2),
 }
@@ -63,9 +72,12 @@ def adapter_tags(profile: Profile | None) -> list[str]:
 
 
 def filter_tags(limits: Mapping[str, float]) -> list[str]:
-    """Tags that every adapter within the limits has: for each cost the smallest bucket not below its limit."""
+    """Tags that every adapter within the limits has: for each cost the smallest bucket not below its limit.
+
+    No mean is below the cost of the cheapest route, which the tags are of.
+    """
     tags = []
-    for cost, limit in limits.items():
+    for cost, limit in ((MEANS.get(cost, cost), limit) for cost, limit in limits.items()):
         names = [name for name, bound in BUCKETS.get(cost, {}).items() if bound >= limit]
         tags += [f"{cost}:le-{names[0]}"] if names else []
     return tags
@@ -152,7 +164,7 @@ def _shown(profile: Profile) -> Profile:
         rows += sorted(profile.routes, key=lambda row: row.costs.get("macs", 0))[
             :: -(-len(profile.routes) // MAX_SHOWN)
         ]
-    return Profile(tuple(rows), profile.metadata)
+    return replace(profile, routes=tuple(rows))
 
 
 def _scored(profile: Profile | None) -> tuple[str | None, list[ProfiledRoute]]:
@@ -256,21 +268,25 @@ def _routes(profile: Profile | None, plot: str | None) -> str:
     if profile is None:
         return "They were not measured: `model.profile(data)` does that."
     shown = _shown(profile)
-    names = [name for name in COLUMNS if any(_value(row, name) is not None for row in shown.routes)]
-    rows = sorted(shown.routes, key=lambda row: row.costs.get("macs", 0))
+    names = [name for name in COLUMNS if any(_value(row, name) is not None for row in shown.rows)]
+    rows: list[AnyProfiled] = sorted(shown.routes, key=lambda row: row.costs.get("macs", 0))
+    rows += sorted(shown.cascades[:MAX_SHOWN], key=lambda row: row.costs.get("mean_macs", 0))
     front = profile.front()
     marks = [["yes" if any(row is each for each in front) else ""] if front else [] for row in rows]
     printed = [(_code(r.route), *(_printed(r, name) for name in names), *m) for r, m in zip(rows, marks, strict=True)]
     head = ("route", *(COLUMNS[name][0] for name in names), *([FRONT] if front else []))
     parts = [_table(head, printed), _measured(profile)]
     if front:
-        gap = describe_gap(profile.routes, "macs", profile.find_score() or "")
-        parts.append(f"{ON_FRONT} {markdown(gap[:1].upper() + gap[1:])}. {GAP}" if gap else ON_FRONT)
-    if len(rows) < len(profile.routes):
-        parts.append(f"These are {len(rows)} of {len(profile.routes)} routes; profile.json has all.")
-    if any(row.route.via for row in rows):
+        gap = describe_gap(profile.rows, profile.default_cost, profile.find_score() or "")
+        on_front = ON_MEAN_FRONT if profile.cascades else ON_FRONT
+        parts.append(f"{on_front} {markdown(gap[:1].upper() + gap[1:])}. {GAP}" if gap else on_front)
+    if len(shown) < len(profile):
+        parts.append(f"These are {len(shown)} of {len(profile)} routes; profile.json has all.")
+    if shown.cascades:
+        parts.append(CASCADES)
+    if any(row.route.via for row in shown.routes):
         parts.append("A stitch with a name, as in `a[:7] +name b[11:]`, is one that several routes may share.")
-    if any(row.route.tuned for row in rows):
+    if any(row.route.tuned for row in shown.routes):
         parts.append("`tuned a[:]` is the anchor `a` with tuned weights, and a head, of this adapter.")
     if plot:
         parts.append(f"![accuracy against MACs of every route]({quote(plot, errors='replace')})")
@@ -335,6 +351,10 @@ def _choice(profile: Profile | None) -> str:
     if profile is None or not profile.routes or not all("macs" in row.costs for row in profile.routes):
         return "model.set_route(model.routes[0])"
     middle = sorted(row.costs["macs"] for row in profile.routes)[len(profile.routes) // 2]
+    means = [row.costs["mean_macs"] for row in profile.cascades if "mean_macs" in row.costs]
+    if means and all("mean_macs" in row.costs for row in profile.routes):
+        mean = sorted(means)[len(means) // 2]
+        return f"model.set_budget(mean_macs={mean:.0f})  # a cascade; or macs=, params=, or set_route(...)"
     return f"model.set_budget(macs={middle:.0f})  # or params=, or set_route(...)"
 
 

@@ -18,6 +18,7 @@ from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.labels import class_names
 from restnet_hf.errors import BudgetError
 from restnet_hf.hub.cards import is_hub_id
+from restnet_hf.routes.cascade import Cascade, is_cascade
 from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.stitches.precision import match_stored_types
@@ -192,7 +193,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_m
         for name, entry in config.stitches.items():
             if f"stitches.{name}" in parts:
                 entry.pop("r2", None)
-        model.profiled = None  # it was measured with other weights
+        model.forget_profile()
         lines = [f"{key}: Reinit due to size mismatch, {then} there and {now} here" for key, then, now in mismatched]
         logger.warning(f"Train what is newly initialized, since it has another shape in {where}.\n" + "\n".join(lines))
     return mismatched
@@ -216,15 +217,15 @@ def loading_info(mismatched: Mismatched) -> dict[str, Any]:
 
 
 def choose_route(
-    config: RestNetConfig, profile: Profile | None, route: Route | str | None, budget: BudgetLike | None
+    config: RestNetConfig, profile: Profile | None, route: Route | Cascade | str | None, budget: BudgetLike | None
 ) -> tuple[Route, ...]:
-    """Make the wanted route active; returns the routes whose weights are checked at once.
+    """Make the wanted route or cascade active; returns the routes whose weights are checked at once.
 
     Args:
         config: config of the model; its active route is changed.
         profile: profile to choose from within a budget; None if there is none.
-        route: route to make active.
-        budget: limits, a `Budget` or such as ``{"macs": 1e9}``, on the route to make active.
+        route: route or cascade to make active.
+        budget: limits, a `Budget` or such as ``{"macs": 1e9}``, on what to make active.
 
     Raises:
         BudgetError: no route fits, or there is no profile.
@@ -237,9 +238,11 @@ def choose_route(
             raise BudgetError("the adapter has no profile, so the costs of its routes are not known; give a route")
         route = profile.best(budget).route
     if route is not None:
-        config.active_route = str(route)
+        cascade = Cascade.parse(str(route)) if is_cascade(str(route)) else None
+        config.active_cascade = None if cascade is None else str(cascade)
+        config.active_route = str(route if cascade is None else cascade.routes[-1])
         config.check()
-        return (Route.parse(config.active_route),)
+        return (Route.parse(config.active_route),) if cascade is None else cascade.routes
     return (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
 
 

@@ -45,6 +45,7 @@ from restnet_hf.hub.paging import WeightFiles
 from restnet_hf.hub.repository import PLOT, PROFILE, check_parents, push_folder
 from restnet_hf.hub.several_adapters import add_adapter
 from restnet_hf.profiling.plots import plot_tradeoff
+from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step
@@ -63,6 +64,7 @@ class AdapterHubMixin:
     heads: MutableMapping[str, nn.Linear]
     tuned: MutableMapping[str, Tuned]
     active_route: Route
+    active_cascade: Cascade | None
     unfitted: set[str]
     profiled: Profile | None
     weight_files: WeightFiles | None
@@ -123,6 +125,7 @@ class AdapterHubMixin:
             for anchor in self.anchors.values():
                 anchor.check_in_memory()
         self.config.active_route = str(self.active_route)
+        self.config.active_cascade = None if self.active_cascade is None else str(self.active_cascade)
         entries = [
             saved_entry(
                 entry, anchor, whole, None if state_dict is None else select_prefix(f"anchors.{name}.model.", state)
@@ -265,7 +268,7 @@ class AdapterHubMixin:
         *,
         config: RestNetConfig | str | os.PathLike[str] | None = None,
         anchors: Mapping[str, nn.Module | str] | None = None,
-        route: Route | str | None = None,
+        route: Route | Cascade | str | None = None,
         budget: BudgetLike | None = None,
         revision: str | None = None,
         subfolder: str = "",
@@ -284,8 +287,9 @@ class AdapterHubMixin:
             pretrained_model_name_or_path: folder or Hub id of the adapter; None with ``config`` and ``state_dict``.
             config: config in place of the adapter's own, or a folder or Hub id of one.
             anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
-            route: route to make active. Only its weights are read now, the others when another route needs them.
-            budget: limits, a `Budget` or such as ``{"macs": 1e9}``; the best route within them is made active.
+            route: route or cascade to make active. Only its weights are read now, the others when they are needed.
+            budget: limits, a `Budget` or such as ``{"macs": 1e9}``; the best route within them is made active, or the
+                best cascade where they limit a mean.
             revision: branch, tag or commit of the adapter.
             subfolder: folder of the adapter in its repository.
             dtype: dtype of the weights; as saved by default.
@@ -386,7 +390,10 @@ class AdapterHubMixin:
             return {f"heads.{route.head}"} | anchors | stitches | tuned
 
         rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
+        cascades = tuple(
+            row for row in self.profiled.cascades if not any(uses(route) & changed for route in row.route.routes)
+        )
         metadata = {**self.profiled.metadata, "weights": now}
         if changed and "runtimes" in metadata:  # the exported routes have other weights
             del metadata["runtimes"]
-        return Profile(tuple(rows), metadata)
+        return Profile(tuple(rows), metadata, cascades)

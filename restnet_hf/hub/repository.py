@@ -15,7 +15,7 @@ from huggingface_hub.utils import httpx
 from restnet_hf.errors import BudgetError, hub_errors
 from restnet_hf.hub.cards import MARK, TAG, eval_results, filter_tags, is_hub_id, make_card
 from restnet_hf.limits import MAX_BYTES
-from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
+from restnet_hf.routes.profile import AnyProfiled, Budget, BudgetLike, Profile
 
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -173,13 +173,13 @@ class FoundAdapter:
     Args:
         repo_id: Hub id of the adapter.
         base_models: Hub ids of its anchors.
-        best: the most accurate route within the limits.
+        best: the most accurate route within the limits, or cascade where they limit a mean.
         profile: profile of the adapter.
     """
 
     repo_id: str
     base_models: tuple[str, ...]
-    best: ProfiledRoute
+    best: AnyProfiled
     profile: Profile
 
 
@@ -193,6 +193,8 @@ def find_adapters(
     memory_mb: float | None = None,
     latency_ms: float | None = None,
     energy_j: float | None = None,
+    mean_macs: float | None = None,
+    mean_latency_ms: float | None = None,
     min_accuracy: float | None = None,
     device: str | None = None,
     token: str | bool | None = None,
@@ -204,12 +206,14 @@ def find_adapters(
 
     Args:
         base_model: Hub ids of anchors that the adapter must have.
-        budget: limits as a `Budget` or a dict, in place of ``macs`` to ``energy_j``.
+        budget: limits as a `Budget` or a dict, in place of ``macs`` to ``mean_latency_ms``.
         macs: largest multiply-accumulates for one image.
         params: largest number of parameters.
         memory_mb: largest memory in MB.
         latency_ms: largest latency for one image in milliseconds.
         energy_j: largest energy for one image in joules.
+        mean_macs: largest multiply-accumulates as a mean over images; cascades are considered then.
+        mean_latency_ms: largest latency in milliseconds as a mean over images.
         min_accuracy: least accuracy of the best route within the limits, from 0 to 1.
         device: name of the device that the costs were measured on.
         token: access token of the Hub, or whether to use the stored one.
@@ -219,6 +223,7 @@ def find_adapters(
         ValueError: a limit is not a number above 0.
     """
     limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms, "energy_j": energy_j}
+    limits |= {"mean_macs": mean_macs, "mean_latency_ms": mean_latency_ms}
     limited = budget is not None or any(limit is not None for limit in limits.values())
     wanted = Budget.of(budget, **limits) if limited else None
     parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
@@ -311,7 +316,7 @@ def _adapter(info: ModelInfo, budget: Budget | None, api: HfApi) -> FoundAdapter
     return None if best is None else FoundAdapter(info.id, tuple(parents), best, profile)
 
 
-def _accuracy(row: ProfiledRoute) -> float:
+def _accuracy(row: AnyProfiled) -> float:
     return row.scores.get("accuracy", -1.0)
 
 

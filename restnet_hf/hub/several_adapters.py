@@ -204,7 +204,10 @@ def _check_task(own: RestNetConfig, other: RestNetConfig, where: str) -> None:
 def _merge_profiles(
     own: Profile | None, other: Profile | None, rename: Callable[[Route], Route], renamed: Mapping[str, str]
 ) -> Profile | None:
-    """One profile of both adapters' routes, without costs on another device and scores on other images."""
+    """One profile of both adapters' routes, without costs on another device and scores on other images.
+
+    Cascades of the other adapter are left out: its anchors alone, which most of them begin with, may be the model's.
+    """
     if own is None or other is None:
         return own  # with half a profile set_budget would consider half of the routes
 
@@ -226,4 +229,5 @@ def _merge_profiles(
         for weights in (p.metadata.get("weights") for p in (own, other))
     ]
     weights = {**hashes[0], **{new: hashes[1][key] for key, new in renamed.items() if key in hashes[1]}}
-    return Profile((*own.routes, *rows), {**own.metadata, "weights": weights})
+    rows = [row.with_means() for row in rows] if own.cascades else rows
+    return replace(own, routes=(*own.routes, *rows), metadata={**own.metadata, "weights": weights})

@@ -8,9 +8,9 @@ from typing import Any
 from restnet_hf.hashing import package_versions
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable, ParamsTable
-from restnet_hf.profiling.memory import MemoryTable
+from restnet_hf.profiling.memory import MB, MemoryTable, weight_bytes
 from restnet_hf.routes.profile import Profile
-from restnet_hf.steps import Step
+from restnet_hf.steps import Step, Walk
 
 
 class CostTable:
@@ -26,6 +26,28 @@ class CostTable:
         self._macs, self._params = MacsTable(), ParamsTable()
         self._memory = MemoryTable(1 if latency is None else latency.batch_size) if memory else None
 
+    def macs(self, steps: Sequence[Step]) -> float:
+        """MACs of some steps in a row, for one image."""
+        return self._macs.macs(steps)
+
+    def latency_ms(self, steps: Sequence[Step]) -> float:
+        """Milliseconds of some steps in a row, for one image; 0 without latencies."""
+        return 0.0 if self.latency is None else self.latency.latency_ms(steps) / self.latency.batch_size
+
+    def held(self, walks: Sequence[Walk]) -> dict[str, float]:
+        """What routes take together that are all there and run in turn: parameters, and megabytes where counted.
+
+        Args:
+            walks: routes with their steps.
+        """
+        every = [step for _, steps in walks for step in steps]
+        costs: dict[str, float] = {"params": self._params.params(every)}
+        if self._memory is not None:
+            # each later route may begin at an activation that is kept, which is no larger than what its own run holds
+            peaks = [self._memory.activation_bytes(steps) for _, steps in walks]
+            costs["memory_mb"] = (weight_bytes(every) + max(peaks) + min(peaks)) / MB
+        return costs
+
     def costs(self, steps: Sequence[Step]) -> dict[str, float]:
         """Costs of a route for one image, by name.
 
@@ -38,7 +60,7 @@ class CostTable:
         if self._memory is not None:
             costs["memory_mb"] = self._memory.memory_mb(steps)
         if self.latency is not None:
-            costs["latency_ms"] = self.latency.latency_ms(steps) / self.latency.batch_size
+            costs["latency_ms"] = self.latency_ms(steps)
             if self.latency.watts is not None:
                 costs["energy_j"] = self.latency.watts * costs["latency_ms"] / 1e3
         return costs

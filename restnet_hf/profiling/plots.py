@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from restnet_hf.files import atomic_file
 from restnet_hf.routes.fronts import anchor_ends
-from restnet_hf.routes.profile import Profile, ProfiledRoute
+from restnet_hf.routes.profile import AnyProfiled, Profile
 
 
 if TYPE_CHECKING:
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profile | None = None) -> None:
-    """Plot accuracy against MACs of every route, with the anchors and the straight line between them.
+    """Plot accuracy against MACs of every route and cascade, with the anchors and the straight line between them.
 
-    Routes that no other beats in both are ringed, and stairs show the best accuracy within each budget.
+    What nothing else beats in both is ringed, and stairs show the best accuracy within each budget. The MACs of
+    cascades are means over images.
 
     Args:
         profile: profile whose routes have MACs and accuracy.
@@ -33,15 +34,18 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
 
-    def draw(rows: Iterable[ProfiledRoute], marker: str, **style: Any) -> None:
-        points = [(row.costs["macs"] / 1e6, 100 * row.scores["accuracy"]) for row in rows]
+    cost = profile.default_cost
+
+    def draw(rows: Iterable[AnyProfiled], marker: str, **style: Any) -> None:
+        points = [(row.costs.get(cost, row.costs["macs"]) / 1e6, 100 * row.scores["accuracy"]) for row in rows]
         if points:
             axes.plot(*zip(*points, strict=True), marker, **style)
 
     anchors = [row for row in profile.routes if row.route.is_anchor]
     tuned = [row for row in profile.routes if row.route.tuned]
     stitched = [row for row in profile.routes if len(row.route.segments) > 1]
-    front = profile.pareto()
+    pareto = profile.pareto()  # raises where a route has no MACs or no accuracy
+    front = profile.front() or pareto
     draw(
         anchor_ends(profile.routes, "macs", "accuracy") or (), ":", color="tab:red", zorder=0, label="between anchors"
     )
@@ -55,6 +59,7 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
             alpha=0.3,
             label="least squares",
         )
+    draw(profile.cascades, "s", color="tab:orange", label="cascade")
     if stitched:
         draw(stitched, "o", color="tab:blue", label="stitched")
     draw(tuned, "^", color="tab:green", label="anchor tuned")
@@ -69,7 +74,7 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
             fontsize=8,
         )
     axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("million MACs for one image")
+    axes.set_xlabel("million MACs for one image" + (", mean over images" if profile.cascades else ""))
     axes.set_ylabel("accuracy, %")
     if profile.routes:
         axes.legend(fontsize=8, loc="lower right")

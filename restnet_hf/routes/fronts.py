@@ -5,16 +5,17 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Protocol, TypeVar
 
+from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.route import Route
 from restnet_hf.routes.tables import Row
 
 
 class RouteRow(Row, Protocol):
-    """A row of a profile, with its route."""
+    """A row of a profile, with its route or cascade."""
 
     @property
-    def route(self) -> Route:
-        """The route."""
+    def route(self) -> Route | Cascade:
+        """The route or cascade."""
 
 
 AnyRow = TypeVar("AnyRow", bound=RouteRow)
@@ -102,13 +103,17 @@ def measure_gap(
     if not most > least:
         return None, f"the anchors {names[0]} and {names[1]} have the same {cost}"
     best, budgets = low, [(least, low)]
-    chosen = (row for row in rows if not stitched_only or row.route.stitch_points or row.route.is_anchor)
+    chosen = (row for row in rows if not stitched_only or _is_stitched(row.route) or row.route.is_anchor)
     for row in front_rows(measured_rows(chosen, cost, score), cost, score):
         best = max(best, row.scores[score])
         budgets.append((min(max(row.costs[cost], least), most), best))
     steps = pairwise([*budgets, (most, best)])
     share = sum((after - before) / (most - least) * (at - low) / (high - low) for (before, at), (after, _) in steps)
     return (share, "") if math.isfinite(share) else (None, f"{cost} or {score} are out of range")
+
+
+def _is_stitched(route: Route | Cascade) -> bool:
+    return isinstance(route, Route) and bool(route.stitch_points)
 
 
 def describe_gap(rows: Sequence[AnyRow], cost: str, score: str) -> str:
@@ -125,4 +130,5 @@ def describe_gap(rows: Sequence[AnyRow], cost: str, score: str) -> str:
     if share is None or stitched is None:
         return f"gap closed: not defined, since {reason}"
     alone = f" ({stitched:.2f} by stitched routes alone)" if f"{stitched:.2f}" != f"{share:.2f}" else ""
-    return f"gap closed: {share:.2f}{alone}"
+    mean = " over mean MACs" if cost == "mean_macs" else ""
+    return f"gap closed{mean}: {share:.2f}{alone}"

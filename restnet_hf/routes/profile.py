@@ -5,15 +5,16 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from itertools import chain
 from numbers import Real
-from typing import Any
+from typing import Any, overload
 
 from restnet_hf.errors import BudgetError, quote
 from restnet_hf.files import atomic_file
 from restnet_hf.limits import MAX_BYTES
+from restnet_hf.routes.cascade import Cascade, is_cascade
 from restnet_hf.routes.fronts import beaten_rows, describe_gap, front_rows, measure_gap, measured_rows
 from restnet_hf.routes.route import Route
 from restnet_hf.routes.tables import profile_table
@@ -21,6 +22,7 @@ from restnet_hf.routes.tables import profile_table
 
 RUNTIME_KEYS = ("device", "runtime", "precision", "threads")  # what a latency depends on
 DEFAULT_SCORES = ("accuracy", "agreement")  # what routes are compared by, the first that was measured
+MEANS = {"mean_macs": "macs", "mean_latency_ms": "latency_ms"}  # over images, with the most that one can take
 MAX_NESTING = 32  # levels of metadata; ours has 4, and writing it again must not reach Python's recursion limit
 MAX_CAUSE = 300  # characters of what is wrong with a file, which may hold megabytes of anything
 LARGEST = sys.float_info.max
@@ -28,14 +30,16 @@ LARGEST = sys.float_info.max
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits on the costs of a route; None where a cost is not limited.
+    """Upper limits on the costs of a route or cascade; None where a cost is not limited.
 
     Args:
-        macs: multiply-accumulate operations for one image.
+        macs: multiply-accumulate operations for one image; of a cascade the most that an image can take.
         params: parameters of the route's own segments, stitches and head.
         memory_mb: megabytes of memory (2**20 bytes).
-        latency_ms: milliseconds for one image, on the device that the profile names.
+        latency_ms: milliseconds for one image, on the device that the profile names; of a cascade the most.
         energy_j: joules for one image, including all else that the processor does meanwhile.
+        mean_macs: multiply-accumulate operations, as a mean over images such as those that calibrated the cascades.
+        mean_latency_ms: milliseconds, as a mean over such images.
     """
 
     macs: float | None = None
@@ -43,6 +47,8 @@ class Budget:
     memory_mb: float | None = None
     latency_ms: float | None = None
     energy_j: float | None = None
+    mean_macs: float | None = None
+    mean_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         for cost, limit in self.limits.items():
@@ -118,25 +124,64 @@ class ProfiledRoute:
     costs: Mapping[str, float]
     scores: Mapping[str, float] = field(default_factory=dict)
 
+    def with_means(self) -> "ProfiledRoute":
+        """The row with the costs that cascades have too: of a route, a mean over images is what each of them takes."""
+        means = {mean: self.costs[cost] for mean, cost in MEANS.items() if cost in self.costs}
+        return replace(self, costs={**self.costs, **means})
+
     def __repr__(self) -> str:
         numbers = (f", {name}={value:.4g}" for name, value in (*self.costs.items(), *self.scores.items()))
         return f"ProfiledRoute({str(self.route)!r}{''.join(numbers)})"
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Costs and scores of routes, with where the numbers come from.
+class ProfiledCascade:
+    """One cascade with its costs and scores, which are by cross-validation.
 
-    ``print(profile)`` shows it as a table, in which a star marks the routes that no other beats in MACs and score,
-    ``profile["vit[:]"]`` is the row of one route, and a loop has all rows.
+    Args:
+        route: the cascade.
+        costs: costs by name: ``mean_macs`` over the images, ``macs`` the most that an image can take, and so on.
+        scores: scores by name, on images that its thresholds were not chosen on.
+        shares: share of the images that reach each of its routes.
+        standard_error: standard error of the score.
+    """
+
+    route: Cascade
+    costs: Mapping[str, float]
+    scores: Mapping[str, float]
+    shares: tuple[float, ...] = ()
+    standard_error: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.route.thresholds:
+            raise ValueError(f"cascade '{self.route}' has no thresholds, so it has no costs or scores")
+        if self.shares and (len(self.shares) != len(self.route.routes) or not all(0 <= x <= 1 for x in self.shares)):
+            raise ValueError(f"{self.shares} are no shares of images that reach the routes of '{self.route}'")
+
+    def __repr__(self) -> str:
+        numbers = (f", {name}={value:.4g}" for name, value in (*self.costs.items(), *self.scores.items()))
+        return f"ProfiledCascade({str(self.route)!r}{''.join(numbers)})"
+
+
+AnyProfiled = ProfiledRoute | ProfiledCascade
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs and scores of routes and cascades, with where the numbers come from.
+
+    ``print(profile)`` shows it as a table, in which a star marks what nothing else beats in MACs and score,
+    ``profile["vit[:]"]`` is the row of one route or cascade, and a loop has all rows of routes.
 
     Args:
         routes: profiled routes, in any order.
         metadata: device, data, date and software versions, or any other JSON.
+        cascades: profiled cascades of these routes, in any order.
     """
 
     routes: tuple[ProfiledRoute, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    cascades: tuple[ProfiledCascade, ...] = ()
 
     def __len__(self) -> int:
         return len(self.routes)
@@ -148,27 +193,40 @@ class Profile:
         return iter(self.routes)
 
     def __contains__(self, route: object) -> bool:
-        return any(route in (row.route, str(row.route), row) for row in self.routes)
+        return any(route in (row.route, str(row.route), row) for row in self.rows)
 
-    def __getitem__(self, route: Route | str) -> ProfiledRoute:
-        wanted = Route.parse(route) if isinstance(route, str) else route
-        for row in self.routes:
+    @property
+    def rows(self) -> tuple[AnyProfiled, ...]:
+        """The rows of routes, then those of cascades."""
+        return (*self.routes, *self.cascades)
+
+    @overload
+    def __getitem__(self, route: Route) -> ProfiledRoute: ...
+    @overload
+    def __getitem__(self, route: Cascade) -> ProfiledCascade: ...
+    @overload
+    def __getitem__(self, route: str) -> Any: ...
+
+    def __getitem__(self, route: Route | Cascade | str) -> AnyProfiled:
+        wanted = parse_entry(route) if isinstance(route, str) else route
+        for row in self.rows:
             if row.route == wanted:
                 return row
-        raise KeyError(f"no route '{route}' in the profile; its routes are {quote([str(r.route) for r in self])}")
+        raise KeyError(f"no route '{route}' in the profile; its routes are {quote([str(r.route) for r in self.rows])}")
 
     def __str__(self) -> str:
         front = self.front()
-        gap = describe_gap(self.routes, "macs", str(self._default_score())) if front else ""
-        return "\n".join(filter(None, [profile_table(self.routes, front=front), gap]))
+        gap = describe_gap(self.rows, self.default_cost, str(self._default_score())) if front else ""
+        return "\n".join(filter(None, [profile_table(self.rows, front=front), gap]))
 
     def __repr__(self) -> str:
         costs = list(dict.fromkeys(name for row in self.routes for name in row.costs))
         scores = list(dict.fromkeys(name for row in self.routes for name in row.scores))
-        return f"Profile({len(self)} routes, costs={quote(costs)}, scores={quote(scores)})"
+        cascades = f"{len(self.cascades)} cascades, " if self.cascades else ""
+        return f"Profile({len(self)} routes, {cascades}costs={quote(costs)}, scores={quote(scores)})"
 
     def to_pandas(self) -> Any:
-        """The profile as a DataFrame of pandas: a row for each route, with a column for each cost and score.
+        """The profile as a DataFrame of pandas: a row for each route and cascade, a column for each cost and score.
 
         Raises:
             ImportError: pandas is not installed.
@@ -177,7 +235,7 @@ class Profile:
             pandas = import_module("pandas")
         except ImportError as error:
             raise ImportError("to_pandas needs pandas, which is not installed; pip install pandas") from error
-        rows = [{"route": str(row.route), **row.costs, **row.scores} for row in self.routes]
+        rows = [{"route": str(row.route), **row.costs, **row.scores} for row in self.rows]
         return pandas.DataFrame(rows, columns=list(dict.fromkeys(["route", *chain.from_iterable(rows)])))
 
     def find_score(self, score: str | None = None) -> str | None:
@@ -197,8 +255,11 @@ class Profile:
             raise BudgetError(f"the profile has the scores {quote(names)}; {asked}")
         return found[0] if found else None
 
-    def best(self, budget: BudgetLike, score: str | None = None) -> ProfiledRoute:
-        """The route with the highest score within a budget; of equals, the one with fewer MACs.
+    def best(self, budget: BudgetLike, score: str | None = None) -> AnyProfiled:
+        """The route or cascade with the highest score within a budget; of equals, the one with fewer MACs.
+
+        A cascade is considered only where the budget limits a mean, which is what a cascade saves; the other limits
+        then hold for the most that an image can take.
 
         Where no route within the budget was scored, the one with the most MACs.
 
@@ -212,21 +273,39 @@ class Profile:
         """
         budget, score = Budget.of(budget), self.find_score(score)
         self.check_costs(budget)
-        fitting = [row for row in self.routes if budget.allows(row.costs)]
+        rows = self.rows_for(budget)
+        fitting = [row for row in rows if budget.allows(row.costs)]
         if not fitting:
-            cheapest = describe_cheapest(self.routes, budget) if self.routes else "the profile is empty"
+            cheapest = describe_cheapest(rows, budget) if rows else "the profile is empty"
             raise BudgetError(f"no route fits {budget}; {cheapest}")
         scored = [row for row in fitting if score in row.scores]
         if scored and score is not None:
             return max(scored, key=lambda row: (row.scores[score], -row.costs.get("macs", 0)))
         return max(fitting, key=lambda row: row.costs.get("macs", 0))
 
+    def best_route(self, budget: BudgetLike, score: str | None = None) -> ProfiledRoute:
+        """The route that `best` would give if there were no cascades; arguments and errors are the same."""
+        best = replace(self, cascades=()).best(budget, score)
+        assert isinstance(best, ProfiledRoute)
+        return best
+
+    def rows_for(self, budget: BudgetLike) -> tuple[AnyProfiled, ...]:
+        """The rows that are considered for a budget: the cascades too where it limits a mean."""
+        return self.rows if any(cost in MEANS for cost in Budget.of(budget).limits) else self.routes
+
     def check_costs(self, budget: BudgetLike) -> None:
         """Raise BudgetError unless all routes have the costs that a budget limits."""
         for cost in Budget.of(budget).limits:
-            if not all(cost in row.costs for row in self.routes):
+            if not all(cost in row.costs for row in self.rows_for(budget)):
                 common = sorted(set.intersection(*(set(row.costs) for row in self.routes)))
-                raise BudgetError(f"the profile has no {cost} for its routes, only {common}; profile the model again")
+                again = "profile the model again"
+                again = f"call profile(data, cascades=True), or limit {MEANS[cost]}" if cost in MEANS else again
+                raise BudgetError(f"the profile has no {cost} for its routes, only {common}; {again}")
+
+    @property
+    def default_cost(self) -> str:
+        """The cost by which rows are compared: mean MACs where there are cascades, else MACs."""
+        return "mean_macs" if self.cascades else "macs"
 
     def _default_score(self) -> str | None:
         """The score of `find_score`; None too where there are several, none of which is the default."""
@@ -235,14 +314,14 @@ class Profile:
         except BudgetError:
             return None
 
-    def front(self) -> tuple[ProfiledRoute, ...]:
-        """The routes that tables, cards and plots mark: of those with MACs and the default score the `pareto` ones.
+    def front(self) -> tuple[AnyProfiled, ...]:
+        """The rows that tables, cards and plots mark: those that no other beats in `default_cost` and default score.
 
-        Empty where fewer than two routes have both, since there is nothing to compare.
+        Empty where fewer than two rows have both, since there is nothing to compare.
         """
-        score = self._default_score()
-        measured = measured_rows(self.routes, "macs", score)
-        return tuple(front_rows(measured, "macs", str(score))) if len(measured) > 1 else ()
+        score, cost = self._default_score(), self.default_cost
+        measured = measured_rows(self.rows, cost, score)
+        return tuple(front_rows(measured, cost, str(score))) if len(measured) > 1 else ()
 
     def pareto(self, cost: str = "macs", score: str = "accuracy") -> tuple[ProfiledRoute, ...]:
         """The routes that no other route beats on both ``cost`` and ``score``, cheapest first.
@@ -271,8 +350,10 @@ class Profile:
         score = self._comparable(cost, score)
         return () if score is None else tuple(row for row, _ in beaten_rows(self.routes, cost, score))
 
-    def gap_closed(self, cost: str = "macs", score: str | None = None, *, stitched_only: bool = False) -> float | None:
-        """The share of the gap between the anchors that the routes close, by which we judge a model.
+    def gap_closed(
+        self, cost: str | None = None, score: str | None = None, *, stitched_only: bool = False
+    ) -> float | None:
+        """The share of the gap between the anchors that routes and cascades close, by which we judge a model.
 
         With ``small`` and ``large`` the scores of the cheapest and the most expensive anchor alone, it is the mean
         over budgets from the first one's cost to the second one's of (best score within the budget - small) / (large -
@@ -281,9 +362,10 @@ class Profile:
         1. The anchors alone can always be chosen.
 
         Args:
-            cost: name of the cost.
+            cost: name of the cost; by default `default_cost`. Cascades count where it is a mean.
             score: name of the score; see `find_score`.
-            stitched_only: whether only stitched routes and the anchors alone can be chosen, not tuned anchors.
+            stitched_only: whether only stitched routes and the anchors alone can be chosen, not tuned anchors or
+                cascades.
 
         Returns:
             The share; None where it is not defined: there are no scores, fewer than two anchors alone, or the most
@@ -292,8 +374,10 @@ class Profile:
         Raises:
             BudgetError: no route has such a cost, or there are scores but no such one.
         """
+        cost = self.default_cost if cost is None else cost
         score = self._comparable(cost, score)
-        return None if score is None else measure_gap(self.routes, cost, score, stitched_only)[0]
+        rows = self.rows if cost in MEANS else self.routes
+        return None if score is None else measure_gap(rows, cost, score, stitched_only)[0]
 
     def _comparable(self, cost: str, score: str | None) -> str | None:
         """The score to compare by; raises BudgetError where no route has the cost, or such a score."""
@@ -320,12 +404,17 @@ class Profile:
                 routes = {**other.get("routes", {}), **routes}
             else:
                 others.append(other)
-        return Profile(self.routes, {**self.metadata, "runtimes": [*others, {**entry, "routes": routes}]})
+        return replace(self, metadata={**self.metadata, "runtimes": [*others, {**entry, "routes": routes}]})
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as plain JSON values."""
-        rows = [{"route": str(r.route), "costs": dict(r.costs), "scores": dict(r.scores)} for r in self.routes]
-        return {"metadata": dict(self.metadata), "routes": rows}
+        data: dict[str, Any] = {"metadata": dict(self.metadata), "routes": list(map(_row_dict, self.routes))}
+        if self.cascades:
+            data["cascades"] = [
+                {**_row_dict(row), "shares": list(row.shares), "standard_error": row.standard_error}
+                for row in self.cascades
+            ]
+        return data
 
     @classmethod
     def from_dict(cls, data: Any) -> "Profile":
@@ -339,7 +428,7 @@ class Profile:
             _check_nesting(metadata)
             for entry in metadata.get("runtimes", ()):
                 _check_runtime(entry)
-            return cls(rows, metadata)
+            return cls(rows, metadata, tuple(map(_read_cascade, data.get("cascades", ()))))
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a profile: {quote(error, MAX_CAUSE)}") from None  # it may be as long as the file
 
@@ -364,6 +453,25 @@ class Profile:
             return cls.from_dict(json.loads(data.decode("utf-8")))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+
+def parse_entry(text: str) -> Route | Cascade:
+    """A route or a cascade from its string form; raises ValueError where it is neither."""
+    return Cascade.parse(text) if is_cascade(text) else Route.parse(text)
+
+
+def _row_dict(row: AnyProfiled) -> dict[str, Any]:
+    return {"route": str(row.route), "costs": dict(row.costs), "scores": dict(row.scores)}
+
+
+def _read_cascade(data: Mapping[str, Any]) -> ProfiledCascade:
+    """A row of a cascade from its dict; raises ValueError, KeyError, TypeError or AttributeError if it is none."""
+    shares = tuple(_numbers({str(at): share for at, share in enumerate(data["shares"])}).values())
+    error = data["standard_error"]
+    if error is not None:
+        _numbers({"standard_error": error})
+    cascade = Cascade.parse(data["route"])
+    return ProfiledCascade(cascade, _numbers(data["costs"]), _numbers(data["scores"]), shares, error)
 
 
 def describe_cheapest(rows: Iterable[Any], budget: Budget) -> str:

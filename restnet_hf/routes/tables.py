@@ -6,7 +6,15 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 
-COSTS = {"macs": "MACs", "params": "params", "memory_mb": "MB", "latency_ms": "ms", "energy_j": "J"}  # with headings
+COSTS = {  # with headings
+    "macs": "MACs",
+    "mean_macs": "mean MACs",
+    "params": "params",
+    "memory_mb": "MB",
+    "latency_ms": "ms",
+    "mean_latency_ms": "mean ms",
+    "energy_j": "J",
+}
 MIN_ROUTE = 24  # characters of the column of routes, where the terminal has them
 MAX_NAME = 20  # characters of a cost or score in the heading, which a file may have named
 FRONT = "front"  # heading of the column with a star for the routes that no other beats

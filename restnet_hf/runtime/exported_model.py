@@ -308,7 +308,7 @@ class ExportedModel:
         Raises:
             BudgetError: no route fits (the message names the cheapest), or the profile has no such cost or score.
         """
-        return self.set_route(self.profiled.best(Budget.of(budget, **limits), score).route)
+        return self.set_route(self.profiled.best_route(Budget.of(budget, **limits), score).route)
 
     def prepare(self, images: Any) -> np.ndarray:
         """Prepare images as ``pixel_values`` (N, 3, H, W).
@@ -371,7 +371,7 @@ class ExportedModel:
             raise ValueError("give either route or budget")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1, or None for all classes")
-        chosen = route if budget is None else self.profiled.best(budget).route
+        chosen = route if budget is None else self.profiled.best_route(budget).route
         prepared = (prepare_image(image, self.preprocessing) for image in open_pictures(images))
         answers: list[list[dict[str, Any]]] = []
         for _, group in groupby(prepared, np.shape):  # where the size depends on the image

@@ -39,7 +39,7 @@ def beaten_routes(profile: Profile, cost: str = "macs", score: str | None = None
 
 
 def drop_beaten(model: Any, cost: str = "macs", score: str | None = None) -> list[Route]:
-    """Remove stitched routes from a model; see `SelectionMixin.drop_dominated`.
+    """Remove stitched routes from a model that no cascade of its profile runs; see `SelectionMixin.drop_dominated`.
 
     Args:
         model: model with a profile.
@@ -49,7 +49,8 @@ def drop_beaten(model: Any, cost: str = "macs", score: str | None = None) -> lis
     if model.profiled is None:
         raise BudgetError("the routes are not measured yet; call profile(data) with labelled images first")
     beaten: Mapping[Route, Route] = beaten_routes(model.profiled, cost, score)
-    dropped = [route for route in model.routes if route in beaten]
+    used = {route for row in model.profiled.cascades for route in row.route.routes}
+    dropped = [route for route in model.routes if route in beaten and route not in used]
     if model.active_route in dropped:
         limit = model.profiled[model.active_route].costs[cost]
         kept = tuple(row for row in model.profiled if row.route not in dropped)

@@ -332,5 +332,5 @@ def fit_routes(
     stage = {"stage": "least squares", "images": count, "routes": len(routes), "ridge": ridge}
     model.config.training = [*model.config.training, stage]
     model.unfitted.difference_update(r2)
-    model.profiled = None  # it was measured with other weights
+    model.forget_profile()
     return r2

@@ -175,7 +175,7 @@ def _train(
         model.fit_stitches(first_images(train_set, args.least_squares_images or 0), routes)
         result = TrainResult(0, time.perf_counter() - began, {})
     model.unfitted.difference_update(point.name for route in routes for point in route.stitch_points)
-    model.profiled = None  # it was measured with the stitches as they were before
+    model.forget_profile()
     return result
 
 

@@ -24,7 +24,7 @@ def restored_on_error(model: StitchedModelForImageClassification) -> Iterator[No
     """
     before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.adapter_state_dict().items()}
     records = {key: copy.deepcopy(getattr(model.config, key)) for key in RECORDS}
-    unfitted, profiled = set(model.unfitted), model.profiled
+    unfitted, profiled, cascade = set(model.unfitted), model.profiled, model.active_cascade
     try:
         yield
     except BaseException:
@@ -33,7 +33,7 @@ def restored_on_error(model: StitchedModelForImageClassification) -> Iterator[No
         _set_tensors(model, before)
         for key, value in records.items():
             setattr(model.config, key, value)
-        model.unfitted, model.profiled = unfitted, profiled
+        model.unfitted, model.profiled, model.active_cascade = unfitted, profiled, cascade
         raise
 
 

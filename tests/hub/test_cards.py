@@ -13,7 +13,8 @@ from mutations import JSON
 
 from restnet_hf.hub.cards import BUCKETS, MARK, budget_tags, card_data, eval_results, filter_tags, make_card
 from restnet_hf.hub.repository import CARD, RESULTS, write_card
-from restnet_hf.routes.profile import Profile, ProfiledRoute
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
@@ -98,6 +99,19 @@ def test_what_stitching_gains():
     )
     text = make_card("me/adapter", parents("mit", "mit"), level).text
     assert "Gap closed: not defined, since the most expensive anchor" in text
+
+
+def test_cascades_are_listed():
+    """Behind the routes, with mean costs; the gap is over these, and the example uses one."""
+    rows = (("a[:]", 30e6, 0.9), ("b[:]", 10e6, 0.8))
+    routes = [ProfiledRoute(Route.parse(r), {"macs": m}, {"accuracy": s}).with_means() for r, m, s in rows]
+    cascade = ProfiledCascade(
+        Cascade.parse("b[:] >0.75@1.5 a[:]"), {"macs": 40e6, "mean_macs": 20e6}, {"accuracy": 0.9}, (1.0, 0.25), 0.01
+    )
+    text = make_card("me/adapter", parents("mit", "mit"), Profile(tuple(routes), {}, (cascade,))).text
+    assert "| `b[:] >0.75@1.5 a[:]` | 40.0 | 20.0 | 90.00 | yes |" in text.splitlines()
+    assert "`a[:] >0.8 b[:]` is a cascade" in text and "On the front are routes and cascades" in text
+    assert "model.set_budget(mean_macs=20000000)" in text
 
 
 @pytest.mark.parametrize("licences", [("mit", "apache-2.0"), ("mit", None), (None, None)])

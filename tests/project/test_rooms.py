@@ -10,7 +10,7 @@ import pytest
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
     "ground": ["distributed", "errors", "files", "hashing", "limits", "progress", "public_names", "sources"],
-    "routes": ["blocks", "families", "fronts", "profile", "route", "tables"],
+    "routes": ["blocks", "cascade", "confidences", "families", "fronts", "profile", "route", "tables"],
     "runtime": ["controller", "exported_files", "exported_model", "pictures", "runners", "torch_archives"],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
@@ -21,8 +21,11 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("segments", "tracing", "weights"),
     ],
     "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "tuning"],
-    "middle": ["configuration_restnet", "prediction", "steps"],
-    "profiling": ["accuracy", "costs", "device", "latency", "macs", "memory", "metric", "plots", "timing"],
+    "middle": ["cascading", "configuration_restnet", "prediction", "steps"],
+    "profiling": [
+        *("accuracy", "cascade_rows", "cascades", "costs", "device", "latency", "macs", "memory", "metric", "mixin"),
+        *("plots", "timing"),
+    ],
     "selection": [
         *("cache", "cka", "dropping", "halving", "mixin", "pairs", "plots", "race_images", "race_state", "racing"),
         *("ranking", "samples", "selectors"),

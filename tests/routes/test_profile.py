@@ -5,8 +5,9 @@ import copy
 import json
 import sys
 import traceback
+from dataclasses import replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from mutations import HUGE, JSON, places, put
 
 from restnet_hf.errors import BudgetError
-from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.profile import Budget, Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
@@ -23,6 +25,7 @@ def row(cut, macs, accuracy=None, **costs):
     return ProfiledRoute(Route.parse(f"a[:{cut}] + b[1:]"), {"macs": macs, **costs}, scores)
 
 
+CASCADE = Cascade.parse("a[:2] + b[1:] >0.75@1.5 a[:4] + b[1:]")
 PROFILE = Profile((row(1, 10, 0.5), row(2, 20, 0.7), row(3, 30, 0.6), row(4, 40, 0.9)), {"device": "cpu"})
 
 
@@ -97,7 +100,9 @@ RUNTIME = {
 
 
 def whole():
-    return {**PROFILE.to_dict(), "metadata": {"device": "cpu", "runtimes": [copy.deepcopy(RUNTIME)]}}
+    cascade = ProfiledCascade(CASCADE, {"macs": 60, "mean_macs": 20}, {"accuracy": 0.8}, (1.0, 0.25), 0.01)
+    profile = replace(PROFILE, cascades=(cascade,))
+    return {**profile.to_dict(), "metadata": {"device": "cpu", "runtimes": [copy.deepcopy(RUNTIME)]}}
 
 
 @given(st.data())
@@ -121,11 +126,40 @@ def test_any_json_is_a_profile_or_a_value_error(data):
     "value", [HUGE, -HUGE, float("nan"), float("inf"), True, None, "1", [1]], ids=lambda value: repr(value)[:9]
 )
 def test_costs_are_finite_numbers(value):
-    for key in ("costs", "scores"):
+    for rows, key in product(("routes", "cascades"), ("costs", "scores")):
         data = whole()
-        data["routes"][1][key]["macs"] = value
+        data[rows][-1][key]["macs"] = value
         with pytest.raises(ValueError, match="not a profile.*'macs' is"):
             Profile.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shares": [1.0]}, "are no shares"),
+        ({"shares": [1.0, 2.0]}, "are no shares"),
+        ({"shares": [1.0, "x"]}, "not a number"),
+        ({"standard_error": "x"}, "not a number"),
+        ({"route": "a[:] > b[:]"}, "has no thresholds"),
+        ({"route": "a[:]"}, "from 2 to 16 routes"),
+    ],
+)
+def test_cascades_that_are_none(change, message):
+    data = whole()
+    data["cascades"][0] |= change
+    with pytest.raises(ValueError, match=f"not a profile.*{message}"):
+        Profile.from_dict(data)
+
+
+def test_cascades_count_where_a_mean_is_limited():
+    profile = Profile.from_dict(whole())
+    profile = replace(profile, routes=tuple(row.with_means() for row in profile))
+    assert profile.best({"mean_macs": 20}).route == CASCADE  # 0.8, where the best route has 0.7
+    assert profile.best({"mean_macs": 20, "macs": 59}).route == row(2, 20).route  # no image may take 60
+    assert profile.best({"macs": 60}).route == profile.best_route({"mean_macs": 60}).route == row(4, 40).route
+    assert [str(each.route) for each in profile.front()] == [
+        "a[:1] + b[1:]", str(CASCADE), "a[:4] + b[1:]",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("nested", [33, 900, 100_000])

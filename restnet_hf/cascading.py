@@ -1,0 +1,133 @@
+"""Run cascades: a batch is split, and unsure images go on from what an earlier route computed for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.confidences import measure_confidence
+from restnet_hf.routes.route import Route
+from restnet_hf.steps import Step, Walk, split_at_shared_cuts
+
+
+Place = tuple[str, ...]
+"""A place in the computation: the names of the steps that lead there; empty for the images."""
+
+
+@dataclass
+class CascadeOutput(ImageClassifierOutput):
+    """What `StitchedModelForImageClassification` returns where a cascade ran.
+
+    Args:
+        loss: loss, where labels were given.
+        logits: logits (N, classes), each image's from the route that answered it.
+        hidden_states: None.
+        attentions: None.
+        answered_by: number in the cascade, from 0, of the route that answered each image (N,).
+    """
+
+    answered_by: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a route of a cascade runs for an image that the routes before it have left open.
+
+    Args:
+        route: the route.
+        start: place at which it begins, the last that an earlier route has come through, or the images.
+        steps: steps from there to the logits.
+        saved: places behind some of these steps at which later routes begin, by number of steps done.
+    """
+
+    route: Route
+    start: Place
+    steps: tuple[Step, ...]
+    saved: dict[int, Place]
+
+
+def plan_stages(walks: Sequence[Walk]) -> list[Stage]:
+    """What each route of a cascade still has to run; what it shares with an earlier one runs once.
+
+    Args:
+        walks: routes with their steps, in the order of the cascade.
+    """
+    split = split_at_shared_cuts(walks)
+    names = [tuple(step.name for step in steps) for _, steps in split]
+    starts = [max((shared(each, earlier) for earlier in names[:at]), default=0) for at, each in enumerate(names)]
+    needed = {names[index][:start] for index, start in enumerate(starts)}
+    return [
+        Stage(
+            route,
+            names[index][:start],
+            tuple(steps[start:]),
+            {at - start: names[index][:at] for at in range(start + 1, len(steps) + 1) if names[index][:at] in needed},
+        )
+        for index, ((route, steps), start) in enumerate(zip(split, starts, strict=True))
+    ]
+
+
+def shared(first: Place, second: Place) -> int:
+    """Number of steps that two routes have in common, from the images on."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
+
+
+def run_cascade(x: Tensor, stages: Sequence[Stage], cascade: Cascade) -> tuple[Tensor, Tensor]:
+    """Run a cascade on images.
+
+    Args:
+        x: images (N, 3, H, W).
+        stages: what each route runs, from `plan_stages`.
+        cascade: the cascade, with thresholds.
+
+    Returns:
+        Logits (N, classes) of the route that answered each image, in the order of the images, and the number of that
+        route (N,), from 0.
+    """
+    saved: dict[Place, Tensor] = {(): x}
+    rows, previous = torch.arange(len(x)), None
+    answers: list[tuple[int, Tensor, Tensor]] = []
+    for index, stage in enumerate(stages):
+        logits = _run_stage(stage, saved)
+        if index == len(stages) - 1:
+            answers.append((index, rows, logits))
+            break
+        outside = logits.detach().float().cpu().numpy()
+        temperature = cascade.temperatures[index] if cascade.temperatures else 1.0
+        confidence = measure_confidence(outside, cascade.confidence, temperature, previous)
+        sure = torch.from_numpy(confidence >= cascade.thresholds[index])
+        previous = outside.argmax(-1)
+        if sure.all():
+            answers.append((index, rows, logits))
+            break
+        if sure.any():  # else all go on, and nothing is copied
+            done, left = sure.nonzero().flatten(), (~sure).nonzero().flatten()
+            answers.append((index, rows[done], logits[done.to(logits.device)]))
+            rows, previous = rows[left], previous[left.numpy()]
+            wanted = {later.start for later in stages[index + 1 :]}
+            saved = {place: each[left.to(each.device)] for place, each in saved.items() if place in wanted}
+    return _in_order(answers)
+
+
+def _run_stage(stage: Stage, saved: dict[Place, Tensor]) -> Tensor:
+    """Run a stage, and save the places at which later routes begin; returns logits."""
+    x = saved[stage.start]
+    for done, step in enumerate(stage.steps, 1):
+        x = step(x)
+        if done in stage.saved:
+            saved[stage.saved[done]] = x
+    return x
+
+
+def _in_order(answers: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Logits in the order of the images, and the number of the route that each image's are from."""
+    numbers = torch.cat([torch.full_like(rows, index) for index, rows, _ in answers])
+    if len(answers) == 1:
+        return answers[0][2], numbers
+    order = torch.cat([rows for _, rows, _ in answers]).argsort()
+    logits = torch.cat([logits for *_, logits in answers])
+    return logits[order.to(logits.device)], numbers[order]

@@ -1,0 +1,239 @@
+"""ProfilingMixin: measure the routes of a model, and run them as cascades."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from restnet_hf.cascading import plan_stages, run_cascade
+from restnet_hf.data.datasets import MULTI_LABEL
+from restnet_hf.profiling.cascades import (
+    MOST_ROUTES,
+    Observations,
+    StageCosts,
+    as_cascade,
+    certify_cascade,
+    observe_routes,
+)
+from restnet_hf.profiling.costs import describe_measurement
+from restnet_hf.profiling.latency import LatencyTable
+from restnet_hf.profiling.macs import MacsTable
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
+from restnet_hf.routes.route import Route, Routes
+from restnet_hf.steps import Step, Walk
+from restnet_hf.stitches.adding import warn_unfitted
+
+
+logger = logging.get_logger(__name__)
+
+
+class ProfilingMixin:
+    """Methods of a stitched model that measure its routes and run them as cascades."""
+
+    # Attributes of the model
+    config: Any
+    device: torch.device
+    anchors: Mapping[str, Any]
+    all_routes: Any  # of routes, a property
+    active_route: Route
+    active_cascade: Cascade | None
+    profiled: Profile | None
+    weight_files: Any
+    route: Callable[[Route | str], Route]
+    steps: Callable[[Route], Sequence[Step]]
+    set_route: Callable[[Route], Route]
+    prepare_data: Callable[..., Any]
+    profile: Callable[..., Profile]
+    weights_sha256: Callable[..., dict[str, str]]
+    _checked: Callable[..., Iterator[dict[str, Tensor]]]
+    _parse_routes: Callable[[Routes], list[Route]]
+
+    def cascade(self, cascade: Cascade | str) -> Cascade:
+        """Parse and check a cascade of this model's routes.
+
+        Args:
+            cascade: cascade or its string form, in which cuts may be given by name.
+
+        Raises:
+            ValueError: the cascade does not parse, its routes do not fit the anchors or have no stitches yet, or the
+                labels of an image are several.
+        """
+        if self.config.problem_type == MULTI_LABEL:
+            raise ValueError(f"cascades choose by how sure one class is; {MULTI_LABEL} has several: set a route")
+        if isinstance(cascade, str):
+            cascade = Cascade.parse(cascade, self.route)
+        for route in cascade.routes:
+            self.steps(self.route(route))
+        return cascade
+
+    def runnable_cascade(self, cascade: Cascade | str) -> Cascade:
+        """Parse and check a cascade that has its thresholds; raises ValueError where it has none."""
+        cascade = self.cascade(cascade)
+        if not cascade.thresholds:
+            known = () if self.profiled is None else self.profiled.cascades
+            same = [str(row.route) for row in known if row.route.routes == cascade.routes]
+            profiled = f"the profile has {same}" if same else "profile(data, cascades=True) calibrates some"
+            raise ValueError(
+                f"cascade '{cascade}' has no thresholds; {profiled}, or "
+                "set_cascade(..., images=images, agreement=0.99) finds some on images without labels"
+            )
+        return cascade
+
+    def set_cascade(
+        self,
+        cascade: Cascade | str | None = None,
+        *,
+        images: Any = None,
+        agreement: float | None = None,
+        certainty: float = 0.95,
+        reference: Route | str | None = None,
+        confidence: str = "probability",
+        batch_size: int = 64,
+    ) -> Cascade | Route:
+        """Make a cascade active, so that ``forward`` runs it; or find one that answers as a reference route does.
+
+        With ``agreement`` the cheapest cascade is set whose answers are those of the reference on at least that share
+        of images like the given ones, with the probability ``certainty`` over draws of such images (Learn then Test,
+        arXiv 2110.01052). It needs no labels, and accuracy is lower by at most the share on which they disagree.
+
+        Args:
+            cascade: cascade with thresholds to set; or routes to find thresholds for, all of the model's by default.
+            images: images without labels, in any form that `prepare_data` takes.
+            agreement: share of images, below 1, to answer as the reference does.
+            certainty: probability, below 1, with which the agreement holds.
+            reference: route to agree with; by default the best of the profile, else the last of the cascade, else the
+                anchor with the most MACs.
+            confidence: key of `CONFIDENCES`, where thresholds are found.
+            batch_size: images in a batch, if the images are a tensor or a data set.
+
+        Returns:
+            The cascade; or a route, where one alone is the cheapest that agrees as often.
+
+        Raises:
+            ValueError: the cascade has no thresholds or does not fit the model, or there are too few images for the
+                agreement; the error gives the number needed.
+        """
+        if agreement is None:
+            if cascade is None or images is not None:
+                raise ValueError("give a cascade with thresholds, or images and agreement, such as 0.99")
+            found: Cascade | Route = self.runnable_cascade(cascade)
+        elif images is None:
+            raise ValueError(f"agreement={agreement} is measured on images: give images=, no labels are needed")
+        else:
+            found = self._certified(cascade, images, agreement, certainty, reference, confidence, batch_size)
+        if isinstance(found, Route):
+            return self.set_route(found)
+        steps = [step for route in found.routes for step in self.steps(route)]
+        if self.weight_files is not None:
+            self.weight_files.load(self.anchors, steps)
+        self.active_cascade = found
+        self.active_route = found.routes[-1]
+        return found
+
+    def _certified(
+        self,
+        cascade: Cascade | str | None,
+        images: Any,
+        agreement: float,
+        certainty: float,
+        reference: Route | str | None,
+        confidence: str,
+        batch_size: int,
+    ) -> Cascade | Route:
+        """The cheapest cascade, or route, that agrees with a reference; see `set_cascade`."""
+        routes = list(self.all_routes if cascade is None else self.cascade(cascade).routes)
+        target = self.route(reference) if reference is not None else self._reference(routes, cascade is not None)
+        walks = self._walks(routes if target in routes else [*routes, target])
+        if len(walks) < 2:
+            raise ValueError("a cascade has at least two routes, and the model has one; add another")
+        data = self.prepare_data(images, name="images", labels=False)
+        observed = observe_routes(walks, self._checked(data, batch_size), self.device, confidence, target)
+        costs = StageCosts.of(walks, MacsTable().macs)
+        chain, measured = certify_cascade(observed, costs, agreement, certainty)
+        found = as_cascade(observed, chain)
+        if found == target:
+            logger.warning(f"nothing cheaper agrees with '{target}' on {agreement:.2%} of images: it runs alone")
+        else:
+            logger.info(f"'{found}' agrees with '{target}' on {measured:.2%} of {len(observed) // 2} images")
+        return found
+
+    def _reference(self, routes: Sequence[Route], ordered: bool) -> Route:
+        """The route to agree with: the best of the profile, the last of a cascade, or the anchor with most MACs."""
+        scored = [] if self.profiled is None else [row for row in self.profiled if row.route in routes and row.scores]
+        if ordered:
+            return routes[-1]
+        if scored and self.profiled is not None:
+            score = self.profiled.find_score()
+            return max((row for row in scored if score in row.scores), key=lambda row: row.scores[str(score)]).route
+        table = MacsTable()
+        return max(map(Route.alone, self.anchors), key=lambda route: table.macs(self.steps(route)))
+
+    def _walks(self, routes: Sequence[Route]) -> list[Walk]:
+        """Routes with their steps, the cheapest first; after a check that they are few enough and fitted."""
+        if len(routes) > MOST_ROUTES:
+            raise ValueError(
+                f"cascades are searched among at most {MOST_ROUTES} routes, not {len(routes)}; give those to combine"
+            )
+        warn_unfitted(self, routes)
+        table = MacsTable()
+        return sorted(((route, self.steps(route)) for route in routes), key=lambda walk: table.macs(walk[1]))
+
+    def _observe(self, walks: Sequence[Walk], batches: Iterator[dict[str, Tensor]]) -> Observations:
+        """What routes answer on labelled images, as multi-label models cannot be observed."""
+        if self.config.problem_type == MULTI_LABEL:
+            raise ValueError(f"cascades choose by how sure one class is; {MULTI_LABEL} has several: leave them out")
+        return observe_routes(walks, batches, self.device)
+
+    def run_cascade(self, x: Tensor, cascade: Cascade) -> tuple[Tensor, Tensor]:
+        """Run a cascade on images (N, 3, H, W) in the model's preprocessing and dtype.
+
+        Args:
+            x: images.
+            cascade: cascade with thresholds.
+
+        Returns:
+            Logits (N, classes), and for each image the number of the route that answered (N,), from 0.
+        """
+        return run_cascade(x, plan_stages([(route, self.steps(route)) for route in cascade.routes]), cascade)
+
+    def forget_profile(self) -> None:
+        """Drop what was measured with other weights: the profile, and the active cascade, whose last route stays."""
+        self.profiled = None
+        if self.active_cascade is not None:
+            logger.warning(
+                f"cascade '{self.active_cascade}' was calibrated with other weights: '{self.active_route}' is active "
+                "now; call profile(data, cascades=True) again"
+            )
+            self.active_cascade = None
+
+    def record_profile(
+        self,
+        rows: Iterable[ProfiledRoute],
+        latency: LatencyTable | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        cascades: Iterable[ProfiledCascade] = (),
+    ) -> Profile:
+        """Make rows the model's profile, with device, weights and versions in its metadata.
+
+        Args:
+            rows: routes with costs and scores.
+            cascades: cascades of these routes, with costs and scores.
+            latency: table that latencies in the costs are from, whose device and runtime are recorded.
+            metadata: further metadata of the profile.
+        """
+        measured = describe_measurement(str(self.device), latency, self.profiled)
+        known = {**(metadata or {}), **measured, "weights": self.weights_sha256()}
+        self.profiled = Profile(tuple(rows), known, tuple(cascades))
+        return self.profiled
+
+    def record_runtime(self, exported: Profile) -> Profile:
+        """Add the profile of exported routes to the model's own.
+
+        Args:
+            exported: profile of the folder with exported routes.
+        """
+        self.profiled = (self.profile() if self.profiled is None else self.profiled).with_runtime(exported)
+        return self.profiled
