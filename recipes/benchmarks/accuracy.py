@@ -97,6 +97,8 @@ METHODS = {
     "matching, task": Method(BOTH),
     "matching, norm": Method({**BOTH, "tuning": "norm"}),
     "mlp": Method(TASK, kind="mlp"),
+    "rate 0.01": Method({**TASK, "learning_rate": 1e-2}),
+    "rate 0.001": Method({**TASK, "learning_rate": 1e-3}),
     "rate 0.0001": Method({**TASK, "learning_rate": 1e-4}),
     "rate 0.00001": Method({**TASK, "learning_rate": 1e-5}),
     "labels alone": Method({**TASK, "distillation": 0.0}),

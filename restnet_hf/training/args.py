@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -14,7 +14,8 @@ from restnet_hf.stitches.tuning import MAX_RANK
 from restnet_hf.training.samplers import SAMPLERS
 
 
-AUTO, MEAN = "auto", "mean"  # teachers: the best anchor on held-out images, and the mean of the anchors
+AUTO: Literal["auto"] = "auto"  # teacher: the best anchor on held-out images; learning rate: by size of the weights
+MEAN = "mean"  # teacher: the mean of the anchors
 NOT_SETTINGS = {  # options that do not change the trained weights
     "output_dir",
     "save_steps",
@@ -50,7 +51,9 @@ class TrainArgs:
         batch_size: number of images in a step, over all processes.
         gradient_accumulation_steps: number of parts that a step's images run in, to save memory; the result is equal.
         auto_find_batch_size: whether a step's images run in smaller parts where memory runs out.
-        learning_rate: highest learning rate, after the warm-up; it falls to zero as a cosine.
+        learning_rate: highest learning rate, after the warm-up; it falls to zero as a cosine. ``auto`` is a rate for
+            each weight of a stitch, in proportion to its size over the square root of the number of its inputs, 1e-3
+            for other parameters, and 1e-4 for branches; see `restnet_hf.stitches.rates`.
         weight_decay: weight decay of AdamW.
         warmup_ratio: share of the steps in which the learning rate rises.
         max_grad_norm: norm to which the gradient of each stitch and head is clipped.
@@ -68,8 +71,8 @@ class TrainArgs:
             stitch; ``lora`` low-rank updates of both anchors that all routes share, with biases of the end for each
             route (ESTA, arXiv 2311.17352); ``full`` copies of all weights that all routes share (SN-Net, arXiv
             2302.06586). The anchors themselves never change.
-        anchor_learning_rate: learning rate of the weights that train inside anchors; by default ``learning_rate``, and
-            a tenth of it for ``full``.
+        anchor_learning_rate: learning rate of the weights that train inside anchors; by default ``learning_rate``, or
+            1e-3 where that is ``auto``, and a tenth of it for ``full``.
         r: rank of the low-rank updates.
         lora_alpha: scale of the low-rank updates.
         sampler: key of `SAMPLERS`, which draws the routes of each step.
@@ -103,7 +106,7 @@ class TrainArgs:
     batch_size: int = Field(default=64, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     auto_find_batch_size: bool = False
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = AUTO
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)

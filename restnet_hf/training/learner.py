@@ -15,10 +15,12 @@ from restnet_hf.data.datasets import IGNORED, MULTI_LABEL
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, Routes, TunedKey, each_route
 from restnet_hf.steps import Step, first_segment, run_steps, split_step
+from restnet_hf.stitches.layers import Stitch
 from restnet_hf.stitches.norms import recalibrate
 from restnet_hf.stitches.precision import make_trainable
+from restnet_hf.stitches.rates import OTHERS, learning_rates
 from restnet_hf.stitches.tuning import HEAD, SHARED_KINDS, Tuned, TunedConfig, tunable, tuned_keys
-from restnet_hf.training.args import TrainArgs
+from restnet_hf.training.args import AUTO, TrainArgs
 from restnet_hf.training.frozen import FrozenPart, goal_name
 from restnet_hf.training.losses import goal_scales, matching_loss, task_loss
 from restnet_hf.training.teachers import Teacher, needs_teacher
@@ -238,6 +240,19 @@ class Learner:
             end.compile(backend=self.args.torch_compile_backend)
             rest[at] = Step(rest[at].name, end, rest[at].shape)
         return tuple(rest)
+
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """The learning rate of each parameter that trains, from the options and the size of the weights."""
+        args, own = self.args, dict[nn.Parameter, float]()
+        common = OTHERS if isinstance(args.learning_rate, str) else args.learning_rate
+        if args.learning_rate == AUTO:
+            for module in self.modules.values():
+                own |= learning_rates(module) if isinstance(module, Stitch) else {}
+        inside = args.anchor_learning_rate or common * (0.1 if args.tuning == "full" else 1)
+        return {
+            parameter: inside if name.startswith("tuned.") else own.get(parameter, common)
+            for name, parameter in self.parameters.items()
+        }
 
     def losses(
         self,

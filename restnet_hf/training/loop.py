@@ -22,7 +22,7 @@ from restnet_hf.distributed import catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route, Routes
-from restnet_hf.training.args import RouteScores, TrainArgs, TrainResult
+from restnet_hf.training.args import AUTO, RouteScores, TrainArgs, TrainResult
 from restnet_hf.training.checkpoints import Checkpoints
 from restnet_hf.training.heads import head_args, needed_heads, record_trained, shared_options, untrained_heads
 from restnet_hf.training.learner import Learner, check_routes
@@ -306,6 +306,7 @@ class Training:
         if self.args.least_squares_images is not None:
             stitched = [route for route in self.learner.routes if route.stitch_points]
             self.model.fit_stitches(first_images(self.train_set, self.args.least_squares_images), stitched)
+            self._renew_rates()
             self._score()
         if self.learner.recalibrate(self._calibration_images):
             self._score()
@@ -353,15 +354,22 @@ class Training:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        anchor_rate = args.anchor_learning_rate or args.learning_rate * (0.1 if args.tuning == "full" else 1)
-        groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.learner.parameters.items():
-            groups.setdefault(anchor_rate if name.startswith("tuned.") else args.learning_rate, []).append(parameter)
+        rates = self.learner.learning_rates()
+        groups: dict[Any, list[nn.Parameter]] = {}
+        for parameter, rate in rates.items():  # automatic rates may differ between a run and its resumption
+            groups.setdefault(parameter if args.learning_rate == AUTO else rate, []).append(parameter)
         return torch.optim.AdamW(
-            [{"params": group, "lr": rate} for rate, group in groups.items()],
+            [{"params": group, "lr": rates[group[0]]} for group in groups.values()],
             weight_decay=args.weight_decay,
             foreach=True,
         )
+
+    def _renew_rates(self) -> None:
+        """Set the learning rates to those of the stitches as they are now, after a fit."""
+        rates = self.learner.learning_rates()
+        for at, group in enumerate(self.optimizer.param_groups):
+            group["initial_lr"] = self.schedule.scheduler.base_lrs[at] = rates[group["params"][0]]
+            group["lr"] = group["initial_lr"] * self.pace.rate()
 
     def _make_teacher(self, split: Split) -> Teacher | None:
         def images() -> Iterator[Batch]:

@@ -20,7 +20,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "runs"),
         *("segments", "tracing", "weights"),
     ],
-    "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "tuning"],
+    "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "rates", "tuning"],
     "middle": ["cascading", "configuration_restnet", "prediction", "steps"],
     "profiling": [
         *("accuracy", "cascade_rows", "cascades", "costs", "device", "latency", "macs", "memory", "metric", "mixin"),

@@ -68,6 +68,31 @@ def test_learning_rates_of_tuned_weights():
         assert groups == {rate: {what} for rate, what in expected.items()}
 
 
+def test_automatic_learning_rates():
+    """Each weight has its own: ten times as large where the weight is, half where there are four times the inputs."""
+    model = build()
+    with torch.no_grad():
+        for stitch in model.stitches.values():
+            for parameter in stitch.parameters():
+                parameter.copy_(torch.where(torch.rand(parameter.shape) < 0.5, 0.1, -0.1))
+    args = TrainArgs(least_squares_images=24, num_train_epochs=1, batch_size=8, warmup_ratio=0)
+    job = Training(model, Split(data()), args, model.routes, start_accelerator(model, args))
+    names = {parameter: name for name, parameter in job.learner.parameters.items()}
+    rates = {names[group["params"][0]]: group["initial_lr"] for group in job.optimizer.param_groups}
+    assert rates.keys() == job.learner.parameters.keys()
+    for name, rate in rates.items():
+        parameter = job.learner.parameters[name]
+        wanted = 0.3 * 0.1 / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1e-3
+        assert rate == pytest.approx(wanted)
+    job._start()  # least squares gives the weights other sizes
+    for group in job.optimizer.param_groups:
+        (parameter,) = group["params"]
+        size = parameter.detach().square().mean().sqrt().item()
+        wanted = 0.3 * size / parameter[0].numel() ** 0.5 if parameter.dim() > 1 else 1e-3
+        assert group["initial_lr"] == pytest.approx(wanted)
+        assert group["lr"] == pytest.approx(wanted)
+
+
 def test_full_and_low_rank_do_not_go_together():
     model = build()
     train(model, data(), TrainArgs(tuning="lora", num_train_epochs=1, batch_size=24))

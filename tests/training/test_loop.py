@@ -543,7 +543,7 @@ def test_trainer_without_a_stitch(rows, tmp_path):
     items = [{"pixel_values": image.numpy(), "labels": int(label)} for image, label in data(4)]
     train_set = Dataset.from_list(items).with_format("torch") if rows == "data set" else items
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True)
-    with pytest.raises(ValueError, match=r"nothing on route 'resnet\[:\]' can train: .*model.add_stitch"):
+    with pytest.raises(ValueError, match=r"nothing on 'resnet\[:\]' can train: .*model.add_stitch"):
         Trainer(model, args, train_dataset=train_set).train()
 
 
