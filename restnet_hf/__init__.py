@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from restnet_hf.export.exporter import UnsupportedExportError
     from restnet_hf.hub.repository import FoundAdapter, find_adapters
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
-    from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+    from restnet_hf.routes.cascade import Cascade
+    from restnet_hf.routes.profile import Budget, Profile, ProfiledCascade, ProfiledRoute
     from restnet_hf.routes.route import Route, Segment
     from restnet_hf.runtime.controller import Controller
     from restnet_hf.runtime.exported_model import ExportedModel
@@ -34,6 +35,7 @@ MODULES = {
     "Anchor": "anchors.anchor",
     "Budget": "routes.profile",
     "BudgetError": "errors",
+    "Cascade": "routes.cascade",
     "Controller": "runtime.controller",
     "DisagreementError": "export.export",
     "ExportedModel": "runtime.exported_model",
@@ -42,6 +44,7 @@ MODULES = {
     "PictureError": "errors",
     "Preprocessing": "data.preprocessing",
     "Profile": "routes.profile",
+    "ProfiledCascade": "routes.profile",
     "ProfiledRoute": "routes.profile",
     "RestNetConfig": "configuration_restnet",
     "Route": "routes.route",

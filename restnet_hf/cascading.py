@@ -127,7 +127,7 @@ def _in_order(answers: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Te
     """Logits in the order of the images, and the number of the route that each image's are from."""
     numbers = torch.cat([torch.full_like(rows, index) for index, rows, _ in answers])
     if len(answers) == 1:
-        return answers[0][2], numbers
+        return answers[0][2], numbers.to(answers[0][2].device)
     order = torch.cat([rows for _, rows, _ in answers]).argsort()
     logits = torch.cat([logits for *_, logits in answers])
-    return logits[order.to(logits.device)], numbers[order]
+    return logits[order.to(logits.device)], numbers[order].to(logits.device)

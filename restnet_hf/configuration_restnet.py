@@ -191,6 +191,8 @@ class RestNetConfig(PreTrainedConfig):
             cascade = Cascade.parse(self.active_cascade)
             if not cascade.thresholds:
                 raise ValueError(f"config.json: the active cascade {quote(str(cascade))} has no thresholds")
+            if cascade.routes[-1:] != tuple(active):
+                raise ValueError(f"config.json: active_route must be the last of {quote(str(cascade))}")
             active += cascade.routes
         for route in (*routes, *active):
             unknown = {segment.anchor for segment in route.segments} - names

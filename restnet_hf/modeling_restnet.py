@@ -128,6 +128,7 @@ class StitchedModelForImageClassification(
         self.ranking: list[RankedRoute] = []
         self.active_route = Route.parse(config.active_route) if config.active_route else Route.alone(self.front)
         self.active_cascade = Cascade.parse(config.active_cascade) if config.active_cascade else None
+        self.staged = {}
         if attention is not None:
             set_attention(self.anchors, dict.fromkeys(self.anchors, str(attention)))
         self.post_init()
@@ -260,8 +261,8 @@ class StitchedModelForImageClassification(
         states: tuple[Tensor | None, ...] | None = None
         answered_by: Tensor | None = None
         if isinstance(chosen, Cascade):
-            if wanted is not None and wanted is not False:
-                raise ValueError("activations differ between the images of a cascade: give a route=, or ask for none")
+            if (wanted is not None and wanted is not False) or (training and labels is not None):
+                raise ValueError("images of a cascade take different routes: to train or for activations give a route")
             logits, answered_by = self.run_cascade(x, chosen)
         elif wanted is None or wanted is False:
             logits = run_steps(x, self.steps(chosen))
@@ -283,7 +284,7 @@ class StitchedModelForImageClassification(
             raise ValueError("give a route or a cascade, not both")
         if cascade is not None:
             return self.runnable_cascade(cascade)
-        active = self.active_route if self.active_cascade is None else self.active_cascade
+        active = self.active_cascade or self.active_route  # read once: another thread may change it
         return ROUTES.get({}).get(id(self), active) if route is None else self.route(route)
 
     @property
@@ -341,8 +342,11 @@ class StitchedModelForImageClassification(
 
         Args:
             route: route to bake; the active one by default.
+
+        Raises:
+            ValueError: a cascade is active, and no route is given.
         """
-        steps = self.steps(self.active_route if route is None else route)
+        steps = self.steps(self.only_route() if route is None else route)
         return nn.Sequential(*(step.bake() for step in steps)).eval()
 
     def add_stitch(self, route: Route | str, config: StitchConfig | None = None) -> Route:
@@ -424,7 +428,8 @@ class StitchedModelForImageClassification(
         adapters = {"", *(other.adapter for other in left)}
         active = self.active_route
         inactive = deleted.keys().isdisjoint((active,) if self.active_cascade is None else self.active_cascade.routes)
-        if not inactive or active.adapter not in adapters or {p.name for p in active.stitch_points} - needed:
+        running = active if self.active_cascade is None else self.active_cascade
+        if not inactive or active.adapter not in adapters or {p.name for p in running.stitch_points} - needed:
             kind = "route" if self.active_cascade is None else "cascade"
             raise ValueError(f"'{self.active_cascade or active}' is the active {kind}; set another one first")
         self.config.routes = list(map(str, left))
@@ -442,6 +447,7 @@ class StitchedModelForImageClassification(
             kept = {row.route for row in rows}
             cascades = tuple(row for row in self.profiled.cascades if kept.issuperset(row.route.routes))
             self.profiled = replace(self.profiled, routes=rows, cascades=cascades)
+        self.staged = {}
 
     def set_route(self, route: Route | str) -> Route:
         """Make a route active, so that ``forward`` runs it; returns the route.
@@ -456,8 +462,7 @@ class StitchedModelForImageClassification(
         steps = self.steps(route)
         if self.weight_files is not None:
             self.weight_files.load(self.anchors, steps)
-        self.active_route, self.active_cascade = route, None
-        self.config.active_route = str(route)
+        self.make_active(route, None)
         return route
 
     @contextmanager
@@ -473,6 +478,7 @@ class StitchedModelForImageClassification(
         chosen: Route | Cascade
         if isinstance(route, Cascade) or (isinstance(route, str) and is_cascade(route)):
             chosen = self.runnable_cascade(route)
+            self.stages(chosen)
         else:
             chosen = self.route(route)
             self.steps(chosen)

@@ -1,14 +1,15 @@
 """What a network of a given cost can do: stitched routes and everything else that the same data and time can buy.
 
     python recipes/benchmarks/accuracy.py [--quick] [--out FILE.json] [--seconds 60] [--seeds 3] [--routes 4]
-        [--front DIR --end DIR --dataset DIR --images 10000 --point DIR ...] [--method NAME ...] [--part a|b]
+        [--front DIR --end DIR --dataset DIR --images 10000 --point DIR ...] [--method NAME ...]
+        [--route ROUTE ...] [--part a|b]
 
-A pair is two anchors that know the task; without --front it is the demo. Routes are chosen once, by fitted accuracy in
-both directions on 512 training images, on which stitches are fitted too. Each method then has so many seconds for all
-of its routes together, on the threads that OMP_NUM_THREADS says, and new stitches; seeds differ in the first weights,
-the order of the images and the images that are held out. Outputs of frozen networks are computed once for the pair and
-kept in a folder beside FILE.json: methods that read them have the seconds for steps alone, and those that cannot,
-since their first blocks train or run on images, have the seconds of that computation besides.
+A pair is two anchors that know the task; without --front it is the demo. Routes are those given, or are chosen once,
+by fitted accuracy in both directions on 512 training images, on which stitches are fitted too. Each method then has so
+many seconds for all of its routes together, on the threads that OMP_NUM_THREADS says, and new stitches; seeds differ
+in the first weights, the order of the images and the images that are held out. Outputs of frozen networks are computed
+once for the pair and kept in a folder beside FILE.json: methods that read them have the seconds for steps alone, and
+those that cannot, since their first blocks train or run on images, have the seconds of that computation besides.
 
 Rivals train the same way on the same images: each anchor's own norms and head, all weights of the small one, alone and
 distilled from the large one. Points are other classifiers at hand, as they are. The cascade of the two anchors sends
@@ -361,6 +362,7 @@ def main(
     eval_images: int | None = None,
     point: Annotated[list[str] | None, typer.Option()] = None,
     method: Annotated[list[str] | None, typer.Option()] = None,
+    route: Annotated[list[str] | None, typer.Option()] = None,
     part: str = "a",
     seconds: float = 60.0,
     seeds: int = 3,
@@ -388,7 +390,8 @@ def main(
         features = Path(temporary) if out is None else out.with_suffix(".features")
         pair = Pair(model, train_set, eval_set, features, anchors, [])
         if result is None:
-            pair.routes = choose(model, train_set.select(range(min(512, len(train_set)))), routes)
+            calibration = train_set.select(range(min(512, len(train_set))))
+            pair.routes = list(map(model.route, route or ())) or choose(model, calibration, routes)
             result = {"settings": settings, **measure(pair, points, dataset, part, eval_images)}
         pair.routes, pair.filled = [model.route(text) for text in result["routes"]], result.get("filled", 0.0)
         for seed in range(seeds):

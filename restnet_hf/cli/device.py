@@ -123,6 +123,8 @@ def export(
     model = load_here(adapter, threads)
     if limits is not None:
         model.set_budget(limits)
+        if model.active_cascade is not None:
+            raise typer.BadParameter(f"--budget {budget} chooses a cascade, and routes are exported: limit no mean")
     rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,

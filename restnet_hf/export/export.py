@@ -178,7 +178,7 @@ def export_routes(
 
 
 def _chosen(model: StitchedModelForImageClassification, routes: Routes | None) -> list[Route]:
-    chosen = list(dict.fromkeys(map(model.route, each_route(model.active_route if routes is None else routes))))
+    chosen = list(dict.fromkeys(map(model.route, each_route(model.only_route() if routes is None else routes))))
     if not chosen:
         raise ValueError("there are no routes to export")
     return chosen

@@ -1,6 +1,7 @@
 """The card of an adapter: its routes with costs and scores, its anchors and their licences, and how to use it."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -354,7 +355,7 @@ def _choice(profile: Profile | None) -> str:
     means = [row.costs["mean_macs"] for row in profile.cascades if "mean_macs" in row.costs]
     if means and all("mean_macs" in row.costs for row in profile.routes):
         mean = sorted(means)[len(means) // 2]
-        return f"model.set_budget(mean_macs={mean:.0f})  # a cascade; or macs=, params=, or set_route(...)"
+        return f"model.set_budget(mean_macs={math.ceil(mean)})  # a cascade; or macs=, params=, or set_route(...)"
     return f"model.set_budget(macs={middle:.0f})  # or params=, or set_route(...)"
 
 

@@ -243,7 +243,9 @@ def choose_route(
         config.active_route = str(route if cascade is None else cascade.routes[-1])
         config.check()
         return (Route.parse(config.active_route),) if cascade is None else cascade.routes
-    return (*config.parsed_routes(), *([Route.parse(config.active_route)] if config.active_route else []))
+    active = [Route.parse(config.active_route)] if config.active_route else []
+    active += Cascade.parse(config.active_cascade).routes if config.active_cascade else ()
+    return (*config.parsed_routes(), *active)
 
 
 def load_anchors(

@@ -197,7 +197,7 @@ class AdapterHubMixin:
         if not whole:
             check_parents(self.config.anchors)
         profile = self.valid_profile()
-        scored = profile is not None and all("accuracy" in row.scores for row in profile.routes)
+        scored = profile is not None and all("accuracy" in row.scores for row in profile.rows)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "adapter"
             self.save_pretrained(folder, standalone=whole)
@@ -348,7 +348,8 @@ class AdapterHubMixin:
         for entry, anchor in zip(self.config.anchors, self.anchors.values(), strict=True):
             add_fingerprint(entry, anchor)
         self.weight_files = WeightFiles(folder, self.anchors)
-        self.weight_files.load(self.anchors, self.steps(self.active_route))
+        routes = [self.active_route] if self.active_cascade is None else self.active_cascade.routes
+        self.weight_files.load(self.anchors, [step for route in routes for step in self.steps(route)])
 
     def weights_sha256(self, entries: Sequence[Mapping[str, Any]] | None = None) -> dict[str, str]:
         """SHA-256 of the weights of each stitch, new head and tuned part, and of anchors that changed.

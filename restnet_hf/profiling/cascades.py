@@ -1,5 +1,6 @@
 """Calibration of cascades: which routes in which order, with which thresholds, from one evaluation of all routes."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ BUDGETS = 32  # mean costs for each of which the best cascade is searched
 FOLDS = 5  # of cross-validation
 LEAST_IMAGES = 100  # for a calibration
 TEMPERATURE_IMAGES = 1000  # images on which temperatures are fitted
+MOST_LOGITS = 2**26  # numbers of them that are held at once
 FIRST_THRESHOLDS, SECOND_THRESHOLDS = 64, 256  # of three routes, thresholds that are tried at most
 MOST_CASCADES = 8  # that a profile offers
 MOST_ROUTES = 24  # routes that are combined; there are 2,024 triples of so many
@@ -99,6 +101,8 @@ def observe_routes(
     device: torch.device,
     confidence: str = "probability",
     reference: Route | None = None,
+    *,
+    scaled: bool = True,
 ) -> Observations:
     """Run all routes on the same images, once; with several processes each takes every n-th batch.
 
@@ -108,6 +112,10 @@ def observe_routes(
         device: device to run on.
         confidence: key of `CONFIDENCES`.
         reference: route whose classes count as right; None for the labels.
+        scaled: whether temperatures are fitted, on up to 1,000 of the images; else they are 1.
+
+    Returns:
+        What the routes answer.
 
     Raises:
         ValueError: there is no reference, and a batch has no labels.
@@ -117,7 +125,8 @@ def observe_routes(
     for chunk in chunks:
         first.append(chunk)
         count += chunk[2].shape[1]
-        if count * this_process().num_processes >= TEMPERATURE_IMAGES:
+        size = sum(logits.size for *_, logits in first)
+        if count * this_process().num_processes >= TEMPERATURE_IMAGES or size >= MOST_LOGITS:
             break
 
     def true_classes(chunk: Chunk) -> ndarray:
@@ -127,12 +136,13 @@ def observe_routes(
             raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
         return chunk[1]
 
-    whole = sorted(gather_object(first), key=lambda chunk: chunk[0])
-    logits, classes = np.concatenate([c[2] for c in whole], 1), np.concatenate([true_classes(c) for c in whole])
-    known = classes >= 0
-    temperatures = tuple(round(fit_temperature(each[known], classes[known]), 3) for each in logits)
+    temperatures = (1.0,) * len(routes)
+    if scaled:
+        whole = sorted(gather_object(first), key=lambda chunk: chunk[0])
+        logits, classes = np.concatenate([c[2] for c in whole], 1), np.concatenate([true_classes(c) for c in whole])
+        temperatures = tuple(round(fit_temperature(each, classes), 2) for each in logits)
     rows = []
-    for chunk in (*first, *chunks):
+    for chunk in itertools.chain(first, chunks):
         found, true = chunk[2].argmax(-1), true_classes(chunk)
         sure, after = _confidences(chunk[2], found, confidence, temperatures)
         rows.append((chunk[0], found, found == true, sure, after))
@@ -185,7 +195,7 @@ class StageCosts:
     def stages(self, routes: Sequence[int]) -> list[float]:
         """What each route of a cascade, by number, adds to the cost of those before it."""
         return [
-            self.alone[route] - max((self.shared[route, before] for before in routes[:at]), default=0.0)
+            max(0.0, self.alone[route] - max((self.shared[route, before] for before in routes[:at]), default=0.0))
             for at, route in enumerate(routes)
         ]
 
@@ -305,9 +315,11 @@ def _places(sure: ndarray, most: int) -> tuple[ndarray, ndarray]:
     if len(counts) > most:
         counts = counts[np.linspace(0, len(counts) - 1, most).round().astype(int)]
     above, below = sure[counts - 1].astype(float), sure[counts].astype(float)
-    middle = (above + below) / 2
-    short = middle.round(6)
-    return counts, np.where((below < short) & (short <= above), short, middle)
+    thresholds = (above + below) / 2
+    for digits in (6, 5, 4, 3, 2):  # the shortest that lies between the two
+        short = thresholds.round(digits)
+        thresholds = np.where((below < short) & (short <= above), short, thresholds)
+    return counts, thresholds
 
 
 def _offer_pair(best: Best, observed: Observations, stages: Sequence[float], first: int, second: int) -> None:
@@ -354,6 +366,14 @@ class Calibrated:
     shares: tuple[float, ...]
 
 
+def check_images(count: int) -> None:
+    """Raise ValueError where images are too few for a calibration."""
+    if count < LEAST_IMAGES:
+        raise ValueError(
+            f"{count} images are too few to calibrate cascades on; give at least {LEAST_IMAGES}, better 1,000"
+        )
+
+
 def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = FOLDS) -> list[Calibrated]:
     """The cascades that no route and no other cascade beats in mean cost and score, the cheapest first.
 
@@ -363,13 +383,10 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
         folds: number of parts of the images for cross-validation.
 
     Raises:
-        ValueError: there are fewer than two routes, or too few images.
+        ValueError: there are too few images.
     """
     count = len(observed)
-    if count < LEAST_IMAGES:
-        raise ValueError(
-            f"{count} images are too few to calibrate cascades on; give at least {LEAST_IMAGES}, better 1,000"
-        )
+    check_images(count)
     budgets = np.linspace(costs.alone.min(), costs.alone.max(), BUDGETS)
     fold_of = np.random.default_rng(0).permutation(count) % folds
     right, spent = np.zeros((BUDGETS, count)), np.zeros((BUDGETS, folds))
@@ -427,8 +444,25 @@ def binomial_at_most(successes: int, trials: int, probability: float) -> float:
     return min(1.0, sum(map(math.exp, logs)))
 
 
+def check_promise(agreement: float, certainty: float, images: int | None = None) -> None:
+    """Raise ValueError unless an agreement can be promised.
+
+    Args:
+        agreement: share of images to agree on.
+        certainty: probability that the promise holds.
+        images: number of images; None where it is not known yet.
+    """
+    if not (0 < agreement < 1 and 0 < certainty < 1):
+        raise ValueError(f"{agreement=} and {certainty=} must be above 0 and below 1")
+    needed = max(LEAST_IMAGES, images_for_promise(agreement, certainty))
+    if images is not None and images < needed:
+        raise ValueError(
+            f"{images} images cannot show {agreement=} with {certainty=}; give at least {needed}, better {3 * needed}"
+        )
+
+
 def certify_cascade(
-    observed: Observations, costs: StageCosts, agreement: float, certainty: float
+    observed: Observations, costs: StageCosts, reference: int, agreement: float, certainty: float
 ) -> tuple[Chain, float]:
     """The cheapest chain that agrees with the reference as often as promised; and its agreement where it was tested.
 
@@ -440,25 +474,18 @@ def certify_cascade(
     Args:
         observed: answers, right where they are the reference's.
         costs: costs of the routes.
+        reference: number of the reference.
         agreement: share of images to agree on, from 0 to 1, below 1.
         certainty: probability that the promise holds, below 1.
 
     Raises:
         ValueError: there are too few images, or a number is out of range.
     """
-    if not (0 < agreement < 1 and 0 < certainty < 1):
-        raise ValueError(f"{agreement=} and {certainty=} must be above 0 and below 1")
-    needed = max(LEAST_IMAGES, images_for_promise(agreement, certainty))
-    if len(observed) < needed:
-        raise ValueError(
-            f"{len(observed)} images cannot show {agreement=} with {certainty=}; give at least {needed}, better "
-            f"{3 * needed}"
-        )
+    check_promise(agreement, certainty, len(observed))
     chosen_on = np.random.default_rng(0).permutation(len(observed)) % 2 == 0
-    most = costs.alone[observed.right.all(1)].min()  # the reference is always right
-    budgets = np.linspace(costs.alone.min(), most, 4 * BUDGETS)
+    budgets = np.linspace(costs.alone.min(), costs.alone[reference], 4 * BUDGETS)
     chains = search_cascades(observed.select(chosen_on), costs, budgets).chains
-    tested, passed = observed.select(~chosen_on), (Chain(()), 1.0)
+    tested, passed = observed.select(~chosen_on), (Chain((reference,)), 1.0)
     for chain in dict.fromkeys(reversed(chains)):
         assert chain is not None
         right = run_chain(tested, chain).right

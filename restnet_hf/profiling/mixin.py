@@ -1,33 +1,40 @@
 """ProfilingMixin: measure the routes of a model, and run them as cascades."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
-from restnet_hf.cascading import plan_stages, run_cascade
+from restnet_hf.cascading import Stage, plan_stages, run_cascade
 from restnet_hf.data.datasets import MULTI_LABEL
+from restnet_hf.profiling.cascade_rows import fits_adapter
 from restnet_hf.profiling.cascades import (
     MOST_ROUTES,
     Observations,
     StageCosts,
     as_cascade,
     certify_cascade,
+    check_promise,
     observe_routes,
 )
 from restnet_hf.profiling.costs import describe_measurement
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.confidences import CONFIDENCES
 from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Routes
 from restnet_hf.steps import Step, Walk
 from restnet_hf.stitches.adding import warn_unfitted
+from restnet_hf.stitches.layers import Stitch
+from restnet_hf.stitches.precision import weight_dtype
+from restnet_hf.stitches.tuning import Tuned
 
 
 logger = logging.get_logger(__name__)
+MOST_STAGED = 15  # cascades besides the latest whose stages are kept
 
 
 class ProfilingMixin:
@@ -41,6 +48,10 @@ class ProfilingMixin:
     active_route: Route
     active_cascade: Cascade | None
     profiled: Profile | None
+    stitches: MutableMapping[str, Stitch]
+    heads: MutableMapping[str, nn.Linear]
+    tuned: MutableMapping[str, Tuned]
+    staged: dict[Cascade, tuple[list[tuple[int, torch.dtype | None]], list[Stage]]]  # see `stages`
     weight_files: Any
     route: Callable[[Route | str], Route]
     steps: Callable[[Route], Sequence[Step]]
@@ -57,20 +68,32 @@ class ProfilingMixin:
         Args:
             cascade: cascade or its string form, in which cuts may be given by name.
 
+        Returns:
+            The cascade.
+
         Raises:
-            ValueError: the cascade does not parse, its routes do not fit the anchors or have no stitches yet, or the
-                labels of an image are several.
+            ValueError: the cascade does not parse, its routes do not fit the anchors, or the labels of an image are
+                several.
         """
-        if self.config.problem_type == MULTI_LABEL:
-            raise ValueError(f"cascades choose by how sure one class is; {MULTI_LABEL} has several: set a route")
+        self.check_one_label()
         if isinstance(cascade, str):
-            cascade = Cascade.parse(cascade, self.route)
+            return Cascade.parse(cascade, self.route)
         for route in cascade.routes:
-            self.steps(self.route(route))
+            self.route(route)
         return cascade
 
     def runnable_cascade(self, cascade: Cascade | str) -> Cascade:
-        """Parse and check a cascade that has its thresholds; raises ValueError where it has none."""
+        """Parse and check a cascade that is to run.
+
+        Args:
+            cascade: cascade or its string form.
+
+        Returns:
+            The cascade.
+
+        Raises:
+            ValueError: as `cascade`, or it has no thresholds.
+        """
         cascade = self.cascade(cascade)
         if not cascade.thresholds:
             known = () if self.profiled is None else self.profiled.cascades
@@ -116,8 +139,9 @@ class ProfilingMixin:
             ValueError: the cascade has no thresholds or does not fit the model, or there are too few images for the
                 agreement; the error gives the number needed.
         """
+        self.check_one_label()
         if agreement is None:
-            if cascade is None or images is not None:
+            if cascade is None or images is not None or reference is not None:
                 raise ValueError("give a cascade with thresholds, or images and agreement, such as 0.99")
             found: Cascade | Route = self.runnable_cascade(cascade)
         elif images is None:
@@ -129,9 +153,30 @@ class ProfilingMixin:
         steps = [step for route in found.routes for step in self.steps(route)]
         if self.weight_files is not None:
             self.weight_files.load(self.anchors, steps)
-        self.active_cascade = found
-        self.active_route = found.routes[-1]
+        self.make_active(found.routes[-1], found)
         return found
+
+    def only_route(self) -> Route:
+        """The active route; raises ValueError where a cascade is active, whose routes are several."""
+        if self.active_cascade is not None:
+            raise ValueError(f"cascade '{self.active_cascade}' is active, and one route is needed: give it")
+        return self.active_route
+
+    def make_active(self, route: Route, cascade: Cascade | None) -> None:
+        """Set what ``forward`` runs, here and in the config.
+
+        Args:
+            route: active route; the last one of a cascade.
+            cascade: active cascade, or None.
+        """
+        self.active_route, self.active_cascade = route, cascade
+        self.config.active_route, self.config.active_cascade = str(route), None if cascade is None else str(cascade)
+
+    def check_one_label(self) -> None:
+        """Raise ValueError where no class is the only one of an image, so that cascades have nothing to be sure of."""
+        if self.config.problem_type == MULTI_LABEL or self.config.num_labels < 2:
+            several = f"{MULTI_LABEL} has several" if self.config.num_labels > 1 else "there is one class"
+            raise ValueError(f"cascades choose by how sure one class of many is, and {several}: set a route")
 
     def _certified(
         self,
@@ -144,15 +189,22 @@ class ProfilingMixin:
         batch_size: int,
     ) -> Cascade | Route:
         """The cheapest cascade, or route, that agrees with a reference; see `set_cascade`."""
-        routes = list(self.all_routes if cascade is None else self.cascade(cascade).routes)
+        check_promise(agreement, certainty, len(images) if hasattr(images, "__len__") else None)
+        if confidence not in CONFIDENCES:
+            raise ValueError(f"confidence={confidence!r} is not one of {sorted(CONFIDENCES)}")
+        own = [route for route in self.all_routes if fits_adapter(route, self.active_route.adapter)]
+        routes = own if cascade is None else list(self.cascade(cascade).routes)
         target = self.route(reference) if reference is not None else self._reference(routes, cascade is not None)
         walks = self._walks(routes if target in routes else [*routes, target])
         if len(walks) < 2:
             raise ValueError("a cascade has at least two routes, and the model has one; add another")
         data = self.prepare_data(images, name="images", labels=False)
-        observed = observe_routes(walks, self._checked(data, batch_size), self.device, confidence, target)
-        costs = StageCosts.of(walks, MacsTable().macs)
-        chain, measured = certify_cascade(observed, costs, agreement, certainty)
+        # temperatures would be fitted on images that test the promise
+        observed = observe_routes(
+            walks, self._checked(data, batch_size), self.device, confidence, target, scaled=False
+        )
+        costs, number = StageCosts.of(walks, MacsTable().macs), observed.routes.index(target)
+        chain, measured = certify_cascade(observed, costs, number, agreement, certainty)
         found = as_cascade(observed, chain)
         if found == target:
             logger.warning(f"nothing cheaper agrees with '{target}' on {agreement:.2%} of images: it runs alone")
@@ -182,9 +234,8 @@ class ProfilingMixin:
         return sorted(((route, self.steps(route)) for route in routes), key=lambda walk: table.macs(walk[1]))
 
     def _observe(self, walks: Sequence[Walk], batches: Iterator[dict[str, Tensor]]) -> Observations:
-        """What routes answer on labelled images, as multi-label models cannot be observed."""
-        if self.config.problem_type == MULTI_LABEL:
-            raise ValueError(f"cascades choose by how sure one class is; {MULTI_LABEL} has several: leave them out")
+        """What routes answer on labelled images."""
+        self.check_one_label()
         return observe_routes(walks, batches, self.device)
 
     def run_cascade(self, x: Tensor, cascade: Cascade) -> tuple[Tensor, Tensor]:
@@ -196,8 +247,32 @@ class ProfilingMixin:
 
         Returns:
             Logits (N, classes), and for each image the number of the route that answered (N,), from 0.
+
+        Raises:
+            ValueError: the model lacks a stitch or head of a route.
         """
-        return run_cascade(x, plan_stages([(route, self.steps(route)) for route in cascade.routes]), cascade)
+        self.check_one_label()
+        return run_cascade(x, self.stages(cascade), cascade)
+
+    def stages(self, cascade: Cascade) -> list[Stage]:
+        """What each route of a cascade runs for the images that reach it; kept until parts of the model are replaced.
+
+        Args:
+            cascade: cascade of this model's routes.
+
+        Raises:
+            ValueError: the model lacks a stitch or head of a route.
+        """
+        parts: list[nn.Module] = [
+            self.stitches[point.name] for point in cascade.stitch_points if point.name in self.stitches
+        ]
+        parts += [*self.tuned.values(), *self.heads.values(), *self.anchors.values()]
+        state = [(id(part), weight_dtype(part)) for part in parts]  # the stages hold the parts, so no id comes again
+        known = self.staged.get(cascade)
+        if known is None or known[0] != state:
+            known = state, plan_stages([(route, self.steps(route)) for route in cascade.routes])
+            self.staged = {**dict(list(self.staged.items())[-MOST_STAGED:]), cascade: known}
+        return known[1]
 
     def forget_profile(self) -> None:
         """Drop what was measured with other weights: the profile, and the active cascade, whose last route stays."""
@@ -207,7 +282,7 @@ class ProfilingMixin:
                 f"cascade '{self.active_cascade}' was calibrated with other weights: '{self.active_route}' is active "
                 "now; call profile(data, cascades=True) again"
             )
-            self.active_cascade = None
+            self.make_active(self.active_route, None)
 
     def record_profile(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from restnet_hf.files import atomic_file
-from restnet_hf.routes.fronts import anchor_ends
+from restnet_hf.routes.fronts import anchor_ends, measured_rows
 from restnet_hf.routes.profile import AnyProfiled, Profile
 
 
@@ -37,7 +37,7 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
     cost = profile.default_cost
 
     def draw(rows: Iterable[AnyProfiled], marker: str, **style: Any) -> None:
-        points = [(row.costs.get(cost, row.costs["macs"]) / 1e6, 100 * row.scores["accuracy"]) for row in rows]
+        points = [(_macs(row, cost) / 1e6, 100 * row.scores["accuracy"]) for row in rows]
         if points:
             axes.plot(*zip(*points, strict=True), marker, **style)
 
@@ -59,7 +59,7 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
             alpha=0.3,
             label="least squares",
         )
-    draw(profile.cascades, "s", color="tab:orange", label="cascade")
+    draw(measured_rows(profile.cascades, cost, "accuracy"), "s", color="tab:orange", label="cascade")
     if stitched:
         draw(stitched, "o", color="tab:blue", label="stitched")
     draw(tuned, "^", color="tab:green", label="anchor tuned")
@@ -80,6 +80,10 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def _macs(row: AnyProfiled, cost: str) -> float:
+    return row.costs[cost] if cost in row.costs else row.costs["macs"]
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -1,17 +1,16 @@
 """Cascades: routes in order of cost, each of which answers the images that it is sure of. No torch."""
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from restnet_hf.routes.confidences import CONFIDENCES
+from restnet_hf.routes.confidences import CONFIDENCES, LEAST_TEMPERATURE, MOST_TEMPERATURE
 from restnet_hf.routes.route import MAX_LENGTH, Route, StitchPoint
 
 
 MAX_ROUTES = 16  # in one cascade; more than three rarely pay
-NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-STEP = re.compile(rf"\s*(?:({'|'.join(CONFIDENCES)})(?=\s))?\s*(?:({NUMBER})(?:@({NUMBER}))?(?=\s))?(.*)", re.S)
+MAX_NUMBERS = 60  # characters of a threshold with its temperature
+NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 EXAMPLE = (
     "write it like 'small[:] > large[:7] + small[6:]', or with thresholds from 0 to 1, 'small[:] >0.8 large[:7] + "
     "small[6:]'"
@@ -36,7 +35,8 @@ class Cascade:
 
     Raises:
         ValueError: there are fewer than two routes, one occurs twice, they are of several adapters, the number of
-            thresholds or temperatures is not one less than that of routes, or one is out of range.
+            thresholds or temperatures is not one less than that of routes, one is out of range, or the whole is
+            longer than a route may be.
     """
 
     routes: tuple[Route, ...]
@@ -52,7 +52,7 @@ class Cascade:
             raise ValueError(f"a cascade has from 2 to {MAX_ROUTES} routes, not {count}; {EXAMPLE}")
         if len(set(self.routes)) < count:
             raise ValueError(f"cascade '{self}' holds a route twice; the second would repeat the first one's answer")
-        adapters = sorted({route.adapter for route in self.routes})
+        adapters = sorted({route.adapter for route in self.routes if route.adapter or not route.is_anchor})
         if len(adapters) > 1:
             raise ValueError(f"cascade '{self}' has routes of several adapters, {adapters}; take them from one")
         if self.confidence not in CONFIDENCES:
@@ -66,8 +66,14 @@ class Cascade:
                 )
         if not all(0 <= threshold <= 1 for threshold in self.thresholds):
             raise ValueError(f"thresholds {self.thresholds} must be from 0 to 1")
-        if not all(0 < temperature < math.inf for temperature in self.temperatures):
-            raise ValueError(f"temperatures {self.temperatures} must be finite and above 0")
+        if not all(LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE for temperature in self.temperatures):
+            raise ValueError(
+                f"temperatures {self.temperatures} must be from {LEAST_TEMPERATURE} to {MOST_TEMPERATURE}"
+            )
+        if len(str(self)) > MAX_LENGTH:
+            raise ValueError(
+                f"a cascade of {len(str(self)):,} characters cannot be read again; at most {MAX_LENGTH:,}"
+            )
 
     @classmethod
     def parse(cls, text: str, parse_route: Callable[[str], Route] = Route.parse) -> "Cascade":
@@ -83,12 +89,12 @@ class Cascade:
         if len(text) > MAX_LENGTH:
             raise ValueError(f"{len(text):,} characters are no cascade, the longest has {MAX_LENGTH:,}; {EXAMPLE}")
         first, *others = text.split(">")
-        steps = [match.groups() for match in map(STEP.fullmatch, others) if match]
+        steps = list(map(_read_step, others))
         named = {name for name, *_ in steps if name}
-        thresholds = [float(number) for _, number, *_ in steps if number]
+        thresholds = [numbers[0] for _, numbers, _ in steps if numbers]
         if len(named) > 1 or (thresholds and len(thresholds) != len(steps)):
             raise ValueError(f"{text!r} is not a cascade: all its thresholds are given, of one confidence; {EXAMPLE}")
-        temperatures = [float(number or 1) for *_, number, _ in steps]
+        temperatures = [numbers[1] if len(numbers) > 1 else 1.0 for _, numbers, _ in steps]
         routes = tuple(parse_route(part.strip()) for part in (first, *(rest for *_, rest in steps)))
         return cls(routes, tuple(thresholds), next(iter(named), "probability"), tuple(temperatures))
 
@@ -106,8 +112,8 @@ class Cascade:
 
     @property
     def adapter(self) -> str:
-        """Name of the adapter whose stitches and heads the routes use."""
-        return self.routes[0].adapter
+        """Name of the adapter whose stitches and heads the routes use; anchors alone may be of the first one."""
+        return max(route.adapter for route in self.routes)
 
     @property
     def is_anchor(self) -> bool:
@@ -123,6 +129,19 @@ class Cascade:
     def stitch_points(self) -> tuple[StitchPoint, ...]:
         """The stitches that the routes need, each once."""
         return tuple(dict.fromkeys(point for route in self.routes for point in route.stitch_points))
+
+
+def _read_step(text: str) -> tuple[str | None, list[float], str]:
+    """The confidence's name, threshold and temperature where they are given, and the route, of a part after ``>``."""
+    name, numbers = None, list[float]()
+    word, _, rest = text.strip().partition(" ")
+    if word in CONFIDENCES and rest:
+        name, text = word, rest
+        word, _, rest = text.strip().partition(" ")
+    parts = word.split("@")
+    if rest and len(word) <= MAX_NUMBERS and len(parts) <= 2 and all(map(NUMBER.fullmatch, parts)):
+        numbers, text = list(map(float, parts)), rest
+    return name, numbers, text
 
 
 def is_cascade(text: str) -> bool:

@@ -290,17 +290,18 @@ class Profile:
         return best
 
     def rows_for(self, budget: BudgetLike) -> tuple[AnyProfiled, ...]:
-        """The rows that are considered for a budget: the cascades too where it limits a mean."""
-        return self.rows if any(cost in MEANS for cost in Budget.of(budget).limits) else self.routes
+        """The rows that are considered for a budget: where it limits a mean cascades too, and routes with means."""
+        if not any(cost in MEANS for cost in Budget.of(budget).limits):
+            return self.routes
+        return (*(row.with_means() for row in self.routes), *self.cascades)
 
     def check_costs(self, budget: BudgetLike) -> None:
         """Raise BudgetError unless all routes have the costs that a budget limits."""
+        rows = self.rows_for(budget)
         for cost in Budget.of(budget).limits:
-            if not all(cost in row.costs for row in self.rows_for(budget)):
-                common = sorted(set.intersection(*(set(row.costs) for row in self.routes)))
-                again = "profile the model again"
-                again = f"call profile(data, cascades=True), or limit {MEANS[cost]}" if cost in MEANS else again
-                raise BudgetError(f"the profile has no {cost} for its routes, only {common}; {again}")
+            if not all(cost in row.costs for row in rows):
+                common = sorted(set.intersection(*(set(row.costs) for row in rows)))
+                raise BudgetError(f"the profile has no {cost} for its routes, only {common}; profile the model again")
 
     @property
     def default_cost(self) -> str:
@@ -428,7 +429,11 @@ class Profile:
             _check_nesting(metadata)
             for entry in metadata.get("runtimes", ()):
                 _check_runtime(entry)
-            return cls(rows, metadata, tuple(map(_read_cascade, data.get("cascades", ()))))
+            cascades = tuple(map(_read_cascade, data.get("cascades", ())))
+            lacking = {route for row in cascades for route in row.route.routes} - {row.route for row in rows}
+            if lacking:
+                raise ValueError(f"its cascades run {quote(sorted(map(str, lacking)))}, which it does not have")
+            return cls(rows, metadata, cascades)
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a profile: {quote(error, MAX_CAUSE)}") from None  # it may be as long as the file
 

@@ -49,7 +49,9 @@ def drop_beaten(model: Any, cost: str = "macs", score: str | None = None) -> lis
     if model.profiled is None:
         raise BudgetError("the routes are not measured yet; call profile(data) with labelled images first")
     beaten: Mapping[Route, Route] = beaten_routes(model.profiled, cost, score)
-    used = {route for row in model.profiled.cascades for route in row.route.routes}
+    cascades = [row.route for row in model.profiled.cascades]
+    cascades += [] if model.active_cascade is None else [model.active_cascade]
+    used = {route for cascade in cascades for route in cascade.routes}
     dropped = [route for route in model.routes if route in beaten and route not in used]
     if model.active_route in dropped:
         limit = model.profiled[model.active_route].costs[cost]

@@ -353,8 +353,8 @@ class SelectionMixin:
 
         A route is beaten where another one, the anchors alone among them, costs as much or less and scores as high or
         higher, on the images that the model was profiled with; with few images that is partly chance. Stitches that
-        other routes share stay, and so do routes that were not profiled. Where the active route is removed, the best
-        one that costs no more becomes active.
+        other routes share stay, and so do routes that were not profiled or that a cascade of the profile, or the
+        active one, runs. Where the active route is removed, the best one that costs no more becomes active.
 
         Args:
             cost: cost to compare: ``macs``, ``params``, ``memory_mb``, ``latency_ms`` or ``energy_j``.

@@ -1,15 +1,17 @@
 """Learning rates of stitches, from the size of their weights and the number of their inputs."""
 
 import math
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from restnet_hf.stitches.branches import BranchStitch
 from restnet_hf.stitches.layers import Stitch
+from restnet_hf.stitches.tuning import WEIGHTED_LAYERS
 
 
 SHARE = 0.3  # of an output's size that one step may change
-OTHERS = 1e-3  # for biases, norms, and weights that begin at zero
+OTHERS = 1e-3  # for biases, constants, low-rank updates, and weights that begin at zero
 BRANCHES = 1e-4  # for copies of an anchor's own blocks, which know the task
 
 
@@ -24,11 +26,13 @@ def learning_rates(stitch: Stitch) -> dict[nn.Parameter, float]:
     Args:
         stitch: stitch of any kind.
     """
-    if isinstance(stitch, BranchStitch):
-        return dict.fromkeys(stitch.parameters(), BRANCHES)
-    return {parameter: _rate(parameter) for parameter in stitch.parameters()}
+    rates = dict.fromkeys(stitch.parameters(), BRANCHES if isinstance(stitch, BranchStitch) else OTHERS)
+    for module in stitch.modules():
+        if isinstance(module, WEIGHTED_LAYERS):
+            rates[cast("nn.Parameter", module.weight)] = _rate(module.weight)
+    return rates
 
 
-def _rate(parameter: nn.Parameter) -> float:
-    size = parameter.detach().float().square().mean().sqrt().item() if parameter.dim() > 1 else 0.0
-    return SHARE * size / math.sqrt(parameter[0].numel()) if size > 0 and math.isfinite(size) else OTHERS
+def _rate(weight: Tensor) -> float:
+    size = weight.detach().float().square().mean().sqrt().item()
+    return SHARE * size / math.sqrt(weight[0].numel()) if size > 0 and math.isfinite(size) else OTHERS

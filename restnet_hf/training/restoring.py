@@ -33,7 +33,8 @@ def restored_on_error(model: StitchedModelForImageClassification) -> Iterator[No
         _set_tensors(model, before)
         for key, value in records.items():
             setattr(model.config, key, value)
-        model.unfitted, model.profiled, model.active_cascade = unfitted, profiled, cascade
+        model.unfitted, model.profiled = unfitted, profiled
+        model.make_active(model.active_route, cascade)
         raise
 
 

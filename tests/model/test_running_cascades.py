@@ -2,13 +2,23 @@
 
 import re
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments, pipeline
 
-from restnet_hf import BudgetError, Profile, Route, StitchedModelForImageClassification, TrainArgs, load_images, train
+from restnet_hf import (
+    BudgetError,
+    Profile,
+    Route,
+    StitchedModelForImageClassification,
+    TrainArgs,
+    export_routes,
+    load_images,
+    train,
+)
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.demo.paths import DATA, FRONT
 from restnet_hf.routes.cascade import Cascade
@@ -130,14 +140,18 @@ def test_trainer_and_pipeline(stitched, clothes, tmp_path):
     assert [each[0]["label"] for each in classify(pictures)] == [each[0]["label"] for each in named]
 
 
-def test_stitches_of_a_cascade_train(stitched, batch):
-    """In training mode gradients reach the stitches of the routes that answered."""
+def test_one_route_is_trained_baked_or_exported(stitched, batch, tmp_path):
+    """Where a cascade is active and one route is needed, an error asks for it."""
+    stitched.set_cascade(f"{MIDDLE} >0.5 {LATER}")
+    with pytest.raises(ValueError, match="one route is needed"):
+        stitched.bake()
+    with pytest.raises(ValueError, match="one route is needed"):
+        export_routes(stitched, tmp_path / "out")
     stitched.train()
-    level = threshold(stitched, batch, MIDDLE, 0.5)
-    stitched(batch, labels=torch.zeros(64, dtype=torch.long), cascade=f"{MIDDLE} >{level} {LATER}").loss.backward()
-    norms = [sum(p.grad.norm() for p in stitch.parameters()) for stitch in stitched.stitches.values()]
-    assert len(norms) == 2
-    assert all(norm > 0 for norm in norms)
+    with pytest.raises(ValueError, match="to train or for activations give a route"):
+        stitched(batch, labels=torch.zeros(64, dtype=torch.long))
+    assert stitched.eval()(batch, labels=torch.zeros(64, dtype=torch.long)).loss > 0
+    assert stitched.bake(LATER)(batch).shape == (64, 10)
 
 
 @pytest.fixture
@@ -192,9 +206,8 @@ def test_budgets_over_means(profiled):
     assert isinstance(profiled.set_budget(macs=1e9), Route)  # a hard limit alone is for routes
     with pytest.raises(BudgetError, match="no route fits mean_macs<=1"):
         profiled.set_budget(mean_macs=1)
-    with pytest.raises(BudgetError, match=r"no mean_macs for its routes.*call profile\(data, cascades=True\)"):
-        profiled.profile()
-        profiled.set_budget(mean_macs=1e9)
+    profiled.profile()  # without cascades the mean of a route is its cost
+    assert profiled.set_budget(mean_macs=6e6) == Route.parse(SMALL)
 
 
 def test_saved_and_loaded(profiled, batch, tmp_path):
@@ -239,6 +252,54 @@ def test_deleting_a_route(profiled):
     assert left == {each for each in rows if Route.parse(LATER) not in each.routes}
 
 
+def test_dropping_keeps_what_a_cascade_runs(profiled):
+    """Beaten routes of the active cascade stay, and it goes on."""
+    cascade = profiled.set_cascade(f"{MIDDLE} >0.5 {LATER}")
+    profiled.profiled = replace(profiled.profiled, cascades=())
+    profiled.drop_dominated()
+    assert profiled.active_cascade == cascade
+    assert {*cascade.routes} <= {*profiled.routes}
+
+
+def test_paged_weights(profiled, batch, tmp_path):
+    """The weights of all routes of the active cascade are in memory."""
+    cascade = profiled.set_cascade(f"{SMALL} >0.9 {LATER}")
+    with torch.no_grad():
+        before = profiled(batch).logits
+        profiled.page_to(tmp_path)
+        assert torch.equal(profiled(batch).logits, before)
+        profiled.set_route(SMALL)
+        profiled.set_cascade(cascade)
+        assert torch.equal(profiled(batch).logits, before)
+
+
+def test_replaced_parts_are_seen(stitched, batch):
+    """What is kept for a cascade is not of stitches that are no longer there."""
+    cascade = f"{SMALL} >1.0 {LATER}"
+    with torch.no_grad():
+        before = stitched(batch, cascade=cascade).logits
+        stitched.set_route(SMALL)
+        stitched.delete_stitch(LATER)
+        with pytest.raises(ValueError, match="has no stitch yet"):
+            stitched(batch, cascade=cascade)
+        stitched.add_stitch(LATER)
+        after = stitched(batch, cascade=cascade).logits
+        assert torch.equal(after, stitched(batch, route=LATER).logits)
+        assert not torch.equal(after, before)
+
+
+def test_several_adapters(profiled, clothes, tmp_path):
+    """Each adapter has cascades of its own, which anchors alone may begin."""
+    profiled.save_pretrained(tmp_path)
+    profiled.load_stitch(tmp_path, "night")
+    profile = profiled.profile(clothes(profiled, "test", 200), cascades=True)
+    adapters = {row.route.adapter for row in profile.cascades}
+    assert adapters >= {"night"} or all(not row.route.stitch_points for row in profile.cascades)
+    assert len({row.route for row in profile.cascades}) == len(profile.cascades)
+    night = f"{SMALL} >0.9 night: {LATER}"
+    assert profiled.set_cascade(night).adapter == "night"
+
+
 def test_agreement_without_labels(stitched, clothes):
     """The cascade agrees with the reference on images that did not choose it, and costs less."""
     images = load_images(DATA, "train").select(range(900)).remove_columns("label")
@@ -280,7 +341,7 @@ def test_predict(profiled, clothes):
         (lambda m: m(torch.zeros(1, 3, 56, 56), route=SMALL, cascade=f"{SMALL} >0.5 {LARGE}"), "not both"),
         (
             lambda m: m(torch.zeros(1, 3, 56, 56), cascade=f"{SMALL} >0.5 {LARGE}", output_hidden_states=True),
-            "activations differ",
+            "activations give a route",
         ),
     ],
 )

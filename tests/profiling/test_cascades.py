@@ -131,12 +131,23 @@ def test_promises_hold():
     broken = saved = 0
     for _ in range(60):
         sample = agreeing.select(rng.choice(len(agreeing), 600))
-        chain, _ = certify_cascade(sample, table, 0.97, 0.95)
+        chain, _ = certify_cascade(sample, table, 2, 0.97, 0.95)
         outcome = run_chain(agreeing, chain)
         broken += outcome.right.mean() < 0.97
         saved += outcome.mean_cost(table.stages(chain.routes)) < 9.99
     assert broken <= 8  # at most 5 % would be 3 of 60; more than 8 has a chance of one in 200
     assert saved > 30  # and the promise is not kept by running the reference alone
+
+
+def test_the_reference_is_left_where_nothing_cheaper_passes():
+    """A route that agrees on all images that choose, and on too few of those that test."""
+    rng = np.random.default_rng(0)
+    chosen_on = rng.permutation(600) % 2 == 0
+    right = np.ones((2, 600), bool)
+    right[0, np.flatnonzero(~chosen_on)[:8]] = False
+    names = (Route.alone("a0"), Route.alone("a1"))
+    observed = Observations(names, "probability", (1.0, 1.0), right.astype(int), right, rng.random((2, 600)))
+    assert certify_cascade(observed, StageCosts([1.0, 2.0], np.zeros((2, 2))), 1, 0.99, 0.95) == (Chain((1,)), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -149,4 +160,4 @@ def test_promises_hold():
 )
 def test_no_promise(images, agreement, message):
     with pytest.raises(ValueError, match=message):
-        certify_cascade(observations(images), costs(), agreement, 0.95)
+        certify_cascade(observations(images), costs(), 2, agreement, 0.95)

@@ -12,12 +12,13 @@ import restnet_hf
 
 
 NAMES = {
-    *("Anchor", "Budget", "BudgetError", "Controller", "DisagreementError", "ExportedModel", "FoundAdapter"),
+    *("Anchor", "Budget", "BudgetError", "Cascade", "Controller", "DisagreementError", "ExportedModel", "FoundAdapter"),
     *(
         "MissingRuntimeError",
         "PictureError",
         "Preprocessing",
         "Profile",
+        "ProfiledCascade",
         "ProfiledRoute",
         "RestNetConfig",
         "Route",

@@ -25,7 +25,7 @@ def test_is_short():
 def test_example_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
-    for split, count in (("train", 200), ("test", 50)):
+    for split, count in (("train", 200), ("test", 120)):
         rows = load_images(DATA, split).select(range(count))
         for index, (image, label) in enumerate(zip(rows["image"], rows["label"], strict=True)):
             folder = tmp_path / "pictures" / split / rows.features["label"].names[label].replace("/", " or ")

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from restnet_hf import Profile, StitchedModelForImageClassification
+from restnet_hf import Profile, Route, StitchedModelForImageClassification
 from restnet_hf.cli import app
 from restnet_hf.data.datasets import load_images
 from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
@@ -74,6 +74,20 @@ def test_the_whole_job(tmp_path):
     model = StitchedModelForImageClassification.from_pretrained(out / "adapter")
     assert {*map(str, model.routes)} == {name for name, row in rows.items() if "r2" in row and row["front"]}
     assert model.routes == () or model.active_route in model.routes
+
+
+def test_cascades_of_a_recipe(tmp_path):
+    """They are in the report and the adapter, with the routes that they run, and can be left out."""
+    recipe = {**TOY, "eval_images": 120, "drop_dominated": True}
+    report = run_recipe(Recipe(**recipe, stitches=TOY_STITCHES), tmp_path / "with")
+    model = StitchedModelForImageClassification.from_pretrained(tmp_path / "with" / "adapter")
+    assert [row["cascade"] for row in report["cascades"]] == [str(row.route) for row in model.profiled.cascades] != []
+    used = {route for row in model.profiled.cascades for route in row.route.routes}
+    assert used <= {*model.all_routes}
+    assert not used & {*map(Route.parse, report["dropped"])}
+    assert report["gap_closed"] == model.profiled.gap_closed() > report["gap_closed_stitched"]
+    without = run_recipe(Recipe(**recipe, cascades=False, stitches=TOY_STITCHES), tmp_path / "without")
+    assert without["cascades"] == []
 
 
 @pytest.mark.slow

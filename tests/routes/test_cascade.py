@@ -1,6 +1,7 @@
 """Cascades parse and print back; confidences are those of torch; temperatures are the best."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ NUMBERS = st.floats(0, 1)
 def test_prints_back(routes, confidence, data):
     count = len(routes) - 1
     thresholds = data.draw(st.sampled_from([(), data.draw(st.tuples(*[NUMBERS] * count))]))
-    temperatures = data.draw(st.sampled_from([(), data.draw(st.tuples(*[st.floats(0.01, 100)] * count))]))
+    temperatures = data.draw(st.sampled_from([(), data.draw(st.tuples(*[st.floats(0.05, 20)] * count))]))
     cascade = Cascade(tuple(map(Route.parse, routes)), thresholds, confidence, temperatures if thresholds else ())
     assert Cascade.parse(str(cascade)) == cascade
 
@@ -41,6 +42,7 @@ def test_prints_back(routes, confidence, data):
         ("a[:] >margin 0.25 b[:] >margin .5@3 c[:]", (0.25, 0.5), "margin", (1.0, 3.0)),
         ("night: a[:] >0.5 night: tuned b[:]", (0.5,), "probability", ()),
         ("margin[:] > 1[:]", (), "probability", ()),
+        ("a[:] >0.5 night: a[:2] + b[1:]", (0.5,), "probability", ()),
     ],
 )
 def test_written_forms(text, thresholds, confidence, temperatures):
@@ -53,9 +55,9 @@ def test_written_forms(text, thresholds, confidence, temperatures):
     [
         ("a[:]", "from 2 to 16 routes, not 1"),
         ("a[:] > a[:]", "holds a route twice"),
-        ("a[:] > night: b[:]", "several adapters"),
+        ("a[:2] + b[1:] > night: b[:]", "several adapters"),
         ("a[:] >1.5 b[:]", "must be from 0 to 1"),
-        ("a[:] >0.5@0 b[:]", "finite and above 0"),
+        ("a[:] >0.5@0 b[:]", "must be from 0.05 to 20"),
         ("a[:] >0.5 b[:] > c[:]", "all its thresholds are given"),
         ("a[:] >margin 0.5 b[:] >entropy 0.5 c[:]", "of one confidence"),
         ("a[:] >luck 0.5 b[:]", "is not a route"),
@@ -68,13 +70,27 @@ def test_refuses(text, message):
         Cascade.parse(text)
 
 
+@pytest.mark.parametrize("digits", ["1" * 4000, "1" * 2000 + "@" + "1" * 2000, "1." * 2000, "margin " * 1000])
+def test_a_long_text_is_refused_soon(digits):
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="is not a"):
+        Cascade.parse(f"a[:] >{digits}x")
+    assert time.perf_counter() - began < 1
+
+
+def test_a_confidence_of_a_user(monkeypatch):
+    monkeypatch.setitem(CONFIDENCES, "lowest", lambda p, previous: 1 - p.min(-1))
+    cascade = Cascade.parse("a[:] >lowest 0.5 b[:]")
+    assert Cascade.parse(str(cascade)) == cascade
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"thresholds": (0.5, 0.5)}, "2 routes need 1 thresholds"),
         ({"thresholds": (math.nan,)}, "from 0 to 1"),
         ({"temperatures": (2.0,)}, "belong to thresholds"),
-        ({"thresholds": (0.5,), "temperatures": (math.inf,)}, "finite"),
+        ({"thresholds": (0.5,), "temperatures": (math.inf,)}, "must be from 0.05 to 20"),
         ({"confidence": "luck"}, r"confidence='luck' is not one of \['agreement'"),
     ],
 )
