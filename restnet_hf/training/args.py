@@ -1,13 +1,15 @@
 """TrainArgs and TrainResult: options and result of training."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PlainValidator, model_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from restnet_hf.errors import quote
 from restnet_hf.stitches.tuning import MAX_RANK
@@ -25,6 +27,14 @@ NOT_SETTINGS = {  # options that do not change the trained weights
     "cache_dir",
     "dataloader_num_workers",
 }
+
+
+def _valid_rate(value: Any) -> float | str:
+    if value == AUTO:
+        return AUTO
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise PydanticCustomError("learning_rate", "Input should be a number above 0, or 'auto'")
+    return float(value)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -106,7 +116,7 @@ class TrainArgs:
     batch_size: int = Field(default=64, gt=0)
     gradient_accumulation_steps: int = Field(default=1, gt=0)
     auto_find_batch_size: bool = False
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = AUTO
+    learning_rate: Annotated[float | Literal["auto"], PlainValidator(_valid_rate)] = AUTO
     weight_decay: float = Field(default=0.01, ge=0)
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)

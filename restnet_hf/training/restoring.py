@@ -34,7 +34,8 @@ def restored_on_error(model: StitchedModelForImageClassification) -> Iterator[No
         for key, value in records.items():
             setattr(model.config, key, value)
         model.unfitted, model.profiled = unfitted, profiled
-        model.make_active(model.active_route, cascade)
+        if model.active_cascade != cascade:
+            model.make_active(model.active_route, cascade)
         raise
 
 
