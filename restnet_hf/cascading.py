@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -89,8 +90,8 @@ def run_cascade(x: Tensor, stages: Sequence[Stage], cascade: Cascade) -> tuple[T
         route (N,), from 0.
     """
     saved: dict[Place, Tensor] = {(): x}
-    rows, previous = torch.arange(len(x)), None
-    answers: list[tuple[int, Tensor, Tensor]] = []
+    rows, previous = np.arange(len(x)), None
+    answers: list[tuple[int, np.ndarray, Tensor]] = []
     for index, stage in enumerate(stages):
         logits = _run_stage(stage, saved)
         if index == len(stages) - 1:
@@ -99,17 +100,17 @@ def run_cascade(x: Tensor, stages: Sequence[Stage], cascade: Cascade) -> tuple[T
         outside = logits.detach().float().cpu().numpy()
         temperature = cascade.temperatures[index] if cascade.temperatures else 1.0
         confidence = measure_confidence(outside, cascade.confidence, temperature, previous)
-        sure = torch.from_numpy(confidence >= cascade.thresholds[index])
-        previous = outside.argmax(-1)
+        sure = confidence >= cascade.thresholds[index]
         if sure.all():
             answers.append((index, rows, logits))
             break
+        previous = outside.argmax(-1)
         if sure.any():  # else all go on, and nothing is copied
-            done, left = sure.nonzero().flatten(), (~sure).nonzero().flatten()
-            answers.append((index, rows[done], logits[done.to(logits.device)]))
-            rows, previous = rows[left], previous[left.numpy()]
+            done, left = (torch.from_numpy(np.flatnonzero(which)).to(x.device) for which in (sure, ~sure))
+            answers.append((index, rows[sure], logits[done]))
+            rows, previous = rows[~sure], previous[~sure]
             wanted = {later.start for later in stages[index + 1 :]}
-            saved = {place: each[left.to(each.device)] for place, each in saved.items() if place in wanted}
+            saved = {place: each[left] for place, each in saved.items() if place in wanted}
     return _in_order(answers)
 
 
@@ -123,11 +124,12 @@ def _run_stage(stage: Stage, saved: dict[Place, Tensor]) -> Tensor:
     return x
 
 
-def _in_order(answers: Sequence[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _in_order(answers: Sequence[tuple[int, np.ndarray, Tensor]]) -> tuple[Tensor, Tensor]:
     """Logits in the order of the images, and the number of the route that each image's are from."""
-    numbers = torch.cat([torch.full_like(rows, index) for index, rows, _ in answers])
     if len(answers) == 1:
-        return answers[0][2], numbers.to(answers[0][2].device)
-    order = torch.cat([rows for _, rows, _ in answers]).argsort()
+        index, _, logits = answers[0]
+        return logits, torch.full((len(logits),), index, device=logits.device)
+    order = np.concatenate([rows for _, rows, _ in answers]).argsort()
+    numbers = np.concatenate([np.full(len(rows), index) for index, rows, _ in answers])[order]
     logits = torch.cat([logits for *_, logits in answers])
-    return logits[order.to(logits.device)], numbers[order].to(logits.device)
+    return logits[torch.from_numpy(order).to(logits.device)], torch.from_numpy(numbers).to(logits.device)
