@@ -641,13 +641,13 @@ class StitchedModelForImageClassification(
         found: tuple[ProfiledCascade, ...] = ()
         if data is not None:
             warn_unfitted(self, chosen)
-            checked = self._checked(self.prepare_data(data, on_error=on_error), batch_size)
+            data = self.prepare_data(data, on_error=on_error)
             if cascades:
-                observed = self._observe(walks, checked)
+                observed = self._observe(walks, data, batch_size)
                 scores, images["images"] = observed.scores(), len(observed)
                 found = profile_cascades(observed, walks, table, "accuracy")
             else:
-                scores, images["images"] = score_routes(walks, checked, self.device)
+                scores, images["images"] = score_routes(walks, self._checked(data, batch_size), self.device)
         elif cascades:
             raise ValueError("cascades are calibrated on images: give data with labels, or see set_cascade for others")
         rows = [

@@ -4,18 +4,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from restnet_hf.cascading import Stage, plan_stages, run_cascade
 from restnet_hf.data.datasets import MULTI_LABEL
+from restnet_hf.data.prepare import Pictures
 from restnet_hf.profiling.cascade_rows import fits_adapter
 from restnet_hf.profiling.cascades import (
+    LEAST_IMAGES,
     MOST_ROUTES,
     Observations,
     StageCosts,
     as_cascade,
     certify_cascade,
+    check_images,
     check_promise,
     observe_routes,
 )
@@ -35,6 +39,11 @@ from restnet_hf.stitches.tuning import Tuned
 
 logger = logging.get_logger(__name__)
 MOST_STAGED = 15  # cascades besides the latest whose stages are kept
+
+
+def known_number(data: Any) -> int | None:
+    """Number of images of prepared data; None where it is known only once all are read."""
+    return len(data) if isinstance(data, Dataset | Pictures) else None
 
 
 class ProfilingMixin:
@@ -189,7 +198,7 @@ class ProfilingMixin:
         batch_size: int,
     ) -> Cascade | Route:
         """The cheapest cascade, or route, that agrees with a reference; see `set_cascade`."""
-        check_promise(agreement, certainty, len(images) if hasattr(images, "__len__") else None)
+        check_promise(agreement, certainty)
         if confidence not in CONFIDENCES:
             raise ValueError(f"confidence={confidence!r} is not one of {sorted(CONFIDENCES)}")
         own = [route for route in self.all_routes if fits_adapter(route, self.active_route.adapter)]
@@ -199,6 +208,7 @@ class ProfilingMixin:
         if len(walks) < 2:
             raise ValueError("a cascade has at least two routes, and the model has one; add another")
         data = self.prepare_data(images, name="images", labels=False)
+        check_promise(agreement, certainty, known_number(data))
         # temperatures would be fitted on images that test the promise
         observed = observe_routes(
             walks, self._checked(data, batch_size), self.device, confidence, target, scaled=False
@@ -233,10 +243,11 @@ class ProfilingMixin:
         table = MacsTable()
         return sorted(((route, self.steps(route)) for route in routes), key=lambda walk: table.macs(walk[1]))
 
-    def _observe(self, walks: Sequence[Walk], batches: Iterator[dict[str, Tensor]]) -> Observations:
-        """What routes answer on labelled images."""
+    def _observe(self, walks: Sequence[Walk], data: Any, batch_size: int) -> Observations:
+        """What routes answer on labelled images, after a check that these are enough for cascades."""
         self.check_one_label()
-        return observe_routes(walks, batches, self.device)
+        check_images(LEAST_IMAGES if (number := known_number(data)) is None else number)
+        return observe_routes(walks, self._checked(data, batch_size), self.device)
 
     def run_cascade(self, x: Tensor, cascade: Cascade) -> tuple[Tensor, Tensor]:
         """Run a cascade on images (N, 3, H, W) in the model's preprocessing and dtype.

@@ -350,6 +350,13 @@ def test_errors(stitched, call, message):
         call(stitched)
 
 
+def test_images_in_a_folder(stitched, tmp_path):
+    """They are counted, whatever they come in."""
+    load_images(DATA, "test")[0]["image"].save(tmp_path / "one.png")
+    with pytest.raises(ValueError, match="1 images cannot show agreement=0.9 "):
+        stitched.set_cascade(images=str(tmp_path), agreement=0.9)
+
+
 def test_too_few_images(stitched, clothes):
     with pytest.raises(ValueError, match="40 images are too few"):
         stitched.profile(clothes(stitched, "test", 40), cascades=True)

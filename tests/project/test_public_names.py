@@ -12,7 +12,16 @@ import restnet_hf
 
 
 NAMES = {
-    *("Anchor", "Budget", "BudgetError", "Cascade", "Controller", "DisagreementError", "ExportedModel", "FoundAdapter"),
+    *(
+        "Anchor",
+        "Budget",
+        "BudgetError",
+        "Cascade",
+        "Controller",
+        "DisagreementError",
+        "ExportedModel",
+        "FoundAdapter",
+    ),
     *(
         "MissingRuntimeError",
         "PictureError",
