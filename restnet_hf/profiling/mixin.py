@@ -105,11 +105,11 @@ class ProfilingMixin:
         """
         cascade = self.cascade(cascade)
         if not cascade.thresholds:
-            known = () if self.profiled is None else self.profiled.cascades
-            same = [str(row.route) for row in known if row.route.routes == cascade.routes]
-            profiled = f"the profile has {same}" if same else "profile(data, cascades=True) calibrates some"
+            rows = () if self.profiled is None else self.profiled.cascades
+            calibrated = [str(row.route) for row in rows if row.route.routes == cascade.routes]
+            hint = f"the profile has {calibrated}" if calibrated else "profile(data, cascades=True) calibrates some"
             raise ValueError(
-                f"cascade '{cascade}' has no thresholds; {profiled}, or "
+                f"cascade '{cascade}' has no thresholds; {hint}, or "
                 "set_cascade(..., images=images, agreement=0.99) finds some on images without labels"
             )
         return cascade
