@@ -300,6 +300,7 @@ def test_several_adapters(profiled, clothes, tmp_path):
     assert profiled.set_cascade(night).adapter == "night"
 
 
+@pytest.mark.slow
 def test_agreement_without_labels(stitched, clothes):
     """The cascade agrees with the reference on images that did not choose it, and costs less."""
     images = load_images(DATA, "train").select(range(900)).remove_columns("label")

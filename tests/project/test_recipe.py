@@ -76,6 +76,7 @@ def test_the_whole_job(tmp_path):
     assert model.routes == () or model.active_route in model.routes
 
 
+@pytest.mark.slow
 def test_cascades_of_a_recipe(tmp_path):
     """They are in the report and the adapter, with the routes that they run, and can be left out."""
     recipe = {**TOY, "eval_images": 120, "drop_dominated": True}
