@@ -46,7 +46,7 @@ class Published:
         granularity: of the search for cuts; the ends of blocks and the embedding must be among them.
         stages: paths of the lists of blocks; stages that are not joined are left out.
         entry: path of the embedding, where routes enter before the first block.
-        options: of `family`.
+        options: options of `family` by name.
     """
 
     networks: Mapping[str, str]

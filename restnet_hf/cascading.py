@@ -26,8 +26,8 @@ class CascadeOutput(ImageClassifierOutput):
     Args:
         loss: loss, where labels were given.
         logits: logits (N, classes), each image's from the route that answered it.
-        hidden_states: None.
-        attentions: None.
+        hidden_states: always None, as in `ImageClassifierOutput` without them.
+        attentions: always None, as in `ImageClassifierOutput` without them.
         answered_by: number in the cascade, from 0, of the route that answered each image (N,).
     """
 
@@ -39,7 +39,7 @@ class Stage:
     """What a route of a cascade runs for an image that the routes before it have left open.
 
     Args:
-        route: the route.
+        route: route of the cascade that this is a part of.
         start: place at which it begins, the last that an earlier route has come through, or the images.
         steps: steps from there to the logits.
         saved: places behind some of these steps at which later routes begin, by number of steps done.
@@ -59,7 +59,9 @@ def plan_stages(walks: Sequence[Walk]) -> list[Stage]:
     """
     split = split_at_shared_cuts(walks)
     names = [tuple(step.name for step in steps) for _, steps in split]
-    starts = [max((shared(each, earlier) for earlier in names[:at]), default=0) for at, each in enumerate(names)]
+    starts = [
+        max((count_shared_steps(each, earlier) for earlier in names[:at]), default=0) for at, each in enumerate(names)
+    ]
     needed = {names[index][:start] for index, start in enumerate(starts)}
     return [
         Stage(
@@ -72,7 +74,7 @@ def plan_stages(walks: Sequence[Walk]) -> list[Stage]:
     ]
 
 
-def shared(first: Place, second: Place) -> int:
+def count_shared_steps(first: Place, second: Place) -> int:
     """Number of steps that two routes have in common, from the images on."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))))
 
@@ -97,14 +99,14 @@ def run_cascade(x: Tensor, stages: Sequence[Stage], cascade: Cascade) -> tuple[T
         if index == len(stages) - 1:
             answers.append((index, rows, logits))
             break
-        outside = logits.detach().float().cpu().numpy()
+        array = logits.detach().float().cpu().numpy()
         temperature = cascade.temperatures[index] if cascade.temperatures else 1.0
-        confidence = measure_confidence(outside, cascade.confidence, temperature, previous)
+        confidence = measure_confidence(array, cascade.confidence, temperature, previous)
         sure = confidence >= cascade.thresholds[index]
         if sure.all():
             answers.append((index, rows, logits))
             break
-        previous = outside.argmax(-1)
+        previous = array.argmax(-1)
         if sure.any():  # else all go on, and nothing is copied
             done, left = (torch.from_numpy(np.flatnonzero(which)).to(x.device) for which in (sure, ~sure))
             answers.append((index, rows[sure], logits[done]))

@@ -478,7 +478,7 @@ class StitchedModelForImageClassification(
         chosen: Route | Cascade
         if isinstance(route, Cascade) or (isinstance(route, str) and is_cascade(route)):
             chosen = self.runnable_cascade(route)
-            self.stages(chosen)
+            self.plan_cascade(chosen)
         else:
             chosen = self.route(route)
             self.steps(chosen)

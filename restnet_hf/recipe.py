@@ -204,10 +204,8 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     train(model, augment_training_set(model, train_set, recipe), stitches)
     unchanged = all(torch.equal(a, b) for a, b in zip(before, _anchor_logits(model, calibration), strict=True))
     clock.lap("training")
-    cascades = recipe.cascades and len(eval_set) >= LEAST_IMAGES and len(model.all_routes) > 1
-    profile = model.profile(eval_set, cascades=cascades, metadata={"dataset": _name(recipe.dataset)})
+    profile, offered = _offer(model, eval_set, recipe)
     clock.lap("second profile")
-    offered = _offer(model, profile, recipe)
     state = this_process()
     model.save_pretrained(folder / "adapter", is_main_process=state.is_main_process)
     state.wait_for_everyone()
@@ -228,13 +226,20 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
     return report
 
 
-def _offer(model: StitchedModelForImageClassification, profile: Profile, recipe: Recipe) -> dict[str, Any]:
-    """Make the adapter's best route active, and drop those that another beats; returns entries of the report."""
+def _offer(
+    model: StitchedModelForImageClassification, eval_set: Dataset, recipe: Recipe
+) -> tuple[Profile, dict[str, Any]]:
+    """Profile routes and cascades, make the best route active, and drop those that another beats.
+
+    Returns the profile, and entries of the report.
+    """
+    cascades = recipe.cascades and len(eval_set) >= LEAST_IMAGES and len(model.all_routes) > 1
+    profile = model.profile(eval_set, cascades=cascades, metadata={"dataset": _name(recipe.dataset)})
     model.set_route(max(profile.routes, key=lambda row: (not row.route.is_anchor, row.scores["accuracy"])).route)
     gaps = {"gap_closed": profile.gap_closed(), "gap_closed_stitched": profile.gap_closed(stitched_only=True)}
     dropped = model.drop_dominated() if recipe.drop_dominated else []
     beaten = beaten_routes(profile)
-    return {"dropped": {str(route): str(beaten[route]) for route in dropped}, **gaps}
+    return profile, {"dropped": {str(route): str(beaten[route]) for route in dropped}, **gaps}
 
 
 def _write_report(

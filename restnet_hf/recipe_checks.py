@@ -38,7 +38,7 @@ def within(value: Mapping[str, Any] | None) -> bool:
     """Whether the family of a recipe stays within an anchor.
 
     Args:
-        value: the entry ``family``.
+        value: entry ``family`` of a recipe.
     """
     return (value or {}).get("kind") in WITHIN
 

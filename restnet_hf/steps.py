@@ -79,7 +79,7 @@ def make_steps(model: Any, route: Route, stitches: Mapping[str, nn.Module] | Non
     """The steps of a route of a model, in order.
 
     Args:
-        model: stitched model.
+        model: stitched model with the anchors of the route.
         route: route of the model.
         stitches: stitches by name, in place of the model's own, for a route that the model may not have.
 

@@ -67,9 +67,9 @@ class Method:
     """How routes come to be.
 
     Args:
-        options: of `TrainArgs`; None for least squares alone.
+        options: options of `TrainArgs`; None for least squares alone.
         routes: ``stitched``, or ``small`` or ``large`` for that anchor, tuned.
-        kind: of the stitches.
+        kind: kind of the stitches, as in `StitchConfig`.
         teacher: ``small`` or ``large`` for that anchor; None for the default.
     """
 
@@ -230,7 +230,7 @@ def area(points: Sequence[Sequence[float]], least: float, most: float) -> float:
 
     Args:
         points: MACs and accuracy of each network.
-        least, most: budgets.
+        least, most: smallest and largest budget, in MACs.
     """
     costs = sorted({macs for macs, _ in points})
     least = max(least, costs[0])

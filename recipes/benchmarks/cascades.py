@@ -91,11 +91,11 @@ def within(observed: Observations, costs: StageCosts, budget: float) -> tuple[li
     fold_of, found, spent = np.random.default_rng(0).permutation(len(observed)) % FOLDS, [], []
     for fold in range(FOLDS):
         budgets = np.array([budget])
-        (chain,) = search_cascades(observed.select(fold_of != fold), costs, budgets).chains
+        (chain,) = search_cascades(observed.select_images(fold_of != fold), costs, budgets).chains
         assert chain is not None
-        outcome = run_chain(observed.select(fold_of == fold), chain)
+        outcome = run_chain(observed.select_images(fold_of == fold), chain)
         found.append(float(outcome.right.mean()))
-        spent.append(outcome.mean_cost(costs.stages(chain.routes)))
+        spent.append(outcome.mean_cost(costs.added_costs(chain.routes)))
     return found, spent
 
 
@@ -164,7 +164,7 @@ def main(
         (Route.alone(name) for name in model.anchors), key=lambda r: costs.alone[observed.routes.index(r)]
     )
     ends = [observed.routes.index(route) for route in (by_cost[0], by_cost[-1])]
-    pair = observed.only(ends), costs.only(ends)
+    pair = observed.select_routes(ends), costs.select_routes(ends)
     apart = StageCosts(costs.alone, np.zeros_like(costs.shared))
     began = time.perf_counter()
     offered = calibrate_cascades(observed, costs)

@@ -281,8 +281,8 @@ def time_ratios(label: str, taken: Mapping[str, Sequence[float]], batch: int) ->
     """Ratios of times by what they are of: of each repeat the median, and of the minima.
 
     Args:
-        label: of the pair.
-        taken: as of `ten_epochs`.
+        label: name of the pair, for the ratios.
+        taken: seconds of each way, as `ten_epochs` takes them.
         batch: images in a step.
     """
     epochs = ten_epochs(taken, batch)

@@ -142,7 +142,7 @@ def running(run: Run, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = ()
     The modules stay, so that parents can read their attributes; what other threads see of them does not change.
 
     Args:
-        run: what to change.
+        run: tensors that replace the modules' own in this thread.
         hooks: forward hooks, each called with a module, its arguments and its output.
     """
     kinds = [(module, _kind(module, name)) for module, name in run.tensors]
@@ -170,7 +170,7 @@ def copy_module(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A deep copy of a network as it is without the runs of other threads.
 
     Args:
-        model: network to copy.
+        model: network whose modules are copied.
         memo: objects to use in place of copies, by id, as in `copy.deepcopy`.
     """
     with _CHANGING:

@@ -1,7 +1,7 @@
 """Commands that fit an adapter to a device: measure, adapt and export."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,10 @@ from restnet_hf.cli.base import command
 from restnet_hf.cli.options import Adapter, BudgetTexts, Overwrite, Split, Threads, load_here, parse_budget
 from restnet_hf.cli.outputs import Written, check_output
 from restnet_hf.cli.tables import say, show_adapted, show_exported, show_latency, warn_of_few
+
+
+if TYPE_CHECKING:
+    from restnet_hf.routes.profile import Budget
 
 
 @command()
@@ -111,20 +115,17 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export the active route or others for a runtime, verified against the adapter, with a script that runs them."""
-    if bool(route) + bool(budget) + pareto > 1:
-        raise typer.BadParameter("give --route, --budget or --pareto, not several of them")
-    limits = parse_budget(budget) if budget else None
+    limits = _one_choice(route, budget, pareto)
     check_output(out, overwrite)
 
     from restnet_hf.adaptation.adapt import device_images
     from restnet_hf.export.export import export_routes, pareto_routes
+    from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_files import PROFILE
 
     model = load_here(adapter, threads)
-    if limits is not None:
-        model.set_budget(limits)
-        if model.active_cascade is not None:
-            raise typer.BadParameter(f"--budget {budget} chooses a cascade, and routes are exported: limit no mean")
+    if limits is not None and not isinstance(model.set_budget(limits), Route):
+        raise typer.BadParameter(f"--budget {budget} chooses a cascade, and routes are exported: limit no mean")
     rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
@@ -135,6 +136,13 @@ def export(
     show_exported(exported)
     size = f"{exported.profiled.metadata['size_mb']:.1f} MB"
     say(f"written to {out}: {size}; try: python {out}/run.py PICTURE, or restnet-hf predict {out} PICTURE")
+
+
+def _one_choice(route: list[str] | None, budget: list[str] | None, pareto: bool) -> "Budget | None":
+    """The budget of a command that takes a route, a budget or the front; raises BadParameter for several of them."""
+    if bool(route) + bool(budget) + pareto > 1:
+        raise typer.BadParameter("give --route, --budget or --pareto, not several of them")
+    return parse_budget(budget) if budget else None
 
 
 def _few(rows: Any) -> Any:

@@ -51,7 +51,7 @@ def warn_of_few(images: int, purpose: str) -> None:
     """Warn where images are too few for what is asked.
 
     Args:
-        images: number of images.
+        images: number of images that are given.
         purpose: what they are for, such as "accuracy".
     """
     if images < FEW:
@@ -68,7 +68,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     Args:
         title: line above the table.
         columns: headings; those of `TEXTS` are texts, all others numbers.
-        rows: cells by row.
+        rows: text of each cell, by row.
         bold: numbers of the rows to print in bold.
     """
     say(title, style="italic")
@@ -199,8 +199,8 @@ def _show_front(
 
     Args:
         title: line above the table.
-        columns: headings.
-        cells: cells by row.
+        columns: heading of each column.
+        cells: text of each cell, by row.
         rows: the row of the profile for each row of the table.
         profile: profile that has the rows.
         bold: numbers of the rows to print in bold.

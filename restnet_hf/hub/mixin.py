@@ -286,50 +286,41 @@ class AdapterHubMixin:
         Args:
             pretrained_model_name_or_path: folder or Hub id of the adapter; None with ``config`` and ``state_dict``.
             config: config in place of the adapter's own, or a folder or Hub id of one.
-            anchors: modules or folders by anchor name, for anchors that were made in code or have moved.
+            anchors: modules or folders by anchor name, for anchors made in code or moved.
             route: route or cascade to make active. Only its weights are read now, the others when they are needed.
-            budget: limits, a `Budget` or such as ``{"macs": 1e9}``; the best route within them is made active, or the
-                best cascade where they limit a mean.
+            budget: limits, a `Budget` or such as ``{"macs": 1e9}``, within which the best is made active.
             revision: branch, tag or commit of the adapter.
             subfolder: folder of the adapter in its repository.
             dtype: dtype of the weights; as saved by default.
-            device_map: device for the whole model, as in transformers; ``auto`` takes the accelerator, if any.
+            device_map: device for the whole model; ``auto`` takes the accelerator, if any.
             trust_remote_code: whether to run anchors' code from the Hub.
             state_dict: tensors in place of those in the file, the anchors' included if it has them.
             attn_implementation: ``eager``, ``sdpa``, ... for the anchors; see `set_attn_implementation`.
-            ignore_mismatched_sizes: whether to keep new stitches and heads, with a warning, where those in the file
-                have another shape, as heads for another number of classes do.
+            ignore_mismatched_sizes: whether to keep new stitches and heads where those in the file differ in shape.
             output_loading_info: whether to return the loading info too.
             **kwargs: options of transformers: ``token``, ``cache_dir``, ``local_files_only``, ...; ``num_labels``,
                 ``id2label``, ``label2id``, ``problem_type``, ``output_hidden_states`` and ``return_dict`` override
-                the config, where another number of classes needs new heads and ``ignore_mismatched_sizes``;
-                ``use_safetensors`` and ``weights_only`` can only be True, and ``low_cpu_mem_usage`` has no effect, as
-                in transformers 5. Any other option raises an error that gives the reason.
+                the config, where another number of classes needs new heads and ``ignore_mismatched_sizes``.
 
         Returns:
-            The model in evaluation mode. With ``output_loading_info``, the model and a dict with ``missing_keys`` and
-            ``unexpected_keys`` (both always empty), ``mismatched_keys`` and ``error_msgs``.
+            The model in evaluation mode. With ``output_loading_info``, the model and the dict of transformers.
 
         Raises:
             OSError: a file is missing or damaged.
             TypeError: an option is unknown, or cannot apply to a stitched model.
-            ValueError: weights do not fit the config, or an anchor is not the one the adapter was made for.
+            ValueError: weights do not fit the config, or an anchor is not the adapter's.
             BudgetError: no route fits, or the adapter has no profile.
         """
-        dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
         device, hub = single_device(device_map), hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
-        source = pretrained_model_name_or_path
-        checkpoint = read_checkpoint(source, revision, subfolder, config, state_dict, kwargs, hub)
-        routes = choose_route(checkpoint.config, checkpoint.profile, route, budget)
-        options = {"trust_remote_code": trust_remote_code, **hub}
-        model, mismatched = build_model(
-            cls, checkpoint, dict(anchors or {}), routes, dtype, options, ignore_mismatched_sizes
-        )
+        where, options = pretrained_model_name_or_path, {"trust_remote_code": trust_remote_code, **hub}
+        checkpoint = read_checkpoint(where, revision, subfolder, config, state_dict, kwargs, hub)
+        used = choose_route(checkpoint.config, checkpoint.profile, route, budget)
+        model, mismatched = build_model(cls, checkpoint, anchors or {}, used, dtype, options, ignore_mismatched_sizes)
         load_peft_adapter(model, kwargs.get("adapter_kwargs"))
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
-        model = model.to(device).eval()
-        # annotated as in transformers, for the usual case without loading info
+        model.to(device).eval()
         return cast("Self", (model, loading_info(mismatched)) if output_loading_info else model)
 
     def page_to(self, folder: str | os.PathLike[str]) -> None:

@@ -201,8 +201,8 @@ def find_adapters(
 ) -> list[FoundAdapter]:
     """Find adapters on the Hub with a route within limits, the most accurate first.
 
-    The server filters by tags, the exact numbers of each card decide here. Repositories whose card or profile cannot
-    be read, such as gated ones, are left out; one warning gives their number and names the first few.
+    The server filters by tags, the exact numbers of each card decide here. A warning names repositories that cannot
+    be read, such as gated ones.
 
     Args:
         base_model: Hub ids of anchors that the adapter must have.
@@ -222,15 +222,13 @@ def find_adapters(
         OSError: the Hub cannot be reached, or does not answer.
         ValueError: a limit is not a number above 0.
     """
-    limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms, "energy_j": energy_j}
-    limits |= {"mean_macs": mean_macs, "mean_latency_ms": mean_latency_ms}
+    limits = {"macs": macs, "params": params, "memory_mb": memory_mb, "latency_ms": latency_ms}
+    limits |= {"energy_j": energy_j, "mean_macs": mean_macs, "mean_latency_ms": mean_latency_ms}
     limited = budget is not None or any(limit is not None for limit in limits.values())
     wanted = Budget.of(budget, **limits) if limited else None
     parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
     tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(wanted.limits) if wanted else [])]
-    adapters: list[FoundAdapter] = []
-    failed: dict[str, Exception] = {}
-    api = HfApi(token=token)
+    adapters, failed, api = list[FoundAdapter](), dict[str, Exception](), HfApi(token=token)
     for repo_id, info in _listed(api, tags):
         try:
             adapter = _adapter(api.model_info(repo_id) if info is None else info, wanted, api)
@@ -238,15 +236,20 @@ def find_adapters(
             _check_hub(error, api, tags)
             failed[repo_id] = error
             continue
-        if adapter is None or (device is not None and adapter.profile.metadata.get("device") != device):
-            continue
-        if min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy:
+        if adapter is not None and _is_wanted(adapter, min_accuracy, device):
             adapters.append(adapter)
     if failed:
         warnings.warn(_left_out(failed), stacklevel=3)
     return sorted(
         adapters, key=lambda a: (-a.best.scores.get("accuracy", 0.0), a.best.costs.get("macs", 0.0), a.repo_id)
     )
+
+
+def _is_wanted(adapter: FoundAdapter, min_accuracy: float | None, device: str | None) -> bool:
+    """Whether the best route of an adapter is accurate enough, and was measured on a device."""
+    if device is not None and adapter.profile.metadata.get("device") != device:
+        return False
+    return min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy
 
 
 def _left_out(failed: Mapping[str, Exception]) -> str:

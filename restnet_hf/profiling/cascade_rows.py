@@ -41,7 +41,7 @@ def profile_cascades(
     for adapter in dict.fromkeys(route.adapter for route, _ in walks):
         own = [at for at, (route, _) in enumerate(walks) if fits_adapter(route, adapter)]
         chosen = _most_promising(observed, own, [table.macs(walks[at][1]) for at in own])
-        few, kept = observed.only(chosen), [walks[at] for at in chosen]
+        few, kept = observed.select_routes(chosen), [walks[at] for at in chosen]
         macs = StageCosts.of(kept, table.macs)
         times = None if table.latency is None else StageCosts.of(kept, table.latency_ms)
         rows += [_row(each, few, kept, macs, times, table, score) for each in calibrate_cascades(few, macs)]
@@ -75,10 +75,10 @@ def _row(
 ) -> ProfiledCascade:
     cascade, routes = as_cascade(observed, found.chain), found.chain.routes
     assert isinstance(cascade, Cascade)
-    costs = {"macs": sum(macs.stages(routes)), "mean_macs": found.mean_cost}
-    costs |= table.held([walks[at] for at in routes])
+    costs = {"macs": sum(macs.added_costs(routes)), "mean_macs": found.mean_cost}
+    costs |= table.joint_costs([walks[at] for at in routes])
     if times is not None:
-        stages = times.stages(routes)
+        stages = times.added_costs(routes)
         costs["latency_ms"] = sum(stages)
         costs["mean_latency_ms"] = sum(share * stage for share, stage in zip(found.shares, stages, strict=True))
         reached = max(at for at, share in enumerate(found.shares) if share > 1 - PERCENTILE)

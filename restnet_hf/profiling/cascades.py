@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from numpy import ndarray
 
-from restnet_hf.cascading import shared
+from restnet_hf.cascading import count_shared_steps
 from restnet_hf.data.datasets import Batch
 from restnet_hf.distributed import this_process
 from restnet_hf.routes.cascade import Cascade
@@ -35,8 +35,8 @@ class Observations:
     """What each route answers on the same images, and how sure it is.
 
     Args:
-        routes: the routes.
-        confidence: key of `CONFIDENCES`.
+        routes: routes that were run, in the order of the arrays.
+        confidence: key of `CONFIDENCES` by which `sure` was measured.
         temperatures: temperature of each route.
         classes: class (routes, N) that each route gives.
         right: whether it is the label, or the reference route's class (routes, N).
@@ -66,13 +66,13 @@ class Observations:
             return self.sure[route]
         return self.agreement[route, previous]
 
-    def select(self, images: ndarray) -> "Observations":
+    def select_images(self, images: ndarray) -> "Observations":
         """The observations on some images, by index or mask."""
         classes, right, sure = (each[:, images] for each in (self.classes, self.right, self.sure))
         after = None if self.agreement is None else self.agreement[..., images]
         return replace(self, classes=classes, right=right, sure=sure, agreement=after)
 
-    def only(self, routes: Sequence[int]) -> "Observations":
+    def select_routes(self, routes: Sequence[int]) -> "Observations":
         """The observations of some routes, by number."""
         names = tuple(self.routes[at] for at in routes)
         temperatures = tuple(self.temperatures[at] for at in routes)
@@ -110,7 +110,7 @@ def observe_routes(
         walks: routes with their steps.
         batches: batches of images in the model's preprocessing, the same on every process.
         device: device to run on.
-        confidence: key of `CONFIDENCES`.
+        confidence: key of `CONFIDENCES` by which routes are sure.
         reference: route whose classes count as right; None for the labels.
         scaled: whether temperatures are fitted, on up to 1,000 of the images; else they are 1.
 
@@ -188,18 +188,18 @@ class StageCosts:
         common = np.zeros((count, count))
         for a, b in combinations(range(count), 2):
             (_, first), (_, second) = split_at_shared_cuts([walks[a], walks[b]])
-            same = shared(tuple(step.name for step in first), tuple(step.name for step in second))
+            same = count_shared_steps(tuple(step.name for step in first), tuple(step.name for step in second))
             common[a, b] = common[b, a] = cost(first[:same]) if same else 0.0
         return cls([cost(steps) for _, steps in walks], common)
 
-    def stages(self, routes: Sequence[int]) -> list[float]:
+    def added_costs(self, routes: Sequence[int]) -> list[float]:
         """What each route of a cascade, by number, adds to the cost of those before it."""
         return [
             max(0.0, self.alone[route] - max((self.shared[route, before] for before in routes[:at]), default=0.0))
             for at, route in enumerate(routes)
         ]
 
-    def only(self, routes: Sequence[int]) -> "StageCosts":
+    def select_routes(self, routes: Sequence[int]) -> "StageCosts":
         """The costs of some routes, by number."""
         return StageCosts(self.alone[list(routes)], self.shared[np.ix_(routes, routes)])
 
@@ -228,7 +228,7 @@ class Outcome:
         """Mean cost over the images.
 
         Args:
-            stages: what each route adds; see `StageCosts.stages`.
+            stages: what each route adds; see `StageCosts.added_costs`.
         """
         return sum(count * stage for count, stage in zip(self.reached, stages, strict=True)) / len(self.right)
 
@@ -272,7 +272,7 @@ class Best:
         """Consider cascades of the same routes, or a route alone.
 
         Args:
-            routes: routes by number.
+            routes: numbers of the routes of a cascade, in its order.
             costs: mean cost of each cascade, of any shape.
             right: share of right answers, of the same shape.
             thresholds: thresholds behind the first route, and the others, each of a shape that broadcasts to that.
@@ -303,9 +303,9 @@ def search_cascades(observed: Observations, costs: StageCosts, budgets: ndarray)
     for route in order:
         best.offer((route,), costs.alone[route], observed.right[route].mean(), ())
     for pair in combinations(order, 2):
-        _offer_pair(best, observed, costs.stages(pair), *pair)
+        _offer_pair(best, observed, costs.added_costs(pair), *pair)
     for triple in combinations(order, 3):
-        _offer_triple(best, observed, costs.stages(triple), *triple)
+        _offer_triple(best, observed, costs.added_costs(triple), *triple)
     return best
 
 
@@ -391,13 +391,13 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
     fold_of = np.random.default_rng(0).permutation(count) % folds
     right, spent = np.zeros((BUDGETS, count)), np.zeros((BUDGETS, folds))
     for fold in range(folds):
-        chains = search_cascades(observed.select(fold_of != fold), costs, budgets).chains
-        inside = observed.select(fold_of == fold)
+        chains = search_cascades(observed.select_images(fold_of != fold), costs, budgets).chains
+        inside = observed.select_images(fold_of == fold)
         for budget, chain in enumerate(chains):
             assert chain is not None  # the cheapest route is within every budget
             outcome = run_chain(inside, chain)
             right[budget, fold_of == fold] = outcome.right
-            spent[budget, fold] = outcome.mean_cost(costs.stages(chain.routes)) * len(inside)
+            spent[budget, fold] = outcome.mean_cost(costs.added_costs(chain.routes)) * len(inside)
     rivals = [(cost, each.mean()) for cost, each in zip(costs.alone, observed.right, strict=True)]
     chosen: dict[Chain, Calibrated] = {}
     for budget, chain in enumerate(search_cascades(observed, costs, budgets).chains):
@@ -484,8 +484,8 @@ def certify_cascade(
     check_promise(agreement, certainty, len(observed))
     chosen_on = np.random.default_rng(0).permutation(len(observed)) % 2 == 0
     budgets = np.linspace(costs.alone.min(), costs.alone[reference], 4 * BUDGETS)
-    chains = search_cascades(observed.select(chosen_on), costs, budgets).chains
-    tested, passed = observed.select(~chosen_on), (Chain((reference,)), 1.0)
+    chains = search_cascades(observed.select_images(chosen_on), costs, budgets).chains
+    tested, passed = observed.select_images(~chosen_on), (Chain((reference,)), 1.0)
     for chain in dict.fromkeys(reversed(chains)):
         assert chain is not None
         right = run_chain(tested, chain).right

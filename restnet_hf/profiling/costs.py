@@ -34,7 +34,7 @@ class CostTable:
         """Milliseconds of some steps in a row, for one image; 0 without latencies."""
         return 0.0 if self.latency is None else self.latency.latency_ms(steps) / self.latency.batch_size
 
-    def held(self, walks: Sequence[Walk]) -> dict[str, float]:
+    def joint_costs(self, walks: Sequence[Walk]) -> dict[str, float]:
         """What routes take together that are all there and run in turn: parameters, and megabytes where counted.
 
         Args:

@@ -60,7 +60,7 @@ class ProfilingMixin:
     stitches: MutableMapping[str, Stitch]
     heads: MutableMapping[str, nn.Linear]
     tuned: MutableMapping[str, Tuned]
-    staged: dict[Cascade, tuple[list[tuple[int, torch.dtype | None]], list[Stage]]]  # see `stages`
+    staged: dict[Cascade, tuple[list[tuple[int, torch.dtype | None]], list[Stage]]]  # see `plan_cascade`
     weight_files: Any
     route: Callable[[Route | str], Route]
     steps: Callable[[Route], Sequence[Step]]
@@ -253,8 +253,8 @@ class ProfilingMixin:
         """Run a cascade on images (N, 3, H, W) in the model's preprocessing and dtype.
 
         Args:
-            x: images.
-            cascade: cascade with thresholds.
+            x: images (N, 3, H, W).
+            cascade: cascade of this model's routes, with thresholds.
 
         Returns:
             Logits (N, classes), and for each image the number of the route that answered (N,), from 0.
@@ -263,9 +263,9 @@ class ProfilingMixin:
             ValueError: the model lacks a stitch or head of a route.
         """
         self.check_one_label()
-        return run_cascade(x, self.stages(cascade), cascade)
+        return run_cascade(x, self.plan_cascade(cascade), cascade)
 
-    def stages(self, cascade: Cascade) -> list[Stage]:
+    def plan_cascade(self, cascade: Cascade) -> list[Stage]:
         """What each route of a cascade runs for the images that reach it; kept until parts of the model are replaced.
 
         Args:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from restnet_hf.files import atomic_file
 from restnet_hf.routes.fronts import anchor_ends, measured_rows
-from restnet_hf.routes.profile import AnyProfiled, Profile
+from restnet_hf.routes.profile import AnyProfiled, Profile, ProfiledRoute
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -64,6 +65,18 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
         draw(stitched, "o", color="tab:blue", label="stitched")
     draw(tuned, "^", color="tab:green", label="anchor tuned")
     draw(anchors, "*", color="tab:red", markersize=14, label="anchor alone")
+    _name_anchors(axes, anchors)
+    axes.margins(x=0.15, y=0.15)
+    axes.set_xlabel("million MACs for one image" + (", mean over images" if profile.cascades else ""))
+    axes.set_ylabel("accuracy, %")
+    if profile.routes:
+        axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def _name_anchors(axes: Axes, anchors: Iterable[ProfiledRoute]) -> None:
+    """Write the name of each anchor above its mark."""
     for row in anchors:
         axes.annotate(
             row.route.segments[0].anchor,
@@ -73,13 +86,6 @@ def plot_tradeoff(profile: Profile, path: str | os.PathLike[str], before: Profil
             ha="center",
             fontsize=8,
         )
-    axes.margins(x=0.15, y=0.15)
-    axes.set_xlabel("million MACs for one image" + (", mean over images" if profile.cascades else ""))
-    axes.set_ylabel("accuracy, %")
-    if profile.routes:
-        axes.legend(fontsize=8, loc="lower right")
-    axes.grid(alpha=0.3)
-    save_figure(figure, path)
 
 
 def _macs(row: AnyProfiled, cost: str) -> float:

@@ -29,7 +29,7 @@ class Cascade:
     Args:
         routes: routes, the cheapest first.
         thresholds: least confidence, from 0 to 1, at which each route but the last answers; empty before calibration.
-        confidence: key of `CONFIDENCES`.
+        confidence: key of `CONFIDENCES` that thresholds are compared with.
         temperatures: number by which the logits of each route but the last are divided before confidence is measured;
             empty where none are.
 

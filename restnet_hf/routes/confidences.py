@@ -66,7 +66,7 @@ def measure_confidence(
 
     Args:
         logits: logits (N, classes) of the route.
-        confidence: key of `CONFIDENCES`.
+        confidence: key of `CONFIDENCES`, the way to measure it.
         temperature: number that logits are divided by.
         previous: classes (N,) that the route before gave to the same images.
     """

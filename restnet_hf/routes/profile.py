@@ -139,7 +139,7 @@ class ProfiledCascade:
     """One cascade with its costs and scores, which are by cross-validation.
 
     Args:
-        route: the cascade.
+        route: cascade that was measured, under the name that rows of routes have.
         costs: costs by name: ``mean_macs`` over the images, ``macs`` the most that an image can take, and so on.
         scores: scores by name, on images that its thresholds were not chosen on.
         shares: share of the images that reach each of its routes.

@@ -285,7 +285,7 @@ class TunedKey:
         """Read a key from its string form.
 
         Args:
-            text: ``kind-owner``.
+            text: key of the form ``kind-owner``.
 
         Raises:
             ValueError: the text is not a key of tuned tensors.

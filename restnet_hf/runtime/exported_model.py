@@ -333,7 +333,7 @@ class ExportedModel:
         """Logits (N, classes) for images (N, 3, H, W) that `prepare` made.
 
         Args:
-            pixel_values: prepared images.
+            pixel_values: images that `prepare` returned, one or several.
             route: route to run; by default that of `using` in this thread, else the active one.
 
         Raises:

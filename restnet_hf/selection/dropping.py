@@ -16,7 +16,7 @@ def beaten_routes(profile: Profile, cost: str = "macs", score: str | None = None
     profile has no anchors with its own heads is compared with the anchors as they are.
 
     Args:
-        profile: profile with scores.
+        profile: profile whose routes have scores.
         cost: cost to compare, one that a `Budget` can limit.
         score: score to compare; see `Profile.find_score`.
 
@@ -43,8 +43,8 @@ def drop_beaten(model: Any, cost: str = "macs", score: str | None = None) -> lis
 
     Args:
         model: model with a profile.
-        cost: cost to compare.
-        score: score to compare.
+        cost: name of the cost to compare.
+        score: name of the score to compare.
     """
     if model.profiled is None:
         raise BudgetError("the routes are not measured yet; call profile(data) with labelled images first")

@@ -141,7 +141,7 @@ class Race:
     Args:
         racers: candidates that are left.
         train: images to train on.
-        held_out: images that decide.
+        held_out: images that decide which routes stay.
         config: options of the race.
         deadline: time of `time.monotonic` at which training ends.
     """
@@ -235,8 +235,8 @@ def score_logits(logits: Tensor, right: Tensor) -> tuple[float, float]:
     favour routes for being sure: those that enter the end at its last cuts are less so, whatever their accuracy.
 
     Args:
-        logits: logits (N, classes).
-        right: right classes (N,).
+        logits: logits (N, classes) of a route.
+        right: class (N,) that is right for each image.
     """
     likelihood = max(-cross_entropy(logits / temperature, right).item() for temperature in TEMPERATURES)
     return (logits.argmax(-1) == right).double().mean().item(), likelihood

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -285,13 +285,10 @@ class SelectionMixin:
         """Choose cuts at which to join any two of the anchors, from a few hundred images, and add the stitches.
 
         The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
-        more than any anchor alone are left out if there are others. `similarities` then has all values, `ranking` all
-        routes. The best route becomes the active one.
-
-        ``race`` trains the best few of each part by ``fitted_accuracy`` before it chooses; see `RaceConfig`. With
-        these two, whose values are accuracies, the best route of a part is the one furthest above the straight line
-        between the anchors, and those that an anchor beats come last. The others predict no accuracy: train,
-        `profile`, and call `drop_dominated`.
+        more than all anchors are left out if there are others. Then `similarities` has all values, `ranking` all
+        routes, and the best route is active. ``race`` trains the best few of each part by ``fitted_accuracy`` before
+        it chooses; see `RaceConfig`. With these two, whose values are accuracies, the best route of a part is the one
+        furthest above the line between the anchors, and those that an anchor beats come last.
 
         Args:
             calibration: images, in any form that `prepare_data` takes.
@@ -299,11 +296,10 @@ class SelectionMixin:
             max_routes: number of parts that the range of MACs is divided into.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
-            order: directions to consider: ``given`` joins an earlier anchor to a later one; ``auto`` also joins the
-                later to the earlier, and takes the route with the higher score in each part of the range.
+            order: directions to consider: ``given`` joins an earlier anchor to a later one, ``auto`` both ways.
             budget: limits, a `Budget` or such as ``{"macs": 1e9}``; routes over them are left out.
             kept_images: number of images that selectors which fit something keep samples of.
-            per_part: number of routes to add from each part; the best two nearly always include the best one.
+            per_part: number of routes to add from each part.
             pairs: pairs of anchors to join, as in `compare`.
             max_images: largest number of images to run, as in `compare`.
             on_error: ``raise``, or ``skip`` to leave out broken pictures; see `prepare_data`.
@@ -319,18 +315,32 @@ class SelectionMixin:
             calibration, methods, order, config, batch_size, kept_images,
             pairs=pairs, max_images=max_images, on_error=on_error,
         ).values()  # fmt: skip
-        count = per_part if race is None else max(per_part, race.candidates)
-        ranking, parts = self._rank(similarities, config, limits, max_routes, count)
-        chosen = [row for rows in parts for row in rows]
+        starters = 1 if race is None else race.candidates
+        ranking, parts = self._rank(similarities, config, limits, max_routes, max(per_part, starters))
+        chosen = list(chain.from_iterable(parts))
         if race is None:
             self.add_stitches((row.route for row in chosen), config)
         else:
-            images = self.prepare_data(calibration, name="calibration", on_error=on_error)
-            batches = self._checked(draw_images(images, 0, race.images), batch_size, "calibration")
-            chosen, ranking = select_by_race(self, parts, ranking, batches, race, config, per_part)
+            chosen, ranking = self._race(calibration, on_error, parts, ranking, race, config, batch_size, per_part)
         self.similarities, self.ranking = similarities, ranking
         self.set_route(max(chosen, key=lambda row: row.score).route)
         return [row.route for row in chosen]
+
+    def _race(
+        self,
+        calibration: Any,
+        on_error: str,
+        parts: list[list[RankedRoute]],
+        ranking: list[RankedRoute],
+        race: RaceConfig,
+        config: StitchConfig | None,
+        batch_size: int,
+        per_part: int,
+    ) -> tuple[list[RankedRoute], list[RankedRoute]]:
+        """The routes that win the race of each part of the range of MACs, and the ranking that it leaves."""
+        images = self.prepare_data(calibration, name="calibration", on_error=on_error)
+        batches = self._checked(draw_images(images, 0, race.images), batch_size, "calibration")
+        return select_by_race(self, parts, ranking, batches, race, config, per_part)
 
     def _rank(
         self,

@@ -44,7 +44,7 @@ def draw_images(data: Any, kept: int, most: int | None) -> Any:
     as they are, and so do batches and streams, of which the first images are taken.
 
     Args:
-        data: prepared images.
+        data: images that `prepare_data` returned.
         kept: number of images that all of are used.
         most: largest number of images; None for all.
     """

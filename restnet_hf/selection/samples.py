@@ -313,7 +313,7 @@ class Samples:
         """Accuracy of an anchor alone on the held-out images, from 0 to 1.
 
         Args:
-            anchor: front or end.
+            anchor: anchor at the front or at the end.
         """
         predicted = self.store.all(("logits", anchor.name))[self.held].argmax(-1)
         return (predicted == self._right()[self.held]).double().mean().item()

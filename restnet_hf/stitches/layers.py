@@ -82,7 +82,7 @@ class StitchConfig:
         """The config of an adapter; options that its kind does not use, which 0.1 accepted, get their defaults.
 
         Args:
-            stored: options by name.
+            stored: options of a stitch by name, as config.json has them.
         """
         options = {option.name for option in fields(cls)[1:]}
         unused = options - {*OPTIONS.get(stored.get("kind", ""), options)}

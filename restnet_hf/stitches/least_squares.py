@@ -304,10 +304,10 @@ def fit_routes(
     """Fit the stitches of routes, and record it in the model's config.
 
     Args:
-        model: stitched model.
+        model: stitched model whose stitches are fitted.
         images: batches of images by anchor name, each anchor's in its own preprocessing.
         routes: routes of the model.
-        ridge: regularisation, see `fit_stitches`.
+        ridge: regularisation, as in the model's `fit_stitches`.
 
     Returns:
         R² by stitch name.

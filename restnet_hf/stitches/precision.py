@@ -34,7 +34,7 @@ class InOwnType(nn.Module):
     """A module that runs another one as `run_in_own_type` does.
 
     Args:
-        module: module to run.
+        module: module that may have weights of another type.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,7 +50,7 @@ def accept_type(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module itself, or in `InOwnType` where its weights have another type than the activations.
 
     Args:
-        module: module to run.
+        module: module that may have weights of another type.
         dtype: type of the activations.
     """
     return module if weight_dtype(module) in (None, dtype) else InOwnType(module)

@@ -193,7 +193,7 @@ class RouteScores:
 
     Args:
         metric: ``accuracy`` on labels, ``agreement`` with the teacher, or ``loss``.
-        start: value before training.
+        start: value of the state before training.
         best: value of the state that the route has now.
         last: value at the end of training.
         step: step of that state; 0 for the one before the first step.

@@ -338,7 +338,7 @@ class Learner:
 
         Args:
             batch: ``pixel_values``, or the outputs that `FrozenPart.compute` returns for them; and ``labels``, if any.
-            routes: routes to score.
+            routes: routes to score on a batch.
             matching: whether the training at hand matches features, or learns the task.
             autocast: context manager of mixed precision.
 

@@ -20,7 +20,7 @@ class Pace:
         began: value of `time.perf_counter` from which seconds count.
         warmup: share of the steps in which the learning rate rises.
         epochs: number of epochs, for the number of evaluations.
-        accelerator: Accelerate's state.
+        accelerator: accelerator whose processes must agree on the time.
     """
 
     def __init__(

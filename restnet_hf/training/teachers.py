@@ -325,7 +325,7 @@ def score(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """Accuracy and mean probability of the labels, from 0 to 1; logits that are not finite count as wrong.
 
     Args:
-        logits: logits (N, classes).
+        logits: logits (N, classes) of a classifier.
         labels: class of each image (N,), or probabilities of its classes (N, classes).
     """
     weights = labels.float() if labels.dim() == 2 else nn.functional.one_hot(labels.long(), logits.shape[1]).float()
@@ -345,7 +345,7 @@ def confidence(logits: Tensor) -> float:
     first class stands out from the others, image by image. Images whose logits are not finite count as 0.
 
     Args:
-        logits: logits (N, classes).
+        logits: logits (N, classes) of a classifier.
     """
     finite = torch.isfinite(logits).all(-1)
     if not finite.any():

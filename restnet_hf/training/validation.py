@@ -46,7 +46,7 @@ def held_out_indices(count: int, labels: Sequence[int] | None, seed: int) -> lis
     With labels, each class has its share of them.
 
     Args:
-        count: number of images.
+        count: number of images that there are.
         labels: label of each image; None where they are not known.
         seed: seed of the choice.
     """
@@ -132,7 +132,7 @@ def select_rows(rows: Any, indices: Sequence[int]) -> Any:
     """Some rows of a map-style data set, as the same kind of data set where it has one.
 
     Args:
-        rows: map-style data set.
+        rows: map-style data set of labelled images.
         indices: indices of the rows.
     """
     if isinstance(rows, Dataset | FeatureRows):
@@ -203,7 +203,7 @@ class HeldOut:
         """Score routes in their present state.
 
         Args:
-            routes: routes to score.
+            routes: routes to score on the held-out images.
             matching: whether the training at hand matches features, whose loss counts where there is no other score.
         """
         sums, images = torch.zeros(len(routes), 3, dtype=torch.float64), 0
@@ -281,7 +281,7 @@ class BestStates:
         """The routes that have not gained for so many scores in a row.
 
         Args:
-            patience: number of scores.
+            patience: number of scores in a row without a gain.
         """
         return {route for group in self.groups if group.waited >= patience for route in group.routes}
 
@@ -310,8 +310,8 @@ class BestStates:
         """Restore what `state_dict` and `tensors` returned.
 
         Args:
-            state: result of `state_dict`.
-            tensors: result of `tensors`.
+            state: dict that `state_dict` returned.
+            tensors: tensors that `tensors` returned, by name.
         """
         for group, values in zip(self.groups, state, strict=True):
             group.load_state_dict(values, tensors)

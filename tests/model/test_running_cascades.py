@@ -292,10 +292,12 @@ def test_several_adapters(profiled, clothes, tmp_path):
     """Each adapter has cascades of its own, which anchors alone may begin."""
     profiled.save_pretrained(tmp_path)
     profiled.load_stitch(tmp_path, "night")
-    profile = profiled.profile(clothes(profiled, "test", 200), cascades=True)
-    adapters = {row.route.adapter for row in profile.cascades}
-    assert adapters >= {"night"} or all(not row.route.stitch_points for row in profile.cascades)
-    assert len({row.route for row in profile.cascades}) == len(profile.cascades)
+    both = [f"{adapter}{route}" for adapter in ("", "night: ") for route in (MIDDLE, LATER)]
+    rows = profiled.profile(clothes(profiled, "test", 200), both, cascades=True).cascades
+    found = {adapter: [row for row in rows if row.route.adapter == adapter] for adapter in ("", "night")}
+    assert len(rows) == 2 * len(found[""]) > 0  # the same stitches, so the same cascades
+    assert [row.route.thresholds for row in found["night"]] == [row.route.thresholds for row in found[""]]
+    assert [row.scores for row in found["night"]] == [row.scores for row in found[""]]
     night = f"{SMALL} >0.9 night: {LATER}"
     assert profiled.set_cascade(night).adapter == "night"
 

@@ -61,15 +61,15 @@ def test_search_finds_what_trying_everything_finds(share):
     best = np.full(BUDGETS, -1.0)
     for chain in every_chain(observed):
         outcome = run_chain(observed, chain)
-        best[outcome.mean_cost(table.stages(chain.routes)) <= budgets * (1 + 1e-9)] = np.maximum(
-            best[outcome.mean_cost(table.stages(chain.routes)) <= budgets * (1 + 1e-9)], outcome.right.mean()
+        best[outcome.mean_cost(table.added_costs(chain.routes)) <= budgets * (1 + 1e-9)] = np.maximum(
+            best[outcome.mean_cost(table.added_costs(chain.routes)) <= budgets * (1 + 1e-9)], outcome.right.mean()
         )
     found = search_cascades(observed, table, budgets)
     np.testing.assert_allclose(found.scores, best)
     for budget, score, chain in zip(budgets, found.scores, found.chains, strict=True):
         outcome = run_chain(observed, chain)  # what the vectorised search counted is what the chain does
         assert outcome.right.mean() == pytest.approx(score)
-        assert outcome.mean_cost(table.stages(chain.routes)) <= budget * (1 + 1e-9)
+        assert outcome.mean_cost(table.added_costs(chain.routes)) <= budget * (1 + 1e-9)
 
 
 def test_ties_are_not_split():
@@ -91,7 +91,7 @@ def test_scores_hold_on_new_images():
     for each in found:
         outcome = run_chain(many, each.chain)
         z.append((each.score - outcome.right.mean()) / each.standard_error)
-        assert each.mean_cost == pytest.approx(outcome.mean_cost(table.stages(each.chain.routes)), rel=0.15)
+        assert each.mean_cost == pytest.approx(outcome.mean_cost(table.added_costs(each.chain.routes)), rel=0.15)
     assert max(map(abs, z)) < 3
     pairs = [(each.mean_cost, each.score) for each in found]
     assert pairs == sorted(pairs)  # a front
@@ -130,11 +130,11 @@ def test_promises_hold():
     agreeing = replace(population, right=population.right == population.right[2])
     broken = saved = 0
     for _ in range(60):
-        sample = agreeing.select(rng.choice(len(agreeing), 600))
+        sample = agreeing.select_images(rng.choice(len(agreeing), 600))
         chain, _ = certify_cascade(sample, table, 2, 0.97, 0.95)
         outcome = run_chain(agreeing, chain)
         broken += outcome.right.mean() < 0.97
-        saved += outcome.mean_cost(table.stages(chain.routes)) < 9.99
+        saved += outcome.mean_cost(table.added_costs(chain.routes)) < 9.99
     assert broken <= 8  # at most 5 % would be 3 of 60; more than 8 has a chance of one in 200
     assert saved > 30  # and the promise is not kept by running the reference alone
 
