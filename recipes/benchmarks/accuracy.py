@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/accuracy.py [--quick] [--out FILE.json] [--seconds 60] [--seeds 3] [--routes 4]
         [--front DIR --end DIR --dataset DIR --images 10000 --point DIR ...] [--method NAME ...]
-        [--route ROUTE ...] [--part a|b]
+        [--teacher DIR] [--route ROUTE ...] [--part a|b]
 
 A pair is two anchors that know the task; without --front it is the demo. Routes are those given, or are chosen once,
 by fitted accuracy in both directions on 512 training images, on which stitches are fitted too. Each method then has so
@@ -70,7 +70,7 @@ class Method:
         options: options of `TrainArgs`; None for least squares alone.
         routes: ``stitched``, or ``small`` or ``large`` for that anchor, tuned.
         kind: kind of the stitches, as in `StitchConfig`.
-        teacher: ``small`` or ``large`` for that anchor; None for the default.
+        teacher: ``small`` or ``large`` for that anchor, ``outside`` for that of --teacher; None for the default.
     """
 
     options: Mapping[str, Any] | None
@@ -98,6 +98,7 @@ METHODS = {
     "matching, task": Method(BOTH),
     "matching, norm": Method({**BOTH, "tuning": "norm"}),
     "mlp": Method(TASK, kind="mlp"),
+    "stitch, teacher from outside": Method(TASK, teacher="outside"),
     "rate 0.01": Method({**TASK, "learning_rate": 1e-2}),
     "rate 0.001": Method({**TASK, "learning_rate": 1e-3}),
     "rate 0.0001": Method({**TASK, "learning_rate": 1e-4}),
@@ -120,9 +121,14 @@ class Pair:
     anchors: list[Route]
     routes: list[Route]
     filled: float = 0.0
+    outside: str | None = None
 
     def named(self, which: str) -> str:
-        """Name of the small or the large anchor."""
+        """Name of the small or the large anchor, or the folder of another classifier."""
+        if which == "outside":
+            if self.outside is None:
+                raise ValueError("a method with a teacher from outside needs --teacher, the folder of a classifier")
+            return self.outside
         return self.anchors[which == "large"].segments[0].anchor
 
 
@@ -362,6 +368,7 @@ def main(
     eval_images: int | None = None,
     point: Annotated[list[str] | None, typer.Option()] = None,
     method: Annotated[list[str] | None, typer.Option()] = None,
+    teacher: str | None = None,
     route: Annotated[list[str] | None, typer.Option()] = None,
     part: str = "a",
     seconds: float = 60.0,
@@ -388,7 +395,7 @@ def main(
     anchors = sorted((Route.alone(name) for name in model.anchors), key=lambda route: costs(route)["macs"])
     with tempfile.TemporaryDirectory() as temporary:
         features = Path(temporary) if out is None else out.with_suffix(".features")
-        pair = Pair(model, train_set, eval_set, features, anchors, [])
+        pair = Pair(model, train_set, eval_set, features, anchors, [], outside=teacher)
         if result is None:
             calibration = train_set.select(range(min(512, len(train_set))))
             pair.routes = list(map(model.route, route or ())) or choose(model, calibration, routes)

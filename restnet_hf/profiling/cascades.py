@@ -121,12 +121,10 @@ def observe_routes(
         ValueError: there is no reference, and a batch has no labels.
     """
     routes = tuple(route for route, _ in walks)
-    chunks, first, count = _logits(walks, batches, device), list[Chunk](), 0
+    chunks, first = _logits(walks, batches, device), list[Chunk]()
     for chunk in chunks:
         first.append(chunk)
-        count += chunk[2].shape[1]
-        size = sum(logits.size for *_, logits in first)
-        if count * this_process().num_processes >= TEMPERATURE_IMAGES or size >= MOST_LOGITS:
+        if chunk[0] + this_process().num_processes >= _fitting_batches(chunk[2]):
             break
 
     def true_classes(chunk: Chunk) -> ndarray:
@@ -138,7 +136,8 @@ def observe_routes(
 
     temperatures = (1.0,) * len(routes)
     if scaled:
-        whole = sorted(gather_object(first), key=lambda chunk: chunk[0])
+        gathered = (chunk for chunk in gather_object(first) if chunk[0] < _fitting_batches(chunk[2]))
+        whole = sorted(gathered, key=lambda chunk: chunk[0])
         logits, classes = np.concatenate([c[2] for c in whole], 1), np.concatenate([true_classes(c) for c in whole])
         temperatures = tuple(round(fit_temperature(each, classes), 2) for each in logits)
     rows = []
@@ -150,6 +149,12 @@ def observe_routes(
     found, right, sure = (np.concatenate([row[part] for row in rows], axis=-1) for part in (1, 2, 3))
     agreement = None if rows[0][4] is None else np.concatenate([row[4] for row in rows], axis=-1)
     return Observations(routes, confidence, temperatures, found, right, sure, agreement)
+
+
+def _fitting_batches(logits: ndarray) -> int:
+    """Number of batches, the same for any number of processes, that temperatures are fitted on."""
+    most = min(math.ceil(TEMPERATURE_IMAGES / logits.shape[1]), MOST_LOGITS // logits.size)
+    return max(1, most)
 
 
 def _confidences(

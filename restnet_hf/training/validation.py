@@ -250,7 +250,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class BestStates:
     """The best state of the weights of each route, and where it was seen.
 
-    Routes that share weights that train have one state together: the one with the best mean score.
+    Routes that share weights that train have one state together: the one with the best mean score in which none of
+    them scores less than at the start.
 
     Args:
         parts: for each route, the modules that train on it, by name.
@@ -332,7 +333,8 @@ class _Group:
     def update(self, scores: Mapping[Route, Score], step: int, epoch: float, trained: bool) -> None:
         own = {route: scores[route] for route in self.scored}
         self.start, self.last = self.start or own, own
-        if self.best and _mean(own) <= _mean(self.best):
+        worse = any(_is_below(own[route], self.start[route]) for route in self.scored)
+        if self.best and (worse or _mean(own) <= _mean(self.best)):
             self.waited += trained
             return
         self.best, self.step, self.epoch, self.waited = own, step, epoch, 0
@@ -360,6 +362,11 @@ class _Group:
             setattr(self, name, dict(zip(self.scored, (Score(*pair) for pair in state[name]), strict=True)))
         self.step, self.epoch, self.waited = state["step"], state["epoch"], state["waited"]
         self.state = {name: tensors[name].clone() for name, _ in self._tensors()} if state["start"] else {}
+
+
+def _is_below(score: Score, start: Score) -> bool:
+    """Whether a route scores less than at the start; a larger loss alone is not less, unless only that is known."""
+    return score < start if score.score == start.score == 0 else score.score < start.score
 
 
 def _mean(scores: Mapping[Route, Score]) -> tuple[float, float]:
