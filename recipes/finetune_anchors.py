@@ -1,6 +1,7 @@
 """Fine-tune ImageNet classifiers in full on a data set of small pictures, as anchors that have learned the task.
 
-    python recipes/finetune_anchors.py OUT ANCHOR... [--dataset uoft-cs/cifar10] [--sizes 64,64,96] [--bf16]
+    python recipes/finetune_anchors.py OUT ANCHOR... [--dataset uoft-cs/cifar10] [--sizes 64,64,96]
+        [--learning-rate 1e-3] [--bf16]
 
 ANCHOR is a Hub id or a folder that transformers loads, timm's models included. One epoch is trained at each of the
 sizes, in pixels, on all training images, flipped and shifted by up to an eighth; the last size is what the anchor
@@ -140,6 +141,7 @@ def fine_tune(
     accuracy = trainer.evaluate()["eval_accuracy"]
     save(model, folder, mean, std, sizes[-1])
     report = {"accuracy": accuracy, "images": len(data["test"]), "seconds": seconds, "sizes": sizes}
+    report["learning_rate"] = learning_rate
     (folder / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -148,7 +150,7 @@ def main(
     anchors: list[str],
     dataset: str = "uoft-cs/cifar10",
     sizes: str = "64,64,96",
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-3,
     bf16: Annotated[
         bool, typer.Option("--bf16", help="Compute in bfloat16: faster where the processor has it.")
     ] = False,
