@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 SLACK = 1.5  # a step may take so many times as long as the slowest so far
 LEAST_EVALUATIONS, MOST_EVALUATIONS = 4, 20
+EVALUATING = 0.1  # share of a limited time that evaluations before the last may take
 
 
 class Pace:
@@ -29,7 +30,7 @@ class Pace:
         self.total, self.seconds, self.began, self.accelerator = total, seconds, began, accelerator
         self.warmup = int(warmup * total) / total
         self.warmup = warmup if seconds is not None else self.warmup
-        self.evaluations = min(max(epochs, LEAST_EVALUATIONS), MOST_EVALUATIONS)
+        self.wanted_evaluations = min(max(epochs, LEAST_EVALUATIONS), MOST_EVALUATIONS)
         self.progress = 0.0
         self.before = 0.0  # seconds of earlier runs, before a resumed one
         self.start = self.first = 0.0  # share of the time that had passed at the first step, and progress then
@@ -90,6 +91,13 @@ class Pace:
     def over(self) -> bool:
         """Whether no step is left."""
         return self.progress >= 1
+
+    @property
+    def evaluations(self) -> int:
+        """Number of evaluations, the last one included; fewer where they would take much of a limited time."""
+        if self.seconds is None or not self.evaluation:
+            return self.wanted_evaluations
+        return min(self.wanted_evaluations, 1 + int(EVALUATING * self.seconds / self.evaluation))
 
     @property
     def evaluation_number(self) -> int:
