@@ -10,20 +10,24 @@ from typing import Any
 
 from datasets import Dataset
 
+from restnet_hf.adaptation.calibration import as_profile, calibrate, limit_routes, routes_of
 from restnet_hf.adaptation.scorer import FEW_IMAGES, PREDICTORS, Scorer
 from restnet_hf.adaptation.search import SEARCHES, Rejected, Search
 from restnet_hf.data.datasets import load_images, subset
 from restnet_hf.errors import BudgetError
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.profiling.cascades import check_images
 from restnet_hf.profiling.latency import LatencyCheck, LatencyTable
+from restnet_hf.profiling.mixin import known_number
 from restnet_hf.profiling.timing import check_latency
-from restnet_hf.routes.profile import Budget, BudgetLike, Profile, ProfiledRoute
+from restnet_hf.routes.profile import AnyProfiled, Budget, BudgetLike, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Routes, each_route
 
 
 EXHAUSTIVE = 256  # largest number of candidates that are all evaluated; of more, a tenth is
-FINALISTS = 3  # routes that are run from end to end at a time
+FINALISTS = 3  # routes or cascades whose routes are run from end to end at a time
+MEASURED = {"latency_ms", "mean_latency_ms", "latency_p99_ms", "energy_j"}  # costs that depend on the device's speed
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,15 @@ class AdaptResult:
     """What `adapt` returns.
 
     Args:
-        best: the chosen route, with its costs; ``latency_ms`` and, where the system counts energy, ``energy_j`` are
-            measured from end to end.
+        best: the chosen route or cascade, with its costs; ``latency_ms`` and, where the system counts energy,
+            ``energy_j`` of a route are measured from end to end, and those of a cascade corrected by its routes'.
         score: score that it was chosen by: ``accuracy``, or ``agreement`` with the largest anchor.
         rejected: the other candidates, with the reasons.
         checks: predicted and measured latency, and joules, of the routes that ran from end to end.
         finished: whether the search ended by itself; False after an interrupt.
     """
 
-    best: ProfiledRoute
+    best: AnyProfiled
     score: str
     rejected: list[Rejected]
     checks: Mapping[Route, LatencyCheck]
@@ -60,6 +64,7 @@ def adapt(
     batch_size: int = 32,
     seed: int = 0,
     state: str | os.PathLike[str] | None = None,
+    cascades: bool = False,
     on_error: str = "raise",
 ) -> AdaptResult:
     """Find the best route of a model within a budget on this device, make it active and store the device's profile.
@@ -73,8 +78,7 @@ def adapt(
             labels routes are scored by how often they agree with the largest anchor.
         budget: limits on the costs of the route: a `Budget`, or a dict such as ``{"latency_ms": 20}``.
         candidates: one route or several to choose from; by default all routes and the anchors alone.
-        latency: latency table that `measure_latency` measured on this device; where None, it is measured if the budget
-            limits latency or energy.
+        latency: latency table of this device; by default measured where the budget limits latency or energy.
         search: a key of `SEARCHES`; by default all of few routes are evaluated, and of many a tenth by ``evolution``.
         predictor: predictions of all scores for the evolution: ``few_images``, which takes a quarter of the
             evaluations, a key of `SELECTORS`, or None.
@@ -83,29 +87,67 @@ def adapt(
         batch_size: number of images in a batch, for a tensor or a data set; it is reduced where memory runs out.
         seed: seed of the search.
         state: file to which the state of the search is written, and from which an interrupted search resumes.
+        cascades: whether to calibrate cascades too, on at least 100 images; one of them may be the best where the
+            budget limits a mean, such as ``mean_latency_ms``, and other limits hold for the most an image can take.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Raises:
         BudgetError: no route fits (the message names the cheapest), or energy is limited and not counted.
-        ValueError: there are no images, or an option is out of range.
+        ValueError: there are no images, too few for cascades, or an option is out of range.
     """
     budget = Budget.of(budget)
+    alone = limit_routes(budget)
     _check_names(search, predictor)
     routes = _candidates(model, candidates)
-    data = model.prepare_data(data, on_error=on_error)
-    latency = _measured(model, routes, budget, latency)
+    data = _prepared(model, data, cascades, on_error)
+    latency = _measured(model, routes, alone, latency)
     costs = dict(zip(routes, map(_corrected_costs(model, latency), routes), strict=True))
     scorer = Scorer(model, data, batch_size, exact)
-    scorer.fits = [route for route in costs if budget.allows(costs[route])]
-    job = _make_search(scorer, costs, budget, search, predictor, max_evaluations, seed)
-    _load_state(job, scorer, state)
+    job = _make_search(scorer, costs, alone, search, predictor, max_evaluations, seed, state)
     result = job.run(lambda rows: _save_state(job, scorer, state))
-    exactly = [scorer.as_measured(row) for row in result.rows]
-    best, rows, checks = _confirm_latency(model, exactly, budget, latency, scorer.score)
-    model.record_profile(rows, latency, {"images": scorer.images, "score": scorer.score})
-    model.set_route(best.route)
-    confirmed = replace(result, best={budget: best}, rows=tuple(rows))
-    return AdaptResult(best, scorer.score, scorer.reasons(confirmed.rejected(budget)), checks, result.finished)
+    measured = _measured_rows(scorer, result.rows, budget, latency, cascades)
+    best, rows, checks = _confirm_latency(model, measured, budget, latency, scorer.score)
+    _make_best(model, best, rows, latency, {"images": scorer.images, "score": scorer.score})
+    rejected = replace(result, rows=as_profile(rows).routes).rejected(alone, best)
+    return AdaptResult(best, scorer.score, scorer.reasons(rejected), checks, result.finished)
+
+
+def _prepared(model: StitchedModelForImageClassification, data: Any, cascades: bool, on_error: str) -> Any:
+    """Images ready for the model; where their number is known, after a check that they are enough for cascades."""
+    data = model.prepare_data(data, on_error=on_error)
+    count = known_number(data)
+    if cascades and count is not None:
+        check_images(count)
+    return data
+
+
+def _measured_rows(
+    scorer: Scorer, rows: Sequence[ProfiledRoute], budget: Budget, latency: LatencyTable | None, cascades: bool
+) -> list[AnyProfiled]:
+    """Rows without the scores of a few images, and with ``cascades`` those of cascades, whose latency is corrected."""
+    exact = [scorer.as_measured(row) for row in rows]
+    if not cascades:
+        return [*exact]
+    ratio = 1.0 if latency is None else _latency_ratio(latency.checks.values())
+    found = calibrate(scorer, rows, budget, latency)
+    return [*exact, *(replace(row, costs=_scale_measured(row.costs, ratio)) for row in found)]
+
+
+def _make_best(
+    model: StitchedModelForImageClassification,
+    best: AnyProfiled,
+    rows: Sequence[AnyProfiled],
+    latency: LatencyTable | None,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Make rows the model's profile, and the best route or cascade the active one."""
+    found = as_profile(rows)
+    routes = [row.with_means() for row in found.routes] if found.cascades else found.routes
+    model.record_profile(routes, latency, metadata, found.cascades)
+    if isinstance(best, ProfiledCascade):
+        model.set_cascade(best.route)
+    else:
+        model.set_route(best.route)
 
 
 def _measured(
@@ -151,9 +193,11 @@ def _make_search(
     predictor: str | None,
     max_evaluations: int | None,
     seed: int,
+    state: str | os.PathLike[str] | None,
 ) -> Search:
-    """A search of routes of known costs, with the options of `adapt`."""
+    """A search of routes of known costs, with the options of `adapt`, where it was if it goes on."""
     routes = list(costs)
+    scorer.fits = [route for route in routes if budget.allows(costs[route])]
     kind = kind or ("exhaustive" if len(routes) <= EXHAUSTIVE else "evolution")
     share = 1 if kind == "exhaustive" else 10
     most = max(1, len(routes) // share) if max_evaluations is None else max_evaluations
@@ -162,7 +206,9 @@ def _make_search(
         options["predictor"], taken = scorer.make_predictor(predictor, most)
         most = max(1, most - taken)
     options |= {"max_evaluations": most, "seed": seed, "score": scorer.score}
-    return SEARCHES[kind](routes, costs.__getitem__, scorer, budget, **options)
+    job = SEARCHES[kind](routes, costs.__getitem__, scorer, budget, **options)
+    _load_state(job, scorer, state)
+    return job
 
 
 def adapt_to(
@@ -191,7 +237,7 @@ def adapt_to(
     if not resume:
         state.unlink(missing_ok=True)
     latency = None
-    if _is_measured(budget):
+    if _is_measured(limit_routes(budget)):
         latency = model.measure_latency()
         latency.save(file)
     result = adapt(model, data, budget, latency=latency, state=state, **options)
@@ -236,7 +282,7 @@ def _corrected_costs(
 
 def _scale_measured(costs: Mapping[str, float], ratio: float) -> dict[str, float]:
     """Costs with latency and energy multiplied by a ratio."""
-    return {cost: ratio * value if cost in ("latency_ms", "energy_j") else value for cost, value in costs.items()}
+    return {cost: ratio * value if cost in MEASURED else value for cost, value in costs.items()}
 
 
 def _latency_ratio(checks: Iterable[LatencyCheck]) -> float:
@@ -267,37 +313,36 @@ def _load_state(job: Search, scorer: Scorer, state: str | os.PathLike[str] | Non
 
 def _confirm_latency(
     model: StitchedModelForImageClassification,
-    rows: Sequence[ProfiledRoute],
+    rows: Sequence[AnyProfiled],
     budget: Budget,
     latency: LatencyTable | None,
     score: str,
-) -> tuple[ProfiledRoute, list[ProfiledRoute], dict[Route, LatencyCheck]]:
+) -> tuple[AnyProfiled, list[AnyProfiled], dict[Route, LatencyCheck]]:
     """The best row whose latency was measured from end to end and is within the budget, and all rows corrected.
 
     Measured latencies replace the predicted ones, and the median of their ratios corrects the other predictions, which
-    are off where the device is busy or where the sums of pieces are.
+    are off where the device is busy or where the sums of pieces are. Of a cascade all routes are measured.
     """
     checks: dict[Route, LatencyCheck] = {}
     while True:
         corrected = [_correct_row(row, checks, latency) for row in rows]
-        scored = [row for row in corrected if score in row.scores]
-        best = Profile(tuple(scored)).best_route(budget, score)
-        if latency is None or best.route in checks:
+        scored = as_profile([row for row in corrected if score in row.scores])
+        best = scored.best(budget, score)
+        if latency is None or checks.keys() >= {*routes_of(best)}:
             return best, corrected, checks
-        fitting = [row for row in scored if budget.allows(row.costs)]
+        fitting = [row for row in scored.rows_for(budget) if budget.allows(row.costs)]
         ahead = sorted(fitting, key=lambda row: -row.scores[score])[:FINALISTS]
-        routes = dict.fromkeys([best.route, *(row.route for row in ahead)])
+        routes = dict.fromkeys(route for row in (best, *ahead) for route in routes_of(row))
         checks |= check_latency(latency, [(route, model.steps(route)) for route in routes])
 
 
-def _correct_row(
-    row: ProfiledRoute, checks: Mapping[Route, LatencyCheck], latency: LatencyTable | None
-) -> ProfiledRoute:
+def _correct_row(row: AnyProfiled, checks: Mapping[Route, LatencyCheck], latency: LatencyTable | None) -> AnyProfiled:
+    """A row with the latency that was measured, or the predicted one corrected by those that were."""
     if latency is None or not checks:
         return row
-    check = checks.get(row.route)
-    if check is not None:
-        joules = {} if check.joules is None else {"energy_j": check.joules / latency.batch_size}
-        return replace(row, costs={**row.costs, "latency_ms": check.measured.ms / latency.batch_size, **joules})
-    ratio = _latency_ratio(checks.values()) / _latency_ratio(latency.checks.values())
+    own = [checks[route] for route in routes_of(row) if route in checks]
+    if own and isinstance(row, ProfiledRoute):
+        joules = {} if own[0].joules is None else {"energy_j": own[0].joules / latency.batch_size}
+        return replace(row, costs={**row.costs, "latency_ms": own[0].measured.ms / latency.batch_size, **joules})
+    ratio = _latency_ratio(own or checks.values()) / _latency_ratio(latency.checks.values())
     return replace(row, costs=_scale_measured(row.costs, ratio))

@@ -12,6 +12,7 @@ from restnet_hf.anchors.anchor import largest_anchor
 from restnet_hf.data.datasets import Batch, batches, drop_unlabelled
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
+from restnet_hf.profiling.cascades import Observations, check_images, observe_routes
 from restnet_hf.routes.profile import ProfiledRoute
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.racing import RaceResult, race_routes
@@ -99,6 +100,21 @@ class Scorer:
         self.images = raced.images
         self.stopped |= raced.stopped
         return {**raced.scores, **{route: score for route, (score, _) in raced.stopped.items()}}
+
+    def observe(self, walks: Sequence[Walk]) -> Observations:
+        """What routes answer on all images, and how sure they are; see `observe_routes`.
+
+        Args:
+            walks: routes with their steps.
+
+        Raises:
+            ValueError: there are fewer than 100 images.
+        """
+        observed: Observations = self._run_within_memory(
+            lambda: observe_routes(walks, self._labelled(), self.model.device)
+        )
+        check_images(len(observed))
+        return observed
 
     def make_predictor(self, kind: str, most: int) -> tuple[Predictor, int]:
         """A function that predicts the scores of the routes that fit.

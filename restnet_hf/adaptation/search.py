@@ -11,7 +11,7 @@ import numpy as np
 
 from restnet_hf.adaptation.neighbours import Neighbours
 from restnet_hf.adaptation.surrogate import improvement, predict, route_features, squared_distances, standard_scores
-from restnet_hf.routes.profile import Budget, Profile, ProfiledRoute
+from restnet_hf.routes.profile import AnyProfiled, Budget, Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
 
 
@@ -66,16 +66,17 @@ class SearchResult:
         """
         return Profile(self.evaluated).pareto(cost, self.score)
 
-    def rejected(self, budget: Budget) -> list[Rejected]:
+    def rejected(self, budget: Budget, best: AnyProfiled | None = None) -> list[Rejected]:
         """All candidates but the best one for a budget, with the reasons.
 
         Args:
             budget: one of the budgets of the search.
+            best: row that was chosen; by default that of the search.
         """
-        best = self.best[budget]
-        return [self._reason(row, best, budget) for row in self.rows if row.route != best.route]
+        chosen = self.best[budget] if best is None else best
+        return [self._reason(row, chosen, budget) for row in self.rows if row.route != chosen.route]
 
-    def _reason(self, row: ProfiledRoute, best: ProfiledRoute, budget: Budget) -> Rejected:
+    def _reason(self, row: ProfiledRoute, best: AnyProfiled, budget: Budget) -> Rejected:
         over = [
             f"{c}={row.costs[c]:g} is over {limit:g}" for c, limit in budget.limits.items() if row.costs[c] > limit
         ]

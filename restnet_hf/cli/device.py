@@ -56,6 +56,10 @@ def adapt(
     exact: Annotated[
         bool, typer.Option(help="Evaluate routes on all images, even those that cannot win any more.")
     ] = False,
+    cascades: Annotated[
+        bool,
+        typer.Option("--cascades", help="Calibrate cascades too; a limit such as mean_latency_ms=10 then takes one."),
+    ] = False,
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume a search that was stopped.")] = False,
     overwrite: Overwrite = False,
@@ -72,7 +76,9 @@ def adapt(
     rows = device_images(model, data, split, images)
     warn_of_few(len(rows), "the score of a route")
     chosen = None if predictor == "none" else predictor
-    result = adapt_to(model, rows, limits, out, search=search, predictor=chosen, exact=exact, resume=resume)
+    result = adapt_to(
+        model, rows, limits, out, search=search, predictor=chosen, exact=exact, cascades=cascades, resume=resume
+    )
     show_adapted(result, limits)
     say(str(written))
 

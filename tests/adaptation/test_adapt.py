@@ -8,7 +8,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from restnet_hf import Anchor, Budget, BudgetError, StitchedModelForImageClassification
+from restnet_hf import Anchor, Budget, BudgetError, Cascade, Route, StitchedModelForImageClassification
 from restnet_hf.adaptation import scorer
 from restnet_hf.adaptation.adapt import adapt, adapt_to
 from restnet_hf.adaptation.scorer import Scorer
@@ -341,3 +341,37 @@ def test_a_candidate_without_a_stitch(model, clothes):
     )
     with pytest.raises(ValueError, match="has no stitch yet"):
         adapt(model, clothes(model, "test", 8), Budget(macs=1), candidates=[model.routes[0], route])
+
+
+def test_a_cascade_within_a_mean(model, clothes):
+    """With cascades the best within a mean may be one; of its routes each may cost more than the mean."""
+    rows = clothes(model, "test", 300)
+    budget = {"mean_macs": 14e6}
+    alone = adapt(model, rows, budget)
+    assert isinstance(alone.best.route, Route) and alone.best.costs["macs"] <= 14e6 and not model.profiled.cascades
+    found = adapt(model, rows, budget, cascades=True)
+    assert found.best.route == model.active_cascade == model.profiled.best(budget).route
+    assert isinstance(found.best.route, Cascade) and found.best.costs["mean_macs"] <= 14e6 < found.best.costs["macs"]
+    assert found.best.scores["accuracy"] > alone.best.scores["accuracy"]
+    expected = model.profile(rows, cascades=True).cascades
+    assert [row.route for row in expected if row.route == found.best.route]
+    assert {each.route for each in found.rejected} == {*model.all_routes}
+    capped = adapt(model, rows, {"mean_macs": 14e6, "macs": 14e6}, cascades=True)
+    assert capped.best.costs["macs"] <= 14e6
+
+
+def test_latency_of_cascades(model, clothes):
+    """All routes of the cascade run from end to end, and correct what it takes."""
+    rows = clothes(model, "test", 120)
+    images = torch.stack([rows[index]["pixel_values"] for index in range(len(rows))])
+    table = model.measure_latency(seconds=1.0)
+    found = adapt(model, images, {"mean_latency_ms": 1e4}, latency=table, cascades=True)
+    assert found.score == "agreement" and model.profiled.cascades
+    assert found.checks.keys() >= {*getattr(found.best.route, "routes", [found.best.route])}
+    for row in model.profiled.cascades:
+        assert row.costs["mean_latency_ms"] <= row.costs["latency_p99_ms"] <= row.costs["latency_ms"]
+
+
+def test_too_few_images_for_cascades(model, clothes):
+    with pytest.raises(ValueError, match="99 images are too few to calibrate cascades on; give at least 100"):
+        adapt(model, clothes(model, "test", 99), {"mean_macs": 14e6}, cascades=True)

@@ -39,7 +39,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("args", "checkpoints", "feature_cache", "frozen", "heads", "learner", "loaders", "loop", "losses"),
         *("outside", "pace", "restoring", "samplers", "teachers", "tracking", "validation"),
     ],
-    "adaptation": ["adapt", "neighbours", "scorer", "search", "surrogate"],
+    "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
         *("device_files", "executorch", "export", "exporter", "folding", "onnx", "openvino", "programs"),
         *("sensitivity", "torch_program"),
