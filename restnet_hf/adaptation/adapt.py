@@ -130,7 +130,7 @@ def _measured_rows(
         return [*exact]
     ratio = 1.0 if latency is None else _latency_ratio(latency.checks.values())
     found = calibrate(scorer, rows, budget, latency)
-    return [*exact, *(replace(row, costs=_scale_measured(row.costs, ratio)) for row in found)]
+    return [*exact, *(_scale_row(row, ratio) for row in found)]
 
 
 def _make_best(
@@ -344,5 +344,16 @@ def _correct_row(row: AnyProfiled, checks: Mapping[Route, LatencyCheck], latency
     if own and isinstance(row, ProfiledRoute):
         joules = {} if own[0].joules is None else {"energy_j": own[0].joules / latency.batch_size}
         return replace(row, costs={**row.costs, "latency_ms": own[0].measured.ms / latency.batch_size, **joules})
-    ratio = _latency_ratio(own or checks.values()) / _latency_ratio(latency.checks.values())
-    return replace(row, costs=_scale_measured(row.costs, ratio))
+    return _scale_row(row, _latency_ratio(own or checks.values()) / _latency_ratio(latency.checks.values()))
+
+
+def _scale_row(row: AnyProfiled, ratio: float) -> AnyProfiled:
+    """A row with latency and energy multiplied by a ratio, those of a cascade's stages too."""
+    costs = _scale_measured(row.costs, ratio)
+    if isinstance(row, ProfiledRoute):
+        return replace(row, costs=costs)
+    stages = {
+        cost: tuple(ratio * value for value in values) if cost in MEASURED else values
+        for cost, values in row.stage_costs.items()
+    }
+    return replace(row, costs=costs, stage_costs=stages)

@@ -91,6 +91,7 @@ def export(
         list[str] | None,
         typer.Option(help="Route to export; may be given several times, and the routes then share their weights."),
     ] = None,
+    cascade: Annotated[list[str] | None, typer.Option(help="Cascade to export; may be given several times.")] = None,
     budget: BudgetTexts = None,
     pareto: Annotated[
         bool,
@@ -120,22 +121,22 @@ def export(
     threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export the active route or others for a runtime, verified against the adapter, with a script that runs them."""
-    limits = _one_choice(route, budget, pareto)
+    """Export what is active or others for a runtime, verified against the adapter, with a script that runs them."""
+    limits = _one_choice([*(route or ()), *(cascade or ())], budget, pareto)
     check_output(out, overwrite)
 
     from restnet_hf.adaptation.adapt import device_images
     from restnet_hf.export.export import export_routes, pareto_routes
-    from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_files import PROFILE
 
     model = load_here(adapter, threads)
-    if limits is not None and not isinstance(model.set_budget(limits), Route):
-        raise typer.BadParameter(f"--budget {budget} chooses a cascade, and routes are exported: limit no mean")
+    if limits is not None:
+        model.set_budget(limits)
     rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
         min_agreement=min_agreement, calibration_images=calibration_images, batch_size=batch_size, threads=threads,
+        cascades=cascade or (),
     )  # fmt: skip
     if Path(adapter).is_dir() and model.profiled is not None:
         model.profiled.save(Path(adapter) / PROFILE)
@@ -147,7 +148,7 @@ def export(
 def _one_choice(route: list[str] | None, budget: list[str] | None, pareto: bool) -> "Budget | None":
     """The budget of a command that takes a route, a budget or the front; raises BadParameter for several of them."""
     if bool(route) + bool(budget) + pareto > 1:
-        raise typer.BadParameter("give --route, --budget or --pareto, not several of them")
+        raise typer.BadParameter("give --route and --cascade, --budget or --pareto, not several of them")
     return parse_budget(budget) if budget else None
 
 

@@ -155,7 +155,8 @@ def show_found(adapters: "Sequence[FoundAdapter]") -> None:
     """Print adapters of the Hub with their best routes."""
     rows = []
     for adapter in adapters:
-        costs = (number(adapter.best.costs.get(name), 1, 1e-6) for name in ("macs", "params"))
+        macs = adapter.best.costs.get("mean_macs", adapter.best.costs.get("macs"))  # of a cascade the mean
+        costs = (number(value, 1, 1e-6) for value in (macs, adapter.best.costs.get("params")))
         accuracy = number(adapter.best.scores.get("accuracy"), 1, 100)
         rows.append([adapter.repo_id, str(adapter.best.route), *costs, accuracy])
     columns = ("adapter", "route", "MACs, M", "params, M", "accuracy, %")
@@ -221,10 +222,11 @@ def show_exported(exported: "ExportedModel") -> None:
     """Print the latency and the scores of exported routes."""
     metadata = exported.profiled.metadata
     rows = []
-    for row in exported.profiled.routes:
+    for row in exported.profiled.rows:
         scores = (number(row.scores.get(score), 1, 100) for score in ("agreement", "accuracy"))
         kept = len(metadata["kept_in_full_precision"].get(str(row.route), ()))
-        rows.append([str(row.route), number(row.costs["latency_ms"], 2), *scores, f"{kept} layers" if kept else ""])
+        ms = row.costs.get("mean_latency_ms", row.costs["latency_ms"])  # of a cascade the mean
+        rows.append([str(row.route), number(ms, 2), *scores, f"{kept} layers" if kept else ""])
     title = f"{exported.runtime}, {exported.precision}: {metadata['device']}, {metadata['threads']} threads"
     show_table(title, ("route", "latency, ms", "agreement, %", "accuracy, %", "in full precision"), rows)
 

@@ -23,14 +23,15 @@ def predict(
     adapter: Annotated[str, typer.Argument(help="Adapter, Hub id or local folder, or a folder of exported routes.")],
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Pictures to classify.")],
     route: Annotated[str | None, typer.Option(help="Route to run; by default the active one.")] = None,
+    cascade: Annotated[str | None, typer.Option(help="Cascade with thresholds to run in place of a route.")] = None,
     budget: BudgetTexts = None,
     top_k: Annotated[int, typer.Option(help="Number of classes for each picture.", min=1)] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a line for each picture.")] = False,
     threads: Threads = None,
 ) -> None:
     """Classify pictures, by one route or the best one within a budget. A folder of exported routes needs no torch."""
-    if route and budget:
-        raise typer.BadParameter("give --route or --budget, not both")
+    if sum(map(bool, (route, cascade, budget))) > 1:
+        raise typer.BadParameter("give --route, --cascade or --budget, not several of them")
     if missing := [str(path) for path in pictures if not path.is_file()]:
         raise typer.BadParameter(f"no such picture: {', '.join(missing)}")
     limits = parse_budget(budget).limits if budget else None
@@ -44,7 +45,8 @@ def predict(
         model = ExportedModel(adapter, threads)
     else:
         model = load_here(adapter, threads)
-    answers = model.predict([str(path) for path in pictures], route=route, budget=limits, top_k=top_k)
+    paths = [str(path) for path in pictures]
+    answers = model.predict(paths, route=route, cascade=cascade, budget=limits, top_k=top_k)
     if as_json:
         rows = [{"picture": str(path), "classes": each} for path, each in zip(pictures, answers, strict=True)]
         typer.echo(json.dumps(rows, indent=2))

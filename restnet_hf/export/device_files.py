@@ -1,6 +1,6 @@
 """Plain files of an exported folder: how images are prepared, and a script that runs a route."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,12 +66,12 @@ def _check_same(processor: Any, how: Mapping[str, Any]) -> None:
             )
 
 
-def run_script(runtime: str, entry: Mapping[str, str], how: Mapping[str, Any], batch_size: int | None) -> str:
-    """A script that classifies a picture with one route, and needs numpy, Pillow and the runtime alone.
+def run_script(runtime: str, run: Sequence[str], how: Mapping[str, Any], batch_size: int | None) -> str:
+    """A script that classifies a picture with a route or cascade, and needs numpy, Pillow and the runtime alone.
 
     Args:
         runtime: a key of `RUNTIMES`.
-        entry: entry of the route, which names its files.
+        run: lines that run the route or cascade, from ``x`` (1, 3, H, W) to ``logits`` (classes,).
         how: settings that `plain_preprocessing` returned.
         batch_size: number of images that the file takes; None for any number.
     """
@@ -100,7 +100,7 @@ def run_script(runtime: str, entry: Mapping[str, str], how: Mapping[str, Any], b
     lines += [
         'pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])',
         f"x = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]){many}",
-        f"logits = {RUNTIMES[runtime].script_logits.format(**entry)}",
+        *run,
         "print(labels[logits.argmax()])",
     ]
     return "\n".join(lines) + "\n"

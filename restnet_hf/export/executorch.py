@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExportError, file_names
+from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
-from restnet_hf.routes.route import Route
 
 
 class ExecuTorchExporter(Exporter):
@@ -43,7 +43,7 @@ class ExecuTorchExporter(Exporter):
         quantized = convert_pt2e(observed)
         return replace(model, exported=torch.export.export(quantized, (model.example,), strict=False))
 
-    def save(self, models: Mapping[Route, Program], folder: Path) -> dict[Route, dict[str, str]]:
+    def save(self, models: Mapping[RouteOrPart, Program], folder: Path) -> dict[RouteOrPart, dict[str, str]]:
         """Write one program with a method for each route."""
         from executorch.exir import to_edge_transform_and_lower
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,21 @@ from restnet_hf.export.exporter import (
     UnsupportedExportError,
     load_exporter,
 )
+from restnet_hf.export.parts import Part, RouteOrPart, cascade_routes, plan_parts
 from restnet_hf.export.programs import Program, numpy_batches, trace_route
 from restnet_hf.export.sensitivity import most_sensitive
 from restnet_hf.files import atomic_folder
 from restnet_hf.hashing import package_versions
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.profiling.cascades import StageCosts
 from restnet_hf.profiling.device import processor_name
 from restnet_hf.profiling.macs import MacsTable, ParamsTable
 from restnet_hf.profiling.timing import time_runs
 from restnet_hf.progress import progress_bar
-from restnet_hf.routes.profile import Profile, ProfiledRoute
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Routes, each_route
+from restnet_hf.runtime.exported_cascades import IMAGES, run_stages, script_lines
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
 from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
 from restnet_hf.runtime.runners import RUNTIMES, Run
@@ -57,15 +61,17 @@ class _Reference:
 
     Args:
         images: function that returns an iterator over batches of the images, (N, 3, H, W) in float32.
-        logits: logits of each route, (images, classes).
+        logits: logits of each route and cascade, (images, classes).
         labels: labels of the images, (images,); None where there are none.
+        answered_by: for each cascade, the number of the route that answered each image, (images,).
     """
 
     images: Callable[[], Iterator[np.ndarray]]
-    logits: Mapping[Route, np.ndarray]
+    logits: Mapping[Route | Cascade, np.ndarray]
     labels: np.ndarray | None
+    answered_by: Mapping[Cascade, np.ndarray]
 
-    def compare(self, route: Route, run: Run) -> tuple[dict[str, float], float]:
+    def compare(self, route: Route | Cascade, run: Run) -> tuple[dict[str, float], float]:
         """Scores and error of an exported route.
 
         Returns:
@@ -83,9 +89,9 @@ class _Reference:
 
 @torch.no_grad()
 def _compute_reference(
-    model: StitchedModelForImageClassification, routes: list[Route], source: Any, skip: int
+    model: StitchedModelForImageClassification, routes: list[Route], cascades: list[Cascade], source: Any, skip: int
 ) -> _Reference:
-    """Run the routes on all images of a source but the first ``skip``, which calibrate."""
+    """Run routes and cascades on all images of a source but the first ``skip``, which calibrate."""
 
     def remaining() -> Iterator[dict[str, torch.Tensor]]:
         seen = 0
@@ -96,12 +102,18 @@ def _compute_reference(
                 yield {key: value[first:] for key, value in batch.items()}
 
     walks = split_at_shared_cuts([(route, model.steps(route)) for route in routes])
-    logits: dict[Route, list[np.ndarray]] = {route: [] for route in routes}
+    every: list[Route | Cascade] = [*routes, *cascades]
+    logits: dict[Route | Cascade, list[np.ndarray]] = {each: [] for each in every}
+    answered: dict[Cascade, list[np.ndarray]] = {cascade: [] for cascade in cascades}
     labels: list[np.ndarray] = []
     for batch in remaining():
         x = batch["pixel_values"].to(model.device, model.dtype)
         for route, output in walk_tree(x, walks):
             logits[route].append(output.float().cpu().numpy())
+        for cascade in cascades:
+            output, numbers = model.run_cascade(x, cascade)
+            logits[cascade].append(output.float().cpu().numpy())
+            answered[cascade].append(numbers.cpu().numpy())
         labels += [batch["labels"].numpy()] if "labels" in batch else []
     if not logits[routes[0]]:
         raise ValueError(
@@ -110,9 +122,14 @@ def _compute_reference(
         )
     return _Reference(
         lambda: (batch["pixel_values"].float().numpy() for batch in remaining()),
-        {route: np.concatenate(outputs) for route, outputs in logits.items()},
+        _joined(logits),
         np.concatenate(labels) if labels else None,
+        _joined(answered),
     )
+
+
+def _joined(parts: Mapping[Any, list[np.ndarray]]) -> dict[Any, np.ndarray]:
+    return {key: np.concatenate(arrays) for key, arrays in parts.items()}
 
 
 def export_routes(
@@ -127,25 +144,24 @@ def export_routes(
     calibration_images: int = 128,
     batch_size: int | None = None,
     threads: int | None = None,
+    cascades: Cascade | str | Sequence[Cascade | str] = (),
     on_error: str = "raise",
 ) -> ExportedModel:
-    """Export routes for a runtime: bake, convert, quantise, verify and measure them.
+    """Export routes and cascades for a runtime: bake, convert, quantise, verify and measure them.
 
     The folder holds the model, with every weight once where the runtime allows it, ``labels.json``,
-    ``preprocessing.json``, ``profile.json`` and ``run.py``, a script that needs numpy, Pillow and the runtime alone.
-    The script runs, and `ExportedModel` begins with, the model's active route if it is among the routes, else the
-    first.
+    ``preprocessing.json``, ``profile.json`` and ``run.py``, which needs numpy, Pillow and the runtime alone. It and
+    `ExportedModel` begin with the active route if it is exported, else the first; where there are cascades, with one
+    of these. What routes of a cascade share is a file of its own and runs once, but for quantised ones.
     The folder appears once all routes are verified. Where the agreement of a quantised route with the route in float32
     is too low, the runtime's more careful algorithm is tried if it has one; then the stitch is kept in full precision,
     then the head too, then one, two, four and more of the layers that are most sensitive to eight bits, or of the last
-    layers.
-
-    The measured latencies are also added to the model's own profile, for its card.
+    layers. The measured latencies are also added to the model's own profile, for its card.
 
     Args:
         model: model of the routes.
         out: folder for the exported files.
-        routes: one route or several to export; by default the active one.
+        routes: one route or several to export; by default the active one, or that of the active cascade.
         runtime: a key of `RUNTIMES`.
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low
@@ -154,6 +170,7 @@ def export_routes(
         calibration_images: number of images that calibrate low precision.
         batch_size: number of images in a run; None for any number where the runtime allows it, else 1.
         threads: number of threads of the processor for latencies; None for the runtime's own default.
+        cascades: one cascade or several, with thresholds; by default the active one, where no routes are given.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Returns:
@@ -168,20 +185,31 @@ def export_routes(
     exporter = _checked_exporter(runtime, precision, data)
     if not 0 <= min_agreement <= 1 or calibration_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{min_agreement=} must be from 0 to 1, {calibration_images=} and {batch_size=} at least 1")
-    chosen = _chosen(model, routes)
+    chosen, chains = _chosen(model, routes, cascades)
     data = None if data is None else model.prepare_data(data, on_error=on_error)
-    job = _Job(model, chosen, exporter, precision, data, calibration_images, min_agreement, batch_size, threads)
+    options = data, calibration_images, min_agreement, batch_size, threads
     with atomic_folder(out, PROFILE) as folder:
-        profile = job.write(folder)
+        profile = _Job(model, chosen, chains, exporter, precision, *options).write(folder)
     model.record_runtime(profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
 
 
-def _chosen(model: StitchedModelForImageClassification, routes: Routes | None) -> list[Route]:
-    chosen = list(dict.fromkeys(map(model.route, each_route(model.only_route() if routes is None else routes))))
+def _chosen(
+    model: StitchedModelForImageClassification,
+    routes: Routes | None,
+    cascades: Cascade | str | Sequence[Cascade | str],
+) -> tuple[list[Route], list[Cascade]]:
+    """The routes and cascades to export; those that are active where none are given."""
+    given = [cascades] if isinstance(cascades, Cascade | str) else [*cascades]
+    if routes is None and not given:
+        given = [] if model.active_cascade is None else [model.active_cascade]
+        routes = None if given else model.active_route
+    chains = list(dict.fromkeys(map(model.runnable_cascade, given)))
+    alone = [] if routes is None else [model.route(route) for route in each_route(routes)]
+    chosen = list(dict.fromkeys([*alone, *cascade_routes(chains)]))
     if not chosen:
         raise ValueError("there are no routes to export")
-    return chosen
+    return chosen, chains
 
 
 def _checked_exporter(runtime: str, precision: str, data: Any) -> Exporter:
@@ -212,6 +240,7 @@ class _Job:
         self,
         model: StitchedModelForImageClassification,
         routes: list[Route],
+        cascades: list[Cascade],
         exporter: Exporter,
         precision: str,
         data: Any,
@@ -230,11 +259,15 @@ class _Job:
             data = torch.randn(NOISE_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
         quantized = precision.startswith(QUANTIZED)
         self.calibration = _first_images(data, calibration_images) if quantized else None
-        self.reference = _compute_reference(model, routes, data, calibration_images if quantized else 0)
-        self.active = model.active_route if model.active_route in routes else routes[0]
+        self.reference = _compute_reference(model, routes, cascades, data, calibration_images if quantized else 0)
+        self.parts, self.stages = plan_parts(model, cascades, shared=not quantized)
+        exported: Sequence[Route | Cascade] = cascades or routes
+        active = model.active_cascade if cascades else model.active_route
+        self.active: Route | Cascade = exported[0] if active is None or active not in exported else active
         names = model.config.id2label
         self.labels = [names[index] for index in range(len(names))]
         self.folded = 0
+        self.same_route = dict[str, float]()  # share of images that the route of each cascade answers as in PyTorch
 
     def write(self, folder: Path) -> Profile:
         """Fill a folder.
@@ -248,15 +281,25 @@ class _Job:
         entries, kept = self._write_models(folder)
         for name, content in ((LABELS, self.labels), (PREPROCESSING, self.preprocessing)):
             (folder / name).write_text(json.dumps(content) + "\n")
-        script = run_script(self.exporter.runtime, entries[self.active], self.preprocessing, self.batch_size)
-        (folder / EXAMPLE).write_text(script)
+        (folder / EXAMPLE).write_text(self._script(entries))
         profile = self._profile(folder, entries, kept)
         profile.save(folder / PROFILE)
         return profile
 
-    def _write_models(self, folder: Path) -> tuple[Mapping[Route, Mapping[str, str]], dict[str, list[str]]]:
-        """Write the routes; returns the entry of each, and its layers that are kept in full precision."""
-        dtype, models, kept = self.exporter.dtypes.get(self.precision), {}, {}
+    def _script(self, entries: Mapping[RouteOrPart, Mapping[str, str]]) -> str:
+        """The script that runs what is active."""
+        runtime, expression = self.exporter.runtime, RUNTIMES[self.exporter.runtime].script_logits
+        if isinstance(self.active, Route):
+            lines = [f"logits = {expression.format(**entries[self.active])}"]
+        else:
+            named = {str(key): expression.format(**entry) for key, entry in entries.items()}
+            lines = script_lines(self.stages[self.active], self.active, named)
+        return run_script(runtime, lines, self.preprocessing, self.batch_size)
+
+    def _write_models(self, folder: Path) -> tuple[Mapping[RouteOrPart, Mapping[str, str]], dict[str, list[str]]]:
+        """Write routes and parts; returns the entry of each, and its layers that are kept in full precision."""
+        dtype, kept = self.exporter.dtypes.get(self.precision), dict[str, list[str]]()
+        models = dict[RouteOrPart, Any]()
         for route in self.routes:
             program = trace_route(route, self.model.steps(route), self.batch_size, dtype)
             program = replace(program, metadata=self._describe(route))
@@ -271,9 +314,13 @@ class _Job:
                         for file in place.iterdir():
                             shutil.move(file, folder)
                         return {route: entry}, kept
+        for part, steps in self.parts.items():
+            program = replace(trace_route(part, steps, self.batch_size, dtype), metadata=self._describe(part))
+            self.folded += program.folded
+            models[part] = self.exporter.convert(program, self.precision)
         return self.exporter.save(models, folder), kept
 
-    def _describe(self, route: Route) -> dict[str, str]:
+    def _describe(self, route: RouteOrPart) -> dict[str, str]:
         """The metadata of a route's file, in formats that have metadata: the route, and other values as JSON."""
         values = {"labels": self.labels, **{key: self.preprocessing[key] for key in ("mean", "std")}}
         return {"route": str(route), **{key: json.dumps(value) for key, value in values.items()}}
@@ -282,7 +329,7 @@ class _Job:
         self, converted: Any, program: Program, folder: Path
     ) -> tuple[Any, Path, Mapping[str, str], list[str]]:
         """Quantise a route; returns the model, its folder and entry, and the layers kept in full precision."""
-        best, images, route = 0.0, cast(torch.Tensor, self.calibration), program.route
+        best, images, route = 0.0, cast(torch.Tensor, self.calibration), cast(Route, program.route)
         for how in progress_bar(self._attempts(program, images), f"{self.precision} {route}"):
             model = self.exporter.quantize(converted, numpy_batches(images), how)
             place = Path(tempfile.mkdtemp(dir=folder))  # files of an earlier attempt may still be mapped
@@ -330,21 +377,24 @@ class _Job:
         return run if self.batch_size is None else partial(run_in_batches, run, batch_size=self.batch_size)
 
     def _profile(
-        self, folder: Path, entries: Mapping[Route, Mapping[str, str]], kept: Mapping[str, list[str]]
+        self, folder: Path, entries: Mapping[RouteOrPart, Mapping[str, str]], kept: Mapping[str, list[str]]
     ) -> Profile:
-        """Verify and measure the routes of a folder."""
-        runs = {route: self._load(folder, entry) for route, entry in entries.items()}
-        results = {route: self._verify(route, run) for route, run in runs.items()}
+        """Verify and measure the routes and cascades of a folder."""
+        runs = {str(key): self._load(folder, entry) for key, entry in entries.items()}
+        results = {route: self._verify(route, runs[str(route)]) for route in self.routes}
         image = next(self.reference.images())[:1].repeat(self.batch_size or 1, 0)
-        timings = time_runs({str(route): partial(run, image) for route, run in runs.items()})
+        inputs = self._inputs(runs, image)
+        timings = time_runs({name: partial(run, inputs[name]) for name, run in runs.items()})
+        latencies = {name: timings[name].ms / len(image) for name in runs}
+        cascades = [self._cascade_row(each, runs, latencies) for each in self.stages]
         macs, params = MacsTable(), ParamsTable()
         rows = []
-        for route in entries:
+        for route in self.routes:
             steps = self.model.steps(route)
             costs = {
                 "macs": macs.macs(steps),
                 "params": params.params(steps),
-                "latency_ms": timings[str(route)].ms / len(image),
+                "latency_ms": latencies[str(route)],
             }
             rows.append(ProfiledRoute(route, costs, results[route][0] if self.real_images else {}))
         packages = ("restnet-hf", *(package.partition(".")[0] for package in self.exporter.packages))
@@ -354,17 +404,71 @@ class _Job:
             "threads": self.threads or torch.get_num_threads(),
             "device": processor_name(),
             "batch_size": self.batch_size,
-            "images": len(self.reference.logits[next(iter(entries))]) if self.real_images else 0,
+            "images": len(self.reference.logits[self.routes[0]]) if self.real_images else 0,
             "kept_in_full_precision": dict(kept),
             "logit_error": {str(route): error for route, (_, error) in results.items()},
             "folded_stitches": self.folded,
-            "files": {str(route): dict(entry) for route, entry in entries.items()},
+            "files": {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Route)},
             "active": str(self.active),
             "size_mb": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
             "date": datetime.date.today().isoformat(),
             "versions": package_versions(dict.fromkeys(packages)),
         }
-        return Profile(tuple(rows), metadata)
+        if self.stages:
+            metadata["parts"] = {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Part)}
+            metadata["stages"] = {str(c): [stage.to_dict() for stage in each] for c, each in self.stages.items()}
+            metadata["same_route"] = dict(self.same_route)
+        return Profile(tuple(rows), metadata, tuple(cascades))
+
+    def _inputs(self, runs: Mapping[str, Run], image: np.ndarray) -> dict[str, np.ndarray]:
+        """What each route and part is measured on."""
+        inputs = dict.fromkeys(map(str, self.routes), image)
+        for stages in self.stages.values():
+            outputs = {IMAGES: image}
+            for stage in stages:
+                x = outputs[stage.start]
+                for part in stage.parts:
+                    inputs[part] = x
+                    x = outputs[part] = runs[part](x)
+        return inputs
+
+    def _cascade_row(
+        self, cascade: Cascade, runs: Mapping[str, Run], latencies: Mapping[str, float]
+    ) -> ProfiledCascade:
+        """Verify a cascade, and what it costs in this runtime."""
+        scores, shares = self._verify_cascade(cascade, runs)
+        calibrated = () if self.model.profiled is None else self.model.profiled.cascades
+        shares = next((row.shares for row in calibrated if row.route == cascade and row.shares), shares)
+        walks = [(route, self.model.steps(route)) for route in cascade.routes]
+        stages = {
+            "macs": tuple(StageCosts.of(walks, MacsTable().macs).added_costs(range(len(walks)))),
+            "latency_ms": tuple(sum(latencies[part] for part in stage.parts) for stage in self.stages[cascade]),
+        }
+        costs: dict[str, float] = {"params": ParamsTable().params([step for _, steps in walks for step in steps])}
+        for cost, values in stages.items():
+            costs[cost] = sum(values)
+            costs[f"mean_{cost}"] = sum(share * value for share, value in zip(shares, values, strict=True))
+        return ProfiledCascade(cascade, costs, scores if self.real_images else {}, shares, None, stages)
+
+    def _verify_cascade(self, cascade: Cascade, runs: Mapping[str, Run]) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Scores of an exported cascade and the shares of images that reach its routes; or DisagreementError."""
+        answered: list[np.ndarray] = []
+
+        def run(images: np.ndarray) -> np.ndarray:
+            logits, numbers = run_stages(lambda part, x: runs[part](x), images, self.stages[cascade], cascade)
+            answered.append(numbers)
+            return logits
+
+        scores, _ = self.reference.compare(cascade, run)
+        if scores["agreement"] < self.min_agreement:
+            raise DisagreementError(
+                f"'{cascade}' for {self.exporter.runtime} in {self.precision} agrees with the cascade on "
+                f"{scores['agreement']:.1%} of the images; {self.min_agreement:.1%} are asked for (min_agreement), so "
+                "nothing was written"
+            )
+        numbers = np.concatenate(answered)
+        self.same_route[str(cascade)] = float((numbers == self.reference.answered_by[cascade]).mean())
+        return scores, tuple(float((numbers >= at).mean()) for at in range(len(cascade.routes)))
 
     def _verify(self, route: Route, run: Run) -> tuple[dict[str, float], float]:
         """Scores and error of an exported route; DisagreementError where they are out of bounds."""

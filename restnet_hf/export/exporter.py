@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 import torch
 
+from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
-from restnet_hf.routes.route import Route
 from restnet_hf.runtime.runners import RUNTIMES, import_for_runtime
 
 
@@ -96,7 +96,7 @@ class Exporter(ABC):
         raise UnsupportedExportError(f"runtime '{self.runtime}' does not quantise")
 
     @abstractmethod
-    def save(self, models: Mapping[Route, Any], folder: Path) -> dict[Route, dict[str, str]]:
+    def save(self, models: Mapping[RouteOrPart, Any], folder: Path) -> dict[RouteOrPart, dict[str, str]]:
         """Write models, with each weight once where the runtime allows it.
 
         Args:
@@ -130,12 +130,12 @@ def load_exporter(runtime: str) -> Exporter:
     return exporter
 
 
-def file_names(routes: Iterable[Route]) -> dict[Route, str]:
+def file_names(routes: Iterable[RouteOrPart]) -> dict[RouteOrPart, str]:
     """A file name for each route, of letters, digits and ``_``; ``model`` for a single route."""
     routes = list(routes)
     if len(routes) == 1:
         return {routes[0]: "model"}
-    names: dict[Route, str] = {}
+    names: dict[RouteOrPart, str] = {}
     for route in routes:
         name = re.sub(r"\W+", "_", str(route), flags=re.ASCII).strip("_")
         names[route] = name if name not in names.values() else f"{name}_{len(names)}"

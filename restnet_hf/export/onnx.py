@@ -23,8 +23,8 @@ from restnet_hf.export.exporter import (
     UnsupportedExportError,
     file_names,
 )
+from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
-from restnet_hf.routes.route import Route
 
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class OnnxExporter(Exporter):
             _describe(proto, model.metadata)  # which the quantiser does not keep
             return replace(model, proto=proto)
 
-    def save(self, models: Mapping[Route, OnnxModel], folder: Path) -> dict[Route, dict[str, str]]:
+    def save(self, models: Mapping[RouteOrPart, OnnxModel], folder: Path) -> dict[RouteOrPart, dict[str, str]]:
         """Write one graph for each route; the weights of several routes are in one file."""
         import onnx
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from restnet_hf.export.exporter import Exporter, Quantization, SharedWeights, file_names
 from restnet_hf.export.onnx import OnnxModel, to_onnx
+from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
-from restnet_hf.routes.route import Route
 from restnet_hf.runtime.runners import openvino_core, without_telemetry
 
 
@@ -59,7 +59,9 @@ class OpenVinoExporter(Exporter):
             )
         return graph, quantized, compute
 
-    def save(self, models: Mapping[Route, tuple[OnnxModel, Any, str]], folder: Path) -> dict[Route, dict[str, str]]:
+    def save(
+        self, models: Mapping[RouteOrPart, tuple[OnnxModel, Any, str]], folder: Path
+    ) -> dict[RouteOrPart, dict[str, str]]:
         """Write one graph for each route, and one file with the weights of all."""
         import openvino
 

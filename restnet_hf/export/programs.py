@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from restnet_hf.export.folding import fold_stitches, merge_stitches, module_of
-from restnet_hf.routes.route import Route
+from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.steps import Step
 from restnet_hf.stitches.layers import Stitch
 
@@ -33,10 +33,10 @@ class ExportedRoute(nn.Module):
 
 @dataclass(frozen=True)
 class Program:
-    """A route as one graph.
+    """A route or a part of one as one graph.
 
     Args:
-        route: the route of a model.
+        route: the route of a model, or the part of an exported cascade.
         module: the baked route, with its stitches folded where that is exact and cheaper.
         exported: graph of the module.
         example: images (N, 3, H, W) that the module was traced with.
@@ -45,7 +45,7 @@ class Program:
         metadata: text that describes the file of the route, by key, for formats that have a place for it.
     """
 
-    route: Route
+    route: RouteOrPart
     module: ExportedRoute
     exported: ExportedProgram
     example: Tensor
@@ -71,13 +71,13 @@ class Program:
 
 
 def trace_route(
-    route: Route, steps: Sequence[Step], batch_size: int | None = None, dtype: torch.dtype | None = None
+    route: RouteOrPart, steps: Sequence[Step], batch_size: int | None = None, dtype: torch.dtype | None = None
 ) -> Program:
-    """Bake a route and trace it.
+    """Bake a route or a part of one and trace it.
 
     Args:
-        route: the route of a model.
-        steps: steps of the route.
+        route: the route of a model, or the part of an exported cascade.
+        steps: steps of the route or part.
         batch_size: number of images in a run; None for any number.
         dtype: type of the weights and images; None for float32, also of a model in half precision.
 
@@ -99,7 +99,7 @@ def trace_route(
     return Program(route, module, exported, example, stitches, folded)
 
 
-def _trace(module: nn.Module, route: Route, example: Tensor, sizes: Any) -> ExportedProgram:
+def _trace(module: nn.Module, route: RouteOrPart, example: Tensor, sizes: Any) -> ExportedProgram:
     try:
         return torch.export.export(module, (example,), dynamic_shapes=sizes, strict=False)
     except Exception as error:  # the errors of tracing have no class in common

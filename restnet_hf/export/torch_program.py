@@ -8,8 +8,8 @@ import torch
 from transformers.utils import logging
 
 from restnet_hf.export.exporter import Exporter, file_names
+from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
-from restnet_hf.routes.route import Route
 from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
 
 
@@ -28,7 +28,7 @@ class TorchExporter(Exporter):
         """The program itself, which is traced in the type of the precision."""
         return program
 
-    def save(self, models: Mapping[Route, Program], folder: Path) -> dict[Route, dict[str, str]]:
+    def save(self, models: Mapping[RouteOrPart, Program], folder: Path) -> dict[RouteOrPart, dict[str, str]]:
         """Write one file for each route; warn where loading it needs trust_remote_code."""
         entries = {}
         for route, name in file_names(models).items():

@@ -77,12 +77,14 @@ def _row(
     assert isinstance(cascade, Cascade)
     costs = {"macs": sum(macs.added_costs(routes)), "mean_macs": found.mean_cost}
     costs |= table.joint_costs([walks[at] for at in routes])
+    stage_costs = {"macs": tuple(macs.added_costs(routes))}
     if times is not None:
         stages = times.added_costs(routes)
+        stage_costs["latency_ms"] = tuple(stages)
         costs["latency_ms"] = sum(stages)
         costs["mean_latency_ms"] = sum(share * stage for share, stage in zip(found.shares, stages, strict=True))
         reached = max(at for at, share in enumerate(found.shares) if share > 1 - PERCENTILE)
         costs["latency_p99_ms"] = sum(stages[: reached + 1])
         if table.latency is not None and table.latency.watts is not None:
             costs["energy_j"] = table.latency.watts * costs["latency_ms"] / 1e3
-    return ProfiledCascade(cascade, costs, {score: found.score}, found.shares, found.standard_error)
+    return ProfiledCascade(cascade, costs, {score: found.score}, found.shares, found.standard_error, stage_costs)

@@ -337,19 +337,30 @@ def _offer_pair(best: Best, observed: Observations, stages: Sequence[float], fir
 
 
 def _offer_triple(best: Best, observed: Observations, stages: Sequence[float], *routes: int) -> None:
-    first, second, third = routes
-    count, sure = len(observed), observed.sure_after(second, first)
-    order = np.argsort(-sure, kind="stable")
-    _, one = _places(np.sort(observed.sure[first])[::-1], FIRST_THRESHOLDS)
-    answered, two = _places(sure[order], SECOND_THRESHOLDS)
-    right = observed.right[:, order].astype(np.int32)
-    left = observed.sure[first][order] < one[:, None]  # (thresholds of the first, images)
-    by_second = np.cumsum(left, 1, dtype=np.int32)
-    gained = np.cumsum(left * (right[second] - right[third]), 1, dtype=np.int32)
-    total = right[first].sum() + (left * (right[third] - right[first])).sum(1, keepdims=True)
-    reached = by_second[:, -1:]
-    cost = stages[0] + (stages[1] * reached + stages[2] * (reached - by_second[:, answered - 1])) / count
-    best.offer(routes, cost, (total + gained[:, answered - 1]) / count, [one[:, None], two])
+    """Offer cascades of three routes: images are counted once by both confidences, and the counts summed."""
+    first, second, _ = routes
+    count, sure, after = len(observed), observed.sure[first], observed.sure_after(second, first)
+    _, one = _places(np.sort(sure)[::-1], FIRST_THRESHOLDS)
+    _, two = _places(np.sort(after)[::-1], SECOND_THRESHOLDS)
+    above = (
+        np.searchsorted(-one, -sure.astype(float)),
+        np.searchsorted(-two, -after.astype(float)),
+    )  # thresholds above
+    shape = len(one) + 1, len(two) + 1
+    cells = np.ravel_multi_index(above, shape)
+    right = observed.right[list(routes)].astype(float)
+
+    def left_and_answered(weights: ndarray | None) -> tuple[ndarray, ndarray]:
+        """Sums over the images that the first leaves, and over those of them that the second answers."""
+        table = np.bincount(cells, weights, math.prod(shape)).reshape(shape)
+        left = table[::-1].cumsum(0)[::-1][1:]
+        return left.sum(1, keepdims=True), left.cumsum(1)[:, :-1]
+
+    reached, by_second = left_and_answered(None)
+    third_for_first, _ = left_and_answered(right[2] - right[0])
+    _, second_for_third = left_and_answered(right[1] - right[2])
+    cost = stages[0] + (stages[1] * reached + stages[2] * (reached - by_second)) / count
+    best.offer(routes, cost, (right[0].sum() + third_for_first + second_for_third) / count, [one[:, None], two])
 
 
 @dataclass(frozen=True)

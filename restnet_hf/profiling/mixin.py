@@ -1,5 +1,6 @@
 """ProfilingMixin: measure the routes of a model, and run them as cascades."""
 
+import datetime
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -129,7 +130,8 @@ class ProfilingMixin:
 
         With ``agreement`` the cheapest cascade is set whose answers are those of the reference on at least that share
         of images like the given ones, with the probability ``certainty`` over draws of such images (Learn then Test,
-        arXiv 2110.01052). It needs no labels, and accuracy is lower by at most the share on which they disagree.
+        arXiv 2110.01052). It needs no labels, and accuracy is lower by at most the share on which they disagree. The
+        adapter's config and card record the promise.
 
         Args:
             cascade: cascade with thresholds to set; or routes to find thresholds for, all of the model's by default.
@@ -220,6 +222,9 @@ class ProfilingMixin:
             logger.warning(f"nothing cheaper agrees with '{target}' on {agreement:.2%} of images: it runs alone")
         else:
             logger.info(f"'{found}' agrees with '{target}' on {measured:.2%} of {len(observed) // 2} images")
+            promise = {"stage": "promise", "cascade": str(found), "reference": str(target), "images": len(observed)}
+            promise |= {"agreement": agreement, "certainty": certainty, "date": datetime.date.today().isoformat()}
+            self.config.training = [*self.config.training, promise]  # entries behind it changed weights since
         return found
 
     def _reference(self, routes: Sequence[Route], ordered: bool) -> Route:

@@ -144,6 +144,8 @@ class ProfiledCascade:
         scores: scores by name, on images that its thresholds were not chosen on.
         shares: share of the images that reach each of its routes.
         standard_error: standard error of the score.
+        stage_costs: what each of its routes adds to the cost of an image that reaches it, by cost: ``macs``, and where
+            measured ``latency_ms``.
     """
 
     route: Cascade
@@ -151,12 +153,16 @@ class ProfiledCascade:
     scores: Mapping[str, float]
     shares: tuple[float, ...] = ()
     standard_error: float | None = None
+    stage_costs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.route.thresholds:
             raise ValueError(f"cascade '{self.route}' has no thresholds, so it has no costs or scores")
         if self.shares and (len(self.shares) != len(self.route.routes) or not all(0 <= x <= 1 for x in self.shares)):
             raise ValueError(f"{self.shares} are no shares of images that reach the routes of '{self.route}'")
+        for cost, values in self.stage_costs.items():
+            if len(values) != len(self.route.routes) or not all(value >= 0 for value in values):
+                raise ValueError(f"{values} are not what the routes of '{self.route}' add to its {cost}")
 
     def __repr__(self) -> str:
         numbers = (f", {name}={value:.4g}" for name, value in (*self.costs.items(), *self.scores.items()))
@@ -412,7 +418,12 @@ class Profile:
         data: dict[str, Any] = {"metadata": dict(self.metadata), "routes": list(map(_row_dict, self.routes))}
         if self.cascades:
             data["cascades"] = [
-                {**_row_dict(row), "shares": list(row.shares), "standard_error": row.standard_error}
+                {
+                    **_row_dict(row),
+                    "shares": list(row.shares),
+                    "standard_error": row.standard_error,
+                    "stage_costs": {cost: list(values) for cost, values in row.stage_costs.items()},
+                }
                 for row in self.cascades
             ]
         return data
@@ -471,12 +482,13 @@ def _row_dict(row: AnyProfiled) -> dict[str, Any]:
 
 def _read_cascade(data: Mapping[str, Any]) -> ProfiledCascade:
     """A row of a cascade from its dict; raises ValueError, KeyError, TypeError or AttributeError if it is none."""
-    shares = tuple(_numbers({str(at): share for at, share in enumerate(data["shares"])}).values())
+    shares = _number_list(data["shares"])
+    stages = {str(cost): _number_list(values) for cost, values in data.get("stage_costs", {}).items()}
     error = data["standard_error"]
     if error is not None:
         _numbers({"standard_error": error})
     cascade = Cascade.parse(data["route"])
-    return ProfiledCascade(cascade, _numbers(data["costs"]), _numbers(data["scores"]), shares, error)
+    return ProfiledCascade(cascade, _numbers(data["costs"]), _numbers(data["scores"]), shares, error, stages)
 
 
 def describe_cheapest(rows: Iterable[Any], budget: Budget) -> str:
@@ -497,6 +509,10 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
         if not abs(value) <= LARGEST:  # true for NaN, and for whole numbers that no float can hold
             raise ValueError(f"{key!r} is not finite, or above {LARGEST:.3g}")
     return dict(values)
+
+
+def _number_list(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(_numbers({str(at): value for at, value in enumerate(values)}).values())
 
 
 def _check_runtime(entry: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Controller: chooses the route to run from measured latency and memory and a changing budget. No torch."""
+"""Controller: chooses the route or cascade to run from what is measured and a changing budget. No torch."""
 
 import math
 from collections import deque
@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 from restnet_hf.errors import BudgetError
 from restnet_hf.limits import is_number
-from restnet_hf.routes.profile import LARGEST, Budget, BudgetLike, Profile, ProfiledRoute
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.profile import LARGEST, MEANS, AnyProfiled, Budget, BudgetLike, Profile, ProfiledCascade
 from restnet_hf.routes.route import Route
+from restnet_hf.runtime.drift import BLOCK, ShareWatch
 
 
 SURE = 4.0  # standard deviations that noise does not reach: once in 16,000 measurements
@@ -33,19 +35,21 @@ SCALES: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {
 
 @dataclass(frozen=True)
 class Decision:
-    """The route to run from now on, and why.
+    """The route or cascade to run from now on, and why.
 
     Args:
-        route: the route to run.
+        route: the route or cascade to run.
         switched: whether the route differs from the one before.
         fits: whether the route is within the budget, as far as measured.
         reason: explanation of the decision for people to read.
+        drifted: whether more or fewer images go on in cascades than where they were calibrated.
     """
 
-    route: Route
+    route: Route | Cascade
     switched: bool
     fits: bool
     reason: str
+    drifted: bool = False
 
 
 class Estimate(NamedTuple):
@@ -128,6 +132,10 @@ class Controller:
     Limits on costs that are not measured, such as MACs, are exact and need no room. Since the best route with room is
     chosen, only routes on the Pareto front of the score and the limited costs ever run.
 
+    Where the budget limits a mean, such as ``mean_macs``, cascades are among the routes. How many images go on is
+    watched (`ShareWatch`): on a harder day mean costs are those of today, and what no longer fits is replaced. While
+    a route runs alone the day is not seen, so after the wait for a step up the calibrated shares are tried again.
+
     Args:
         profile: routes with costs and scores.
         budget: limits at the start, a `Budget` or a dict such as ``{"latency_ms": 20}``.
@@ -162,8 +170,9 @@ class Controller:
         if not profile.routes:
             raise BudgetError("the profile is empty; profile the model again")
         self.score, self.margin, self.dwell_s, self.window = profile.find_score(score), margin, dwell_s, window
-        self._profile, self._rows = profile, list(profile.routes)
+        self._profile, self._rows = profile, list[AnyProfiled](profile.routes)
         self._levels = {cost: self._level(cost) for cost in SCALES if all(cost in r.costs for r in self._rows)}
+        self._watch, self._day_changed, self._answered = ShareWatch(profile), False, 0
         self._now = self._switched_at = -math.inf
         self._wait, self._stepped_up, self._measured = dwell_s, False, 0
         self._limit(Budget.of(budget))
@@ -185,12 +194,18 @@ class Controller:
     def _limit(self, budget: Budget) -> None:
         self._profile.check_costs(budget)
         self.budget, self._limits = budget, budget.limits
-        self._followed = [cost for cost in budget.limits if cost in self._levels]
-        self._rows = sorted(self._rows, key=lambda row: (-self._worth(row), [row.costs[c] for c in budget.limits]))
+        self._followed = list(dict.fromkeys(level for cost in budget.limits if (level := self._level_of(cost))))
+        rows = self._profile.rows_for(budget)
+        self._rows = sorted(rows, key=lambda row: (-self._worth(row), [row.costs[c] for c in budget.limits]))
+
+    def _level_of(self, cost: str) -> str | None:
+        """The measured cost by whose level a cost changes; None for a cost that is what it is."""
+        measured = MEANS.get(cost, cost)
+        return measured if measured in self._levels else None
 
     @property
-    def route(self) -> Route:
-        """The route that should run."""
+    def route(self) -> Route | Cascade:
+        """The route or cascade that should run."""
         return self._row.route
 
     @property
@@ -198,18 +213,27 @@ class Controller:
         """The present latency of routes relative to the profile's; 1 until a latency is measured."""
         return math.exp(self._levels["latency_ms"].now.value) if "latency_ms" in self._levels else 1.0
 
-    def observe(self, now: float, latency_ms: float | None = None, memory_mb: float | None = None) -> Decision:
+    def observe(
+        self,
+        now: float,
+        latency_ms: float | None = None,
+        memory_mb: float | None = None,
+        answered_by: int | Sequence[int] | None = None,
+    ) -> Decision:
         """Add what was measured while `route` ran, and decide which route should run.
 
         A cost that the profile does not have for all routes is ignored, since there is nothing to compare it with.
 
         Args:
             now: seconds of a clock that does not go back, such as `time.monotonic`.
-            latency_ms: milliseconds for one image.
+            latency_ms: milliseconds for one image; of a batch that a cascade ran, their mean.
             memory_mb: megabytes, measured in the same way as the budget's limit.
+            answered_by: where a cascade ran, the number in it of the route that answered the image, or each image of a
+                batch, as in ``CascadeOutput.answered_by``.
 
         Raises:
-            ValueError: the clock went back, or a measurement is not from ``LEAST`` to ``MOST``. Nothing is added then.
+            ValueError: the clock went back, a measurement is not from ``LEAST`` to ``MOST``, or ``answered_by`` is not
+                given for a latency of a cascade, or does not fit it. Nothing is added then.
         """
         costs = {"latency_ms": latency_ms, "memory_mb": memory_mb}
         measured = {cost: value for cost, value in costs.items() if value is not None}
@@ -219,13 +243,42 @@ class Controller:
                     f"measured {cost}={value!r} must be a number from {LEAST:g} to {MOST:g}; leave out failed "
                     "measurements"
                 )
+        answers = self._checked_answers(answered_by, latency_ms is not None)
         self._tick(now)
         for cost, value in measured.items():
-            if cost in self._levels:
+            if cost in self._levels and (profiled := self._profiled_cost(cost, answers)) is not None:
                 scale, _ = SCALES[cost]
-                self._levels[cost].add(scale(value) - scale(self._row.costs[cost]))
+                self._levels[cost].add(scale(value) - scale(profiled))
+        self._answered += len(answers)
+        if isinstance(self._row, ProfiledCascade) and self._watch.add(self._row, answers):
+            self._day_changed = True
         self._measured += bool(measured)
         return self._decide(at_once=False)
+
+    def _checked_answers(self, answered_by: int | Sequence[int] | None, timed: bool) -> Sequence[int]:
+        """Numbers of the routes that answered; raises ValueError where they do not fit what runs."""
+        if not isinstance(self._row, ProfiledCascade):
+            if answered_by is not None:
+                raise ValueError(f"{answered_by=} is of a cascade, and route '{self.route}' should run alone")
+            return ()
+        if answered_by is None:
+            if timed:
+                raise ValueError(f"what '{self.route}' takes depends on the image: give answered_by with latency_ms")
+            return ()
+        answers = [answered_by] if isinstance(answered_by, int) else [int(each) for each in answered_by]
+        if not answers or not all(0 <= each < len(self._row.route.routes) for each in answers):
+            raise ValueError(
+                f"{answered_by=} must be numbers from 0 to {len(self._row.route.routes) - 1} of routes of "
+                f"'{self.route}', at least one"
+            )
+        return answers
+
+    def _profiled_cost(self, cost: str, answers: Sequence[int]) -> float | None:
+        """What the running route costs by the profile, if known; of a cascade, for images that these routes answer."""
+        if cost != "latency_ms" or not isinstance(self._row, ProfiledCascade):
+            return self._row.costs.get(cost)
+        stages = self._watch.stage_costs(self._row, cost)
+        return sum(sum(stages[: each + 1]) for each in answers) / len(answers)
 
     def set_budget(self, now: float, budget: BudgetLike) -> Decision:
         """Follow a new budget at once, and decide which route should run.
@@ -251,11 +304,12 @@ class Controller:
     def _decide(self, at_once: bool) -> Decision:
         before = after = self._row
         now, followed = self._estimates(), self._followed
-        worse = at_once or any(now[cost].above(self._checked[cost]) for cost in followed)
+        self._retry_calibrated()
+        worse = at_once or self._day_changed or any(now[cost].above(self._checked[cost]) for cost in followed)
         if worse and not self._fits(before, UNNOTICED):
             after = self._with_room() or self._cheapest()
-            why = f"'{before.route}' may be over {self.budget}"
-        elif at_once or any(self._worst[cost].above(now[cost]) for cost in followed):
+            why = f"'{before.route}' may be over {self.budget}{self._describe_day()}"
+        elif at_once or self._day_changed or any(self._worst[cost].above(now[cost]) for cost in followed):
             better = self._with_room()
             if better is None or self._worth(better) <= self._worth(before):
                 why = "no better route has room"
@@ -273,13 +327,31 @@ class Controller:
             why = f"no route fits {self.budget}, so the cheapest runs"
         costs = ", ".join(f"{cost}={self._expected(after, cost):.4g}" for cost in self._limits)
         runs = "goes on" if after is before else "runs now"
-        return Decision(after.route, after is not before, fits, f"{why}; '{after.route}' {runs} with {costs}")
+        reason = f"{why}; '{after.route}' {runs} with {costs}"
+        return Decision(after.route, after is not before, fits, reason, bool(self._watch.shift))
 
-    def _switch(self, after: ProfiledRoute, at_once: bool) -> None:
+    def _retry_calibrated(self) -> None:
+        """Expect the calibrated shares again, after a while in which a route alone has shown none."""
+        alone = not isinstance(self._row, ProfiledCascade)
+        if self._watch.shift and alone and self._now >= self._switched_at + self._wait:
+            self._watch.reset()
+            self._day_changed = True
+
+    def _describe_day(self) -> str:
+        """What a message adds where images go on more or less often than calibrated."""
+        if not (self._day_changed and isinstance(self._row, ProfiledCascade)):
+            return ""
+        now, then = self._watch.shares(self._row)[1], self._row.shares[1]
+        return f": {now:.0%} of images go on from its first route, where {then:.0%} did when it was calibrated"
+
+    def _switch(self, after: AnyProfiled, at_once: bool) -> None:
         up = self._worth(after) > self._worth(self._row)
         if not up:
             soon = self._measured <= REMEMBERED * self.window or self._now <= self._switched_at + self._wait
+            soon = soon or (self._day_changed and self._answered <= BLOCK)
             self._wait = 2 * self._wait if self._stepped_up and soon else self.dwell_s
+        self._watch.begin()
+        self._answered, self._day_changed = 0, False
         self._row, self._stepped_up, self._measured, self._switched_at = after, up and not at_once, 0, self._now
         self._checked = self._worst = self._estimates()
 
@@ -293,31 +365,37 @@ class Controller:
             return f"the last switch is too recent by {left:.3g} s"
         return None
 
-    def _worth(self, row: ProfiledRoute) -> float:
+    def _worth(self, row: AnyProfiled) -> float:
         return row.costs.get("macs", 0.0) if self.score is None else row.scores.get(self.score, -math.inf)
 
-    def _with_room(self) -> ProfiledRoute | None:
+    def _with_room(self) -> AnyProfiled | None:
         """The best route with the margin to every limit and room for changes too small to notice; None if none has."""
         for row in self._rows:
             if self._fits(row, UNNOTICED) and all(
-                self._expected(row, cost) * (1 + self.margin) <= self._limits[cost] for cost in self._followed
+                self._expected(row, cost) * (1 + self.margin) <= limit
+                for cost, limit in self._limits.items()
+                if self._level_of(cost) or (self._watch.shift and cost in MEANS and isinstance(row, ProfiledCascade))
             ):
                 return row
         return None
 
-    def _cheapest(self) -> ProfiledRoute:
+    def _cheapest(self) -> AnyProfiled:
         """The route whose expected costs are closest to the budget."""
         return min(self._rows, key=lambda row: self.budget.usage({c: self._expected(row, c) for c in self._limits}))
 
-    def _fits(self, row: ProfiledRoute, errors: float = 0.0) -> bool:
+    def _fits(self, row: AnyProfiled, errors: float = 0.0) -> bool:
         return all(self._expected(row, cost, errors) <= limit for cost, limit in self._limits.items())
 
-    def _expected(self, row: ProfiledRoute, cost: str, errors: float = 0.0) -> float:
+    def _expected(self, row: AnyProfiled, cost: str, errors: float = 0.0) -> float:
         """The present cost of a route if the level is this many times its error higher than estimated."""
-        if cost not in self._levels:
-            return row.costs[cost]
-        (scale, back), now = SCALES[cost], self._levels[cost].now
-        return back(scale(row.costs[cost]) + now.value + errors * now.error)
+        profiled = row.costs[cost]
+        if cost in MEANS and isinstance(row, ProfiledCascade):
+            profiled = self._watch.mean_cost(row, cost)
+        level = self._level_of(cost)
+        if level is None:
+            return profiled
+        (scale, back), now = SCALES[level], self._levels[level].now
+        return back(scale(profiled) + now.value + errors * now.error)
 
 
 def _is_finite(value: float) -> bool:

@@ -105,12 +105,17 @@ def read_profile(folder: Path) -> Profile:
         entries = metadata.get("files")
         if not isinstance(entries, dict) or not entries:
             raise ValueError("it does not name a file for each of its routes; export them again")
-        for name, entry in entries.items():
+        parts, stages = metadata.get("parts", {}), metadata.get("stages", {})
+        if not isinstance(parts, dict) or not isinstance(stages, dict):
+            raise ValueError(f"its parts and stages must be named, not {quote(parts)} and {quote(stages)}")
+        for name, entry in (*entries.items(), *parts.items()):
             _check_entry(folder, name, entry, runtime)
+        if {str(row.route) for row in profile.cascades} != stages.keys() or parts.keys() & entries.keys():
+            raise ValueError("it does not name the stages of each of its cascades; export them again")
         if {row.route for row in profile.routes} != set(map(Route.parse, entries)):
             raise ValueError("it does not name a file for each of its routes; export them again")
         active = metadata.get("active")  # folders of earlier versions have none
-        if active is not None and (not isinstance(active, str) or active not in entries):
+        if active is not None and (not isinstance(active, str) or active not in {*entries, *stages}):
             raise ValueError(f"its active route {quote(active)} is not one of its routes")
     return profile
 

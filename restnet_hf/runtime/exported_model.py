@@ -9,7 +9,7 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -17,8 +17,10 @@ from PIL import Image
 from restnet_hf.errors import quote
 from restnet_hf.files import read_folder
 from restnet_hf.limits import MAX_SIDE
+from restnet_hf.routes.cascade import Cascade, is_cascade
 from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.routes.route import Route
+from restnet_hf.runtime.exported_cascades import ExportedStage, read_stages, run_stages
 from restnet_hf.runtime.exported_files import (
     LABELS,
     MAX_MESSAGE,
@@ -37,7 +39,7 @@ from restnet_hf.runtime.runners import RUNTIMES, Run
 
 
 AT_ONCE = 32  # pictures that `predict` prepares and runs at a time
-USED: ContextVar[Mapping[int, Route]] = ContextVar("restnet_hf_exported_routes")  # of `using`, by id of the model
+USED: ContextVar[Mapping[int, Route | Cascade]] = ContextVar("restnet_hf_exported_routes")  # of `using`, by model's id
 
 
 def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
@@ -74,14 +76,15 @@ def run_in_batches(run: Run, images: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 class ExportedModel:
-    """The routes that `export_routes` or ``restnet-hf export`` wrote, on a device without torch.
+    """The routes and cascades that `export_routes` or ``restnet-hf export`` wrote, on a device without torch.
 
     One route is active and in memory; others are loaded when they are switched to, memory-mapped where the runtime
     does that. ``profiled`` is the profile measured at export, for `Controller` and `set_budget`.
 
     Threads can share the model: each passes ``route=`` in its calls, or runs in a block of `using`. Routes are loaded
     one at a time, and run side by side, but for ExecuTorch's, which run one after the other. ``keep`` should be the
-    number of routes that are in use at the same time, since one that was dropped is loaded again.
+    number of routes that are in use at the same time, since one that was dropped is loaded again. What a cascade runs
+    stays loaded while it is active.
 
     The files are checked before they are used, since the folder may be untrusted: none of it is run as Python, and no
     file outside of it is opened. What a model computes is left to its runtime: it may take long, or much memory, and
@@ -132,17 +135,25 @@ class ExportedModel:
                 f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
                 "it to runtimes, or export the routes again"
             )
-        self._entries: dict[Route, dict[str, str]] = {
+        self._entries: dict[Route | str, dict[str, str]] = {
             Route.parse(name): entry for name, entry in metadata["files"].items()
         }
+        names = {*metadata["files"], *metadata.get("parts", {})}
+        self._stages = {
+            Cascade.parse(text): read_stages(stages, names, Cascade.parse(text))
+            for text, stages in metadata.get("stages", {}).items()
+        }
+        self._entries |= metadata.get("parts", {})
         self._profile_bytes = (folder / PROFILE).read_bytes()
         self._unverified = exported_checksums(self._profile_bytes)
         self.labels = read_labels(folder)
         self.preprocessing = read_preprocessing(folder)
         self._verify(folder, LABELS, PREPROCESSING)
-        self._loaded: OrderedDict[Route, Run] = OrderedDict()
+        self._loaded: OrderedDict[Route | str, Run] = OrderedDict()
         self._lock, self._loading = RLock(), RLock()  # of `_loaded`, and for one load at a time
-        self.active_route = self.set_route(metadata.get("active") or next(iter(self._entries)))
+        self._most_loaded, self.active_cascade = self.keep, cast("Cascade | None", None)
+        active = metadata.get("active") or next(iter(metadata["files"]))
+        self.active_route = self.set_cascade(active).routes[-1] if is_cascade(active) else self.set_route(active)
 
     @classmethod
     def from_pretrained(
@@ -161,7 +172,7 @@ class ExportedModel:
         Args:
             folder: folder that the export wrote.
             route: route to make active.
-            budget: limits such as ``{"latency_ms": 20}``; the best route within them is made active.
+            budget: limits such as ``{"latency_ms": 20}``; the best route or cascade within them is made active.
             threads: number of processor threads; the runtime's own default if None.
             keep: number of routes that stay loaded, the last ones used.
             runtimes: names of the runtimes that may run the folder; all by default.
@@ -193,8 +204,8 @@ class ExportedModel:
         if (folder / PROFILE).read_bytes() != self._profile_bytes:
             raise OSError(f"{self.folder} was exported to again since it was loaded; load it anew")
 
-    def _load(self, route: Route, folder: Path) -> Run:
-        """Load a route in its runtime, and check that it takes images as they are prepared."""
+    def _load(self, route: Route | str, folder: Path) -> Run:
+        """Load a route or part in its runtime, and check that a route takes images as they are prepared."""
         self._check_same(folder)
         entry = self._entries[route]
         others = {other["file"] for other in self._entries.values()} - {entry["file"]}
@@ -202,7 +213,7 @@ class ExportedModel:
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
             run = RUNTIMES[self.runtime].run(folder, entry, self.threads, self._trust_remote_code)
             shape = getattr(run, "input_shape", None)
-            if shape is not None:
+            if shape is not None and isinstance(route, Route):
                 self._check_shape(shape)
         return run
 
@@ -218,16 +229,18 @@ class ExportedModel:
         """Logits of a route for one batch of images."""
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot run {images.shape}"):
             logits = np.asarray(run(images))
-            if logits.shape != (len(images), len(self.labels)) or logits.dtype.kind != "f":
-                raise ValueError(
-                    f"it returns {logits.dtype} of shape {logits.shape}, but {LABELS} has {len(self.labels)} labels"
-                )
+            self._check_logits(logits, len(images))
         return logits
 
     @property
     def routes(self) -> tuple[Route, ...]:
         """The routes of the folder."""
-        return tuple(self._entries)
+        return tuple(route for route in self._entries if isinstance(route, Route))
+
+    @property
+    def cascades(self) -> tuple[Cascade, ...]:
+        """The cascades of the folder, with the thresholds that they were exported with."""
+        return tuple(self._stages)
 
     def route(self, route: Route | str) -> Route:
         """Parse a route, and check that the folder has it.
@@ -241,14 +254,41 @@ class ExportedModel:
             raise ValueError(f"there is no route {quote(str(route))} in {self.folder}; the routes are {names}")
         return route
 
-    def _loaded_run(self, route: Route) -> Run | None:
+    def cascade(self, cascade: Cascade | str) -> Cascade:
+        """Parse a cascade, and check that the folder can run it: other thresholds are allowed.
+
+        Args:
+            cascade: cascade with thresholds, or its string form.
+
+        Raises:
+            ValueError: the cascade does not parse or has no thresholds, or the folder has none of these routes.
+        """
+        cascade = Cascade.parse(cascade) if isinstance(cascade, str) else cascade
+        if cascade not in self._stages and (not cascade.thresholds or self._stages_of(cascade) is None):
+            names = quote(list(map(str, self.cascades)), MAX_MESSAGE)
+            raise ValueError(
+                f"there is no cascade {quote(str(cascade))} in {self.folder}; the cascades are {names}, which may run "
+                "with other thresholds; export_routes(..., cascades=) exports others"
+            )
+        return cascade
+
+    def _stages_of(self, cascade: Cascade) -> tuple[ExportedStage, ...] | None:
+        """The stages of a cascade, whatever its thresholds; None where the folder has none of these routes."""
+        found = (stages for known, stages in self._stages.items() if known.routes == cascade.routes)
+        return self._stages.get(cascade) or next(found, None)
+
+    def _loaded_run(self, route: Route | str) -> Run | None:
         """A route that is loaded, as the last one used; None if it is not."""
         with self._lock:
             if route in self._loaded:
                 self._loaded.move_to_end(route)
             return self._loaded.get(route)
 
-    def _get(self, route: Route) -> Run:
+    def _part(self, name: str) -> Run:
+        """The function of a part by name: of a route, or of what stages of cascades run."""
+        return self._get(name if name in self._entries else Route.parse(name))
+
+    def _get(self, route: Route | str) -> Run:
         """The function of a route, loaded unless it still is; threads that run a dropped one keep it until then."""
         run = self._loaded_run(route)
         if run is not None:
@@ -258,7 +298,7 @@ class ExportedModel:
             if run is None:
                 read_folder(self.folder, PROFILE, self._check_same)  # while the others can still run
                 with self._lock:
-                    while len(self._loaded) >= self.keep:
+                    while len(self._loaded) >= self._most_loaded:
                         self._loaded.popitem(last=False)  # before another takes memory
                 run = read_folder(self.folder, PROFILE, partial(self._load, route))
                 with self._lock:
@@ -273,31 +313,61 @@ class ExportedModel:
             OSError: the folder was written to since it was loaded.
         """
         route = self.route(route)
+        self._most_loaded = self.keep
         self._get(route)
-        self.active_route = route
+        self.active_route, self.active_cascade = route, None
         return route
 
-    @contextmanager
-    def using(self, route: Route | str) -> Iterator[Route]:
-        """Run a route in the block, in this thread or task only, whatever other threads make active.
+    def set_cascade(self, cascade: Cascade | str) -> Cascade:
+        """Make a cascade active; all that it runs is loaded unless it still is.
 
         Args:
-            route: route or its string form.
+            cascade: cascade of the folder, also with other thresholds than it was exported with.
 
         Raises:
-            ValueError: there is no such route.
+            ValueError: there is no such cascade.
             OSError: the folder was written to since it was loaded.
         """
-        route = self.route(route)
-        self._get(route)
-        token = USED.set({**USED.get({}), id(self): route})
+        cascade = self.cascade(cascade)
+        self._load_parts(cascade)
+        self.active_route, self.active_cascade = cascade.routes[-1], cascade
+        return cascade
+
+    def _load_parts(self, cascade: Cascade) -> None:
+        """Load all that a cascade runs, and keep it as long as no route is set."""
+        names = dict.fromkeys(part for stage in self._stages_of(cascade) or () for part in stage.parts)
+        self._most_loaded = max(self._most_loaded, len(names))
+        for name in names:
+            self._part(name)
+
+    @contextmanager
+    def using(self, route: Route | Cascade | str) -> Iterator[Route | Cascade]:
+        """Run a route or cascade in the block, in this thread or task only, whatever other threads make active.
+
+        Args:
+            route: route or cascade, or its string form.
+
+        Raises:
+            ValueError: there is no such route or cascade.
+            OSError: the folder was written to since it was loaded.
+        """
+        chosen: Route | Cascade
+        if isinstance(route, Cascade) or (isinstance(route, str) and is_cascade(route)):
+            chosen = self.cascade(route)
+            self._load_parts(chosen)
+        else:
+            chosen = self.route(route)
+            self._get(chosen)
+        token = USED.set({**USED.get({}), id(self): chosen})
         try:
-            yield route
+            yield chosen
         finally:
             USED.reset(token)
 
-    def set_budget(self, budget: BudgetLike | None = None, *, score: str | None = None, **limits: Any) -> Route:
-        """Make the best route within limits active, and return it.
+    def set_budget(
+        self, budget: BudgetLike | None = None, *, score: str | None = None, **limits: Any
+    ) -> Route | Cascade:
+        """Make the best route within limits active, and return it; where a mean is limited also a cascade.
 
         Args:
             budget: limits as a `Budget` or a dict such as ``{"latency_ms": 20}``.
@@ -308,7 +378,8 @@ class ExportedModel:
         Raises:
             BudgetError: no route fits (the message names the cheapest), or the profile has no such cost or score.
         """
-        return self.set_route(self.profiled.best_route(Budget.of(budget, **limits), score).route)
+        best = self.profiled.best(Budget.of(budget, **limits), score).route
+        return self.set_cascade(best) if isinstance(best, Cascade) else self.set_route(best)
 
     def prepare(self, images: Any) -> np.ndarray:
         """Prepare images as ``pixel_values`` (N, 3, H, W).
@@ -329,31 +400,97 @@ class ExportedModel:
             )
         return np.stack(batch)
 
-    def __call__(self, pixel_values: np.ndarray, *, route: Route | str | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        pixel_values: np.ndarray,
+        *,
+        route: Route | str | None = None,
+        cascade: Cascade | str | None = None,
+    ) -> np.ndarray:
         """Logits (N, classes) for images (N, 3, H, W) that `prepare` made.
 
         Args:
             pixel_values: images that `prepare` returned, one or several.
             route: route to run; by default that of `using` in this thread, else the active one.
+            cascade: cascade to run in place of a route; `run_cascade` also returns which route answered.
 
         Raises:
-            ValueError: there is no such route, or it does not take the images, or does not return one logit for each
-                label.
+            ValueError: there is no such route or cascade, or it does not take the images, or does not return one logit
+                for each label.
         """
+        chosen = self._chosen(route, cascade)
+        if isinstance(chosen, Cascade):
+            return self.run_cascade(pixel_values, chosen)[0]
         images = np.ascontiguousarray(pixel_values, np.float32)
-        chosen = USED.get({}).get(id(self), self.active_route) if route is None else self.route(route)
         run = partial(self._run, chosen, self._get(chosen))
         return run(images) if self.batch_size is None else run_in_batches(run, images, self.batch_size)
 
+    def _chosen(self, route: Route | str | None, cascade: Cascade | str | None) -> Route | Cascade:
+        """The route or cascade of a call."""
+        if route is not None and cascade is not None:
+            raise ValueError("give a route or a cascade, not both")
+        if cascade is not None:
+            return self.cascade(cascade)
+        active = self.active_cascade or self.active_route  # read once: another thread may change it
+        return USED.get({}).get(id(self), active) if route is None else self.route(route)
+
+    def run_cascade(
+        self, pixel_values: np.ndarray, cascade: Cascade | str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run a cascade on images (N, 3, H, W) that `prepare` made.
+
+        Args:
+            pixel_values: images that `prepare` returned, one or several.
+            cascade: cascade of the folder; by default the active one.
+
+        Returns:
+            Logits (N, classes), and for each image the number of the route that answered (N,), from 0.
+
+        Raises:
+            ValueError: there is no such cascade, or none is active, or a part of it cannot run.
+        """
+        chosen = self.active_cascade if cascade is None else self.cascade(cascade)
+        stages = None if chosen is None else self._stages_of(chosen)
+        if chosen is None or stages is None:
+            raise ValueError(f"no cascade is active; give one of {quote(list(map(str, self.cascades)), MAX_MESSAGE)}")
+        images = np.ascontiguousarray(pixel_values, np.float32)
+        logits, answered_by = run_stages(self._run_part, images, stages, chosen)
+        self._check_logits(logits, len(images))
+        return logits, answered_by
+
+    def _run_part(self, name: str, x: np.ndarray) -> np.ndarray:
+        """The output (N, ...) of a part of a cascade for its input (N, ...)."""
+        run = self._part(name)
+        with documented_errors(f"{quote(name)} of {self.folder} cannot run {x.shape}"):
+            y = np.asarray(run(x) if self.batch_size is None else run_in_batches(run, x, self.batch_size))
+            if y.ndim < 2 or len(y) != len(x) or y.dtype.kind != "f":
+                raise ValueError(f"it returns {y.dtype} of shape {y.shape}, not an activation for each of {len(x)}")
+        return np.ascontiguousarray(y, np.float32)
+
+    def _check_logits(self, logits: np.ndarray, images: int) -> None:
+        """Raise ValueError unless there is a logit of each label for each image."""
+        if logits.shape != (images, len(self.labels)) or logits.dtype.kind != "f":
+            raise ValueError(
+                f"it returns {logits.dtype} of shape {logits.shape}, but {LABELS} has {len(self.labels)} labels"
+            )
+
     def predict(
-        self, images: Any, *, route: Route | str | None = None, budget: BudgetLike | None = None, top_k: int | None = 5
+        self,
+        images: Any,
+        *,
+        route: Route | str | None = None,
+        cascade: Cascade | str | None = None,
+        budget: BudgetLike | None = None,
+        top_k: int | None = 5,
     ) -> list[Any]:
         """The most likely classes of images, as a pipeline of transformers returns them.
 
         Args:
             images: PIL images, paths or arrays (H, W, 3) in uint8, one or several.
             route: route to run; by default that of `using` in this thread, else the active one.
-            budget: limits such as ``{"latency_ms": 20}``; the best route within them runs, in this call only.
+            cascade: cascade to run in place of a route.
+            budget: limits such as ``{"latency_ms": 20}``; the best route within them runs, in this call only, or the
+                best cascade where a mean is limited.
             top_k: number of classes for each image; all if None.
 
         Returns:
@@ -365,18 +502,20 @@ class ExportedModel:
             OSError: a file cannot be opened; the message names it.
             PictureError: an image is broken or too large; the message names it.
             TypeError: an image is of another type.
-            ValueError: there is no such route, or both route and budget are given.
+            ValueError: there is no such route or cascade, or several of route, cascade and budget are given.
         """
-        if route is not None and budget is not None:
-            raise ValueError("give either route or budget")
+        if sum(each is not None for each in (route, cascade, budget)) > 1:
+            raise ValueError("give either route or budget, or a cascade")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1, or None for all classes")
-        chosen = route if budget is None else self.profiled.best_route(budget).route
+        best = None if budget is None else self.profiled.best(budget).route
+        chosen = self._chosen(route, cascade) if best is None else best
+        named: dict[str, Any] = {"cascade" if isinstance(chosen, Cascade) else "route": chosen}
         prepared = (prepare_image(image, self.preprocessing) for image in open_pictures(images))
         answers: list[list[dict[str, Any]]] = []
         for _, group in groupby(prepared, np.shape):  # where the size depends on the image
             while batch := list(islice(group, AT_ONCE)):
-                answers += [self._most_likely(row, top_k) for row in self(np.stack(batch), route=chosen)]
+                answers += [self._most_likely(row, top_k) for row in self(np.stack(batch), **named)]
         return answers[0] if is_one_picture(images) else answers
 
     def _most_likely(self, logits: np.ndarray, top_k: int | None) -> list[dict[str, Any]]:

@@ -307,7 +307,7 @@ def test_several_adapters(profiled, clothes, tmp_path):
 
 
 @pytest.mark.slow
-def test_agreement_without_labels(stitched, clothes):
+def test_agreement_without_labels(stitched, clothes, tmp_path):
     """The cascade agrees with the reference on images that did not choose it, and costs less."""
     images = load_images(DATA, "train").select(range(900)).remove_columns("label")
     cascade = stitched.set_cascade(images=images, agreement=0.9)
@@ -318,6 +318,12 @@ def test_agreement_without_labels(stitched, clothes):
         answers, reference = stitched(pixels), stitched(pixels, route=LARGE).logits
     assert (answers.logits.argmax(-1) == reference.argmax(-1)).float().mean() > 0.87
     assert (answers.answered_by == 0).float().mean() > 0.3
+    promise = stitched.config.training[-1]
+    assert (promise["stage"], promise["cascade"], promise["reference"]) == ("promise", str(cascade), LARGE)
+    assert (promise["images"], promise["agreement"], promise["certainty"]) == (900, 0.9, 0.95)
+    stitched.save_pretrained(tmp_path)
+    again = StitchedModelForImageClassification.from_pretrained(tmp_path)
+    assert again.config.training[-1] == promise and again.active_cascade == cascade
     fixed = stitched.set_cascade(f"{SMALL} > {LATER}", images=images, agreement=0.93, confidence="margin")
     assert (fixed.routes, fixed.confidence) == (tuple(map(Route.parse, (SMALL, LATER))), "margin")
 

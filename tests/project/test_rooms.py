@@ -11,7 +11,16 @@ import pytest
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
     "ground": ["distributed", "errors", "files", "hashing", "limits", "progress", "public_names", "sources"],
     "routes": ["blocks", "cascade", "confidences", "families", "fronts", "profile", "route", "tables"],
-    "runtime": ["controller", "exported_files", "exported_model", "pictures", "runners", "torch_archives"],
+    "runtime": [
+        "controller",
+        "drift",
+        "exported_cascades",
+        "exported_files",
+        "exported_model",
+        "pictures",
+        "runners",
+        "torch_archives",
+    ],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
         *("preprocessing", "targets"),
@@ -41,7 +50,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
-        *("device_files", "executorch", "export", "exporter", "folding", "onnx", "openvino", "programs"),
+        *("device_files", "executorch", "export", "exporter", "folding", "onnx", "openvino", "parts", "programs"),
         *("sensitivity", "torch_program"),
     ],
     "demo": ["paths"],

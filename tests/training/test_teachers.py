@@ -536,3 +536,15 @@ def test_a_loader_and_nan_images():
     rows.tensors[0][16:] = float("nan")
     with pytest.raises(ValueError, match=r"the loss of route .* is nan at step 2"):
         train(build(), DataLoader(rows, batch_size=8), TrainArgs(**FAST))
+
+
+def test_a_classifier_from_outside_has_one_name():
+    """Whatever images are held out: what is cached for it serves all trainings."""
+    names = []
+    for seed, keep in ((0, "best"), (1, "best"), (0, "last")):
+        model = build()
+        args = load_teacher(model, TrainArgs(teacher=lambda x: x.flatten(1)[:, :CLASSES] * 3.0, seed=seed, keep=keep))
+        images = data(40).tensors[0]
+        batches = [{"pixel_values": images[seed * 10 :]}]
+        names.append(make_teacher(model, args, lambda batches=batches: batches).name)
+    assert len({*names}) == 1
