@@ -278,7 +278,8 @@ class Controller:
         if cost != "latency_ms" or not isinstance(self._row, ProfiledCascade):
             return self._row.costs.get(cost)
         stages = self._watch.stage_costs(self._row, cost)
-        return sum(sum(stages[: each + 1]) for each in answers) / len(answers)
+        mean = sum(sum(stages[: each + 1]) for each in answers) / len(answers)
+        return mean if LEAST <= mean <= MOST else None
 
     def set_budget(self, now: float, budget: BudgetLike) -> Decision:
         """Follow a new budget at once, and decide which route should run.
@@ -339,7 +340,7 @@ class Controller:
 
     def _describe_day(self) -> str:
         """What a message adds where images go on more or less often than calibrated."""
-        if not (self._day_changed and isinstance(self._row, ProfiledCascade)):
+        if not (self._day_changed and isinstance(self._row, ProfiledCascade) and self._row.shares):
             return ""
         now, then = self._watch.shares(self._row)[1], self._row.shares[1]
         return f": {now:.0%} of images go on from its first route, where {then:.0%} did when it was calibrated"

@@ -55,7 +55,7 @@ class ShareWatch:
             answered_by: number in the cascade, from 0, of the route that answered each image.
         """
         stages = len(row.route.routes) - 1
-        for answered in answered_by:
+        for answered in answered_by if row.shares else ():
             self._recent.append(answered)
             for block in BLOCKS:
                 if self.images % block == 0:
@@ -128,7 +128,7 @@ class ShareWatch:
             return row.costs[mean]
         stages = self.stage_costs(row, MEANS[mean])
         now, then = (sum(map(_product, zip(each, stages, strict=True))) for each in (self.shares(row), row.shares))
-        return row.costs[mean] * now / then
+        return row.costs[mean] * now / then if then else row.costs[mean]
 
 
 def _bound(stages: int, block: int) -> float:

@@ -24,7 +24,7 @@ from restnet_hf.training.outside import OutsideClassifier, load_outside
 
 
 TEACHER = "teacher"  # beginning of the name of the logits that are distilled
-PROBE = 64  # images of noise whose logits identify a classifier from outside
+PROBE = 16  # images of noise whose logits identify a classifier from outside
 KEPT = 2  # of them, whose logits are kept in a checkpoint
 Images = Callable[[], Iterable[Batch]]
 """A function that returns batches of held-out images on the model's device, the same ones at each call."""
@@ -367,7 +367,7 @@ def _known_by_logits(classifier: OutsideClassifier, images: Images) -> Teacher:
     first = batch["pixel_values"][:PROBE]
     teacher = Teacher("", classifier.title, classifier=classifier)
     try:
-        teacher.logits(first[:1])  # noise alone may not show what it cannot classify
+        teacher.logits(first)  # noise alone may not show what it cannot classify
         noise = torch.randn(PROBE, *first.shape[1:], generator=torch.Generator().manual_seed(0))
         probe = teacher.logits(noise.to(first.device, first.dtype)).float().cpu()
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:  # a function may fail in any way

@@ -173,6 +173,18 @@ def test_profiles_without_stages_and_batches():
     assert decision.drifted and decision.switched and controller.route == MIDDLE
 
 
+def test_profiles_of_others():
+    """Shares and stages are from files: what they leave out is not watched, and zeros are no reason to fail."""
+    bare = replace(WIDE, shares=(), stage_costs={})
+    controller = Controller(profile(cascades=[bare, replace(NARROW, shares=(0.0, 0.0, 0.0))]), {"mean_macs": 42.0})
+    for second in range(9):
+        decision = controller.observe(float(second), latency_ms=3.0, answered_by=[1] * 50)
+    assert not decision.drifted
+    empty = replace(WIDE, stage_costs={"macs": (0.0, 0.0), "latency_ms": (0.0, 0.0)})
+    controller = Controller(profile(cascades=[empty]), {"mean_macs": 42.0})
+    assert controller.observe(0.0, latency_ms=3.0, answered_by=[1] * 60).drifted
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
