@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from restnet_hf.routes.profile import MEANS, Profile, ProfiledCascade
 
 
-BLOCK = 1000  # images in which noise alone is taken for a change with a probability of at most
-ALARM = 1e-3
+BLOCK, ALARM = 1000, 1e-3  # in so many images noise is taken for a change with at most such a probability
 BLOCKS = (100, 300, BLOCK)  # images after which counts begin anew: a long calm must not hide a change
 RECENT = 300  # images, the latest, that a new level is estimated from at most, and after which it is again
 DOUBT, NEAR = 20.0, 1.0  # evidence below which a level is as calibrated, within so many standard deviations
@@ -54,25 +53,29 @@ class ShareWatch:
             row: row of the cascade that runs.
             answered_by: number in the cascade, from 0, of the route that answered each image.
         """
+        changed = [self._add_one(row, answered) for answered in answered_by if row.shares]
+        return any(changed)
+
+    def _add_one(self, row: ProfiledCascade, answered: int) -> bool:
+        """Count one image; returns whether the level changed."""
         stages = len(row.route.routes) - 1
-        for answered in answered_by if row.shares else ():
-            self._recent.append(answered)
-            for block in BLOCKS:
-                if self.images % block == 0:
-                    self._counts[block] = [[0, 0] for _ in range(stages)]
-                for stage, count in enumerate(self._counts[block][: answered + 1]):
-                    count[0] += answered > stage
-                    count[1] += 1
-            self.images += 1
-            for block in BLOCKS:
-                counts = enumerate(self._counts[block])
-                if any(self._evidence(row, *each) > _bound(stages, block) for each in counts):
-                    self._estimate(row, self._counts[block])
-                    return True
-            if self.shift and self.images % RECENT == 0:
-                self._estimate(row, self._counts[RECENT])
+        self._recent.append(answered)
+        for block in BLOCKS:
+            if self.images % block == 0:
+                self._counts[block] = [[0, 0] for _ in range(stages)]
+            for stage, count in enumerate(self._counts[block][: answered + 1]):
+                count[0] += answered > stage
+                count[1] += 1
+        self.images += 1
+        for block in BLOCKS:
+            counts = enumerate(self._counts[block])
+            if any(self._evidence(row, *each) > _bound(stages, block) for each in counts):
+                self._estimate(row, self._counts[block])
                 return True
-        return False
+        again = bool(self.shift) and self.images % RECENT == 0
+        if again:
+            self._estimate(row, self._counts[RECENT])
+        return again
 
     def _evidence(self, row: ProfiledCascade, stage: int, count: Sequence[int], sure: float = SURE) -> float:
         """Logarithm of the evidence that another share of images goes on at a stage than expected."""
