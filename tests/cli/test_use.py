@@ -60,8 +60,13 @@ def test_predict_prints_what_the_model_predicts(adapter, pictures, tmp_path, exp
     assert json.loads(result.stdout) == [
         {"picture": name, "classes": answer} for name, answer in zip(names, answers, strict=True)
     ]
+    if not exported:
+        cascade = f"resnet_fashion[:] >1 {ROUTE}"  # sure of almost none
+        result = invoke("predict", folder, *pictures, "--cascade", cascade, "--json")
+        expected = model.predict(names, cascade=cascade)
+        assert [row["classes"] for row in json.loads(result.stdout)] == expected
     both = invoke("predict", folder, *pictures, "--route", ROUTE, "--budget", "macs=1")
-    assert both.exit_code == 2 and "not both" in both.stderr
+    assert both.exit_code == 2 and "not several" in both.stderr
 
 
 def test_predict_of_an_adapter(adapter, pictures):
