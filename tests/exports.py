@@ -9,6 +9,12 @@ from restnet_hf import Anchor, StitchedModelForImageClassification, export_route
 from restnet_hf.data.preprocessing import Preprocessing
 
 
+ABSENT = """import sys
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] in ('torch', 'transformers', 'timm'): raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
 ROUTES = ["a[:1] + b[1:]", "a[:2] + b[2:]"]
 
 

@@ -58,7 +58,7 @@ def adapt(
     ] = False,
     cascades: Annotated[
         bool,
-        typer.Option("--cascades", help="Calibrate cascades too; a limit such as mean_latency_ms=10 then takes one."),
+        typer.Option("--cascades", help="Calibrate cascades too; limits such as mean_latency_ms=10 may choose one."),
     ] = False,
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume a search that was stopped.")] = False,

@@ -161,7 +161,7 @@ def export_routes(
     Args:
         model: model of the routes.
         out: folder for the exported files.
-        routes: one route or several to export; by default the active one, or that of the active cascade.
+        routes: one route or several to export; by default the active one, or those of the active cascade.
         runtime: a key of `RUNTIMES`.
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from threading import RLock
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -151,16 +151,18 @@ class ExportedModel:
         self._verify(folder, LABELS, PREPROCESSING)
         self._loaded: OrderedDict[Route | str, Run] = OrderedDict()
         self._lock, self._loading = RLock(), RLock()  # of `_loaded`, and for one load at a time
-        self._most_loaded, self.active_cascade = self.keep, cast("Cascade | None", None)
+        self._most_loaded = self.keep
+        self.active_route: Route
+        self.active_cascade: Cascade | None
         active = metadata.get("active") or next(iter(metadata["files"]))
-        self.active_route = self.set_cascade(active).routes[-1] if is_cascade(active) else self.set_route(active)
+        self._make_active(active)
 
     @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
         *,
-        route: Route | str | None = None,
+        route: Route | Cascade | str | None = None,
         budget: BudgetLike | None = None,
         threads: int | None = None,
         keep: int = 1,
@@ -171,7 +173,7 @@ class ExportedModel:
 
         Args:
             folder: folder that the export wrote.
-            route: route to make active.
+            route: route or cascade to make active.
             budget: limits such as ``{"latency_ms": 20}``; the best route or cascade within them is made active.
             threads: number of processor threads; the runtime's own default if None.
             keep: number of routes that stay loaded, the last ones used.
@@ -188,7 +190,7 @@ class ExportedModel:
             raise ValueError("give either route or budget")
         model = cls(folder, threads, keep, runtimes=runtimes, trust_remote_code=trust_remote_code)
         if route is not None:
-            model.set_route(route)
+            model._make_active(route)
         if budget is not None:
             model.set_budget(budget)
         return model
@@ -333,6 +335,17 @@ class ExportedModel:
         self.active_route, self.active_cascade = cascade.routes[-1], cascade
         return cascade
 
+    def _make_active(self, route: Route | Cascade | str) -> Route | Cascade:
+        """Make a route or cascade active, and return it."""
+        chosen = self._parse(route)
+        return self.set_cascade(chosen) if isinstance(chosen, Cascade) else self.set_route(chosen)
+
+    def _parse(self, route: Route | Cascade | str) -> Route | Cascade:
+        """Parse a route or cascade, and check that the folder has it."""
+        if isinstance(route, Route) or (isinstance(route, str) and not is_cascade(route)):
+            return self.route(route)
+        return self.cascade(route)
+
     def _load_parts(self, cascade: Cascade) -> None:
         """Load all that a cascade runs, and keep it as long as no route is set."""
         names = dict.fromkeys(part for stage in self._stages_of(cascade) or () for part in stage.parts)
@@ -351,12 +364,10 @@ class ExportedModel:
             ValueError: there is no such route or cascade.
             OSError: the folder was written to since it was loaded.
         """
-        chosen: Route | Cascade
-        if isinstance(route, Cascade) or (isinstance(route, str) and is_cascade(route)):
-            chosen = self.cascade(route)
+        chosen = self._parse(route)
+        if isinstance(chosen, Cascade):
             self._load_parts(chosen)
         else:
-            chosen = self.route(route)
             self._get(chosen)
         token = USED.set({**USED.get({}), id(self): chosen})
         try:
@@ -378,8 +389,7 @@ class ExportedModel:
         Raises:
             BudgetError: no route fits (the message names the cheapest), or the profile has no such cost or score.
         """
-        best = self.profiled.best(Budget.of(budget, **limits), score).route
-        return self.set_cascade(best) if isinstance(best, Cascade) else self.set_route(best)
+        return self._make_active(self.profiled.best(Budget.of(budget, **limits), score).route)
 
     def prepare(self, images: Any) -> np.ndarray:
         """Prepare images as ``pixel_values`` (N, 3, H, W).
@@ -505,7 +515,7 @@ class ExportedModel:
             ValueError: there is no such route or cascade, or several of route, cascade and budget are given.
         """
         if sum(each is not None for each in (route, cascade, budget)) > 1:
-            raise ValueError("give either route or budget, or a cascade")
+            raise ValueError("give either route or budget or cascade, not several of them")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k={top_k!r} must be a whole number of at least 1, or None for all classes")
         best = None if budget is None else self.profiled.best(budget).route

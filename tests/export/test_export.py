@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor
+from exports import ABSENT
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -30,12 +31,6 @@ CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(n
 ROUTES = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 FAST = [("onnx", "fp32"), ("onnx", "int8")]
 WITHOUT_TORCH = [case for case in CASES if case[0] in ("onnx", "openvino")]
-ABSENT = """import sys
-class Absent:
-    def find_spec(self, name, *rest):
-        if name.split('.')[0] in ('torch', 'transformers', 'timm'): raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-"""
 
 
 def noise(count, seed=0):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, SIZE
+from exports import ABSENT
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -21,12 +22,6 @@ from restnet_hf.runtime.exported_cascades import SCRIPTS, read_stages, run_stage
 
 STITCHED = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 SHARED = "resnet[:2] + vit[2:] > resnet[:3] + vit[2:] > resnet[:]"  # the first two share two blocks, the last three
-WITHOUT_TORCH = """import sys
-class Absent:
-    def find_spec(self, name, *rest):
-        if name.split('.')[0] in ('torch', 'transformers', 'timm'): raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-"""
 
 
 def noise(count, seed=0):
@@ -115,7 +110,7 @@ def test_the_script_of_a_cascade(model, tmp_path, confidence):
         pictures.append(picture)
     logits = exported(exported.prepare(pictures))
     script = (tmp_path / "out" / "run.py").read_text()
-    code = f"""{WITHOUT_TORCH.replace("'timm')", "'timm', 'restnet_hf')")}
+    code = f"""{ABSENT.replace("'timm')", "'timm', 'restnet_hf')")}
 import contextlib, io, json
 found = []
 for index in range(6):
@@ -136,7 +131,7 @@ def test_on_a_device_without_torch(model, tmp_path):
     export_routes(model, tmp_path / "out", cascades=cascade, data=noise(30, 2))
     np.save(tmp_path / "images.npy", images.numpy())
     code = (
-        WITHOUT_TORCH
+        ABSENT
         + f"""
 import json
 import numpy as np
@@ -216,6 +211,8 @@ def test_what_is_refused(model, tmp_path):
             exported.set_cascade(text)
     with pytest.raises(ValueError, match="give a route or a cascade, not both"):
         exported(noise(1).numpy(), route="vit[:]", cascade=cascade)
+    given = ExportedModel.from_pretrained(tmp_path / "out", route="vit[:] >0.25 resnet[:]")
+    assert given.active_cascade.thresholds == (0.25,)
     exported.set_route("vit[:]")
     with pytest.raises(ValueError, match="no cascade is active; give one of"):
         exported.run_cascade(noise(1).numpy())
