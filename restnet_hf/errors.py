@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 
@@ -44,14 +45,20 @@ def short_errors() -> Iterator[None]:
         raise kind(shorten(text)) from None  # a cause would be shown at full length
 
 
+@cache
+def http_error() -> type[Exception]:
+    """The ``HTTPError`` of the httpx that huggingface_hub uses: the base of its errors and of a connection's."""
+    from huggingface_hub.errors import HfHubHTTPError  # not installed on a device that only follows budgets
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
 @contextmanager
 def hub_errors() -> Iterator[None]:
     """Raise OSError, with what to do next, where the Hub cannot be reached or the connection breaks off."""
-    from huggingface_hub.utils import httpx  # not installed on a device that only follows budgets
-
     try:
         yield
-    except httpx.HTTPError as error:
+    except http_error() as error:
         if isinstance(error, OSError):
             raise
         raise OSError(

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 T = TypeVar("T")
 SHA256 = "sha256"  # key of a folder's first file that holds the checksums of the others
 PENDING = ".pending"  # suffix of a folder inside another that holds an unfinished save
+COMMIT = re.compile(r"[0-9a-f]{40}")  # name of a commit, and of its folder in the Hub's cache
 NEW = ".new"  # suffix of a temporary folder beside one that does not exist yet
 LOCK_SECONDS = 600.0  # no save takes this long: a process that holds the lock longer has hung
 WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # before each attempt to read a folder that may change

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ResolvedRevision
-from huggingface_hub.utils import httpx
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import (
@@ -24,12 +24,12 @@ from torch.nn.modules.module import (
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import resolve_revision
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.labels import label_names
 from restnet_hf.data.preprocessing import Preprocessing, timm_processor, with_image_size
-from restnet_hf.errors import hub_errors, quote, short_errors, shorten
+from restnet_hf.errors import http_error, hub_errors, quote, short_errors, shorten
+from restnet_hf.files import COMMIT
 from restnet_hf.limits import MAX_SIDE, check_network, read_json, walk_json
 from restnet_hf.routes.route import ANCHOR_NAME
 
@@ -109,10 +109,11 @@ def load_anchor(
         raise ValueError("pass either image_size or preprocessing, which holds the image size")
     if isinstance(source, nn.Module):
         named = getattr(source, "name_or_path", "")
-        model, repo_id = source, _source_id(named) if named else None
+        model, repo_id, commit = source, _source_id(named) if named else None, None
     else:
         repo_id = _source_id(source)
-        revision = resolve_commit(repo_id, revision, hub_kwargs)  # all files from one known commit
+        commit = resolve_commit(repo_id, revision, hub_kwargs)
+        revision = commit or revision  # all files from one known commit
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _load_pretrained(repo_id, load)
     source_name = repo_id or type(model).__name__
@@ -126,7 +127,7 @@ def load_anchor(
         label_names=label_names or _config_labels(getattr(model, "config", None)),
         processor=processor,
         repo_id=repo_id,
-        revision=revision.resolved if isinstance(revision, ResolvedRevision) else None,
+        revision=commit,
         granularity=granularity,
     )
 
@@ -143,16 +144,37 @@ def _processor_errors(source_name: str) -> Iterator[None]:
     """Raise OSError for undocumented errors of image processors, which trust their files and may fail in any way."""
     try:
         yield
-    except (httpx.HTTPError, OSError, ValueError):
+    except (http_error(), OSError, ValueError):
         raise
     except Exception as error:
         raise OSError(f"the image processor of {quote(source_name)} cannot be used: {quote(error)}") from error
 
 
 def resolve_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, Any]) -> str | None:
-    """The revision of a repository with its present commit, where the Hub or the cache knows it."""
-    keys = ("token", "cache_dir", "local_files_only")
-    return resolve_revision(repo_id, revision, **{key: hub_kwargs[key] for key in keys if hub_kwargs.get(key)})
+    """The commit that a revision of a repository is at now; None for a folder, or where nobody can tell.
+
+    A file of the repository tells it rather than its description: the cache then knows the revision, too, and gives
+    the commit where the Hub cannot be reached.
+
+    Args:
+        repo_id: Hub id or local folder.
+        revision: branch, tag or commit.
+        hub_kwargs: options of huggingface_hub.
+    """
+    if os.path.exists(repo_id):
+        return None
+    keys = ("token", "cache_dir", "local_files_only", "subfolder")
+    at = {key: hub_kwargs[key] for key in keys if hub_kwargs.get(key)}
+    for name in (CONFIG_NAME, PEFT_CONFIG):
+        try:
+            file = Path(hf_hub_download(repo_id, name, revision=revision, **at))  # snapshots/COMMIT/SUBFOLDER/NAME
+        except EntryNotFoundError:
+            continue
+        except (http_error(), OSError, ValueError):  # the files that are read next say what is wrong
+            return None
+        commit = file.parents[len(Path(at.get("subfolder", "")).parts)].name
+        return commit if COMMIT.fullmatch(commit) else None
+    return None
 
 
 def anchor_from_config(
@@ -242,7 +264,7 @@ def _load_pretrained(repo_id: str, load: dict[str, Any]) -> PreTrainedModel:
             min(size // 16 + FEW_PARTS, MOST_PARTS), size + HEAD
         ):  # each weight takes a byte at least
             return AutoModelForImageClassification.from_pretrained(repo_id, config=config, **load)
-    except httpx.HTTPError:
+    except http_error():
         raise
     except Exception as error:  # transformers and timm trust their files, and may fail in any way
         if isinstance(error, TypeError) and not load.keys() <= {*HUB_KEYS, *LOAD_KEYS}:
@@ -318,7 +340,7 @@ def load_lora(model: PreTrainedModel, source: str, options: Mapping[str, Any]) -
         size = check_peft(source, hub)
         with limit_network_size(MOST_PARTS, size, meta=False):
             info = model.load_adapter(source, adapter_kwargs=dict(options), low_cpu_mem_usage=True)
-    except (httpx.HTTPError, OSError):
+    except (http_error(), OSError):
         raise
     except Exception as error:  # PEFT trusts its files, and may fail in any way
         raise OSError(f"the PEFT adapter in {source} cannot be loaded: {quote(error)}") from error

@@ -9,7 +9,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import cached_file
 
 from restnet_hf.anchors.loading import resolve_commit
@@ -159,20 +158,26 @@ class Parts:
 
 
 def single_device(device_map: Any) -> torch.device:
-    """The one device that a ``device_map`` of transformers names; the CPU for None.
+    """The one device that a ``device_map`` of transformers names; torch's default device for None.
 
     Args:
         device_map: name or number of a device, ``auto``, or a mapping with one device for the whole model.
 
     Raises:
+        RuntimeError: the default device is the meta device.
         ValueError: the map names several devices, or an unknown one.
     """
-    placed = check_and_set_device_map(dict(device_map) if isinstance(device_map, Mapping) else device_map)
-    if placed is None:
-        return torch.device("cpu")
-    if placed == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = placed.get("") if isinstance(placed, dict) and set(placed) == {""} else None
+    device = device_map
+    if isinstance(device_map, Mapping):
+        device = device_map[""] if set(device_map) == {""} else None
+    elif device_map is None:
+        device = torch.get_default_device()
+        if device.type == "meta":
+            raise RuntimeError("from_pretrained reads weights, which the meta device cannot hold; leave its context")
+    elif device_map == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    elif device_map == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # as transformers does
     try:
         if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
             return torch.device(device)
@@ -277,7 +282,7 @@ def read_checkpoint(
     where, at = STATE_DICT, {**hub_kwargs, "subfolder": subfolder}
     if path_or_id is not None:
         where = os.fspath(path_or_id)
-        at["revision"] = resolve_commit(where, revision, hub_kwargs)
+        at["revision"] = resolve_commit(where, revision, at) or revision
     config, profile, weights = read_adapter(where, at, config, state_dict)
     config = override_config(config, options)
     if state_dict is not None:

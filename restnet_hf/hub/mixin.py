@@ -253,7 +253,8 @@ class AdapterHubMixin:
         """
         hub = hub_options("load_stitch", hub_kwargs)
         where = os.fspath(repo_id)
-        at = {**hub, "revision": resolve_commit(where, revision, hub), "subfolder": subfolder}
+        at = {**hub, "subfolder": subfolder}
+        at["revision"] = resolve_commit(where, revision, at) or revision
         config, profile, weights = read_adapter(where, at)
         if config.standalone:
             weights = {key: value for key, value in weights.items() if not key.startswith("anchors.")}

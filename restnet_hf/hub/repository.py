@@ -1,6 +1,5 @@
 """The Hub: push adapters whose anchors others can fetch, and find adapters by costs and accuracy."""
 
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, ModelInfo, eval_result_entries_to_yaml
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RemoteEntryNotFoundError
-from huggingface_hub.utils import httpx
 
-from restnet_hf.errors import BudgetError, hub_errors
+from restnet_hf.errors import BudgetError, http_error, hub_errors
+from restnet_hf.files import COMMIT
 from restnet_hf.hub.cards import MARK, TAG, eval_results, filter_tags, is_hub_id, make_card
 from restnet_hf.limits import MAX_BYTES
 from restnet_hf.routes.profile import AnyProfiled, Budget, BudgetLike, Profile
 
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 CARD, PLOT, PROFILE, RESULTS = "README.md", "tradeoff.png", "profile.json", ".eval_results"
 DELETED_IF_MISSING = (PLOT, PROFILE, f"{RESULTS}/*")  # files of ours that are deleted on the Hub if a push has none
 TRAINER_TAG = "generated_from_trainer"  # tag of a card that transformers' Trainer wrote
@@ -232,7 +230,7 @@ def find_adapters(
     for repo_id, info in _listed(api, tags):
         try:
             adapter = _adapter(api.model_info(repo_id) if info is None else info, wanted, api)
-        except (OSError, httpx.HTTPError, *CARD_ERRORS) as error:
+        except (OSError, http_error(), *CARD_ERRORS) as error:
             _check_hub(error, api, tags)
             failed[repo_id] = error
             continue
@@ -285,7 +283,7 @@ def _check_hub(error: Exception, api: HfApi, tags: Sequence[str]) -> None:
         isinstance(error, OSError) and error.errno is not None
     ):  # a full disk, say; errors of the Hub have no errno
         raise error
-    if isinstance(error, OSError | httpx.HTTPError) and (status is None or status >= 500):
+    if isinstance(error, (OSError, http_error())) and (status is None or status >= 500):
         next(iter(api.list_models(filter=tags, limit=1)), None)  # raises if the Hub cannot be reached
 
 
