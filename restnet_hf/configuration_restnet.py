@@ -1,9 +1,10 @@
 """What is needed to rebuild a stitched model: its anchors, stitches and routes."""
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import lru_cache
 from json import JSONDecodeError
 from typing import Any, ClassVar
@@ -61,29 +62,35 @@ class RestNetConfig(PreTrainedConfig):
         "answered_by"
     ]  # of the output, for the predictions of `Trainer`
 
-    anchors: list[dict[str, Any]] | None = None
-    stitches: dict[str, dict[str, Any]] | None = None
-    routes: list[str] | None = None
-    active_route: str | None = None
-    active_cascade: str | None = None
-    new_head: bool = False
-    standalone: bool = False
-    trained_heads: list[str] | None = None
-    training: list[dict[str, Any]] | None = None
-    tuned: dict[str, dict[str, Any]] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.anchors = self.anchors or []
-        self.stitches = self.stitches or {}
-        self.routes = self.routes or []
-        self.trained_heads = self.trained_heads or []
-        self.training = self.training or []
-        self.tuned = self.tuned or {}
+    def __init__(  # written out: that transformers makes it from fields is new in 5.4
+        self,
+        anchors: list[dict[str, Any]] | None = None,
+        stitches: dict[str, dict[str, Any]] | None = None,
+        routes: list[str] | None = None,
+        active_route: str | None = None,
+        active_cascade: str | None = None,
+        new_head: bool = False,
+        standalone: bool = False,
+        trained_heads: list[str] | None = None,
+        training: list[dict[str, Any]] | None = None,
+        tuned: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.anchors = anchors or []
+        self.stitches = stitches or {}
+        self.routes = routes or []
+        self.active_route = active_route
+        self.active_cascade = active_cascade
+        self.new_head = new_head
+        self.standalone = standalone
+        self.trained_heads = trained_heads or []
+        self.training = training or []
+        self.tuned = tuned or {}
         kwargs.pop(SHA256, None)  # checksums of the folder that was read, not part of the model
         labels = kwargs.get("num_labels")
         if labels is not None and (type(labels) is not int or not 0 < labels <= MAX_LABELS):
             raise ValueError(f"num_labels={quote(labels)} must be a whole number from 1 to {MAX_LABELS}")
-        super().__post_init__(**kwargs)
+        super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -97,7 +104,7 @@ class RestNetConfig(PreTrainedConfig):
             ValueError: values have the wrong types, or are far too many.
         """
         check_json(config_dict, "config.json")
-        own = {*SETTABLE, *(field.name for field in fields(cls))}
+        own = {*SETTABLE, *inspect.signature(cls).parameters, *inspect.signature(PreTrainedConfig).parameters}
         refused = [key for key in config_dict if key in REFUSED or (key not in own and hasattr(cls, key))]
         if refused:
             raise ValueError(f"config.json must not set {quote(refused)}; remove it")

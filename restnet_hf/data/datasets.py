@@ -1,9 +1,11 @@
 """Images as batches: from tensors, loaders, datasets, folders, parquet files and the Hub."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 from datasets import Image as ImageColumn
@@ -262,10 +264,18 @@ def subset(dataset: Dataset | IterableDataset, size: int | None, seed: int = 0) 
         dataset: data set or stream to select from.
         size: number of images; None for all.
         seed: seed of the random selection.
+
+    Raises:
+        ImportError: part of a stream is asked for, and datasets is older than 5.0, which cannot mix its files.
     """
     if size is None:
         return dataset
     if isinstance(dataset, IterableDataset):
+        if "max_buffer_input_shards" not in signature(dataset.shuffle).parameters:
+            raise ImportError(
+                f"{size} images of a stream need datasets>=5.0, which takes them from many files; this is datasets "
+                f"{datasets.__version__}. Upgrade it, read the whole stream, or load the data set without streaming"
+            )
         files = min(MIXED_FILES, dataset.num_shards)
         return dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=files).take(size)
     if size >= len(dataset):

@@ -175,7 +175,7 @@ def single_device(device_map: Any) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("from_pretrained reads weights, which the meta device cannot hold; leave its context")
     elif device_map == "auto":
-        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     elif device_map == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # as transformers does
     try:

@@ -15,6 +15,7 @@ from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Subset
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
@@ -206,6 +207,18 @@ def start_accelerator(model: StitchedModelForImageClassification, args: TrainArg
     set_seed(args.seed)
     model.to(accelerator.device)  # before the optimizer gets the parameters
     return accelerator
+
+
+def set_checkpointing(model: PreTrainedModel, enabled: bool) -> None:
+    """Turn activation checkpointing on or off, under the name that the installed transformers has for it.
+
+    Args:
+        model: model whose modules are checkpointed.
+        enabled: whether activations are computed again for the backward pass instead of kept.
+    """
+    word = "enable" if enabled else "disable"
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{prefix}_checkpointing_{word}")()
 
 
 class Training:
@@ -452,13 +465,13 @@ class Training:
         before = all(anchor.gradient_checkpointing for anchor in self.model.anchors.values())
         checkpoints = self.args.activation_checkpointing and not before
         if checkpoints:
-            self.model.activation_checkpointing_enable()
+            set_checkpointing(self.model, True)
         try:
             yield
         finally:
             self.optimizer.zero_grad()
             if checkpoints:
-                self.model.activation_checkpointing_disable()
+                set_checkpointing(self.model, False)
             if self.args.channels_last:
                 self.model.to(memory_format=torch.contiguous_format)
             self.model.eval()

@@ -18,6 +18,7 @@ from restnet_hf import StitchConfig, StitchedModelForImageClassification, TrainA
 from restnet_hf.hashing import weights_sha256
 from restnet_hf.hub.adapter_files import WEIGHTS
 from restnet_hf.steps import run_steps
+from restnet_hf.training.loop import set_checkpointing
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -201,7 +202,7 @@ def offloaded(model, images, folder):
 def run_all(model, images, folder):
     model.fit_stitches(images)
     model.profile([(images, torch.zeros(len(images), dtype=torch.long))])
-    model.activation_checkpointing_enable()
+    set_checkpointing(model, True)
     model.bake()(images)
     with torch.inference_mode():
         model(images)

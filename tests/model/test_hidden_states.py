@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from restnet_hf import StitchConfig, StitchedModelForImageClassification
 from restnet_hf.steps import run_steps, split_at_cuts
 from restnet_hf.stitches.tuning import SHARED_KINDS, TunedConfig, tuned_keys
+from restnet_hf.training.loop import set_checkpointing
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def test_states_that_are_not_there(pair, images):
 def test_gradients_reach_what_follows_the_first_stitch(pair, images, checkpointing):
     pair.train()
     if checkpointing:
-        pair.activation_checkpointing_enable()
+        set_checkpointing(pair, True)
     states = pair(images, output_hidden_states=True).hidden_states
     assert [state.requires_grad for state in states] == [False, False, False, True, True]
     for state in states[3:]:

@@ -8,6 +8,7 @@ import torch
 from conftest import CLASSES, MODELS, SIZE, make_anchor, make_model
 
 from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification
+from restnet_hf.training.loop import set_checkpointing
 
 
 ENDS = ["resnet", "vit", "swin", "swin_nhwc", "registers", "tnt"]
@@ -106,14 +107,14 @@ def test_activation_checkpointing(stitched, images, mode):
     """Equal gradients from far fewer numbers kept, and transformers' own switch turns it on and off."""
     stitched.train(mode)
     whole, gradients = saved_for_the_way_back(stitched, images)
-    stitched.activation_checkpointing_enable()
-    assert stitched.is_activation_checkpointing
+    set_checkpointing(stitched, True)
+    assert all(anchor.gradient_checkpointing for anchor in stitched.anchors.values())
     few, again = saved_for_the_way_back(stitched, images)
     assert few < whole / 2
     assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True)) and len(gradients) >= 2
     with torch.no_grad():
         stitched(images)
-    stitched.activation_checkpointing_disable()
+    set_checkpointing(stitched, False)
     assert saved_for_the_way_back(stitched, images)[0] == whole
 
 
@@ -124,7 +125,7 @@ def test_a_networks_own_checkpointing_does_no_harm(images, name):
     for own in (False, True):
         network = make_model(name, 1)
         if own:
-            getattr(network, "set_grad_checkpointing", getattr(network, "activation_checkpointing_enable", None))()
+            network.set_grad_checkpointing() if name == "swin_nhwc" else set_checkpointing(network, True)
         model = StitchedModelForImageClassification.from_anchors(
             make_anchor("mobilenet"), Anchor(network, "end", Preprocessing((SIZE, SIZE))), order="given"
         )
@@ -135,7 +136,7 @@ def test_a_networks_own_checkpointing_does_no_harm(images, name):
 
 
 def test_checkpointed_segments_are_checked_too(stitched):
-    stitched.activation_checkpointing_enable()
+    set_checkpointing(stitched, True)
     anchor = stitched.anchors["mobilenet"]
     hidden = torch.zeros(anchor.layout(2).shape(1), requires_grad=True)
     for stop in (1, 2):

@@ -13,6 +13,7 @@ from restnet_hf import Route, StitchedModelForImageClassification
 from restnet_hf.routes.route import TunedKey
 from restnet_hf.stitches.norms import is_norm, recalibrate
 from restnet_hf.stitches.tuning import SHARED_KINDS, TUNINGS, WEIGHTED_LAYERS, Tuned, TunedConfig, tuned_keys
+from restnet_hf.training.loop import set_checkpointing
 
 
 ROUTE = "resnet[:2] + vit[1:]"
@@ -260,7 +261,7 @@ def test_gradients_through_checkpoints(tuned_model, images):
     model, found = tuned_model, []
     model.set_route(ROUTE)
     for checkpointing in (False, True):
-        (model.activation_checkpointing_enable if checkpointing else model.activation_checkpointing_disable)()
+        set_checkpointing(model, checkpointing)
         model.train()
         model.zero_grad()
         model(images).logits.square().mean().backward()
