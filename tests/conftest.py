@@ -142,6 +142,11 @@ def save_model(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def vit_layers(model):
+    """The blocks of a ViT of transformers, which older versions call encoder.layer."""
+    return getattr(model.vit, "layers", None) or model.vit.encoder.layer
+
+
 def make_anchor(name: str, seed: int = 0) -> Anchor:
     """A fresh anchor of `MODELS`."""
     return Anchor(make_model(name, seed), name, Preprocessing((SIZE, SIZE)))

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -103,8 +102,9 @@ class OutputSpec:
         leaves = (leaf.with_values(values[i]) if i in values else leaf for i, leaf in enumerate(self.leaves))
         return OutputSpec(tuple(leaves), self.tree)
 
-    def fill(self, like: Tensor, given: Mapping[int, Tensor] = MappingProxyType({})) -> Any:
+    def fill(self, like: Tensor, given: Mapping[int, Tensor] | None = None) -> Any:
         """The output for the batch of ``like``, with the tensors ``given`` in place of leaves, by index."""
+        given = given or {}
         filled = [
             given[index] if index in given else leaf.fill(like) if isinstance(leaf, Leaf) else leaf
             for index, leaf in enumerate(self.leaves)

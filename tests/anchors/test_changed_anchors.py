@@ -66,7 +66,7 @@ def same(model, again, images, **tolerance):
 def with_lora(model, seed=0):
     """LoRA that changes what it is put on, in the whole end anchor."""
     torch.manual_seed(seed)
-    config = LoraConfig(target_modules=r"anchors\.vit\..*\.(q_proj|v_proj)", r=4, init_lora_weights=False)
+    config = LoraConfig(target_modules=r"anchors\.vit\..*\.(q_proj|v_proj|query|value)", r=4, init_lora_weights=False)
     return get_peft_model(model, config)
 
 

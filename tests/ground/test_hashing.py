@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import MODELS, make_anchor
+from conftest import MODELS, make_anchor, vit_layers
 from torch import nn
 
 from restnet_hf.hashing import Piece, weights_sha256
@@ -111,7 +111,7 @@ def test_modules_put_into_a_network_are_no_change_of_its_weights(images):
 
     anchor = make_anchor("vit")
     anchor.expect_weights(anchor.pieces())
-    layer = anchor.model.vit.layers[1]
+    layer = vit_layers(anchor.model)[1]
     layer.mlp.fc1 = Wrapped(layer.mlp.fc1)
     with torch.no_grad():
         anchor(images)

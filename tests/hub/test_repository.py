@@ -139,7 +139,7 @@ for index, route in enumerate(again.all_routes[2:4]):
     assert torch.equal((again.set_route(night[index]), again(images).logits)[1],
                        (model.set_route(route), model(images).logits)[1]), route
 base = Model.from_pretrained("me/adapter")
-config = LoraConfig(target_modules=r"anchors\\.small-vit\\..*q_proj", init_lora_weights=False)
+config = LoraConfig(target_modules=r"anchors\\.small-vit\\..*(q_proj|query)", init_lora_weights=False)
 lora = get_peft_model(base, config).eval()
 tuned = lora(pixel_values=images).logits
 lora.push_to_hub("me/lora")

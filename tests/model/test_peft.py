@@ -32,7 +32,9 @@ def tuned(tmp_path, images):
         before = base(images).logits
     torch.manual_seed(0)
     config = LoraConfig(
-        target_modules=r"anchors\.vit\..*\.(q_proj|v_proj)", modules_to_save=["stitches.resnet_2__vit_1"], r=4
+        target_modules=r"anchors\.vit\..*\.(q_proj|v_proj|query|value)",
+        modules_to_save=["stitches.resnet_2__vit_1"],
+        r=4,
     )
     lora = get_peft_model(base, config).train()
     frozen = {n: p.clone() for n, p in lora.named_parameters() if not p.requires_grad}
@@ -151,7 +153,9 @@ def test_adapters_of_peft_on_the_model_itself(pair, images, monkeypatch):
     monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: None)
     with torch.no_grad():
         before = pair(images).logits
-        pair.add_adapter(LoraConfig(target_modules=r"anchors\.vit\..*\.(q_proj|v_proj)", r=2, init_lora_weights=False))
+        pair.add_adapter(
+            LoraConfig(target_modules=r"anchors\.vit\..*\.(q_proj|v_proj|query|value)", r=2, init_lora_weights=False)
+        )
         after = pair(images).logits
         assert pair.active_adapters() == ["default"] and not torch.allclose(after, before, atol=1e-4)
         pair.disable_adapters()
