@@ -234,7 +234,7 @@ class RestNetConfig(PreTrainedConfig):
         try:
             Preprocessing.from_dict(entry["preprocessing"])
             pieces = list(map(Piece.from_dict, entry["pieces"]))
-            texts += [piece.sha256 for piece in pieces]
+            texts += [text for piece in pieces for text in (piece.sha256, piece.unnamed or "")]
             if not all(type(number) is int for piece in pieces for number in piece.shape):
                 raise ValueError("a shape holds other values than whole numbers")
             if not all(isinstance(text, str) for text in texts) or not isinstance(entry["config"], dict | None):

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,16 +29,29 @@ class Piece:
         cut: name of the cut at the end of the piece; None for the logits.
         shape: shape of the activation at that cut, for one image.
         sha256: SHA-256 of the piece's weights.
+        unnamed: SHA-256 of the piece's weights without their names, which a library may change from version to version;
+            None in what 0.1 wrote.
     """
 
     cut: str | None
     shape: tuple[int, ...]
     sha256: str
+    unnamed: str | None = None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Piece":
         """The inverse of ``dataclasses.asdict``, also after JSON made a list of the shape."""
-        return cls(data["cut"], tuple(data["shape"]), data["sha256"])
+        return cls(data["cut"], tuple(data["shape"]), data["sha256"], data.get("unnamed"))
+
+    @classmethod
+    def of(cls, cut: str | None, shape: tuple[int, ...], tensors: Mapping[str, Tensor]) -> "Piece":
+        """The piece of these weights."""
+        return cls(cut, shape, *_sha256s(tensors))
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether weights are those of the piece, whatever their names are where it knows their SHA-256 without."""
+        named, unnamed = _sha256s(tensors)
+        return named == self.sha256 or unnamed == self.unnamed
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -47,11 +60,21 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ValueError: a tensor is on the meta device.
     """
+    return _sha256s(tensors)[0]
+
+
+def _sha256s(tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """SHA-256 of types, shapes and values, with names and without."""
     hashes = _digests(tensors, lambda values: hashlib.sha256(values).hexdigest())
     if None in hashes.values():
         raise ValueError("weights on the meta device have no values; load them, or build the model on another device")
-    lines = (f"{name} {tensor.dtype} {tuple(tensor.shape)} {hashes[name]}" for name, tensor in tensors.items())
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    lines = {name: f"{tensor.dtype} {tuple(tensor.shape)} {hashes[name]}" for name, tensor in tensors.items()}
+    named = sorted(f"{name} {line}" for name, line in lines.items())
+    return _sha256("\n".join(named)), _sha256("\n".join(sorted(lines.values())))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digests(tensors: Mapping[str, Tensor], digest: Callable[[Any], Any]) -> dict[str, Any]:
@@ -74,8 +97,9 @@ def fingerprint(model: nn.Module, pieces: Iterable[Piece], weights: Mapping[str,
     """Types of a network's weights and a SHA-256 of its class and pieces, such as ``float32:5f70bf18...``."""
     tensors = (model.state_dict() if weights is None else weights).values()
     dtypes = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()}
-    text = json.dumps([type(model).__name__, [asdict(piece) for piece in pieces]])
-    return f"{'+'.join(sorted(dtypes))}:{hashlib.sha256(text.encode()).hexdigest()}"
+    named = [{"cut": piece.cut, "shape": piece.shape, "sha256": piece.sha256} for piece in pieces]
+    text = json.dumps([type(model).__name__, named])
+    return f"{'+'.join(sorted(dtypes))}:{_sha256(text)}"
 
 
 def stored_dtype(text: str) -> torch.dtype | None:

@@ -81,7 +81,7 @@ class Anchor(nn.Module):
         self.headless = False
         self.absent: set[str] = set()  # names of weights that are not in memory
         self._found: Cuts | None = None
-        self._expected: dict[int, tuple[str, dict[str, Tensor]]] = {}
+        self._expected: dict[int, tuple[Piece, dict[str, Tensor]]] = {}
         self.snapshot = WeightsSnapshot()
         self.eval()
 
@@ -297,7 +297,7 @@ class Anchor(nn.Module):
             if renamed is not None:
                 tensors = {renamed[key]: tensor for key, tensor in tensors.items() if key in renamed}
             shape = cut.layout.shape(1)[1:] if cut else ()
-            pieces.append(Piece(cut.name if cut else None, shape, weights_sha256(tensors)))
+            pieces.append(Piece.of(cut.name if cut else None, shape, tensors))
         return pieces
 
     def _piece_tensors(self, index: int) -> dict[str, Tensor]:
@@ -337,7 +337,7 @@ class Anchor(nn.Module):
             if tensors.keys() & self.absent:
                 continue
             tensors = {key: (given or {}).get(key, tensor) for key, tensor in tensors.items()}
-            if weights_sha256(tensors) != expected:
+            if not expected.holds(tensors):
                 changed += tensors
             elif not unrecorded:
                 self.snapshot.add(tensors)
@@ -359,8 +359,8 @@ class Anchor(nn.Module):
         for _, tensors in self._expected.values():
             self.snapshot.add(tensors, read=False)
 
-    def _pending(self, pieces: Sequence[Piece]) -> dict[int, tuple[str, dict[str, Tensor]]]:
-        return {index: (piece.sha256, self._piece_tensors(index)) for index, piece in enumerate(pieces)}
+    def _pending(self, pieces: Sequence[Piece]) -> dict[int, tuple[Piece, dict[str, Tensor]]]:
+        return {index: (piece, self._piece_tensors(index)) for index, piece in enumerate(pieces)}
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
         """Check the weights of a segment against the expected ones.
@@ -372,11 +372,10 @@ class Anchor(nn.Module):
         for index, (expected, tensors) in list(self._expected.items()):
             if not start <= index < end:
                 continue
-            digest = weights_sha256(tensors)
-            if digest != expected:
+            if not expected.holds(tensors):
                 raise ValueError(
-                    f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 {digest}; the "
-                    f"adapter was made for {expected}. Load it with the right network: "
+                    f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 "
+                    f"{weights_sha256(tensors)}; the adapter was made for {expected.sha256}. Load it with the right network: "
                     f"from_pretrained(..., anchors={{{self.name!r}: a module or a folder}}). Before you change them "
                     f"yourself, as merging LoRA does, call model.anchors[{self.name!r}].verify()"
                 )

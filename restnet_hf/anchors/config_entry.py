@@ -272,7 +272,8 @@ def _check_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
 
     The network runs on the meta device, so that a config that asks for images of 4096x4096 pixels takes no memory.
     """
-    sizes, modules = {piece.cut: math.prod(piece.shape) for piece in pieces[:-1]}, dict(anchor.model.named_modules())
+    modules = dict(anchor.model.named_modules())
+    sizes = {p.cut: math.prod(p.shape) for p in pieces[:-1] if p.cut in modules or p.unnamed is None}
     for name in sizes:
         if not isinstance(name, str) or name not in modules:
             raise ValueError(f"anchor '{anchor.name}' has no module {quote(name)}, where it had a cut")
@@ -305,9 +306,14 @@ def _check_sizes(anchor: Anchor, pieces: Sequence[Piece]) -> None:
 
 
 def _check_cuts(anchor: Anchor, pieces: Sequence[Piece]) -> None:
-    """Raise ValueError unless the anchor has the cuts of its entry, by which routes are numbered."""
+    """Raise ValueError unless the anchor has the cuts of its entry, by which routes are numbered.
+
+    Where the weights before each cut can be recognised without their names, cuts may have other names, too.
+    """
     present = [(cut.name, cut.layout.shape(1)[1:]) for cut in anchor.cuts]
     saved = [(piece.cut, piece.shape) for piece in pieces[:-1]]
+    if all(piece.unnamed for piece in pieces) and len(present) == len(saved):
+        saved = [(now, shape) for (now, _), (_, shape) in zip(present, saved, strict=True)]
     if present != saved:
         number = next(
             (i for i, (a, b) in enumerate(zip(present, saved, strict=False)) if a != b), min(len(present), len(saved))
