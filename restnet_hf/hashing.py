@@ -29,8 +29,8 @@ class Piece:
         cut: name of the cut at the end of the piece; None for the logits.
         shape: shape of the activation at that cut, for one image.
         sha256: SHA-256 of the piece's weights.
-        unnamed: SHA-256 of the piece's weights without their names, which a library may change from version to version;
-            None in what 0.1 wrote.
+        unnamed: SHA-256 of the piece's weights without their names, which libraries may change; None in what earlier
+            versions wrote.
     """
 
     cut: str | None
