@@ -1,7 +1,9 @@
 """Check weights against those that a config asks for."""
 
+import re
 from collections.abc import Collection, Mapping
 from itertools import islice
+from typing import Any
 
 from torch import Tensor
 
@@ -43,6 +45,32 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     raise_problems(problems, where)
 
 
+def present_names(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Present names of tensors by the names they were saved under, where a library has renamed the layers they are in.
+
+    Two names are of one tensor where they have the same numbers and the same last two parts, as
+    ``vit/encoder/layer/2/layernorm_after/bias`` and ``vit/layers/2/layernorm_after/bias`` have.
+
+    Args:
+        weights: saved tensors by name.
+        expected: expected tensors by name, possibly on the meta device.
+
+    Returns:
+        The present name of each saved tensor; empty where no name has changed, or not all can be told apart.
+    """
+    if weights.keys() == expected.keys():
+        return {}
+    then, now = ({_place(name, tensor): name for name, tensor in each.items()} for each in (weights, expected))
+    if then.keys() != now.keys() or not len(then) == len(now) == len(weights) == len(expected):
+        return {}
+    return {name: now[place] for place, name in then.items()}
+
+
+def _place(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    parts = re.split(r"[./]", name)
+    return tuple(filter(str.isdigit, parts)), *parts[-2:], tuple(tensor.shape)
+
+
 def raise_problems(problems: Mapping[str, Collection[str]], where: str) -> None:
     """Raise WeightsError if there are problems, with the first names of each.
 
@@ -58,5 +86,9 @@ def raise_problems(problems: Mapping[str, Collection[str]], where: str) -> None:
     )
     if summary:
         message = f"the weights in {where} do not fit its config.json. {summary}. Save the adapter again"
+        if problems.get("missing") and problems.get("not expected"):
+            message += (
+                ", or install the versions of transformers and timm that profile.json names if layers were renamed"
+            )
         reinitialize = ", or pass ignore_mismatched_sizes=True to begin these anew"
         raise WeightsError(message + reinitialize * bool(problems.get("of another shape")))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from restnet_hf.anchors.loading import resolve_commit
-from restnet_hf.anchors.weights import check_weights, raise_problems
+from restnet_hf.anchors.weights import check_weights, present_names, raise_problems
 from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.errors import quote
 from restnet_hf.files import read_folder
@@ -131,7 +131,7 @@ class Parts:
     """
 
     def __init__(self, weights: Mapping[str, Tensor], names: Iterable[str], where: str) -> None:
-        self.where = where
+        self.where, self.weights = where, dict(weights)
         self.tensors: dict[str, dict[str, Tensor]] = {}
         for key, tensor in weights.items():
             name = ".".join(key.split(".")[:2])
@@ -146,15 +146,17 @@ class Parts:
         )
 
     def check(self, name: str, module: nn.Module) -> None:
-        """Raise WeightsError unless the tensors fit a module.
+        """Raise WeightsError unless the tensors fit a module; in `weights` they then have its names.
 
         Args:
             name: name of the module, such as ``stitches.resnet_2__vit_1``.
             module: module with the expected names and shapes; it may be on the meta device.
         """
-        check_weights(
-            self.tensors.get(name, {}), {f"{name}.{k}": v for k, v in module.state_dict().items()}, self.where
-        )
+        own, expected = self.tensors.get(name, {}), {f"{name}.{k}": v for k, v in module.state_dict().items()}
+        for then, now in present_names(own, expected).items():
+            own[now] = self.weights[now] = own.pop(then)
+            self.weights.pop(then) if then != now else None
+        check_weights(own, expected, self.where)
 
 
 def single_device(device_map: Any) -> torch.device:
@@ -322,7 +324,7 @@ def build_model(
     loaded = load_anchors(config, weights, anchors, dtype, options, routes, where, standalone)
     model = model_class(config, loaded, unchecked if ignore_mismatched_sizes else parts.check)
     model.profiled = profile
-    mismatched = load_weights(model, adapter, where, ignore_mismatched_sizes)
+    mismatched = load_weights(model, parts.weights, where, ignore_mismatched_sizes)
     if where != STATE_DICT:
         model.config.name_or_path = model.name_or_path = where
     return model, mismatched

@@ -59,17 +59,17 @@ def add_adapter(
         return replace(route, segments=segments, adapter=f"{name}-{route.adapter}" if route.adapter else name)
 
     routes = [model.route(rename(route)) for route in config.parsed_routes()]
-    check = Parts(weights, config.part_names(), where).check
-    entries, modules = _make_stitches(model, config, rename, routes, check)
-    heads = _make_heads(model, config, anchors, rename, check)
+    saved = Parts(weights, config.part_names(), where)
+    entries, modules = _make_stitches(model, config, rename, routes, saved.check)
+    heads = _make_heads(model, config, anchors, rename, saved.check)
     modules |= {f"heads.{key}": head for key, head in heads.items()}
     tuned = _tuned_configs(config, anchors, rename)
     for key, (new, options) in tuned.items():
-        check(f"tuned.{key}", tuned_on_meta(model.anchors, options))
+        saved.check(f"tuned.{key}", tuned_on_meta(model.anchors, options))
         modules[f"tuned.{key}"] = new, Tuned(model.anchors[options.anchor], options)
-    match_stored_types({key: module for key, (_, module) in modules.items()}, weights, model.dtype)
+    match_stored_types({key: module for key, (_, module) in modules.items()}, saved.weights, model.dtype)
     for key, (_, module) in modules.items():
-        module.load_state_dict({k: weights[f"{key}.{k}"] for k in module.state_dict()})
+        module.load_state_dict({k: saved.weights[f"{key}.{k}"] for k in module.state_dict()})
     for key, (new, module) in modules.items():  # from here on nothing can fail
         parts: Any = getattr(model, key.split(".")[0])  # stitches, heads or tuned
         parts[new] = module.eval()
