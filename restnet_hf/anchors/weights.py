@@ -87,8 +87,6 @@ def raise_problems(problems: Mapping[str, Collection[str]], where: str) -> None:
     if summary:
         message = f"the weights in {where} do not fit its config.json. {summary}. Save the adapter again"
         if problems.get("missing") and problems.get("not expected"):
-            message += (
-                ", or install the versions of transformers and timm that profile.json names if layers were renamed"
-            )
+            message += ", or install the transformers and timm that profile.json names, where layers have new names"
         reinitialize = ", or pass ignore_mismatched_sizes=True to begin these anew"
         raise WeightsError(message + reinitialize * bool(problems.get("of another shape")))

@@ -515,9 +515,10 @@ class Training:
         set_seed(self.args.seed + self.epoch)  # random augmentation is the same for a run that was resumed
         if isinstance(self.loader.dataset, SeededItems):
             self.loader.dataset.epoch = self.epoch
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(self.epoch)
-        for item in self.accelerator.skip_first_batches(self.loader, self.done) if self.done else self.loader:
+        loader = self.accelerator.skip_first_batches(self.loader, self.done) if self.done else self.loader
+        if hasattr(loader, "set_epoch"):  # a loader that skips begins at epoch 0 before accelerate 1.15
+            loader.set_epoch(self.epoch)
+        for item in loader:
             yield self.check_batch(item)
 
     def check_batch(self, item: Any) -> Batch:
