@@ -376,8 +376,8 @@ class Anchor(nn.Module):
                 raise ValueError(
                     f"the weights of anchor '{self.name}' from cut {index} to {index + 1} have SHA-256 "
                     f"{weights_sha256(tensors)}; the adapter was made for {expected.sha256}. Load it with the right "
-                    f"network: from_pretrained(..., anchors={{{self.name!r}: a module or a folder}}). Before you change "
-                    f"them yourself, as merging LoRA does, call model.anchors[{self.name!r}].verify()"
+                    f"network: from_pretrained(..., anchors={{{self.name!r}: a module or a folder}}). Before you "
+                    f"change them yourself, as merging LoRA does, call model.anchors[{self.name!r}].verify()"
                 )
             self.snapshot.add(tensors)
             self._expected.pop(index, None)  # another thread may have been faster

@@ -9,6 +9,7 @@ from conftest import CLASSES, make_anchor, save_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForImageClassification
+from versions import needs_saved_modules
 
 from restnet_hf import StitchConfig, StitchedModelForImageClassification
 from restnet_hf.routes.route import Route
@@ -60,6 +61,7 @@ def test_loaded_by_peft_and_merged(tuned, images):
         assert torch.allclose(lora.merge_and_unload()(images).logits, expected, atol=1e-5)
 
 
+@needs_saved_modules
 def test_loaded_by_auto_class(tuned, images):
     """The folder that PEFT wrote names the adapter, which names the anchors; nothing of the three is left out."""
     folder, _, expected = tuned

@@ -16,6 +16,7 @@ from exports import export, images, without_checksums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import Trap, places, put
+from versions import older
 
 from restnet_hf import ExportedModel
 from restnet_hf.runtime.torch_archives import safe_archive
@@ -162,7 +163,7 @@ def test_hostile_programs(program, tmp_path, monkeypatch, name):
         with pytest.raises(ValueError, match="cannot be loaded by torch.*could run code.*trust_remote_code=True"):
             ExportedModel(folder)
     assert not trap.exists()
-    if runs:  # so that the attack is known to be one
+    if runs and not older(torch="2.15"):  # so that the attack is known to be one
         with contextlib.suppress(ValueError):
             ExportedModel(folder, trust_remote_code=True)(images())
         assert trap.exists()

@@ -10,6 +10,7 @@ from conftest import CLASSES
 from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 from trainings import ROUTES, Noisy, build, data, trained
+from versions import needs_tensor_format
 
 from restnet_hf import Route, StitchedModelForImageClassification, TrainArgs, train
 from restnet_hf.data import with_pixel_values
@@ -43,7 +44,10 @@ def plain(images):
     return Dataset.from_dict({"pixel_values": images.tolist(), "labels": [0] * len(images)}).with_format("torch")
 
 
-@pytest.mark.parametrize("kind", ["tensors", "loader", "custom loader", "dataset", "own", "stream", "short stream"])
+TABLE = pytest.param("dataset", marks=needs_tensor_format)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader", "custom loader", TABLE, "own", "stream", "short stream"])
 def test_every_form_of_images_is_split(kind):
     rows = data(40 if kind != "short stream" else 8)
     images = rows.tensors[0]
