@@ -12,10 +12,11 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
+from packaging.version import Version
 
 from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
-from restnet_hf.runtime.runners import RUNTIMES, import_for_runtime
+from restnet_hf.runtime.runners import LEAST_TORCH, RUNTIMES, import_for_runtime
 
 
 ALIGNED = 64  # bytes of a cache line and of the widest vector, at multiples of which tensors begin
@@ -67,8 +68,10 @@ class Exporter(ABC):
 
         Raises:
             MissingRuntimeError: a package is not installed.
-            UnsupportedExportError: the runtime does not support the precision.
+            UnsupportedExportError: the runtime does not support the precision, or torch is too old to export.
         """
+        if Version(torch.__version__) < Version(LEAST_TORCH):
+            raise UnsupportedExportError(f"exporting needs torch>={LEAST_TORCH}; this is torch {torch.__version__}")
         if precision not in self.precisions:
             raise UnsupportedExportError(
                 f"precision={precision!r} is not one of {self.precisions} of runtime '{self.runtime}'"

@@ -11,6 +11,7 @@ from threading import Lock, local
 from typing import Any, Protocol
 
 import numpy as np
+from packaging.version import Version
 
 from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
 
@@ -20,6 +21,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 It may have an attribute ``input_shape``: the four sizes that the model takes, None for any size.
 """
+LEAST_TORCH = "2.9"  # before, torch.export writes other archives, and its ONNX exporter fails on some routes
 TELEMETRY = "openvino_telemetry"
 EXECUTORCH = Lock()  # of ExecuTorch's programs
 
@@ -155,6 +157,8 @@ def run_executorch(
 def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
     """Load a program of torch.export, without any part that may run code unless it is trusted."""
     torch = import_for_runtime("torch", "torch")
+    if Version(torch.__version__) < Version(LEAST_TORCH):
+        raise MissingRuntimeError(f"runtime 'torch' needs torch>={LEAST_TORCH}; this is torch {torch.__version__}")
     if threads is not None:
         torch.set_num_threads(threads)
     file = folder / entry["file"]

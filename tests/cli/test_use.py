@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
+from versions import needs_export
 
 from restnet_hf import Profile, StitchedModelForImageClassification
 from restnet_hf.cli import app
@@ -39,7 +40,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("exported", [False, pytest.param(True, marks=needs_export)])
 def test_predict_prints_what_the_model_predicts(adapter, pictures, tmp_path, exported):
     model, names = StitchedModelForImageClassification.from_pretrained(adapter), list(map(str, pictures))
     folder = tmp_path / "profiled"

@@ -13,6 +13,7 @@ from exports import ABSENT
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
+from versions import needs_export
 
 from restnet_hf import Budget, Controller, ExportedModel, Profile, StitchedModelForImageClassification, export_routes
 from restnet_hf.cli import app
@@ -27,6 +28,7 @@ from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError, Runtime, o
 from restnet_hf.stitches.tuning import TunedConfig, tuned_keys
 
 
+pytestmark = needs_export
 CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 ROUTES = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 FAST = [("onnx", "fp32"), ("onnx", "int8")]

@@ -12,6 +12,7 @@ from conftest import CLASSES, SIZE
 from exports import ABSENT
 from PIL import Image
 from typer.testing import CliRunner
+from versions import needs_export
 
 from restnet_hf import BudgetError, Cascade, ExportedModel, StitchedModelForImageClassification, export_routes
 from restnet_hf.cli import app
@@ -20,6 +21,7 @@ from restnet_hf.routes.profile import ProfiledCascade, ProfiledRoute
 from restnet_hf.runtime.exported_cascades import SCRIPTS, read_stages, run_stages
 
 
+pytestmark = needs_export
 STITCHED = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 SHARED = "resnet[:2] + vit[2:] > resnet[:3] + vit[2:] > resnet[:]"  # the first two share two blocks, the last three
 

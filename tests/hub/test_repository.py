@@ -307,7 +307,7 @@ restnet_hf.cli.app(["find", "--macs", "11.95e6", "--base-model", "me/small-vit"]
 print(json.dumps(1))
 """
     printed = world.run(code, whole=True)
-    assert "me/adapter" in printed and "small-vit[:]" in printed and "100.0" in printed
+    assert "me/adapter" in printed and re.search(r"small-vit\[:\] +[\d.]+ +[\d.]+ +[\d.]+", printed)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageColumn
 from PIL import Image
 from transformers import AutoImageProcessor, Trainer, TrainingArguments, pipeline
+from versions import older
 
 from restnet_hf import (
     Budget,
@@ -217,7 +218,8 @@ def test_a_plain_module_has_an_image_processor(tmp_path):
     assert np.abs(ours.numpy() * how.std + how.mean - resized).max() < 0.02
     model.save_pretrained(tmp_path)
     saved = AutoImageProcessor.from_pretrained(tmp_path)
-    assert torch.equal(saved(picture, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0), ours)
+    again = saved(picture, return_tensors="pt")["pixel_values"][0].permute(1, 2, 0)
+    assert torch.equal(again, ours) or (older(transformers="5.17") and (again - ours).abs().max() < 0.03)
     classify = pipeline("image-classification", model=model, image_processor=model.image_processor)
     assert classify(picture)[0]["score"] == pytest.approx(model.predict(picture)[0]["score"], rel=1e-5)
 

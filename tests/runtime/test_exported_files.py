@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import ODD, Trap, places, put
 from PIL import Image
+from versions import needs_export
 
 from restnet_hf import ExportedModel
 from restnet_hf.runtime.exported_files import MAX_MESSAGE, exported_checksums, read_labels, read_preprocessing
@@ -24,6 +25,7 @@ from restnet_hf.runtime.exported_model import prepare_image
 from restnet_hf.runtime.runners import RUNTIMES
 
 
+pytestmark = needs_export
 DAMAGES = 320  # of folders, a quarter for each runtime
 PREPROCESSING = {"resize": [64, 64], "crop": None, "resample": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import CLASSES, SIZE, Plain, spread
 from exports import ROUTES, changed_json, export
 from PIL import Image
+from versions import needs_export
 
 from restnet_hf import Anchor, Budget, BudgetError, ExportedModel, StitchedModelForImageClassification, export_routes
 from restnet_hf.data.preprocessing import Preprocessing
@@ -20,6 +21,7 @@ from restnet_hf.errors import PictureError
 from restnet_hf.runtime import RUNTIMES
 
 
+pytestmark = needs_export
 THREADS, CALLS = 8, 25
 
 

@@ -16,10 +16,13 @@ from exports import export, images, without_checksums
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mutations import Trap, places, put
-from versions import older
+from versions import needs_export, older
 
 from restnet_hf import ExportedModel
 from restnet_hf.runtime.torch_archives import safe_archive
+
+
+pytestmark = needs_export
 
 
 @pytest.fixture(scope="module")

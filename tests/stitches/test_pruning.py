@@ -6,6 +6,7 @@ import torch
 from conftest import CLASSES, SIZE, Plain, make_anchor, spread
 from torch import nn
 from torch.nn.functional import conv2d
+from versions import needs_new_names
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.preprocessing import Preprocessing
@@ -89,6 +90,7 @@ def test_perceptron_of_a_vit_by_hand(share):
     assert torch.allclose(anchor(x, 1, 2, lambda *span: found), y, atol=1e-4)
 
 
+@needs_new_names
 @torch.no_grad()
 def test_weakest_channels_go():
     """Channels that are made or taken by weights of zero are the ones that are left out, and nothing changes."""

@@ -11,6 +11,7 @@ from conftest import CLASSES, make_anchor
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from trainings import FAST, ROUTES, build, data, trained
+from versions import needs_export
 
 from restnet_hf import Budget, StitchedModelForImageClassification, TrainArgs, train, train_heads
 from restnet_hf.adaptation.adapt import adapt
@@ -340,6 +341,7 @@ def test_measured_and_searched(monkeypatch):
 
 
 @pytest.mark.slow
+@needs_export
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])
 def test_exported(runtime, images, tmp_path):
     model = both()
