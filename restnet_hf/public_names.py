@@ -22,7 +22,7 @@ class Unavailable:
     def _raise(self) -> NoReturn:
         package = (self._cause.name or str(self._cause)).partition(".")[0]
         raise ModuleNotFoundError(
-            f"{self._name} needs {package}, which is not installed; pip install {package}", name=package
+            f"{self._name} needs {package}, which is not installed; pip install restnet-hf brings it", name=package
         ) from self._cause
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -43,11 +43,11 @@ def main(
             os.environ.setdefault(name, "1")
 
 
-def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command to the app; its documented errors end the process with status 1 and a line on standard error.
 
     Args:
-        name: name of the command; by default that of the function.
+        example: arguments of a call, for the help of the command.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -62,7 +62,7 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
             except (ValueError, OSError, RuntimeError, ImportError) as error:
                 _fail(error, inspect.signature(function).parameters, sources)
 
-        app.command(name)(run)
+        app.command(epilog=f"Example: restnet-hf {function.__name__} {example}")(run)
         return run
 
     return add

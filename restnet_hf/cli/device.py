@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from restnet_hf.routes.profile import Budget
 
 
-@command()
+@command("me/r50-mbv2 --out latency.json")
 def measure(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="JSON file of latency tables, by device and runtime.")] = Path(
@@ -37,7 +37,7 @@ def measure(
     say(f"written to {out}")
 
 
-@command()
+@command("me/r50-mbv2 --data photos --budget latency_ms=20")
 def adapt(
     adapter: Adapter,
     data: Annotated[str, typer.Option(help="Images of this device, labelled or not: local folder.")],
@@ -83,7 +83,7 @@ def adapt(
     say(str(written))
 
 
-@command()
+@command("me/r50-mbv2 --out board --runtime onnx")
 def export(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="Folder for the exported files.")],

@@ -20,7 +20,7 @@ WRITTEN = ("adapter", "report.json", "similarity.png", "tradeoff.png", "training
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an earlier run in --out.")]
 
 
-@command()
+@command("--out restnet-demo")
 def demo(
     out: Out = Path("restnet-demo"),
     front: Front = None,
@@ -43,7 +43,7 @@ def demo(
     _run_job(load, out, resume, overwrite)
 
 
-@command()
+@command("recipe.yaml --out r50-mbv2")
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file of a recipe.", exists=True, dir_okay=False)],
     out: Out,
@@ -94,7 +94,7 @@ def _run_job(load: "Callable[[], Recipe]", out: Path, resume: bool, overwrite: b
         state.destroy_process_group()
 
 
-@command()
+@command("timm/resnet50.a1_in1k timm/mobilenetv2_100.ra_in1k --dataset photos")
 def similarity(
     front: Annotated[str, typer.Argument(help="Anchor whose early blocks run: Hub id or local folder.")],
     end: Annotated[str, typer.Argument(help="Anchor whose late blocks run: Hub id or local folder.")],

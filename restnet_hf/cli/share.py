@@ -9,7 +9,7 @@ from restnet_hf.cli.options import load_here
 from restnet_hf.cli.tables import say, show_found, warn
 
 
-@command()
+@command("--base-model timm/resnet50.a1_in1k --macs 1e9")
 def find(
     base_model: Annotated[
         list[str] | None, typer.Option(help="Hub id of an anchor that adapters must have; may be given several times.")
@@ -33,7 +33,7 @@ def find(
     show_found(find_adapters(base_model, **limits, min_accuracy=min_accuracy, device=device))
 
 
-@command()
+@command("r50-mbv2/adapter me/r50-mbv2")
 def push(
     adapter: Annotated[str, typer.Argument(help="Adapter: local folder.")],
     repo_id: Annotated[str, typer.Argument(help="Repository on the Hub; it is created if there is none.")],

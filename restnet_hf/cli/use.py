@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from restnet_hf.routes.profile import Profile
 
 
-@command()
+@command("me/r50-mbv2 photo.jpg --budget macs=100e6")
 def predict(
     adapter: Annotated[str, typer.Argument(help="Adapter, Hub id or local folder, or a folder of exported routes.")],
     pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Pictures to classify.")],
@@ -55,7 +55,7 @@ def predict(
         say(f"{path}: " + ", ".join(f"{each['label']} {each['score']:.1%}" for each in classes))
 
 
-@command()
+@command("me/r50-mbv2 --data photos --cascades --overwrite")
 def profile(
     adapter: Adapter,
     data: Annotated[str, typer.Option(help="Labelled images: Hub id or local folder.")],
