@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Write the released cards into model_cards/ from what recipes have left: python recipes/cards.py model_cards RUN ...
 
 RUN is a folder that `restnet-hf train` or `restnet-hf demo` wrote; its name becomes the adapter's. The card is the one

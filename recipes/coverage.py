@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Try every image classifier of transformers and timm as an anchor and write the result as a table.
 
     python recipes/coverage.py recipes/coverage.md            # about 6 minutes on a CPU

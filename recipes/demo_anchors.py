@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Train the demo's two anchors on Fashion-MNIST and cut the slice of data that ships with the package.
 
     python recipes/demo_anchors.py OUT                                      # from the Hub

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Compare every route of SN-Net's and SN-Netv2's families with the parameters and MACs that their authors published.
 
     python recipes/families_check.py deit snnet_deit.csv      # a minute on a CPU; the weights are random

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Fine-tune ImageNet classifiers in full on a data set of small pictures, as anchors that have learned the task.
 
     python recipes/finetune_anchors.py OUT ANCHOR... [--dataset uoft-cs/cifar10] [--sizes 64,64,96]

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Keep to a latency budget while the device gets busy: the controller changes the route of a loaded adapter.
 
     restnet-hf demo --out demo && python recipes/follow_load.py demo/adapter [--budget-ms 12] [--seconds 20]

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["restnet-hf"]
+# ///
 """Train a stitch with transformers.Trainer, and again with restnet_hf.train: the same stitch comes out.
 
     python recipes/with_trainer.py [--quick]        # about a minute on 2 cores

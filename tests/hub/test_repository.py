@@ -300,6 +300,15 @@ def test_find_returns_exactly_those_within_the_budget(world):
         del world.hub.repos[name]
 
 
+EXAMPLE = """
+import shlex
+import restnet_hf.cli
+(example,) = [c.epilog for c in restnet_hf.cli.app.registered_commands if c.callback.__name__ == "{name}"]
+restnet_hf.cli.app(shlex.split(example.removeprefix("Example: "))[1:], standalone_mode=False)
+print(json.dumps(1))
+"""
+
+
 def test_find_by_command(world):
     code = """
 import restnet_hf.cli
@@ -307,6 +316,7 @@ restnet_hf.cli.app(["find", "--macs", "11.95e6", "--base-model", "me/small-vit"]
 print(json.dumps(1))
 """
     printed = world.run(code, whole=True)
+    world.run(EXAMPLE.format(name="find"))
     assert "me/adapter" in printed and re.search(r"small-vit\[:\] +[\d.]+ +[\d.]+ +[\d.]+", printed)
 
 
@@ -320,7 +330,11 @@ print(json.dumps(str(Model.from_pretrained("me/pushed").active_route)))
 """
     assert world.run(code) in world.routes
     assert "me/pushed" in world.hub.repos
-    del world.hub.repos["me/pushed"]
+    world.run(
+        'Model.from_pretrained("me/adapter").save_pretrained("r50-mbv2/adapter")\n' + EXAMPLE.format(name="push")
+    )
+    for name in ("me/pushed", "me/r50-mbv2"):
+        del world.hub.repos[name]
 
 
 @pytest.mark.parametrize(
