@@ -165,6 +165,7 @@ def test_parquet_layouts(tmp_path, layout, streaming):
     assert [row["label"] for row in found] == [0, 1, 2] and sorted(found.column_names) == ["image", "label"]
 
 
+@needs_mixed_streams
 def test_streamed_imagefolder_is_mixed(tmp_path):
     for name in ("cat", "dog"):
         for index in range(20):
@@ -243,7 +244,7 @@ def test_crops_are_parts_of_the_image():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=needs_mixed_streams)])
 def test_a_seed_is_an_epoch(streaming, workers):
     """A loop that seeds each epoch gets the same images again, also where other processes read them."""
     rows = load_images(DATA, "test", streaming=streaming)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from PIL import Image
+from versions import needs, older
 
 from restnet_hf.data.datasets import load_images
 from restnet_hf.data.folders import files_dataset, folder_dataset
@@ -63,12 +64,13 @@ def test_metadata_does_not_cut_class_folders(tmp_path, warnings):
     assert warnings.text.count("metadata.csv is not read, as the subfolders") == 2
 
 
+@needs(not older(datasets="4.8"), "older datasets do not read the strings of pandas 3 in a metadata.csv")
 def test_metadata_that_lists_some_pictures_only(tmp_path):
     fill(tmp_path / "train", "0.png", "1.png", "2.png")
     file = tmp_path / "train" / "metadata.csv"
     file.write_text("file_name,label\n0.png,4\n")
     for load in (lambda: load_images(tmp_path, "train"), lambda: folder_dataset(tmp_path / "train")):
-        with pytest.raises(ValueError, match=r"metadata\.csv lists 1 of the 3 pictures of .*train|metadata files"):
+        with pytest.raises(ValueError, match=r"metadata\.csv lists 1 of the 3 pictures of .*train"):
             load()
     file.write_text("file_name,label\n0.png,4\n1.png,5\n2.png,6\n")
     assert load_images(tmp_path, "train")["label"][:] == folder_dataset(tmp_path / "train")["label"][:] == [4, 5, 6]

@@ -7,8 +7,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import MODELS, make_anchor, vit_layers
+from conftest import MODELS, make_anchor
 from torch import nn
+from versions import needs_new_names
 
 from restnet_hf.hashing import Piece, weights_sha256
 
@@ -98,6 +99,7 @@ def test_threads_check_at_once(images):
     assert not anchor._expected
 
 
+@needs_new_names
 def test_modules_put_into_a_network_are_no_change_of_its_weights(images):
     """As adapters such as LoRA do: the layer moves into another one, with the same weights."""
 
@@ -111,7 +113,7 @@ def test_modules_put_into_a_network_are_no_change_of_its_weights(images):
 
     anchor = make_anchor("vit")
     anchor.expect_weights(anchor.pieces())
-    layer = vit_layers(anchor.model)[1]
+    layer = anchor.model.vit.layers[1]
     layer.mlp.fc1 = Wrapped(layer.mlp.fc1)
     with torch.no_grad():
         anchor(images)
