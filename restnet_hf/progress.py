@@ -1,7 +1,8 @@
 """Progress bars of long steps, shown on terminals and in notebooks only, and by one process only."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import logging
@@ -14,8 +15,33 @@ def shows_bars() -> bool:
 
     A bar that is written to a file or a pipe is thousands of lines that nobody reads.
     """
-    watched = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
-    return watched and this_process().is_local_main_process
+    return _is_watched() and this_process().is_local_main_process
+
+
+def _is_watched() -> bool:
+    return "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+
+
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Hide the bars of transformers and datasets in the block where standard error is a file or a pipe."""
+    if _is_watched():
+        yield
+        return
+    datasets: Any = sys.modules.get("datasets")
+    shown = logging.is_progress_bar_enabled()
+    tables_shown = datasets is not None and not datasets.are_progress_bars_disabled()
+    try:
+        if shown:
+            logging.disable_progress_bar()
+        if tables_shown:
+            datasets.disable_progress_bars()
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if tables_shown:
+            datasets.enable_progress_bars()
 
 
 def progress_bar(

@@ -31,6 +31,7 @@ from restnet_hf.data.preprocessing import Preprocessing, timm_processor, with_im
 from restnet_hf.errors import http_error, hub_errors, quote, short_errors, shorten
 from restnet_hf.files import COMMIT
 from restnet_hf.limits import MAX_SIDE, check_network, read_json, walk_json
+from restnet_hf.progress import library_bars
 from restnet_hf.routes.route import ANCHOR_NAME
 
 
@@ -69,6 +70,7 @@ def check_load_options(function: Callable[..., Any], hub_kwargs: Mapping[str, An
 
 @short_errors()
 @hub_errors()
+@library_bars()
 def load_anchor(
     source: str | os.PathLike[str] | nn.Module | Anchor,
     *,

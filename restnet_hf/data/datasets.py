@@ -26,7 +26,7 @@ from restnet_hf.data.labels import compare_classes, match_classes
 from restnet_hf.data.pixel_values import Batch, prepared_by
 from restnet_hf.data.pixel_values import with_pixel_values as with_pixel_values  # where 0.1 had it
 from restnet_hf.hashing import weights_sha256
-from restnet_hf.progress import progress_bar
+from restnet_hf.progress import library_bars, progress_bar
 
 
 IGNORED = -100  # label of images that losses of torch and transformers ignore
@@ -240,6 +240,7 @@ def load_images(
     return dataset
 
 
+@library_bars()
 def _load(source: str | Path, split: str, streaming: bool) -> Dataset | IterableDataset:
     folder = Path(source)
     if not folder.is_dir():

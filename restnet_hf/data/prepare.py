@@ -34,6 +34,7 @@ from restnet_hf.data.pixel_values import (
     readable_positions,
     with_pixel_values,
 )
+from restnet_hf.progress import library_bars
 
 
 class Pictures(TorchDataset):
@@ -231,6 +232,7 @@ def is_one_image(data: Any) -> bool:
     return is_picture(data)
 
 
+@library_bars()
 def _load(data: Any, name: str) -> Any:
     """Files, arrays and single pictures as a data set, a tensor or a list; anything else unchanged."""
     if isinstance(data, str | os.PathLike):

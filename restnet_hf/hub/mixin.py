@@ -45,6 +45,7 @@ from restnet_hf.hub.paging import WeightFiles
 from restnet_hf.hub.repository import PLOT, PROFILE, check_parents, push_folder
 from restnet_hf.hub.several_adapters import add_adapter
 from restnet_hf.profiling.plots import plot_tradeoff
+from restnet_hf.progress import library_bars
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
@@ -147,7 +148,8 @@ class AdapterHubMixin:
         profile = self.valid_profile(self.config.anchors)
         self._tag(profile)
         with atomic_folder(save_directory, CONFIG, OWN_FILES) as folder:
-            super().save_pretrained(folder, state_dict={})  # type: ignore[misc]
+            with library_bars():
+                super().save_pretrained(folder, state_dict={})  # type: ignore[misc]
             save_file(separate_tensors(weights), folder / WEIGHTS, {"format": "pt"})
             (folder / SHIM).write_text(SHIM_TEXT)
             if profile is not None:

@@ -3,11 +3,14 @@
 import io
 import sys
 
+import datasets
 import pytest
 import torch
 from transformers.utils import logging
 
-from restnet_hf.data.datasets import batches
+from restnet_hf import StitchedModelForImageClassification
+from restnet_hf.data.datasets import batches, load_images
+from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.progress import progress_bar
 
 
@@ -33,6 +36,19 @@ def test_bars_are_shown_on_terminals_only(monkeypatch, kind):
     assert len([*batches(torch.zeros(4, 3, 8, 8), 2, "images")]) == 2
     written = sys.stderr.getvalue()
     assert all(name in written for name in ("step", "by hand", "images")) if kind is Terminal else written == ""
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_bars_of_libraries_are_shown_on_terminals_only(monkeypatch, tmp_path, kind):
+    """Those of loading, of data sets and of saving; the libraries' own settings are as they were."""
+    monkeypatch.setattr(sys, "stderr", kind())
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.enable_progress_bars()
+    load_images(DATA, "test")
+    StitchedModelForImageClassification.from_anchors(FRONT, END).save_pretrained(tmp_path / "adapter")
+    written = sys.stderr.getvalue()
+    assert ("Loading weights" in written and "test split" in written) if kind is Terminal else written == ""
+    assert logging.is_progress_bar_enabled() and not datasets.are_progress_bars_disabled()
 
 
 def test_notebooks_have_bars(monkeypatch):
