@@ -4,14 +4,17 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from restnet_hf.anchors.cut import logits_of
+
+
+if TYPE_CHECKING:
+    import networkx as nx  # takes a tenth of a second, and an anchor whose cuts are cached needs none of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +85,8 @@ class Trace:
 
     def dominators(self) -> set[Any]:
         """Nodes that every path from the logits to the image goes through."""
+        import networkx as nx
+
         immediate = nx.immediate_dominators(self.graph, self.end)
         chain, node = {self.end}, self.start
         while node is not None and node not in chain:
@@ -95,6 +100,8 @@ class Trace:
 
     def ancestors(self, call: Call) -> set[Any]:
         """The `output_nodes` of a call, and all nodes that they were computed from."""
+        import networkx as nx
+
         nodes = self.output_nodes(call)
         return nodes.union(*(nx.descendants(self.graph, node) for node in nodes))
 
@@ -211,6 +218,8 @@ def _products(output: Any, inputs: Any) -> list[Product]:
 
 def _graph(end: Any, image: Tensor) -> tuple["nx.DiGraph[Any]", Any]:
     """The nodes on paths from ``end`` to the accumulator of ``image``, and that accumulator."""
+    import networkx as nx
+
     graph: nx.DiGraph[Any] = nx.DiGraph()
     start, stack, seen = None, [end], {end}
     while stack:
