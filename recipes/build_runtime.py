@@ -41,7 +41,11 @@ print(board.predict("photo.jpg")[0])
 ```
 """
 NEEDED = ("filelock", "huggingface-hub", "numpy", "packaging", "pillow", "pyyaml", "safetensors")
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}  # what running needs of the extras, which export too
+RUNTIMES = {
+    "litert": "ai-edge-litert",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+}  # what running needs of the extras, which export too
 
 
 def name_of(requirement: str) -> str:

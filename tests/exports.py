@@ -1,12 +1,15 @@
 """Exported folders, and images for them."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
+import pytest
 from conftest import SIZE, Plain, spread
 
 from restnet_hf import Anchor, StitchedModelForImageClassification, export_routes
 from restnet_hf.data.preprocessing import Preprocessing
+from restnet_hf.export.exporter import load_exporter
 
 
 ABSENT = """import sys
@@ -16,6 +19,16 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """
 ROUTES = ["a[:1] + b[1:]", "a[:2] + b[2:]"]
+
+
+def needs_runtime(runtime):
+    """Skip a test where a package that exporting to a runtime needs is not installed."""
+    for package in load_exporter(runtime).packages:
+        pytest.importorskip(package)
+
+
+def is_installed(runtime):
+    return all(find_spec(package.partition(".")[0]) for package in load_exporter(runtime).packages)
 
 
 def export(folder, runtime, **options):

@@ -97,7 +97,7 @@ def export(
         bool,
         typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
     ] = False,
-    runtime: Annotated[str, typer.Option(help="Runtime: onnx, openvino, executorch or torch.")] = "onnx",
+    runtime: Annotated[str, typer.Option(help="Runtime: onnx, openvino, executorch, litert or torch.")] = "onnx",
     precision: Annotated[
         str, typer.Option(help="Precision that the runtime supports: fp32, bf16, int8 or int8_dynamic.")
     ] = "fp32",

@@ -154,6 +154,21 @@ def run_executorch(
     return _ShapedRun(run, sizes)
 
 
+def run_litert(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
+    """Load an interpreter of LiteRT, which computes for one thread at a time."""
+    interpreter = import_for_runtime("ai_edge_litert.interpreter", "litert")
+    loaded = interpreter.Interpreter(model_path=str(folder / entry["file"]), num_threads=threads)
+    runner, lock = loaded.get_signature_runner(), Lock()
+    (source,) = runner.get_input_details().values()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with lock:
+            (logits,) = runner(pixel_values=images).values()
+        return logits
+
+    return _ShapedRun(run, [int(size) for size in source["shape"]])
+
+
 def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
     """Load a program of torch.export, without any part that may run code unless it is trusted."""
     torch = import_for_runtime("torch", "torch")
@@ -242,6 +257,16 @@ RUNTIMES: dict[str, Runtime] = {
             ".execute([torch.from_numpy(x)])[0][0].numpy()"
         ),
         fields={"file": r".+\.pte", "method": r"\w+"},
+    ),
+    "litert": Runtime(
+        run=run_litert,
+        exporter="restnet_hf.export.litert:LiteRtExporter",
+        script_imports="ai_edge_litert.interpreter",
+        script_logits=(
+            'next(iter(ai_edge_litert.interpreter.Interpreter(str(here / "{file}")).get_signature_runner()'
+            "(pixel_values=x).values()))[0]"
+        ),
+        fields={"file": r".+\.tflite"},
     ),
     "torch": Runtime(
         run=run_torch,

@@ -54,7 +54,7 @@ def test_help_and_typos_need_no_torch(tmp_path):
 
 def test_the_script_is_the_app():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["scripts"] == {"restnet-hf": "restnet_hf.cli:app"}
+    assert project["scripts"] == dict.fromkeys(("restnet-hf", "hf-restnet"), "restnet_hf.cli:app")
 
 
 def test_every_runtime_is_in_the_help():

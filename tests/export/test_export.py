@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor
-from exports import ABSENT
+from exports import ABSENT, needs_runtime
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -20,7 +20,7 @@ from restnet_hf.cli import app
 from restnet_hf.data.datasets import load_images, subset, with_pixel_values
 from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.export.export import NOISE_IMAGES, DisagreementError, pareto_routes
-from restnet_hf.export.exporter import Exporter, UnsupportedExportError, load_exporter
+from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExportError, load_exporter
 from restnet_hf.export.programs import trace_route
 from restnet_hf.export.sensitivity import most_sensitive, rounded
 from restnet_hf.hub.cards import make_card
@@ -32,7 +32,7 @@ pytestmark = needs_export
 CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 ROUTES = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 FAST = [("onnx", "fp32"), ("onnx", "int8")]
-WITHOUT_TORCH = [case for case in CASES if case[0] in ("onnx", "openvino")]
+WITHOUT_TORCH = [case for case in CASES if case[0] in ("litert", "onnx", "openvino")]
 
 
 def noise(count, seed=0):
@@ -83,6 +83,7 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
 
     In float32 two routes are in one folder, and share what they can.
     """
+    needs_runtime(runtime)
     out, data = tmp_path / "out", [(noise(24), torch.arange(24) % CLASSES)]
     options = {"runtime": runtime, "precision": precision, "data": data, "min_agreement": 0.5, "calibration_images": 8}
     if not can_run(runtime, precision):
@@ -100,7 +101,7 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     assert printed == exported.classify(picture)[0]["label"]
     assert (out / "run.py").read_text().count("\n") <= 15
     check_profile(exported, model, routes, runtime, precision)
-    if len(routes) > 1 and runtime != "torch":
+    if len(routes) > 1 and runtime not in ("litert", "torch"):
         check_sharing(out, model)
     if len(routes) > 1 and (runtime, precision) in WITHOUT_TORCH:
         subprocess.run([sys.executable, "-c", SWITCHING.format(folder=str(out), size=SIZE)], check=True)
@@ -355,6 +356,17 @@ def test_refusals(model, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         export_routes(model, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_layers_that_litert_keeps(model):
+    """By name: the more layers stay in float32, the larger the file is, up to that of float32."""
+    needs_runtime("litert")
+    exporter, program = load_exporter("litert"), trace_route(model.route(ROUTES[0]), model.steps(ROUTES[0]), 1)
+    whole, images = exporter.convert(program, "fp32"), [image[None].numpy() for image in noise(8)]
+    kept = [(), program.first_kept[0], program.first_kept[-1], tuple(program.layers)]
+    sizes = [len(exporter.quantize(whole, images, Quantization("int8", keep=layers))) for layers in kept]
+    assert sizes == sorted(set(sizes)) and sizes[0] < 0.5 * len(whole) and sizes[-1] > 0.9 * len(whole)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

@@ -7,11 +7,9 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from conftest import CLASSES, SIZE, Plain, spread
-from exports import ROUTES, changed_json, export
+from exports import ROUTES, changed_json, export, needs_runtime
 from PIL import Image
 from versions import needs_export
 
@@ -21,6 +19,7 @@ from restnet_hf.errors import PictureError
 from restnet_hf.runtime import RUNTIMES
 
 
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytestmark = needs_export
 THREADS, CALLS = 8, 25
 
@@ -175,6 +174,7 @@ def wrong_calls(model, routes, calls):
 )
 def test_many_threads(folder, tmp_path, runtime, keep):
     """Also where each route pushes the other out of memory while threads run it."""
+    needs_runtime(runtime)
     if runtime != "onnx":
         folder = export(tmp_path, runtime)
     model = ExportedModel(folder, threads=1, keep=keep)
