@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from restnet_hf.data.preprocessing import Preprocessing, prepare_images
-from restnet_hf.runtime.exported_files import LABELS, PREPROCESSING
+from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
 from restnet_hf.runtime.exported_model import prepare_image
+from restnet_hf.runtime.golden import CHECK, IMAGES, MOST, PICTURE, made_images
 from restnet_hf.runtime.runners import RUNTIMES
 
 
@@ -66,28 +67,39 @@ def _check_same(processor: Any, how: Mapping[str, Any]) -> None:
             )
 
 
-def run_script(runtime: str, run: Sequence[str], how: Mapping[str, Any], batch_size: int | None) -> str:
+def run_script(runtime: str, active: str, run: Sequence[str], how: Mapping[str, Any], batch_size: int | None) -> str:
     """A script that classifies a picture with a route or cascade, and needs numpy, Pillow and the runtime alone.
+
+    With ``--check`` it tells whether the files and the runtime are as they were at the export.
 
     Args:
         runtime: a key of `RUNTIMES`.
+        active: string form of the route or cascade.
         run: lines that run the route or cascade, from ``x`` (1, 3, H, W) to ``logits`` (classes,).
         how: settings that `plain_preprocessing` returned.
         batch_size: number of images that the file takes; None for any number.
     """
     resize, crop = how["resize"], how["crop"]
+    many = f".repeat({batch_size}, 0)" if batch_size and batch_size > 1 else ""
     if isinstance(resize, int):
         size = f"[int({resize} * edge / min(image.size)) for edge in image.size]"
     else:
         size = f"({resize[1]}, {resize[0]})"
     lines = [
-        '"""Classify a picture. Usage: python run.py PICTURE"""',
-        "import json, pathlib, sys",
+        '"""Classify a picture. Usage: python run.py PICTURE; or --check, whether all is as it was at the export"""',
+        "import hashlib, json, pathlib, sys",
         "if len(sys.argv) != 2: print(__doc__, file=sys.stderr); sys.exit(2)",
         f"import numpy as np, {RUNTIMES[runtime].script_imports}",
         "from PIL import Image, ImageOps",
         "here = pathlib.Path(__file__).parent",
         f'how, labels = (json.loads((here / name).read_text()) for name in ("{PREPROCESSING}", "{LABELS}"))',
+        "def prepare(picture):",
+        '    pixels = (np.float32(picture) / 255 - np.float32(how["mean"])) / np.float32(how["std"])',
+        f"    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]){many}",
+        "def run(x):",
+        *(f"    {line}" for line in run),
+        "    return logits",
+        *_check_lines(active, how),
         'image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")',
         f"image = image.resize({size}, Image.Resampling.{how['resample'].upper()})",
     ]
@@ -96,11 +108,23 @@ def run_script(runtime: str, run: Sequence[str], how: Mapping[str, Any], batch_s
             f"left, top = (image.width - {crop[1]}) // 2, (image.height - {crop[0]}) // 2",
             f"image = image.crop((left, top, left + {crop[1]}, top + {crop[0]}))",
         ]
-    many = f".repeat({batch_size}, 0)" if batch_size and batch_size > 1 else ""
-    lines += [
-        'pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])',
-        f"x = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]){many}",
-        *run,
-        "print(labels[logits.argmax()])",
-    ]
+    lines.append("print(labels[run(prepare(image)).argmax()])")
     return "\n".join(lines) + "\n"
+
+
+def _check_lines(active: str, how: Mapping[str, Any]) -> list[str]:
+    """Lines that compare files with their checksums, and logits with those of `restnet_hf.runtime.golden`."""
+    height, width = made_images(how).shape[2:]
+    return [
+        'if sys.argv[1] == "--check":',
+        f"    profile, check = (json.loads((here / name).read_text()) for name in ({PROFILE!r}, {CHECK!r}))",
+        f"    sums = {{n: s for n, s in profile['sha256'].items() if n != {EXAMPLE!r}}}",
+        "    changed = [n for n in sums if hashlib.sha256((here / n).read_bytes()).hexdigest() != sums[n]]",
+        f"    y, x, c = np.ogrid[:{height}, :{width}, :3]",
+        f"    logits = np.stack([run(prepare({PICTURE})) for k in range({IMAGES})])",
+        f'    expected = np.float32(check["logits"][{active!r}])',
+        f"    logits = logits[:, :: -(-logits.shape[1] // {MOST})]",
+        "    off = np.abs(logits - expected).max() / max(expected.std(), 1e-9)",
+        "    print(f\"changed files: {changed or 'none'}; logits off by {off:.2g} of {check['tolerance']}\")",
+        '    sys.exit(bool(changed) or not off <= check["tolerance"])',
+    ]

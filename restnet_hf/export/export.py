@@ -41,6 +41,7 @@ from restnet_hf.routes.route import Route, Routes, each_route
 from restnet_hf.runtime.exported_cascades import IMAGES, run_stages, script_lines
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
 from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
+from restnet_hf.runtime.golden import CHECK, golden
 from restnet_hf.runtime.runners import RUNTIMES, Run
 from restnet_hf.steps import split_at_shared_cuts, walk_tree
 
@@ -284,6 +285,8 @@ class _Job:
         (folder / EXAMPLE).write_text(self._script(entries))
         profile = self._profile(folder, entries, kept)
         profile.save(folder / PROFILE)
+        model = ExportedModel(folder, self.threads, trust_remote_code=True)
+        (folder / CHECK).write_text(json.dumps(golden(model.made_logits(), self.precision)) + "\n")
         return profile
 
     def _script(self, entries: Mapping[RouteOrPart, Mapping[str, str]]) -> str:
@@ -294,7 +297,7 @@ class _Job:
         else:
             named = {str(key): expression.format(**entry) for key, entry in entries.items()}
             lines = script_lines(self.stages[self.active], self.active, named)
-        return run_script(runtime, lines, self.preprocessing, self.batch_size)
+        return run_script(runtime, str(self.active), lines, self.preprocessing, self.batch_size)
 
     def _write_models(self, folder: Path) -> tuple[Mapping[RouteOrPart, Mapping[str, str]], dict[str, list[str]]]:
         """Write routes and parts; returns the entry of each, and its layers that are kept in full precision."""

@@ -34,6 +34,7 @@ from restnet_hf.runtime.exported_files import (
     read_profile,
     verify_files,
 )
+from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
 from restnet_hf.runtime.runners import RUNTIMES, Run
 
@@ -194,6 +195,36 @@ class ExportedModel:
         if budget is not None:
             model.set_budget(budget)
         return model
+
+    def made_logits(self) -> dict[str, np.ndarray]:
+        """Logits (N, classes) of made images, by route and cascade; `check` compares them with those at the export."""
+        images = made_images(self.preprocessing)
+        logits = {str(route): self(images, route=route) for route in self.routes}
+        return logits | {str(cascade): self.run_cascade(images, cascade)[0] for cascade in self.cascades}
+
+    def check(self) -> dict[str, float]:
+        """Compare all files with their checksums, and what the runtime computes with what it computed at the export.
+
+        Returns:
+            The largest difference of a logit by route and cascade, in standard deviations of the logits.
+
+        Raises:
+            OSError: the folder has no ``check.json``, as earlier versions wrote none.
+            ValueError: a file has changed, or logits differ more than the export allows for its precision.
+        """
+        digests = exported_checksums(self._profile_bytes)
+        verify_files(self.folder, digests, digests)
+        tolerance, expected = read_golden(self.folder)
+        now = self.made_logits()
+        if missing := sorted(expected.keys() ^ now.keys()):
+            raise ValueError(f"{self.folder / CHECK} does not fit the routes of the folder: {quote(missing)}")
+        differences = {name: difference(now[name], each) for name, each in expected.items()}
+        if wrong := {name: off for name, off in differences.items() if not off <= tolerance}:
+            raise ValueError(
+                f"{self.runtime} computes other logits here than at the export: off by {quote(wrong)} standard "
+                f"deviations, where {tolerance} is allowed; export on this device, or choose another precision"
+            )
+        return differences
 
     def _verify(self, folder: Path, *names: str) -> None:
         """Compare files with their checksums, each file once."""

@@ -99,7 +99,11 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     exported.set_route(ROUTES[0])
     printed = run_in(tmp_path, (out / "run.py").read_text(), without_torch=(runtime, precision) in WITHOUT_TORCH)
     assert printed == exported.classify(picture)[0]["label"]
-    assert (out / "run.py").read_text().count("\n") <= 15
+    assert (out / "run.py").read_text().count("\n") <= 30
+    assert run_in(tmp_path, (out / "run.py").read_text(), (runtime, precision) in WITHOUT_TORCH, "--check").startswith(
+        "changed files: none; logits off by"
+    )
+    assert max(exported.check().values()) < 1e-3
     check_profile(exported, model, routes, runtime, precision)
     if len(routes) > 1 and runtime not in ("litert", "torch"):
         check_sharing(out, model)
@@ -123,10 +127,10 @@ def check_logits(exported, model, routes, precision):
         assert np.allclose(found, one_by_one, atol=apart * expected.std())
 
 
-def run_in(folder, code, without_torch):
+def run_in(folder, code, without_torch, picture="picture.png"):
     (folder / "out" / "run.py").write_text((ABSENT if without_torch else "") + code)
     done = subprocess.run(
-        [sys.executable, "out/run.py", "picture.png"], cwd=folder, check=True, capture_output=True, text=True
+        [sys.executable, "out/run.py", picture], cwd=folder, check=True, capture_output=True, text=True
     )
     (folder / "out" / "run.py").write_text(code)
     return done.stdout.splitlines()[-1]

@@ -17,6 +17,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         "exported_cascades",
         "exported_files",
         "exported_model",
+        "golden",
         "pictures",
         "runners",
         "torch_archives",
@@ -50,8 +51,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
-        *("device_files", "executorch", "export", "exporter", "folding", "onnx", "openvino", "parts", "programs"),
-        *("sensitivity", "torch_program"),
+        *("device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino", "parts"),
+        *("programs", "sensitivity", "torch_program"),
     ],
     "demo": ["paths"],
     "top": ["comparing", "recipe_checks", "reports", "recipe", "auto_classes"],
