@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from restnet_hf.auto_classes import register_pending, register_when_imported
 from restnet_hf.public_names import lazy_imports
+from restnet_hf.verbosity import set_verbosity
 
 
 if TYPE_CHECKING:
@@ -67,4 +68,5 @@ MODULES = {
 ROOMS = ("data", "demo", "export", "runtime")
 __getattr__, __dir__, __all__ = lazy_imports(__name__, MODULES, ROOMS, register_pending)
 
+set_verbosity()
 register_when_imported()

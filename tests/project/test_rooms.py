@@ -9,7 +9,17 @@ import pytest
 
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
-    "ground": ["distributed", "errors", "files", "hashing", "limits", "progress", "public_names", "sources"],
+    "ground": [
+        "distributed",
+        "errors",
+        "files",
+        "hashing",
+        "limits",
+        "progress",
+        "public_names",
+        "sources",
+        "verbosity",
+    ],
     "routes": ["blocks", "cascade", "confidences", "families", "fronts", "profile", "route", "tables"],
     "runtime": [
         "controller",
