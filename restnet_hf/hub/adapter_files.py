@@ -175,7 +175,9 @@ def single_device(device_map: Any) -> torch.device:
     elif device_map is None:
         device = torch.get_default_device()
         if device.type == "meta":
-            raise RuntimeError("from_pretrained reads weights, which the meta device cannot hold; leave its context")
+            raise RuntimeError(  # as transformers says it
+                "You are using `from_pretrained` with a meta device context manager, and weights need memory; leave it"
+            )
     elif device_map == "auto":
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     elif device_map == "cuda":
