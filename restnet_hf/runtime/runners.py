@@ -244,7 +244,8 @@ RUNTIMES: dict[str, Runtime] = {
         exporter="restnet_hf.export.openvino:OpenVinoExporter",
         script_imports="openvino",
         script_logits=(
-            'openvino.compile_model(openvino.Core().read_model(here / "{file}", here / "{weights}"), "CPU")(x)[0][0]'
+            'openvino.compile_model(openvino.Core().read_model(here / "{file}", here / "{weights}"), "CPU", '
+            '{{"INFERENCE_PRECISION_HINT": "{compute}"}})(x)[0][0]'
         ),
         fields={"file": r".+\.xml", "weights": r".+\.bin", "compute": "f32|f16|bf16"},
     ),

@@ -104,7 +104,7 @@ def damage(source, folder, rng, secret):
             file.mkdir()
     hostile = rng.random() < 0.5
     if hostile and not (folder / "profile.json").is_symlink():
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             without_checksums(folder)
     return f"{kind} {file.name}{' hostile' if hostile else ''}"
 
