@@ -114,8 +114,7 @@ def load_anchor(
         model, repo_id, commit = source, _source_id(named) if named else None, None
     else:
         repo_id = _source_id(source)
-        commit = resolve_commit(repo_id, revision, hub_kwargs)
-        revision = commit or revision  # all files from one known commit
+        revision = (commit := resolve_commit(repo_id, revision, hub_kwargs)) or revision  # one commit for all files
         load = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code, **hub_kwargs}
         model = _load_pretrained(repo_id, load)
     source_name = repo_id or type(model).__name__
@@ -348,7 +347,10 @@ def load_lora(model: PreTrainedModel, source: str, options: Mapping[str, Any]) -
         raise OSError(f"the PEFT adapter in {source} cannot be loaded: {quote(error)}") from error
     if info.missing_keys:
         first = quote(min(info.missing_keys))
-        raise OSError(f"{PEFT_WEIGHTS} of {source} lacks what its {PEFT_CONFIG} asks for, such as {first}")
+        raise OSError(
+            f"{PEFT_WEIGHTS} of {source} lacks what its {PEFT_CONFIG} asks for, such as {first}; save it again, "
+            "or, where it has modules_to_save, install transformers>=5.23 and peft>=0.21, which load them"
+        )
 
 
 def _load_processor(

@@ -71,7 +71,7 @@ class Exporter(ABC):
             UnsupportedExportError: the runtime does not support the precision, or torch is too old to export.
         """
         if Version(torch.__version__) < Version(LEAST_TORCH):
-            raise UnsupportedExportError(f"exporting needs torch>={LEAST_TORCH}; this is torch {torch.__version__}")
+            raise UnsupportedExportError(f"exporting needs torch>={LEAST_TORCH}, not {torch.__version__}; upgrade it")
         if precision not in self.precisions:
             raise UnsupportedExportError(
                 f"precision={precision!r} is not one of {self.precisions} of runtime '{self.runtime}'"

@@ -173,7 +173,7 @@ def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust
     """Load a program of torch.export, without any part that may run code unless it is trusted."""
     torch = import_for_runtime("torch", "torch")
     if Version(torch.__version__) < Version(LEAST_TORCH):
-        raise MissingRuntimeError(f"runtime 'torch' needs torch>={LEAST_TORCH}; this is torch {torch.__version__}")
+        raise MissingRuntimeError(f"runtime 'torch' needs torch>={LEAST_TORCH}, not {torch.__version__}; upgrade it")
     if threads is not None:
         torch.set_num_threads(threads)
     file = folder / entry["file"]

@@ -79,7 +79,7 @@ def test_checked_once(images, monkeypatch):
     anchor = make_anchor("vit")
     anchor.expect_weights(anchor.pieces())
     anchor.verify()
-    monkeypatch.setattr("restnet_hf.anchors.anchor.weights_sha256", None)  # would not be callable
+    monkeypatch.setattr("restnet_hf.hashing._sha256s", None)  # would not be callable
     with torch.no_grad():
         anchor(anchor(images, stop=1), start=1)
 

@@ -317,7 +317,8 @@ print(json.dumps(1))
 """
     printed = world.run(code, whole=True)
     world.run(EXAMPLE.format(name="find"))
-    assert "me/adapter" in printed and re.search(r"small-vit\[:\] +[\d.]+ +[\d.]+ +[\d.]+", printed)
+    assert "me/adapter" in printed and "small-vit[:]" in printed
+    assert "100.0" in printed or older(transformers="5.17")  # whose random network is another
 
 
 @pytest.mark.slow
