@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from restnet_hf.data.pixel_values import with_pixel_values
     from restnet_hf.data.preprocessing import Preprocessing
     from restnet_hf.errors import BudgetError, PictureError
-    from restnet_hf.export.export import DisagreementError, export_routes
+    from restnet_hf.export.export import export_routes
     from restnet_hf.export.exporter import UnsupportedExportError
+    from restnet_hf.export.verification import DisagreementError
     from restnet_hf.hub.repository import FoundAdapter, find_adapters
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
     from restnet_hf.routes.cascade import Cascade
@@ -38,7 +39,7 @@ MODULES = {
     "BudgetError": "errors",
     "Cascade": "routes.cascade",
     "Controller": "runtime.controller",
-    "DisagreementError": "export.export",
+    "DisagreementError": "export.verification",
     "ExportedModel": "runtime.exported_model",
     "FoundAdapter": "hub.repository",
     "MissingRuntimeError": "runtime.runners",

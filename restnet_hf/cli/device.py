@@ -110,11 +110,22 @@ def export(
         int, typer.Option(help="Number of the images that calibrate low precision; the others verify.")
     ] = 128,
     min_agreement: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Lowest share of images, from 0 to 1, on which an exported route must predict the same class."
+            help="Lowest share of images, from 0 to 1, on which an exported route must predict the same class; 0.98 "
+            "without --max-accuracy-drop."
         ),
-    ] = 0.98,
+    ] = None,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Most that an exported route may lose of the accuracy, in percentage points, with 95 % confidence; "
+            "give labelled --data and thousands of --images."
+        ),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="Processor to quantise for: auto (this one), x86-avx2, x86-vnni or arm.")
+    ] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Number of images in a run; by default any number, where the runtime allows it.")
     ] = None,
@@ -135,8 +146,8 @@ def export(
     rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
-        min_agreement=min_agreement, calibration_images=calibration_images, batch_size=batch_size, threads=threads,
-        cascades=cascade or (),
+        min_agreement=min_agreement, max_accuracy_drop=max_accuracy_drop, target=target, batch_size=batch_size,
+        calibration_images=calibration_images, threads=threads, cascades=cascade or (),
     )  # fmt: skip
     if Path(adapter).is_dir() and model.profiled is not None:
         model.profiled.save(Path(adapter) / PROFILE)

@@ -6,11 +6,12 @@ from restnet_hf.public_names import lazy_imports
 
 
 if TYPE_CHECKING:
-    from restnet_hf.export.export import DisagreementError, export_routes
+    from restnet_hf.export.export import export_routes
     from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExportError
+    from restnet_hf.export.verification import DisagreementError
 
 MODULES = {
-    "DisagreementError": "export.export",
+    "DisagreementError": "export.verification",
     "Exporter": "export.exporter",
     "Quantization": "export.exporter",
     "UnsupportedExportError": "export.exporter",

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from restnet_hf.data.datasets import IGNORED, batches
+from restnet_hf.data.datasets import batches
 from restnet_hf.export.device_files import plain_preprocessing, run_script
 from restnet_hf.export.exporter import (
     QUANTIZED,
@@ -27,6 +27,14 @@ from restnet_hf.export.exporter import (
 from restnet_hf.export.parts import Part, RouteOrPart, cascade_routes, plan_parts
 from restnet_hf.export.programs import Program, numpy_batches, trace_route
 from restnet_hf.export.sensitivity import most_sensitive
+from restnet_hf.export.verification import (
+    BATCH_SIZE,
+    MAX_LOGIT_ERROR,
+    Acceptance,
+    Comparison,
+    DisagreementError,
+    compute_reference,
+)
 from restnet_hf.files import atomic_folder
 from restnet_hf.hashing import package_versions
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -43,94 +51,11 @@ from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PR
 from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
 from restnet_hf.runtime.golden import CHECK, golden
 from restnet_hf.runtime.runners import RUNTIMES, Run
-from restnet_hf.steps import split_at_shared_cuts, walk_tree
+from restnet_hf.runtime.targets import AUTO, TARGETS, resolve_target
 
 
 logger = logging.get_logger(__name__)
-BATCH_SIZE = 16  # images in a run while logits are compared
 NOISE_IMAGES = 64  # images of noise, used where no data is given
-MAX_LOGIT_ERROR = 0.02  # largest error of logits in fp32, in standard deviations of the logits
-
-
-class DisagreementError(ValueError):
-    """An exported route predicts other classes than the route itself, or in fp32 other logits."""
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """Logits of routes on the images that their exports are compared on.
-
-    Args:
-        images: function that returns an iterator over batches of the images, (N, 3, H, W) in float32.
-        logits: logits of each route and cascade, (images, classes).
-        labels: labels of the images, (images,); None where there are none.
-        answered_by: for each cascade, the number of the route that answered each image, (images,).
-    """
-
-    images: Callable[[], Iterator[np.ndarray]]
-    logits: Mapping[Route | Cascade, np.ndarray]
-    labels: np.ndarray | None
-    answered_by: Mapping[Cascade, np.ndarray]
-
-    def compare(self, route: Route | Cascade, run: Run) -> tuple[dict[str, float], float]:
-        """Scores and error of an exported route.
-
-        Returns:
-            ``agreement`` of the predicted classes, and ``accuracy`` where there are labels; and the largest error of a
-            logit, in standard deviations of the route's logits.
-        """
-        logits, expected = np.concatenate([run(batch) for batch in self.images()]), self.logits[route]
-        predicted = logits.argmax(1)
-        scores = {"agreement": float((predicted == expected.argmax(1)).mean())}
-        labelled = None if self.labels is None else self.labels != IGNORED
-        if labelled is not None and labelled.any():
-            scores["accuracy"] = float((predicted == self.labels)[labelled].mean())
-        return scores, float(np.abs(logits - expected).max() / expected.std())
-
-
-@torch.no_grad()
-def _compute_reference(
-    model: StitchedModelForImageClassification, routes: list[Route], cascades: list[Cascade], source: Any, skip: int
-) -> _Reference:
-    """Run routes and cascades on all images of a source but the first ``skip``, which calibrate."""
-
-    def remaining() -> Iterator[dict[str, torch.Tensor]]:
-        seen = 0
-        for batch in batches(source, BATCH_SIZE, "verify"):
-            model.preprocessing.check(batch["pixel_values"])
-            first, seen = max(0, skip - seen), seen + len(batch["pixel_values"])
-            if first < len(batch["pixel_values"]):
-                yield {key: value[first:] for key, value in batch.items()}
-
-    walks = split_at_shared_cuts([(route, model.steps(route)) for route in routes])
-    every: list[Route | Cascade] = [*routes, *cascades]
-    logits: dict[Route | Cascade, list[np.ndarray]] = {each: [] for each in every}
-    answered: dict[Cascade, list[np.ndarray]] = {cascade: [] for cascade in cascades}
-    labels: list[np.ndarray] = []
-    for batch in remaining():
-        x = batch["pixel_values"].to(model.device, model.dtype)
-        for route, output in walk_tree(x, walks):
-            logits[route].append(output.float().cpu().numpy())
-        for cascade in cascades:
-            output, numbers = model.run_cascade(x, cascade)
-            logits[cascade].append(output.float().cpu().numpy())
-            answered[cascade].append(numbers.cpu().numpy())
-        labels += [batch["labels"].numpy()] if "labels" in batch else []
-    if not logits[routes[0]]:
-        raise ValueError(
-            f"the first {skip} images calibrate, and there are no others to verify with; give more images, or a "
-            "smaller calibration_images"
-        )
-    return _Reference(
-        lambda: (batch["pixel_values"].float().numpy() for batch in remaining()),
-        _joined(logits),
-        np.concatenate(labels) if labels else None,
-        _joined(answered),
-    )
-
-
-def _joined(parts: Mapping[Any, list[np.ndarray]]) -> dict[Any, np.ndarray]:
-    return {key: np.concatenate(arrays) for key, arrays in parts.items()}
 
 
 def export_routes(
@@ -141,7 +66,9 @@ def export_routes(
     runtime: str = "onnx",
     precision: str = "fp32",
     data: Any = None,
-    min_agreement: float = 0.98,
+    min_agreement: float | None = None,
+    max_accuracy_drop: float | None = None,
+    target: str = AUTO,
     calibration_images: int = 128,
     batch_size: int | None = None,
     threads: int | None = None,
@@ -154,10 +81,10 @@ def export_routes(
     ``preprocessing.json``, ``profile.json`` and ``run.py``, which needs numpy, Pillow and the runtime alone. It and
     `ExportedModel` begin with the active route if it is exported, else the first; where there are cascades, with one
     of these. What routes of a cascade share is a file of its own and runs once, but for quantised ones.
-    The folder appears once all routes are verified. Where the agreement of a quantised route with the route in float32
-    is too low, the runtime's more careful algorithm is tried if it has one; then the stitch is kept in full precision,
-    then the head too, then one, two, four and more of the layers that are most sensitive to eight bits, or of the last
-    layers. The measured latencies are also added to the model's own profile, for its card.
+    The folder appears once all routes are verified. Where a quantised route loses more than is allowed, the runtime's
+    more careful algorithm is tried if it has one; then the stitch is kept in full precision, then the head too, then
+    one, two, four and more of the layers that are most sensitive to eight bits, or of the last layers. The measured
+    latencies are also added to the model's own profile, for its card.
 
     Args:
         model: model of the routes.
@@ -167,7 +94,13 @@ def export_routes(
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low
             precision, the others verify. Without data, which only fp32 allows, noise verifies.
-        min_agreement: lowest share of images, from 0 to 1, on which the exported route must predict the route's class.
+        min_agreement: lowest share of images, from 0 to 1, on which the exported route must predict the route's class;
+            0.98 where ``max_accuracy_drop`` is not given either.
+        max_accuracy_drop: most that an exported route may lose of the route's accuracy, in percentage points. The
+            images must be labelled, and the bound of the loss, at 95 % confidence, must be within it (`drop_bound`):
+            a limit of 0.5 takes thousands of images.
+        target: kind of processor to quantise for, a key of `TARGETS`; ``auto`` for this one. It decides whether
+            weights in eight bits have the full range. Other precisions do not depend on it.
         calibration_images: number of images that calibrate low precision.
         batch_size: number of images in a run; None for any number where the runtime allows it, else 1.
         threads: number of threads of the processor for latencies; None for the runtime's own default.
@@ -181,14 +114,15 @@ def export_routes(
         DisagreementError: an exported route disagrees with the route; nothing is written.
         MissingRuntimeError: the runtime, or a package that exports to it, is not installed.
         UnsupportedExportError: the runtime does not support the precision or an operation.
-        ValueError: there is no such runtime or route, or images are needed and not given.
+        ValueError: there is no such runtime, target or route, or images or labels are needed and not given.
     """
-    exporter = _checked_exporter(runtime, precision, data)
-    if not 0 <= min_agreement <= 1 or calibration_images < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"{min_agreement=} must be from 0 to 1, {calibration_images=} and {batch_size=} at least 1")
+    exporter, target = _checked_exporter(runtime, precision, data), resolve_target(target)
+    accept = Acceptance.of(min_agreement, max_accuracy_drop)
+    if calibration_images < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"{calibration_images=} and {batch_size=} must be at least 1")
     chosen, chains = _chosen(model, routes, cascades)
     data = None if data is None else model.prepare_data(data, on_error=on_error)
-    options = data, calibration_images, min_agreement, batch_size, threads
+    options = data, calibration_images, accept, target, batch_size, threads
     with atomic_folder(out, PROFILE) as folder:
         profile = _Job(model, chosen, chains, exporter, precision, *options).write(folder)
     model.record_runtime(profile)
@@ -246,12 +180,13 @@ class _Job:
         precision: str,
         data: Any,
         calibration_images: int,
-        min_agreement: float,
+        accept: Acceptance,
+        target: str,
         batch_size: int | None,
         threads: int | None,
     ) -> None:
         self.model, self.routes, self.exporter, self.precision = model, routes, exporter, precision
-        self.min_agreement, self.threads = min_agreement, threads
+        self.accept, self.target, self.threads = accept, target, threads
         self.batch_size = batch_size if exporter.any_batch else batch_size or 1
         self.preprocessing = plain_preprocessing(model.image_processor, model.preprocessing)
         self.real_images = data is not None
@@ -260,7 +195,9 @@ class _Job:
             data = torch.randn(NOISE_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
         quantized = precision.startswith(QUANTIZED)
         self.calibration = _first_images(data, calibration_images) if quantized else None
-        self.reference = _compute_reference(model, routes, cascades, data, calibration_images if quantized else 0)
+        self.reference = compute_reference(model, routes, cascades, data, calibration_images if quantized else 0)
+        if accept.max_accuracy_drop is not None and self.reference.labels is None:
+            raise ValueError("max_accuracy_drop needs labelled images; give labelled data, or min_agreement instead")
         self.parts, self.stages = plan_parts(model, cascades, shared=not quantized)
         exported: Sequence[Route | Cascade] = cascades or routes
         active = model.active_cascade if cascades else model.active_route
@@ -268,6 +205,7 @@ class _Job:
         names = model.config.id2label
         self.labels = [names[index] for index in range(len(names))]
         self.folded = 0
+        self.attempts = dict[Route, int]()  # ways to quantise that were tried
         self.same_route = dict[str, float]()  # share of images that the route of each cascade answers as in PyTorch
 
     def write(self, folder: Path) -> Profile:
@@ -332,20 +270,23 @@ class _Job:
         self, converted: Any, program: Program, folder: Path
     ) -> tuple[Any, Path, Mapping[str, str], list[str]]:
         """Quantise a route; returns the model, its folder and entry, and the layers kept in full precision."""
-        best, images, route = 0.0, cast(torch.Tensor, self.calibration), cast(Route, program.route)
-        for how in progress_bar(self._attempts(program, images), f"{self.precision} {route}"):
+        images, route = cast(torch.Tensor, self.calibration), cast(Route, program.route)
+        best, explained = -1.0, ""
+        attempts = progress_bar(self._attempts(program, images), f"{self.precision} {route}")
+        for attempt, how in enumerate(attempts, 1):
             model = self.exporter.quantize(converted, numpy_batches(images), how)
             place = Path(tempfile.mkdtemp(dir=folder))  # files of an earlier attempt may still be mapped
             entry = self.exporter.save({route: model}, place)[route]
-            agreement = self.reference.compare(route, self._load(place, entry))[0]["agreement"]
-            logger.info("%s, %s: agreement %.4f", route, how, agreement)
-            if agreement >= self.min_agreement:
+            result = self.reference.compare(route, self._load(place, entry))
+            logger.info("%s, %s: %s", route, how, self.accept.explain(result, attempt))
+            if self.accept.accepts(result, attempt):
+                self.attempts[route] = attempt
                 return model, place, entry, list(how.keep)
-            best = max(best, agreement)
+            if result.scores["agreement"] > best:
+                best, explained = result.scores["agreement"], self.accept.explain(result, attempt)
         raise DisagreementError(
-            f"'{route}' in {self.precision} agrees with itself in float32 on {best:.1%} of the images at best, and "
-            f"{self.min_agreement:.1%} are asked for; more calibration_images may help, another precision, or a lower "
-            "min_agreement"
+            f"'{route}' in {self.precision} {explained}; at best, of {attempt} ways to quantise it. More "
+            "calibration_images may help, another precision, or a weaker limit"
         )
 
     def _attempts(self, program: Program, images: torch.Tensor) -> Iterator[Quantization]:
@@ -355,7 +296,7 @@ class _Job:
         sensitive, these are kept. Where all layers lose a little, the last ones are kept: they are small, and nothing
         after them corrects their errors.
         """
-        how = Quantization(self.precision)
+        how = Quantization(self.precision, full_range=TARGETS[self.target].full_range)
         yield how
         if self.exporter.careful:
             yield (how := replace(how, careful=True))
@@ -399,9 +340,19 @@ class _Job:
                 "params": params.params(steps),
                 "latency_ms": latencies[str(route)],
             }
-            rows.append(ProfiledRoute(route, costs, results[route][0] if self.real_images else {}))
+            rows.append(ProfiledRoute(route, costs, dict(results[route].scores) if self.real_images else {}))
+        return Profile(tuple(rows), self._metadata(folder, entries, kept, results), tuple(cascades))
+
+    def _metadata(
+        self,
+        folder: Path,
+        entries: Mapping[RouteOrPart, Mapping[str, str]],
+        kept: Mapping[str, list[str]],
+        results: Mapping[Route, Comparison],
+    ) -> dict[str, Any]:
+        """How a folder was made and verified, and what its files are."""
         packages = ("restnet-hf", *(package.partition(".")[0] for package in self.exporter.packages))
-        metadata = {
+        metadata: dict[str, Any] = {
             "runtime": self.exporter.runtime,
             "precision": self.precision,
             "threads": self.threads or torch.get_num_threads(),
@@ -409,7 +360,7 @@ class _Job:
             "batch_size": self.batch_size,
             "images": len(self.reference.logits[self.routes[0]]) if self.real_images else 0,
             "kept_in_full_precision": dict(kept),
-            "logit_error": {str(route): error for route, (_, error) in results.items()},
+            "logit_error": {str(route): result.logit_error for route, result in results.items()},
             "folded_stitches": self.folded,
             "files": {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Route)},
             "active": str(self.active),
@@ -417,11 +368,27 @@ class _Job:
             "date": datetime.date.today().isoformat(),
             "versions": package_versions(dict.fromkeys(packages)),
         }
+        if self.calibration is not None:
+            metadata["target"] = self.target
+        if self.reference.labels is not None:
+            drops = {
+                route: {
+                    "points": result.accuracy_drop,
+                    "at_most": self.accept.bound(result, self.attempts.get(route, 1)),
+                }
+                for route, result in results.items()
+                if result.labelled
+            }
+            metadata["accuracy_drop"] = {str(route): drop for route, drop in drops.items()}
         if self.stages:
             metadata["parts"] = {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Part)}
             metadata["stages"] = {str(c): [stage.to_dict() for stage in each] for c, each in self.stages.items()}
             metadata["same_route"] = dict(self.same_route)
-        return Profile(tuple(rows), metadata, tuple(cascades))
+        return metadata
+
+    def _drop(self, route: Route, result: Comparison) -> dict[str, float]:
+        """The accuracy that a route lost, and its bound, in percentage points."""
+        return {"points": result.accuracy_drop, "at_most": self.accept.bound(result, self.attempts.get(route, 1))}
 
     def _inputs(self, runs: Mapping[str, Run], image: np.ndarray) -> dict[str, np.ndarray]:
         """What each route and part is measured on."""
@@ -462,27 +429,26 @@ class _Job:
             answered.append(numbers)
             return logits
 
-        scores, _ = self.reference.compare(cascade, run)
-        if scores["agreement"] < self.min_agreement:
+        result = self.reference.compare(cascade, run)
+        if not self.accept.accepts(result):
             raise DisagreementError(
-                f"'{cascade}' for {self.exporter.runtime} in {self.precision} agrees with the cascade on "
-                f"{scores['agreement']:.1%} of the images; {self.min_agreement:.1%} are asked for (min_agreement), so "
-                "nothing was written"
+                f"'{cascade}' for {self.exporter.runtime} in {self.precision} {self.accept.explain(result)}; nothing "
+                "was written"
             )
         numbers = np.concatenate(answered)
         self.same_route[str(cascade)] = float((numbers == self.reference.answered_by[cascade]).mean())
-        return scores, tuple(float((numbers >= at).mean()) for at in range(len(cascade.routes)))
+        return dict(result.scores), tuple(float((numbers >= at).mean()) for at in range(len(cascade.routes)))
 
-    def _verify(self, route: Route, run: Run) -> tuple[dict[str, float], float]:
-        """Scores and error of an exported route; DisagreementError where they are out of bounds."""
-        scores, error = self.reference.compare(route, run)
-        if scores["agreement"] < self.min_agreement or (self.precision == "fp32" and error > MAX_LOGIT_ERROR):
+    def _verify(self, route: Route, run: Run) -> Comparison:
+        """Compare an exported route with the route; DisagreementError where limits do not hold."""
+        result, attempt = self.reference.compare(route, run), self.attempts.get(route, 1)
+        off = self.precision == "fp32" and result.logit_error > MAX_LOGIT_ERROR
+        if off or not self.accept.accepts(result, attempt):
             raise DisagreementError(
-                f"'{route}' for {self.exporter.runtime} in {self.precision} agrees with the route on "
-                f"{scores['agreement']:.1%} of the images, its logits being off by up to {error:.2g} standard "
-                f"deviations; {self.min_agreement:.1%} are asked for (min_agreement), so nothing was written"
+                f"'{route}' for {self.exporter.runtime} in {self.precision} {self.accept.explain(result, attempt)}; "
+                f"its logits are off by up to {result.logit_error:.2g} standard deviations; nothing was written"
             )
-        return scores, error
+        return result
 
 
 def _first_images(source: Any, count: int) -> torch.Tensor:

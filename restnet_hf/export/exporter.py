@@ -35,11 +35,13 @@ class Quantization:
         precision: a precision that begins with ``int8``.
         careful: whether the runtime's slower and more exact algorithm is used, where it has one.
         keep: names of the layers, as in `Program.layers`, that stay in full precision.
+        full_range: whether weights can have all eight bits; seven where the target's sums saturate, see `TARGETS`.
     """
 
     precision: str
     careful: bool = False
     keep: tuple[str, ...] = ()
+    full_range: bool = False
 
 
 class Exporter(ABC):

@@ -162,11 +162,12 @@ class OnnxExporter(Exporter):
         from onnxruntime import quantization as q
 
         dynamic = how.precision == "int8_dynamic"
-        # Where a processor has no VNNI, sums of two products of signed weights overflow, unless these have seven bits;
-        # unsigned ones of eight bits are summed in another way, which takes longer.
+        # On targets without the full range sums of two products of signed weights overflow, unless these have seven
+        # bits; unsigned ones of eight bits are summed in another way, which takes longer.
         options: dict[str, Any] = {"per_channel": True, "nodes_to_exclude": model.nodes(how.keep)}
-        options |= {"weight_type": q.QuantType.QUInt8 if how.careful else q.QuantType.QInt8}
-        options |= {"reduce_range": not how.careful}
+        unsigned = bool(how.careful) and not how.full_range
+        options |= {"weight_type": q.QuantType.QUInt8 if unsigned else q.QuantType.QInt8}
+        options |= {"reduce_range": not (how.full_range or unsigned)}
         if dynamic or any(node.op_type == "Softmax" for node in model.proto.graph.node):
             # the operations between the matrix products of a transformer have outliers, and are cheap
             options["op_types_to_quantize"] = ["MatMul", "Gemm"] if dynamic else list(LAYER_TYPES)

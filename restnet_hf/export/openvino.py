@@ -54,8 +54,9 @@ class OpenVinoExporter(Exporter):
                 subset_size=len(samples),
                 ignored_scope=nncf.IgnoredScope(patterns=kept, validate=False) if kept else None,
                 fast_bias_correction=not how.careful,
-                # products of pairs of eight-bit weights overflow where a processor has no VNNI
-                advanced_parameters=AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
+                advanced_parameters=AdvancedQuantizationParameters(
+                    overflow_fix=OverflowFix.DISABLE if how.full_range else OverflowFix.ENABLE
+                ),
             )
         return graph, quantized, compute
 

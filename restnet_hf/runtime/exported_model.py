@@ -37,6 +37,7 @@ from restnet_hf.runtime.exported_files import (
 from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
 from restnet_hf.runtime.runners import RUNTIMES, Run
+from restnet_hf.runtime.targets import warn_of_saturation
 
 
 AT_ONCE = 32  # pictures that `predict` prepares and runs at a time
@@ -136,6 +137,7 @@ class ExportedModel:
                 f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
                 "it to runtimes, or export the routes again"
             )
+        warn_of_saturation(metadata.get("target"))
         self._entries: dict[Route | str, dict[str, str]] = {
             Route.parse(name): entry for name, entry in metadata["files"].items()
         }

@@ -325,7 +325,7 @@ def test_too_little_agreement_is_refused(model, tmp_path):
     """Scales that were calibrated on nothing but grey fit no other image, whatever else is kept."""
     data = [torch.zeros(4, 3, SIZE, SIZE), noise(40)]
     options = {"precision": "int8", "data": data, "calibration_images": 4, "min_agreement": 1.0}
-    with pytest.raises(DisagreementError, match=r"agrees with itself in float32 on \d.*100.0% are asked for"):
+    with pytest.raises(DisagreementError, match=r"agrees with the original on \d.*100.0% are asked for"):
         export_routes(model, tmp_path / "none", [ROUTES[0]], **options)
     assert not (tmp_path / "none").exists()
 
@@ -350,7 +350,10 @@ def test_rounded():
         ({"precision": "int8"}, ValueError, "needs images to calibrate and verify with"),
         ({"precision": "int8", "data": noise(8), "calibration_images": 8}, ValueError, "no others to verify with"),
         ({"min_agreement": 2}, ValueError, "min_agreement=2 must be from 0 to 1"),
-        ({"batch_size": 0}, ValueError, "batch_size=0 at least 1"),
+        ({"max_accuracy_drop": 0}, ValueError, "max_accuracy_drop=0 must be above 0"),
+        ({"max_accuracy_drop": 1}, ValueError, "max_accuracy_drop needs labelled images"),
+        ({"target": "x86"}, ValueError, r"target='x86' is not one of \['auto', 'x86-avx2', 'x86-vnni', 'arm'\]"),
+        ({"batch_size": 0}, ValueError, "batch_size=0 must be at least 1"),
         ({"routes": []}, ValueError, "no routes to export"),
         ({"routes": ["resnet[:1] + vit[1:]"]}, ValueError, "has no stitch yet"),
         ({"data": torch.randn(4, 3, 32, 32)}, ValueError, "must have shape"),
@@ -404,7 +407,7 @@ def test_a_wrong_file_is_not_called_good(model, tmp_path, monkeypatch):
     """A runner that gives other numbers stands for a runtime that computes wrongly."""
     row = replace(RUNTIMES["onnx"], run=lambda *_: lambda images: np.zeros((len(images), CLASSES), np.float32))
     monkeypatch.setitem(RUNTIMES, "onnx", row)
-    with pytest.raises(DisagreementError, match="agrees with the route on .* so nothing was written"):
+    with pytest.raises(DisagreementError, match="agrees with the original on .* nothing was written"):
         export_routes(model, tmp_path / "out", data=noise(20))
     assert not list(tmp_path.iterdir())
 

@@ -30,6 +30,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         "golden",
         "pictures",
         "runners",
+        "targets",
         "torch_archives",
     ],
     "data": [
@@ -62,7 +63,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
         *("device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino", "parts"),
-        *("programs", "sensitivity", "torch_program"),
+        *("programs", "sensitivity", "torch_program", "verification"),
     ],
     "demo": ["paths"],
     "top": ["comparing", "recipe_checks", "reports", "recipe", "auto_classes"],

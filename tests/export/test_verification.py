@@ -1,0 +1,72 @@
+"""What an export may lose: the bound of a paired difference against simulation, and limits that hold or refuse."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, SIZE
+from versions import needs_export
+
+from restnet_hf import ExportedModel, export_routes
+from restnet_hf.export.verification import MIN_AGREEMENT, Acceptance, Comparison, DisagreementError, drop_bound
+
+
+ROUTE = "resnet[:3] + vit[2:]"
+
+
+def noise(count, seed=0):
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("images", "lost", "won"), [(200, 0.03, 0.02), (500, 0.05, 0.05), (2000, 0.02, 0.01)])
+def test_the_bound_holds_as_often_as_it_claims(images, lost, won):
+    """The loss of the population is above the bound in at most about 5 % of 20,000 samples, or its share of that."""
+    counts = np.random.default_rng(0).multinomial(images, [lost, won, 1 - lost - won], 20_000)
+    bounds = {
+        pair: [drop_bound(*pair, images, attempt) for attempt in (1, 2)] for pair in {*map(tuple, counts[:, :2])}
+    }
+    for number, allowed in enumerate((0.05 / 2, 0.05 / 6)):
+        broken = np.mean([bounds[a, b][number] < 100 * (lost - won) for a, b, _ in counts])
+        assert broken < 1.25 * allowed
+
+
+def test_the_bound_by_hand():
+    """Lost 30, won 20 of 998 images: a difference of 10 / 1000 with the variance (51 - 0.1) / 1000 ** 2."""
+    assert drop_bound(30, 20, 998) == pytest.approx(100 * (0.01 + 1.959964 * np.sqrt(51 - 0.1) / 1000), abs=1e-6)
+    assert drop_bound(0, 0, 10) > 0 and drop_bound(3, 0, 3) == 100
+    bounds = [drop_bound(5, 5, 1000, attempt) for attempt in (1, 2, 3, 20)]
+    assert all(low < high for low, high in itertools.pairwise(bounds))
+
+
+def test_limits():
+    good = Comparison({"agreement": 0.97, "accuracy": 0.9}, 0.1, 4000, 4000, 20, 24)
+    assert Acceptance.of(None, None).min_agreement == MIN_AGREEMENT and not Acceptance.of(None, None).accepts(good)
+    assert good.accuracy_drop == pytest.approx(-0.1)
+    only = Acceptance.of(None, 0.5)
+    assert only.min_agreement is None and only.accepts(good) and not Acceptance.of(0.98, 0.5).accepts(good)
+    assert not Acceptance.of(None, 0.1).accepts(good)  # too few images to be sure of that
+    assert "0.1 are allowed" in Acceptance.of(None, 0.1).explain(good)
+    assert "more images would make the bound tighter" in Acceptance.of(None, 0.1).explain(good)
+    assert not only.accepts(Comparison({"agreement": 1.0}, 0.0, 4000))  # no labels
+
+
+@needs_export
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("int8", marks=pytest.mark.slow)])
+def test_accuracy_decides(pair, tmp_path, precision):
+    """An export whose loss is bounded is written, with what it lost; one whose bound is too high is not."""
+    pair.fit_stitches(noise(40, 5))
+    images = noise(316, 6)
+    with torch.no_grad():
+        labels = pair(images, route=ROUTE).logits.argmax(1)
+    labels[::10] = (labels[::10] + 1) % CLASSES  # wrong on a tenth
+    options = {"data": [(images, labels)], "calibration_images": 16, "precision": precision}
+    exported = export_routes(pair, tmp_path / "out", ROUTE, max_accuracy_drop=20, **options)
+    ((name, drop),) = exported.profiled.metadata["accuracy_drop"].items()
+    logits = exported(images[-300:].numpy()) if precision == "int8" else exported(images.numpy())
+    right = (logits.argmax(1) == labels.numpy()[-len(logits) :]).mean()
+    assert name == ROUTE and drop["points"] == pytest.approx(100 * (0.9 - right), abs=0.2)
+    assert drop["points"] < drop["at_most"] <= 20
+    with pytest.raises(DisagreementError, match=r"with 95 % confidence, and 0.1 are allowed"):
+        export_routes(pair, tmp_path / "none", ROUTE, max_accuracy_drop=0.1, **options)
+    assert not (tmp_path / "none").exists() and ExportedModel(tmp_path / "out").routes == exported.routes
