@@ -1,14 +1,34 @@
 """Commands that fit an adapter to a device: measure, adapt and export."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from restnet_hf.cli.base import command
-from restnet_hf.cli.options import Adapter, BudgetTexts, Overwrite, Split, Threads, load_here, parse_budget
+from restnet_hf.cli.options import (
+    Adapter,
+    BudgetTexts,
+    Overwrite,
+    Split,
+    Threads,
+    is_exported,
+    load_here,
+    parse_budget,
+)
 from restnet_hf.cli.outputs import Written, check_output
-from restnet_hf.cli.tables import say, show_adapted, show_exported, show_latency, warn_of_few
+from restnet_hf.cli.tables import (
+    minutes_bar,
+    say,
+    show_adapted,
+    show_exported,
+    show_latency,
+    show_memory,
+    show_profile,
+    show_sustained,
+    warn_of_few,
+)
 
 
 if TYPE_CHECKING:
@@ -17,24 +37,62 @@ if TYPE_CHECKING:
 
 @command("me/r50-mbv2 --out latency.json")
 def measure(
-    adapter: Adapter,
-    out: Annotated[Path, typer.Option(help="JSON file of latency tables, by device and runtime.")] = Path(
-        "latency.json"
-    ),
-    batch_size: Annotated[int, typer.Option(help="Number of images in a run.", min=1)] = 1,
+    adapter: Annotated[str, typer.Argument(help="Adapter, Hub id or local folder, or a folder of exported routes.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file of latency tables, by device and runtime; by default latency.json. Exported routes are "
+            "measured into their own folder."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of images in a run, of an adapter.", min=1)] = 1,
     threads: Threads = None,
     seconds: Annotated[float, typer.Option(help="Seconds after which no round of measurements begins.")] = 40.0,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Minutes for which the active route runs besides, as a warm device slows down."),
+    ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure the peak memory of a process for each exported route too.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace this device's table in --out; those of others stay.")
     ] = False,
 ) -> None:
-    """Measure the latency of every piece of an adapter's routes on this device, and predict that of each route."""
-    check_output(out, overwrite, "which keeps the tables of other devices and runtimes, ")
+    """Measure the latency of an adapter's routes, or of exported ones, on this device. The latter needs no torch."""
+    if is_exported(adapter):
+        if out is not None or batch_size != 1 or overwrite:
+            raise typer.BadParameter("--out, --batch-size and --overwrite are for adapters, not for exported routes")
+        _measure_exported(adapter, threads, seconds, minutes, memory)
+        return
+    if memory:
+        raise typer.BadParameter("--memory is for exported routes; export the adapter first")
+    file = out or Path("latency.json")
+    check_output(file, overwrite, "which keeps the tables of other devices and runtimes, ")
     model = load_here(adapter, threads)
     table = model.measure_latency(batch_size=batch_size, seconds=seconds)
-    table.save(out)
+    if minutes is not None:
+        with minutes_bar(minutes) as report:
+            sustained = model.measure_sustained(minutes=minutes, batch_size=batch_size, report=report)
+        show_sustained(sustained)
+        table = replace(table, facts={**table.facts, "sustained": sustained.to_dict()})
+    table.save(file)
     show_latency(table, {route: table.latency_ms(model.steps(route)) for route in model.all_routes})
-    say(f"written to {out}")
+    say(f"written to {file}")
+
+
+def _measure_exported(folder: str, threads: int | None, seconds: float, minutes: float | None, memory: bool) -> None:
+    """Measure exported routes on this device, and keep the result in their folder."""
+    from restnet_hf.runtime.exported_model import ExportedModel
+
+    model = ExportedModel(folder, threads)
+    show_profile(model.measure_latency(seconds=seconds, save=True))
+    if minutes is not None:
+        with minutes_bar(minutes) as report:
+            show_sustained(model.measure_sustained(minutes, report=report, save=True))
+    if memory:
+        show_memory(model.measure_memory(save=True))
+    say(f"written to {folder}, for `restnet-hf predict --budget latency_ms=...`")
 
 
 @command("me/r50-mbv2 --data photos --budget latency_ms=20")

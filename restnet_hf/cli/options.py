@@ -47,6 +47,17 @@ def parse_budget(texts: Iterable[str]) -> Budget:
         ) from error
 
 
+def is_exported(adapter: str) -> bool:
+    """Whether a path is a folder of exported routes, and not an adapter.
+
+    Args:
+        adapter: Hub id or local folder.
+    """
+    from restnet_hf.runtime.exported_files import LABELS
+
+    return (Path(adapter) / LABELS).is_file()
+
+
 def load_here(adapter: str, threads: int | None) -> "StitchedModelForImageClassification":
     """Load an adapter on this process's device.
 

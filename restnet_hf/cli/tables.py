@@ -1,10 +1,12 @@
 """What commands print: tables that fit the terminal without cutting anything, and lines."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segments
 from rich.table import Table
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from restnet_hf.routes.profile import AnyProfiled, Budget, Profile
     from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_model import ExportedModel
+    from restnet_hf.runtime.sustained import Period, SustainedLatency
     from restnet_hf.selection.ranking import RankedRoute
 
 console = Console()
@@ -171,6 +174,43 @@ def show_latency(table: "LatencyTable", predicted: "Mapping[Route, float]") -> N
         measured = "" if check is None else f"{check.measured.ms:.2f} ± {check.measured.spread_ms / 2:.2f}"
         rows.append([str(route), number(predicted[route], 2), measured])
     show_table(f"{table.device}, {table.runtime}", ("route", "predicted, ms", "measured, ms"), rows)
+
+
+@contextmanager
+def minutes_bar(minutes: float) -> "Iterator[Callable[[Period], None]]":
+    """A bar of the minutes of a measurement, on terminals only; yields the function that moves it.
+
+    Args:
+        minutes: minutes that the measurement takes.
+    """
+    columns = BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("", total=60 * minutes)
+        yield lambda period: progress.update(
+            task, completed=period.at_s, description=f"{period.latency_ms:.2f} ms; Ctrl-C ends it"
+        )
+
+
+def show_sustained(result: "SustainedLatency") -> None:
+    """Print the latency of a route at the beginning and end of minutes, with clock rate and temperature."""
+    last = result.periods[-1]
+    marks = sorted({round(k * (len(result.periods) - 1) / 9) for k in range(10)})
+    rows = [
+        [number(p.at_s / 60), number(p.latency_ms, 2), number(p.clock_mhz, 0), number(p.temperature_c, 0)]
+        for p in (result.periods[mark] for mark in marks)
+    ]
+    columns = ("minutes", "latency, ms", "clock, MHz", "temperature, °C")
+    show_table(f"{result.route} for {last.at_s / 60:.1f} minutes", columns, rows)
+    say(
+        f"median of the first {result.window_s:.0f} s {result.first_ms:.2f} ms, of the last {result.last_ms:.2f} ms: "
+        f"{result.slowdown:.2f} times"
+    )
+
+
+def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the peak memory of a process for each route."""
+    rows = [[route, number(each["resident_mb"]), number(each["loaded_mb"])] for route, each in memory.items()]
+    show_table("peak resident memory of a process", ("route", "all, MB", "of the route, MB"), rows)
 
 
 def show_profile(profile: "Profile") -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from restnet_hf.cli.base import command
-from restnet_hf.cli.options import Adapter, BudgetTexts, Threads, load_here, parse_budget
+from restnet_hf.cli.options import Adapter, BudgetTexts, Threads, is_exported, load_here, parse_budget
 from restnet_hf.cli.outputs import check_output
 from restnet_hf.cli.tables import say, show_profile, warn_of_few
 
@@ -36,10 +36,8 @@ def predict(
         raise typer.BadParameter(f"no such picture: {', '.join(missing)}")
     limits = parse_budget(budget).limits if budget else None
 
-    from restnet_hf.runtime.exported_files import LABELS
-
     model: Any
-    if (Path(adapter) / LABELS).is_file():
+    if is_exported(adapter):
         from restnet_hf.runtime.exported_model import ExportedModel
 
         model = ExportedModel(adapter, threads)

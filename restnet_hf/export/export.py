@@ -39,17 +39,17 @@ from restnet_hf.files import atomic_folder
 from restnet_hf.hashing import package_versions
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.cascades import StageCosts
-from restnet_hf.profiling.device import processor_name
 from restnet_hf.profiling.macs import MacsTable, ParamsTable
-from restnet_hf.profiling.timing import time_runs
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Routes, each_route
-from restnet_hf.runtime.exported_cascades import IMAGES, run_stages, script_lines
+from restnet_hf.runtime.exported_cascades import run_stages, script_lines
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
 from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
 from restnet_hf.runtime.golden import CHECK, golden
+from restnet_hf.runtime.measuring import part_inputs, time_parts, with_latencies
+from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run
 from restnet_hf.runtime.targets import AUTO, TARGETS, resolve_target
 
@@ -327,21 +327,16 @@ class _Job:
         runs = {str(key): self._load(folder, entry) for key, entry in entries.items()}
         results = {route: self._verify(route, runs[str(route)]) for route in self.routes}
         image = next(self.reference.images())[:1].repeat(self.batch_size or 1, 0)
-        inputs = self._inputs(runs, image)
-        timings = time_runs({name: partial(run, inputs[name]) for name, run in runs.items()})
-        latencies = {name: timings[name].ms / len(image) for name in runs}
-        cascades = [self._cascade_row(each, runs, latencies) for each in self.stages]
+        inputs = part_inputs(runs, map(str, self.routes), self.stages, image)
+        cascades = [self._cascade_row(each, runs) for each in self.stages]
         macs, params = MacsTable(), ParamsTable()
         rows = []
         for route in self.routes:
             steps = self.model.steps(route)
-            costs = {
-                "macs": macs.macs(steps),
-                "params": params.params(steps),
-                "latency_ms": latencies[str(route)],
-            }
+            costs = {"macs": macs.macs(steps), "params": params.params(steps)}
             rows.append(ProfiledRoute(route, costs, dict(results[route].scores) if self.real_images else {}))
-        return Profile(tuple(rows), self._metadata(folder, entries, kept, results), tuple(cascades))
+        profile = Profile(tuple(rows), self._metadata(folder, entries, kept, results), tuple(cascades))
+        return with_latencies(profile, time_parts(runs, inputs), self.stages)
 
     def _metadata(
         self,
@@ -390,35 +385,17 @@ class _Job:
         """The accuracy that a route lost, and its bound, in percentage points."""
         return {"points": result.accuracy_drop, "at_most": self.accept.bound(result, self.attempts.get(route, 1))}
 
-    def _inputs(self, runs: Mapping[str, Run], image: np.ndarray) -> dict[str, np.ndarray]:
-        """What each route and part is measured on."""
-        inputs = dict.fromkeys(map(str, self.routes), image)
-        for stages in self.stages.values():
-            outputs = {IMAGES: image}
-            for stage in stages:
-                x = outputs[stage.start]
-                for part in stage.parts:
-                    inputs[part] = x
-                    x = outputs[part] = runs[part](x)
-        return inputs
-
-    def _cascade_row(
-        self, cascade: Cascade, runs: Mapping[str, Run], latencies: Mapping[str, float]
-    ) -> ProfiledCascade:
-        """Verify a cascade, and what it costs in this runtime."""
+    def _cascade_row(self, cascade: Cascade, runs: Mapping[str, Run]) -> ProfiledCascade:
+        """Verify a cascade, and count what it costs."""
         scores, shares = self._verify_cascade(cascade, runs)
         calibrated = () if self.model.profiled is None else self.model.profiled.cascades
         shares = next((row.shares for row in calibrated if row.route == cascade and row.shares), shares)
         walks = [(route, self.model.steps(route)) for route in cascade.routes]
-        stages = {
-            "macs": tuple(StageCosts.of(walks, MacsTable().macs).added_costs(range(len(walks)))),
-            "latency_ms": tuple(sum(latencies[part] for part in stage.parts) for stage in self.stages[cascade]),
-        }
+        added = tuple(StageCosts.of(walks, MacsTable().macs).added_costs(range(len(walks))))
         costs: dict[str, float] = {"params": ParamsTable().params([step for _, steps in walks for step in steps])}
-        for cost, values in stages.items():
-            costs[cost] = sum(values)
-            costs[f"mean_{cost}"] = sum(share * value for share, value in zip(shares, values, strict=True))
-        return ProfiledCascade(cascade, costs, scores if self.real_images else {}, shares, None, stages)
+        costs["macs"] = sum(added)
+        costs["mean_macs"] = sum(share * macs for share, macs in zip(shares, added, strict=True))
+        return ProfiledCascade(cascade, costs, scores if self.real_images else {}, shares, None, {"macs": added})
 
     def _verify_cascade(self, cascade: Cascade, runs: Mapping[str, Run]) -> tuple[dict[str, float], tuple[float, ...]]:
         """Scores of an exported cascade and the shares of images that reach its routes; or DisagreementError."""

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from restnet_hf.hashing import package_versions
+from restnet_hf.runtime.processor import clock_mhz, processor_name
 
 
-CPUINFO = Path("/proc/cpuinfo")
-CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -26,11 +25,6 @@ def device_name(device: torch.device) -> str:
     return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def processor_name() -> str:
-    """Name of the processor, as the system reports it."""
-    return [*_cpuinfo("model name"), *_cpuinfo("Model"), platform.processor() or platform.machine()][0]
-
-
 def device_facts() -> dict[str, Any]:
     """Machine, threads, clock rate (MHz, None if the system does not report it), date and versions."""
     return {
@@ -40,19 +34,6 @@ def device_facts() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "versions": package_versions(),
     }
-
-
-def clock_mhz() -> float | None:
-    """Current clock rate of the processor in MHz; None if the system does not report it."""
-    if CPUFREQ.exists():
-        return int(CPUFREQ.read_text()) / 1000  # kHz
-    rates = [float(rate) for rate in _cpuinfo("cpu MHz")]
-    return max(rates) if rates else None
-
-
-def _cpuinfo(key: str) -> list[str]:
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key]
 
 
 def energy_counters(powercap: Path | None = None) -> dict[Path, int]:

@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from restnet_hf.files import atomic_file
 from restnet_hf.profiling.device import device_name
 from restnet_hf.routes.route import Segment
+from restnet_hf.runtime.sustained import SustainedLatency
 from restnet_hf.steps import Step
 
 
@@ -161,6 +162,19 @@ class LatencyTable:
             *(inner_piece(anchor, k, depth, order) for k in inner),
             *end,
         ]
+
+    @property
+    def sustained(self) -> "LatencyTable":
+        """The table of a device that has got warm: its times as slow as the last minute of ``facts["sustained"]``.
+
+        Raises:
+            ValueError: nothing was measured for minutes; see ``model.measure_sustained``.
+        """
+        if "sustained" not in self.facts:
+            raise ValueError(f"the table of {self.device} has no sustained latency; measure it with minutes")
+        slowdown = SustainedLatency.from_dict(self.facts["sustained"]).slowdown
+        entries = {name: Timing(each.ms * slowdown, each.spread_ms * slowdown) for name, each in self.entries.items()}
+        return replace(self, entries=entries)
 
     def metadata(self) -> dict[str, Any]:
         """Device, runtime and facts, for the metadata of a profile."""

@@ -31,7 +31,8 @@ from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.confidences import CONFIDENCES
 from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Routes
-from restnet_hf.steps import Step, Walk
+from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
+from restnet_hf.steps import Step, Walk, run_steps
 from restnet_hf.stitches.adding import warn_unfitted
 from restnet_hf.stitches.layers import Stitch
 from restnet_hf.stitches.precision import weight_dtype
@@ -53,6 +54,7 @@ class ProfilingMixin:
     # Attributes of the model
     config: Any
     device: torch.device
+    dtype: torch.dtype
     anchors: Mapping[str, Any]
     all_routes: Any  # of routes, a property
     active_route: Route
@@ -299,6 +301,40 @@ class ProfilingMixin:
                 "now; call profile(data, cascades=True) again"
             )
             self.make_active(self.active_route, None)
+
+    @torch.inference_mode()
+    def measure_sustained(
+        self,
+        route: Route | str | None = None,
+        minutes: float = 10.0,
+        *,
+        batch_size: int = 1,
+        report: Callable[[Period], object] | None = None,
+    ) -> SustainedLatency:
+        """Run a route for minutes, to see whether this device slows down as it gets warm.
+
+        ``replace(table, facts={**table.facts, "sustained": result.to_dict()}).sustained`` is a `LatencyTable` of the
+        warm device, which `profile` takes, and then budgets and the controller follow.
+
+        Args:
+            route: route to run; the active one by default.
+            minutes: minutes to run for; Ctrl-C ends it before.
+            batch_size: number of images in a run.
+            report: function that is called every few seconds with a `Period`.
+
+        Raises:
+            ValueError: there is no such route, or ``minutes`` is out of range.
+        """
+        steps = self.steps(self.route(self.active_route if route is None else route))
+        image = torch.randn(batch_size, *steps[0].shape[1:], generator=torch.Generator().manual_seed(0))
+        x = image.to(self.device, self.dtype)
+
+        def run() -> None:
+            run_steps(x, steps)
+            if x.device.type != "cpu":
+                torch.accelerator.synchronize(x.device)
+
+        return measure_sustained(run, str(self.active_route if route is None else route), minutes, report=report)
 
     def record_profile(
         self,

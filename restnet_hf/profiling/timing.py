@@ -235,24 +235,6 @@ def _rounds(
     return {name: Timing.of(each[WARM_UP:]) for name, each in samples.items()}, number - WARM_UP
 
 
-def time_runs(
-    runs: Mapping[str, Callable[[], object]],
-    repeats: int = 20,
-    seconds: float = 40.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Timing]:
-    """Time functions on the processor, in turn, round by round.
-
-    Args:
-        runs: functions to time, by name.
-        repeats: number of rounds, at least 5.
-        seconds: time after which no further round begins, except for the first 5.
-        clock: function that returns the time in seconds.
-    """
-    watch = _Watch(torch.device("cpu"), clock)
-    return _rounds([partial(watch.time, name, run) for name, run in runs.items()], repeats, seconds)[0]
-
-
 @torch.no_grad()
 def measure_latency(
     walks: Sequence[Walk],

@@ -1,10 +1,13 @@
 """ExportedModel: prepares images for the routes of an exported folder, runs and switches them without torch."""
 
+import datetime
+import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -15,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from restnet_hf.errors import quote
-from restnet_hf.files import read_folder
+from restnet_hf.files import SHA256, atomic_file, checksums, complete_folder, read_folder
 from restnet_hf.limits import MAX_SIDE
 from restnet_hf.routes.cascade import Cascade, is_cascade
-from restnet_hf.routes.profile import Budget, BudgetLike
+from restnet_hf.routes.profile import Budget, BudgetLike, Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.runtime.exported_cascades import ExportedStage, read_stages, run_stages
 from restnet_hf.runtime.exported_files import (
@@ -35,8 +38,11 @@ from restnet_hf.runtime.exported_files import (
     verify_files,
 )
 from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
+from restnet_hf.runtime.measuring import measure_memory, part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
+from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run
+from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
 from restnet_hf.runtime.targets import warn_of_saturation
 
 
@@ -97,11 +103,14 @@ class ExportedModel:
         folder: folder that the export wrote.
         threads: number of processor threads; the runtime's own default if None.
         keep: number of routes that stay loaded, the last ones used.
+        route: route or cascade to make active; by default the one that was active at the export.
+        budget: limits such as ``{"latency_ms": 20}``; the best route or cascade within them is made active.
         runtimes: names of the runtimes that may run the folder; all by default.
         trust_remote_code: whether to load what may run code of the folder's author, which only a program of the
             ``torch`` runtime with custom operators or objects needs.
 
     Raises:
+        BudgetError: no route fits the budget.
         OSError: a file is missing.
         ValueError: a file is invalid, or of a runtime that may not run the folder.
         MissingRuntimeError: the runtime is not installed.
@@ -113,9 +122,13 @@ class ExportedModel:
         threads: int | None = None,
         keep: int = 1,
         *,
+        route: Route | Cascade | str | None = None,
+        budget: BudgetLike | None = None,
         runtimes: Collection[str] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if route is not None and budget is not None:
+            raise ValueError("give either route or budget")
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1: the active route is always loaded")
         allowed = {runtimes} if isinstance(runtimes, str) else {*(RUNTIMES if runtimes is None else runtimes)}
@@ -123,10 +136,16 @@ class ExportedModel:
             raise ValueError(f"runtimes={runtimes!r} must be some of {sorted(RUNTIMES)}")
         self.folder, self.threads, self.keep = Path(folder), threads, keep
         self._trust_remote_code = trust_remote_code
-        read_folder(self.folder, PROFILE, partial(self._open, allowed))
+        read_folder(self.folder, PROFILE, partial(self._open, allowed, route, budget))
 
-    def _open(self, allowed: Collection[str], folder: Path) -> None:
-        """Read all files but those of the routes, and load the route that was active at the export."""
+    def _open(
+        self,
+        allowed: Collection[str],
+        route: Route | Cascade | str | None,
+        budget: BudgetLike | None,
+        folder: Path,
+    ) -> None:
+        """Read all files but those of the routes, and load the given route, or the one that was active at the export."""
         self.profiled = read_profile(folder)
         metadata = self.profiled.metadata
         self.runtime: str = metadata["runtime"]
@@ -157,8 +176,9 @@ class ExportedModel:
         self._most_loaded = self.keep
         self.active_route: Route
         self.active_cascade: Cascade | None
-        active = metadata.get("active") or next(iter(metadata["files"]))
-        self._make_active(active)
+        if budget is not None:
+            route = self.profiled.best(Budget.of(budget)).route
+        self._make_active(route or metadata.get("active") or next(iter(metadata["files"])))
 
     @classmethod
     def from_pretrained(
@@ -189,14 +209,8 @@ class ExportedModel:
             ValueError: a file is invalid, there is no such route, or both route and budget are given.
             MissingRuntimeError: the runtime is not installed.
         """
-        if route is not None and budget is not None:
-            raise ValueError("give either route or budget")
-        model = cls(folder, threads, keep, runtimes=runtimes, trust_remote_code=trust_remote_code)
-        if route is not None:
-            model._make_active(route)
-        if budget is not None:
-            model.set_budget(budget)
-        return model
+        options: dict[str, Any] = {"runtimes": runtimes, "trust_remote_code": trust_remote_code}
+        return cls(folder, threads, keep, route=route, budget=budget, **options)
 
     def made_logits(self) -> dict[str, np.ndarray]:
         """Logits (N, classes) of made images, by route and cascade; `check` compares them with those at the export."""
@@ -227,6 +241,92 @@ class ExportedModel:
                 f"deviations, where {tolerance} is allowed; export on this device, or choose another precision"
             )
         return differences
+
+    def measure_latency(self, *, seconds: float = 20.0, repeats: int = 20, save: bool = False) -> Profile:
+        """Measure all routes and cascades on this device, for `set_budget` and `Controller`; the scores stay.
+
+        Args:
+            seconds: time after which no further round begins, except for the first 5.
+            repeats: number of rounds, from 5 to 200.
+            save: whether the folder's ``profile.json`` is replaced by the result, for the next process.
+
+        Returns:
+            The profile with this device's latencies, which ``profiled`` is from now on.
+
+        Raises:
+            ValueError: ``repeats`` is out of range, or a file is invalid.
+            OSError: the folder cannot be read or written, or was written to since it was loaded.
+        """
+        image = made_images(self.preprocessing)[:1].repeat(self.batch_size or 1, 0)
+        with self._all_loaded() as runs:
+            inputs = part_inputs(runs, map(str, self.routes), self._stages, image)
+            latencies = time_parts(runs, inputs, seconds, repeats)
+        threads = self.threads or os.cpu_count() or 1
+        here = {"device": processor_name(), "threads": threads, "date": datetime.date.today().isoformat()}
+        measured = with_latencies(self.profiled, latencies, self._stages)
+        return self._record(replace(measured, metadata={**measured.metadata, **here}), save)
+
+    def measure_sustained(
+        self,
+        minutes: float = 10.0,
+        *,
+        report: Callable[[Period], object] | None = None,
+        save: bool = False,
+    ) -> SustainedLatency:
+        """Run the active route or cascade for minutes, to see whether this device slows down as it gets warm.
+
+        Args:
+            minutes: minutes to run for; Ctrl-C ends it before.
+            report: function that is called every few seconds with a `Period`.
+            save: whether the result is kept in the metadata of the folder's ``profile.json``.
+
+        Raises:
+            ValueError: ``minutes`` is out of range.
+            OSError: the folder cannot be written, or was written to since it was loaded.
+        """
+        image, active = made_images(self.preprocessing)[:1], self.active_cascade or self.active_route
+        result = measure_sustained(partial(self, image), str(active), minutes, report=report)
+        self._record(replace(self.profiled, metadata={**self.profiled.metadata, "sustained": result.to_dict()}), save)
+        return result
+
+    def measure_memory(self, *, save: bool = False) -> dict[str, dict[str, float]]:
+        """Measure the peak memory of each route, in a process of its own that loads it and runs it.
+
+        Args:
+            save: whether the result is kept in the metadata of the folder's ``profile.json``.
+
+        Returns:
+            By route ``resident_mb``, the peak, and ``loaded_mb``, by how much it is above the peak of a process that
+            has imported the runtime alone; see `restnet_hf.runtime.measuring.measure_memory`.
+
+        Raises:
+            OSError: the system does not count the memory of processes, or the folder cannot be written.
+            RuntimeError: a process ended without a result.
+        """
+        result = {str(route): measure_memory(self.folder, str(route), self.threads) for route in self.routes}
+        self._record(replace(self.profiled, metadata={**self.profiled.metadata, "memory": result}), save)
+        return result
+
+    @contextmanager
+    def _all_loaded(self) -> Iterator[dict[str, Run]]:
+        """All routes and parts, loaded as long as the block runs."""
+        before, self._most_loaded = self._most_loaded, max(self._most_loaded, len(self._entries))
+        try:
+            yield {str(name): self._get(name) for name in self._entries}
+        finally:
+            self._most_loaded = before
+
+    def _record(self, profile: Profile, save: bool) -> Profile:
+        """Make a profile the model's own, and that of the folder where it is saved."""
+        if save:
+            folder = complete_folder(self.folder, PROFILE)
+            self._check_same(folder)
+            content = json.dumps({**profile.to_dict(), SHA256: dict(checksums(self._profile_bytes))}, indent=2) + "\n"
+            with atomic_file(folder / PROFILE) as file:
+                file.write_text(content)
+            self._profile_bytes = content.encode()
+        self.profiled = profile
+        return profile
 
     def _verify(self, folder: Path, *names: str) -> None:
         """Compare files with their checksums, each file once."""

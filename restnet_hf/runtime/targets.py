@@ -3,11 +3,11 @@
 import platform
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+
+from restnet_hf.runtime.processor import cpuinfo
 
 
 AUTO = "auto"
-CPUINFO = Path("/proc/cpuinfo")
 DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # flags of Linux for instructions that sum in 32 bits
 
 
@@ -33,19 +33,14 @@ TARGETS: dict[str, Target] = {
 """Kinds of processors to quantise for, by name."""
 
 
-def this_target(cpuinfo: Path = CPUINFO, machine: str | None = None) -> str:
+def this_target() -> str:
     """The kind of this processor, a key of `TARGETS`.
 
     An x86 processor whose instructions the system does not list counts as ``x86-avx2``, on which any file runs well.
-
-    Args:
-        cpuinfo: file in which Linux lists the processor's instructions.
-        machine: name of the architecture; that of this machine by default.
     """
-    if (machine or platform.machine()).lower() in ("arm64", "aarch64", "armv8l"):
+    if platform.machine().lower() in ("arm64", "aarch64", "armv8l"):
         return "arm"
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    flags = {flag for each in cpuinfo("flags") for flag in each.split()}
     return "x86-vnni" if flags & DOT_PRODUCTS else "x86-avx2"
 
 

@@ -23,6 +23,7 @@ from restnet_hf.profiling.latency import LatencyTable, Timing
 from restnet_hf.profiling.macs import MacsTable, count_macs
 from restnet_hf.profiling.timing import check_latency, joules_per_image, measure_latency
 from restnet_hf.routes.route import Route, Segment, one_cut_routes
+from restnet_hf.runtime import processor
 from restnet_hf.steps import Step
 from restnet_hf.stitches.tuning import TunedConfig
 
@@ -305,9 +306,25 @@ def test_arguments(pair):
         check_latency(in_macs(walks), walks, repeats=1)
 
 
+def test_a_warm_device(pair):
+    """A run of seconds gives a table whose routes are as much slower as the end was."""
+    walks = [(route, pair.steps(route)) for route in pair.all_routes]
+    table = measure_latency(walks, clock=partial(next, itertools.count()))
+    with pytest.raises(ValueError, match="no sustained latency"):
+        _ = table.sustained
+    rows = []
+    result = pair.measure_sustained(minutes=0.005, report=rows.append)
+    assert result.route == str(pair.active_route) and rows == [*result.periods]
+    periods = [{"at_s": 60.0 * k, "latency_ms": 2.0 if k < 5 else 3.0} for k in range(1, 11)]
+    warm = dataclasses.replace(table, facts={"sustained": {"route": "vit[:]", "periods": periods}}).sustained
+    steps = pair.steps(pair.active_route)
+    assert warm.latency_ms(steps) == pytest.approx(1.5 * table.latency_ms(steps))
+    assert pair.profile(latency=warm).routes[0].costs["latency_ms"] > 0
+
+
 def test_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(device, "CPUFREQ", tmp_path / "freq")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor, "CPUFREQ", tmp_path / "freq")
     assert device_facts()["clock_mhz"] is None
     (tmp_path / "cpuinfo").write_text(
         "model name\t: A Chip\ncpu MHz\t\t: 1200.5\n\nmodel name\t: A Chip\ncpu MHz : 900\n"

@@ -9,7 +9,7 @@ from conftest import SIZE
 from versions import needs_export
 
 from restnet_hf import ExportedModel, export_routes
-from restnet_hf.runtime import targets
+from restnet_hf.runtime import processor, targets
 from restnet_hf.runtime.targets import TARGETS, resolve_target, this_target
 
 
@@ -24,10 +24,12 @@ from restnet_hf.runtime.targets import TARGETS, resolve_target, this_target
         ("x86_64", None, "x86-avx2"),  # unknown: what runs well anywhere
     ],
 )
-def test_this_processor(tmp_path, machine, flags, expected):
+def test_this_processor(tmp_path, monkeypatch, machine, flags, expected):
     if flags:
         (tmp_path / "cpuinfo").write_text(f"processor : 0\nmodel name : avx_vnni\nflags\t\t: {flags}\n")
-    assert this_target(tmp_path / "cpuinfo", machine) == expected
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(targets.platform, "machine", lambda: machine)
+    assert this_target() == expected
 
 
 def test_names():
