@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LAYER_TYPES = ("Conv", "MatMul", "Gemm")
 SMALL = 1024  # bytes below which a tensor stays in the graph
 WEIGHTS = "weights.bin"
+LOWEST, HIGHEST = "lowest_number", "highest_number"  # names of constants
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class OnnxExporter(Exporter):
     """Exporter for ONNX Runtime.
 
     ``int8`` is static: every activation has a scale from calibration. ``int8_dynamic`` computes the scales of the
-    inputs of matrix products in each run, and does not quantise convolutions.
+    inputs of matrix products in each run, and does not quantise convolutions. The more careful way of ``int8`` is
+    unsigned weights where signed ones would have seven bits, else scales of all but the rarest activations.
     """
 
     runtime = "onnx"
@@ -178,8 +180,11 @@ class OnnxExporter(Exporter):
             if dynamic:
                 q.quantize_dynamic(source, target, **options)
             else:
+                if how.careful and how.full_range:
+                    options["calibrate_method"] = q.CalibrationMethod.Percentile  # outliers do not widen the scales
                 q.quantize_static(source, target, _Reader(images), activation_type=q.QuantType.QUInt8, **options)
             proto = onnx.load(target)
+            _keep_in_float(proto, options["nodes_to_exclude"])
             _describe(proto, model.metadata)  # which the quantiser does not keep
             return replace(model, proto=proto)
 
@@ -197,6 +202,36 @@ class OnnxExporter(Exporter):
             for route, model in models.items():
                 onnx.save(_with_external_weights(model.proto, weights), folder / f"{names[route]}.onnx")
         return {route: {"file": f"{name}.onnx"} for route, name in names.items()}
+
+
+def _keep_in_float(proto: ModelProto, names: Collection[str]) -> None:
+    """Keep ONNX Runtime from quantising the layers that were left in float.
+
+    When it loads a graph, its optimiser ``WeightBiasQuantization`` gives a convolution or product in float whose
+    input was in eight bits a weight in eight bits, too, with one scale for all channels. An operation between the two
+    prevents that: here a clip to all numbers that there are, which other runtimes also compute.
+
+    Args:
+        proto: quantised graph, which is changed.
+        names: names of the nodes that are in float.
+    """
+    from onnx import helper, numpy_helper
+
+    graph, kept, nodes = proto.graph, {*names}, list[Any]()
+    made = {output: node.op_type for node in graph.node for output in node.output}
+    for node in graph.node:
+        if node.name in kept and node.op_type in LAYER_TYPES and made.get(node.input[0]) == "DequantizeLinear":
+            name = f"{node.name}_input"
+            nodes.append(helper.make_node("Clip", [node.input[0], LOWEST, HIGHEST], [name], name=name))
+            node.input[0] = name
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        highest = np.finfo(np.float32).max
+        limits = {LOWEST: -highest, HIGHEST: highest}
+        graph.initializer.extend(numpy_helper.from_array(np.array(x), name) for name, x in limits.items())
+        copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
 
 
 def _with_external_weights(proto: ModelProto, weights: SharedWeights) -> ModelProto:

@@ -42,13 +42,17 @@ class MacsTable:
     def _step(self, step: Step) -> int:
         if step.segment is not None:
             assert isinstance(step.module, Anchor)
-            return sum(self._anchor(step.module)[step.segment.start : step.segment.stop])
+            return sum(self.blocks(step.module)[step.segment.start : step.segment.stop])
         if step.name not in self._modules:
             self._modules[step.name] = count_macs(step, _zeros(step.shape, step.module))
         return self._modules[step.name]
 
-    def _anchor(self, anchor: Anchor) -> list[int]:
-        """MACs from each cut to the next, from the image on; the last entry is from the last cut to the logits."""
+    def blocks(self, anchor: Anchor) -> list[int]:
+        """MACs from each cut to the next, from the image on; the last entry is from the last cut to the logits.
+
+        Args:
+            anchor: anchor whose blocks are counted, once.
+        """
         if anchor not in self._blocks:
             inputs = [_zeros((1, 3, *anchor.preprocessing.image_size), anchor)]
             inputs += [_zeros(cut.layout.shape(1), anchor) for cut in anchor.cuts]

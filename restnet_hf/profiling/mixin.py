@@ -1,8 +1,11 @@
 """ProfilingMixin: measure the routes of a model, and run them as cascades."""
 
+from __future__ import annotations  # matplotlib takes long to import, and is imported only to draw
+
 import datetime
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -12,7 +15,7 @@ from transformers.utils import logging
 from restnet_hf.cascading import Stage, plan_stages, run_cascade
 from restnet_hf.data.datasets import MULTI_LABEL
 from restnet_hf.data.prepare import Pictures
-from restnet_hf.profiling.cascade_rows import fits_adapter
+from restnet_hf.profiling.cascade_rows import add_latency, fits_adapter
 from restnet_hf.profiling.cascades import (
     LEAST_IMAGES,
     MOST_ROUTES,
@@ -27,10 +30,13 @@ from restnet_hf.profiling.cascades import (
 from restnet_hf.profiling.costs import describe_measurement
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.macs import MacsTable
+from restnet_hf.profiling.plots import plot_tradeoff
+from restnet_hf.profiling.route_plots import plot_route
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.confidences import CONFIDENCES
-from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
+from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute, parse_entry
 from restnet_hf.routes.route import Route, Routes
+from restnet_hf.routes.tables import short_number
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
 from restnet_hf.steps import Step, Walk, run_steps
 from restnet_hf.stitches.adding import warn_unfitted
@@ -38,6 +44,9 @@ from restnet_hf.stitches.layers import Stitch
 from restnet_hf.stitches.precision import weight_dtype
 from restnet_hf.stitches.tuning import Tuned
 
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.get_logger(__name__)
 MOST_STAGED = 15  # cascades besides the latest whose stages are kept
@@ -302,6 +311,50 @@ class ProfilingMixin:
             )
             self.make_active(self.active_route, None)
 
+    def plot_route(
+        self, route: Route | Cascade | str | None = None, path: str | os.PathLike[str] | None = None
+    ) -> Figure:
+        """Plot a route as a path through its networks; the routes of a cascade one below the other.
+
+        Args:
+            route: route or cascade; by default what is active.
+            path: file of the picture; None for none.
+
+        Returns:
+            Figure of matplotlib.
+
+        Raises:
+            ValueError: there is no such route.
+        """
+        active = self.active_cascade or self.active_route
+        chosen = parse_entry(route) if isinstance(route, str) else route or active
+        routes = chosen.routes if isinstance(chosen, Cascade) else (chosen,)
+        rows = () if self.profiled is None else self.profiled.cascades
+        shares = next((row.shares for row in rows if row.route == chosen and row.shares), (None,) * len(routes))
+        table, walks = MacsTable(), []
+        for each, share in zip(map(self.route, routes), shares, strict=True):
+            steps = self.steps(each)
+            reached = "" if share is None else f", {share:.0%} of the images"
+            walks.append((f"{each}: {short_number(table.macs(steps))} MACs{reached}", steps))
+        return plot_route(walks, path)
+
+    def plot_tradeoff(self, path: str | os.PathLike[str] | None = None, *, cost: str | None = None) -> Figure:
+        """Plot the accuracy of all profiled routes and cascades against a cost.
+
+        Args:
+            path: file of the picture; None for none.
+            cost: name of the cost; by default MACs, those of cascades as means over images.
+
+        Returns:
+            Figure of matplotlib.
+
+        Raises:
+            ValueError: the model was not profiled with labelled images, or not for the cost.
+        """
+        if self.profiled is None:
+            raise ValueError("there is nothing to plot; call profile(eval_set) with labelled images first")
+        return plot_tradeoff(self.profiled, path, cost=cost, active=self.active_cascade or self.active_route)
+
     @torch.inference_mode()
     def measure_sustained(
         self,
@@ -354,6 +407,20 @@ class ProfilingMixin:
         measured = describe_measurement(str(self.device), latency, self.profiled)
         known = {**(metadata or {}), **measured, "weights": self.weights_sha256()}
         self.profiled = Profile(tuple(rows), known, tuple(cascades))
+        return self.profiled
+
+    def record_latency(self, latency: LatencyTable) -> Profile:
+        """Put the latencies of this device into the model's profile, for budgets in milliseconds; the scores stay.
+
+        Args:
+            latency: result of `measure_latency`, or its ``sustained`` table.
+
+        Raises:
+            ValueError: the model has no profile, or a piece of a route was not measured.
+        """
+        if self.profiled is None:
+            raise ValueError("the model has no profile to add latencies to; call profile(data, latency=table)")
+        self.profiled = add_latency(self.profiled, self.steps, latency)
         return self.profiled
 
     def record_runtime(self, exported: Profile) -> Profile:

@@ -145,7 +145,7 @@ class ExportedModel:
         budget: BudgetLike | None,
         folder: Path,
     ) -> None:
-        """Read all files but those of the routes, and load the given route, or the one that was active at the export."""
+        """Read all files but those of routes, and load the given route or the one that was active at the export."""
         self.profiled = read_profile(folder)
         metadata = self.profiled.metadata
         self.runtime: str = metadata["runtime"]

@@ -311,13 +311,35 @@ def test_layers_that_lose_too_much_stay_in_full_precision(model, tmp_path, monke
         norm.weight[0] *= 1e4
         head.weight[:, 0] /= 1e4
     images = noise(60)
-    options = {"runtime": "onnx", "precision": "int8", "data": images, "calibration_images": 20}
+    options = {"runtime": "onnx", "precision": "int8", "data": images, "calibration_images": 20, "target": "x86-avx2"}
     exported = export_routes(model, tmp_path / "out", [ROUTES[0]], min_agreement=0.9, **options)
     (kept,) = exported.profiled.metadata["kept_in_full_precision"].values()
     assert "steps.2.model.classifier" in kept
     assert exported.profiled.routes[0].scores["agreement"] >= 0.9
     program = trace_route(model.route(ROUTES[0]), model.steps(ROUTES[0]))
     assert most_sensitive(program, images[:8])[0] == "steps.2.model.classifier"
+
+
+@pytest.mark.slow
+def test_onnx_runtime_leaves_kept_layers_in_float(model, tmp_path):
+    """Its optimiser quantises weights behind quantised activations; those of kept layers must stay as they are."""
+    onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    exporter, program = load_exporter("onnx"), trace_route(model.route(ROUTES[0]), model.steps(ROUTES[0]))
+    images, lost = [image[None].numpy() for image in noise(8)], []
+    whole = exporter.convert(program, "int8")
+    source = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in whole.proto.graph.initializer}
+    for node in (node for node in whole.proto.graph.node if node.op_type == "Conv"):
+        how = Quantization("int8", keep=(whole.layers[node.name],), full_range=True)
+        quantised = exporter.quantize(whole, images, how).proto
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        onnxruntime.InferenceSession(quantised.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        tensors = onnx.load(tmp_path / "optimized.onnx").graph.initializer
+        arrays = [onnx.numpy_helper.to_array(tensor) for tensor in tensors]
+        if not any(array.dtype == np.float32 and np.array_equal(array, source[node.input[1]]) for array in arrays):
+            lost.append(node.name)
+    assert not lost
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "middle": ["cascading", "configuration_restnet", "prediction", "steps"],
     "profiling": [
         *("accuracy", "cascade_rows", "cascades", "costs", "device", "latency", "macs", "memory", "metric", "mixin"),
-        *("plots", "timing"),
+        *("plots", "route_plots", "timing"),
     ],
     "selection": [
         *("cache", "cka", "dropping", "halving", "mixin", "pairs", "plots", "race_images", "race_state", "racing"),
