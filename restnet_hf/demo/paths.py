@@ -5,3 +5,4 @@ from pathlib import Path
 
 DEMO = Path(__file__).parent
 FRONT, END, DATA, RECIPE = DEMO / "resnet_fashion", DEMO / "vit_fashion", DEMO / "data", DEMO / "demo.yaml"
+ADAPTER = DEMO / "adapter"

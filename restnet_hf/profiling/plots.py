@@ -60,7 +60,7 @@ def plot_tradeoff(
         before: profile of the same routes before training, drawn pale.
         cost: name of the cost; by default MACs, those of cascades as means over images.
         score: name of the score.
-        active: route or cascade whose mark is filled black.
+        active: route or cascade whose mark has a black ring.
 
     Raises:
         ValueError: a route has no such cost or score.
@@ -127,8 +127,7 @@ def _marks(axes: Axes, profile: Profile, places: Iterable[tuple[AnyProfiled, Poi
         (mark,) = axes.plot([x], [y], marker, color=color, markersize=size, label=None if kind in named else kind)
         mark.set_gid(f"entry-{numbers[id(row)]}")
         if active is not None and str(row.route) == str(active):
-            mark.set_markerfacecolor("black")
-            mark.set_markersize(size + 2)
+            axes.plot([x], [y], "o", markersize=17, markerfacecolor="none", markeredgecolor="black", markeredgewidth=2)
         named.add(kind)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations  # matplotlib takes long to import, and is imported only to draw
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LEAST_WIDTH, GAP = 0.012, 0.01  # of a box and between stages, as shares of the route's MACs
 LANE, BOX = 1.0, 0.55  # heights of a lane and of a box
-COLORS = (STITCHED, ANCHOR, CASCADE)  # of the boxes of the first, second, ... segment
+COLORS = (STITCHED, ANCHOR, CASCADE)  # of the first, second and third anchor, and again from the first on
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ def _boxes(anchor: Anchor, macs: Sequence[int], segment: Segment, at: float, uni
     return boxes, boxes[stop - 1].x + boxes[stop - 1].width
 
 
-def draw_route(axes: Axes, steps: Sequence[Step], title: str) -> None:
+def draw_route(axes: Axes, steps: Sequence[Step], title: str, colors: Mapping[str, str]) -> None:
     """Draw a route.
 
     Args:
         axes: axes to draw in.
         steps: steps of the route.
         title: line above it.
+        colors: colour of the boxes of each anchor.
     """
     from matplotlib.patches import Rectangle
 
@@ -82,7 +83,7 @@ def draw_route(axes: Axes, steps: Sequence[Step], title: str) -> None:
         if before is not None:
             axes.plot([before, start], [y + LANE, y], color="black", linewidth=1.5, zorder=3)
             axes.plot([(before + start) / 2], [y + LANE / 2], "D", color="black", markersize=6, zorder=4)
-        color = COLORS[lane % len(COLORS)]
+        color = colors[step.segment.anchor]
         for box in boxes:
             look: dict[str, Any] = {"facecolor": color if box.runs else "none", "alpha": 1.0 if box.runs else 0.6}
             edge = "white" if box.runs else PALE
@@ -110,9 +111,12 @@ def plot_route(walks: Sequence[tuple[str, Sequence[Step]]], path: str | os.PathL
         raise ValueError("there is no route to plot")
     lanes = [max(1, sum(step.segment is not None for step in steps)) for _, steps in walks]
     figure = new_figure(6.4, sum(0.35 + 0.55 * each for each in lanes))
-    places = figure.subplots(len(walks), 1, squeeze=False, height_ratios=[0.35 + 0.55 * each for each in lanes])
+    heights = [0.35 + 0.55 * each for each in lanes]
+    places = figure.subplots(len(walks), 1, squeeze=False, sharex=True, height_ratios=heights)
+    names = dict.fromkeys(step.segment.anchor for _, steps in walks for step in steps if step.segment is not None)
+    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
     for (title, steps), (axes,) in zip(walks, places, strict=True):
-        draw_route(axes, steps, title)
+        draw_route(axes, steps, title, colors)
     if path is not None:
         save_figure(figure, path)
     return figure
