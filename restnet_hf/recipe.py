@@ -32,7 +32,6 @@ from restnet_hf.reports import report_cascades, report_rows, report_to_resume
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.dropping import beaten_routes
-from restnet_hf.selection.halving import RACE
 from restnet_hf.selection.plots import plot_similarity
 from restnet_hf.sources import check_paths
 from restnet_hf.stitches.layers import BRANCH, StitchConfig
@@ -57,8 +56,7 @@ class Recipe:
         calibration_images: number of training images for similarity and least squares; new heads do not train on them.
         image_size: height and width of images in pixels; None for the anchors' own.
         new_head: whether the anchors get new heads; by default where the data set has other classes than they.
-        method: key of `SELECTORS`, which chooses routes, or ``race``, which takes training images besides where no new
-            heads are trained on them.
+        method: key of `SELECTORS`, which chooses routes.
         max_routes: number of parts into which the range of MACs is divided.
         per_part: number of routes that are chosen of each part.
         routes: routes to stitch; ``method`` then chooses none.
@@ -194,7 +192,7 @@ def run_recipe(recipe: Recipe, out: str | os.PathLike[str], resume: bool = False
         train(model, augment_training_set(model, others, recipe), heads, [Route.alone(name) for name in model.anchors])
         clock.lap("heads")
     set_seed(recipe.seed)  # new stitches are the same whether heads were trained or read from a checkpoint
-    _add_stitches(model, calibration if model.config.new_head or recipe.method != RACE else train_set, recipe)
+    _add_stitches(model, calibration, recipe)
     clock.lap("similarity")
     r2 = model.fit_stitches(calibration)
     clock.lap("least squares")

@@ -13,7 +13,6 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.families import WITHIN, family, within_budget
 from restnet_hf.routes.profile import Budget
 from restnet_hf.routes.route import Route
-from restnet_hf.selection.halving import RACE
 from restnet_hf.selection.selectors import SELECTORS
 from restnet_hf.stitches.layers import BRANCH, StitchConfig
 from restnet_hf.training.args import TrainArgs
@@ -66,8 +65,8 @@ def _error(make: Callable[[], object]) -> list[str]:
 
 
 def _method(value: str, earlier: Mapping[str, Any]) -> Iterable[str]:
-    if value not in (*SELECTORS, RACE):
-        yield f"method={value!r} is not one of {sorted((*SELECTORS, RACE))}"
+    if value not in SELECTORS:
+        yield f"method={value!r} is not one of {sorted(SELECTORS)}"
 
 
 def _routes(value: Sequence[str] | None, earlier: Mapping[str, Any]) -> Iterable[str]:

@@ -1,13 +1,10 @@
 """How well each selector finds the routes that turn out best, on real networks and images.
 
     python recipes/benchmarks/selectors.py [--quick] [--out FILE.json]
-        [--recipe YAML --front DIR --end DIR --dataset DIR] [--grid 6] [--epochs 1] [--seed 0] [--truth FILE.json]
-
-With --truth the truth and the values of the selectors are those of an earlier --out, and only races are run.
+        [--recipe YAML --front DIR --end DIR --dataset DIR] [--grid 6] [--epochs 1] [--seed 0]
 
 Every route of a grid of cuts is fitted, trained briefly and measured; those accuracies are the truth. Selectors see
-unlabelled or labelled calibration images only; races also train on others (`restnet_hf.selection.halving`), with the
-calibration images held out, and their seconds include those of ``fitted_accuracy``, which chooses the candidates.
+unlabelled or labelled calibration images only.
 Reported are Spearman's correlation of a selector's values with the
 truth, the share of the buckets of MACs in which its choice, or the better of its first two, is within half a point of
 the bucket's best, and the mean accuracy of the best network that fits a budget, over budgets from the smaller anchor's
@@ -37,11 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from restnet_hf import Route, train
-from restnet_hf.data.datasets import to_batch
 from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
 from restnet_hf.recipe import hold_out, load_recipe, prepare
-from restnet_hf.selection.halving import RaceConfig, race_candidates
-from restnet_hf.selection.ranking import RankedRoute, choose_routes, divide_routes
+from restnet_hf.selection.ranking import RankedRoute, choose_routes
 
 
 METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {  # what is tried: selector, options, with labels
@@ -57,19 +52,11 @@ METHODS: dict[str, tuple[str, dict[str, Any], bool]] = {  # what is tried: selec
     "fitted_accuracy": ("fitted_accuracy", {}, True),
     "fitted_accuracy, no labels": ("fitted_accuracy", {}, False),
 }
-RACES: dict[str, tuple[dict[str, Any], bool]] = {  # options of the race, and whether it sees labels
-    "race": ({}, True),
-    "race, no labels": ({}, False),
-    "race, task": ({"loss": "task"}, True),
-}
 TOLERANCE = 0.005
-MAX_TRAINED = 1500  # images that a race trains on
 DRAWS = 2000  # of random choices
 
 
-def measure(
-    recipe: Any, grid: int, epochs: int, seed: int, buckets: int, known: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def measure(recipe: Any, grid: int, epochs: int, seed: int) -> dict[str, Any]:
     """The truth of one pair, and the predictions of every selector.
 
     Args:
@@ -77,8 +64,6 @@ def measure(
         grid: number of cuts of each anchor.
         epochs: epochs of training of each route.
         seed: seed of the training.
-        buckets: number of parts of the range of MACs, in which races decide.
-        known: result of an earlier run, of which all but the races is taken.
     """
     set_seed(seed)
     model, train_set, eval_set = prepare(recipe)
@@ -87,14 +72,12 @@ def measure(
         alone = [Route.alone(name) for name in model.anchors]
         train(model, others, dataclasses.replace(recipe.heads, train_head=True, seed=seed), alone)
     values, seconds = {}, {}
-    for name, (method, options, labels) in METHODS.items() if known is None else ():
+    for name, (method, options, labels) in METHODS.items():
         began = time.perf_counter()
         data = calibration if labels else Unlabelled(calibration)
         (found,) = model.compare(data, {method: options}, kept_images=len(calibration), max_images=None)[method]
         seconds[name] = time.perf_counter() - began
         values[name] = found
-    if known is not None:
-        return race(model, train_set, len(calibration), known, buckets)
     front, end = (model.anchors[name] for name in (values["cka"].front, values["cka"].end))
     cuts = [sorted({round(c) for c in np.linspace(1, anchor.depth, grid)}) for anchor in (front, end)]
     routes = [model.add_stitch(f"{front.name}[:{i}] + {end.name}[{j}:]") for i in cuts[0] for j in cuts[1]]
@@ -104,7 +87,7 @@ def measure(
     args = dataclasses.replace(recipe.stitches, num_train_epochs=epochs, train_head=False, seed=seed)
     train(model, train_set, args, routes)
     profile = model.profile(eval_set)
-    result = {
+    return {
         "anchors": {str(row.route): [row.costs["macs"], row.scores["accuracy"]] for row in profile.routes[:2]},
         "routes": {str(row.route): [row.costs["macs"], row.scores["accuracy"]] for row in profile.routes[2:]},
         "least_squares": {str(row.route): row.scores["accuracy"] for row in fitted.routes},
@@ -116,35 +99,6 @@ def measure(
         "epochs": epochs,
         "images": len(eval_set),
     }
-    return race(model, train_set, len(calibration), result, buckets)
-
-
-def race(model: Any, train_set: Any, held_out: int, result: Mapping[str, Any], buckets: int) -> dict[str, Any]:
-    """The result with the values of races: the number of epochs that a route stayed in one, and its score at the end.
-
-    Args:
-        model: model of the pair, with trained heads.
-        train_set: images, those to decide by first; where there are no others, these are divided.
-        held_out: number of images to decide by.
-        result: result with the values of ``fitted_accuracy``.
-        buckets: number of parts of the range of MACs.
-    """
-    result = {**result, "values": dict(result["values"]), "seconds": dict(result["seconds"])}
-    for name, (options, labels) in RACES.items():
-        predictor = "fitted_accuracy" if labels else "fitted_accuracy, no labels"
-        scores = {route: value for route, value in result["values"][predictor].items() if value is not None}
-        rows = [RankedRoute(Route.parse(r), scores[r], {"macs": result["routes"][r][0]}) for r in scores]
-        rows.sort(key=lambda row: (-row.score, row.costs["macs"]))
-        images = {"held_out_images": held_out, "train_images": min(MAX_TRAINED, max(1, len(train_set) - held_out))}
-        config = RaceConfig(**images, **options)
-        began = time.perf_counter()
-        batches = torch.utils.data.DataLoader(train_set if labels else Unlabelled(train_set), batch_size=64)
-        parts = divide_routes(rows, buckets, per_part=config.candidates)
-        left, stopped = race_candidates(model, parts, map(to_batch, batches), config)
-        result["seconds"][name] = time.perf_counter() - began + result["seconds"][predictor]
-        raced = {str(racer.route): racer.epochs + np.exp(racer.score) for racer in (*left, *stopped)}
-        result["values"][name] = {route: raced.get(route) for route in result["routes"]}
-    return result
 
 
 class Unlabelled(torch.utils.data.Dataset):
@@ -248,7 +202,6 @@ def main(
     epochs: int = 1,
     buckets: int = 8,
     seed: int = 0,
-    truth: Path | None = None,
 ) -> None:
     """Print the table of one pair, and write it to OUT."""
     if recipe is None:
@@ -258,8 +211,7 @@ def main(
         job = load_recipe(recipe, front=front, end=end, dataset=dataset)
     if quick:
         job = dataclasses.replace(job, train_images=256, eval_images=200, calibration_images=128)
-    known = None if truth is None else json.loads(truth.read_text())["result"]
-    result = measure(job, grid, epochs, seed, buckets, known)
+    result = measure(job, grid, epochs, seed)
     verdicts = judge(result, buckets)
     show(result, verdicts, buckets)
     if out is not None:

@@ -108,7 +108,8 @@ def cost_ranges(profile: Profile) -> list[CostRange]:
         low, high = min(values) / divisor, max(values) / divisor
         grain = 10.0 ** (math.floor(math.log10(high)) + 1 - DIGITS)
         ends = math.floor(low / grain) * grain, math.ceil(high / grain) * grain
-        ranges.append(CostRange(cost, f"{name}, {unit}", max(ends[0], grain), ends[1], grain, divisor))
+        low, high, step = (round(each, 9) for each in (max(ends[0], grain), ends[1], grain))
+        ranges.append(CostRange(cost, f"{name}, {unit}", low, high, step, divisor))
     return ranges
 
 
@@ -209,7 +210,7 @@ def read_picture(model: StitchedModelForImageClassification, path: str) -> torch
 
 @torch.inference_mode()
 def run_entry(model: StitchedModelForImageClassification, pixel_values: torch.Tensor, entry: str) -> Answer:
-    """Run a route or cascade on a picture, and time it.
+    """Run a route or cascade on a picture twice, and time the second run.
 
     Args:
         model: model that has it.
@@ -221,8 +222,10 @@ def run_entry(model: StitchedModelForImageClassification, pixel_values: torch.Te
     """
     row = model.profiled[entry] if model.profiled is not None else None
     cascade = row is not None and isinstance(row.route, Cascade)
+    named: dict[str, Any] = {"cascade" if cascade else "route": entry}
+    model(pixel_values, **named)  # warms up: a server's thread may be new, and its weights not read yet
     began = time.perf_counter()
-    output = model(pixel_values, **{"cascade" if cascade else "route": entry})
+    output = model(pixel_values, **named)
     milliseconds = (time.perf_counter() - began) * 1e3
     scores = output.logits[0].float().softmax(-1)
     best = scores.topk(min(TOP, len(scores)))

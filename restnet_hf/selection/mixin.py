@@ -21,7 +21,6 @@ from restnet_hf.routes.profile import Budget, BudgetLike
 from restnet_hf.routes.route import Route
 from restnet_hf.selection.cache import cache_file, cache_similarity, read_similarity
 from restnet_hf.selection.dropping import drop_beaten
-from restnet_hf.selection.halving import RACE, RaceConfig, select_by_race
 from restnet_hf.selection.pairs import choose_pairs, draw_images
 from restnet_hf.selection.ranking import RankedRoute, Similarity, anchor_points, divide_routes, rank_routes, spread
 from restnet_hf.selection.samples import Pair, SelectionBatch
@@ -286,13 +285,12 @@ class SelectionMixin:
 
         The range of MACs is divided into ``max_routes`` parts, and the best route of each is taken; routes that cost
         more than all anchors are left out if there are others. Then `similarities` has all values, `ranking` all
-        routes, and the best route is active. ``race`` trains the best few of each part by ``fitted_accuracy`` before
-        it chooses; see `RaceConfig`. With these two, whose values are accuracies, the best route of a part is the one
-        furthest above the line between the anchors, and those that an anchor beats come last.
+        routes, and the best route is active. With ``fitted_accuracy``, whose values are accuracies, the best route of
+        a part is the one furthest above the line between the anchors, and those that an anchor beats come last.
 
         Args:
             calibration: images, in any form that `prepare_data` takes.
-            method: selector, a key of `SELECTORS` or a class; or ``race``.
+            method: selector, a key of `SELECTORS` or a class.
             max_routes: number of parts that the range of MACs is divided into.
             config: options of the stitches; by default those of `StitchConfig`.
             batch_size: images in a batch, if the images are a tensor or a data set.
@@ -309,38 +307,16 @@ class SelectionMixin:
             ValueError: see `compare`; or no route fits the budget.
         """
         limits = None if budget is None else Budget.of(budget)  # checked before anything runs
-        race = RaceConfig.from_options(options) if method == RACE else None
-        methods = {method: options} if race is None else {"fitted_accuracy": {}}
         (similarities,) = self.compare(
-            calibration, methods, order, config, batch_size, kept_images,
+            calibration, {method: options}, order, config, batch_size, kept_images,
             pairs=pairs, max_images=max_images, on_error=on_error,
         ).values()  # fmt: skip
-        starters = 1 if race is None else race.candidates
-        ranking, parts = self._rank(similarities, config, limits, max_routes, max(per_part, starters))
+        ranking, parts = self._rank(similarities, config, limits, max_routes, per_part)
         chosen = list(chain.from_iterable(parts))
-        if race is None:
-            self.add_stitches((row.route for row in chosen), config)
-        else:
-            chosen, ranking = self._race(calibration, on_error, parts, ranking, race, config, batch_size, per_part)
+        self.add_stitches((row.route for row in chosen), config)
         self.similarities, self.ranking = similarities, ranking
         self.set_route(max(chosen, key=lambda row: row.score).route)
         return [row.route for row in chosen]
-
-    def _race(
-        self,
-        calibration: Any,
-        on_error: str,
-        parts: list[list[RankedRoute]],
-        ranking: list[RankedRoute],
-        race: RaceConfig,
-        config: StitchConfig | None,
-        batch_size: int,
-        per_part: int,
-    ) -> tuple[list[RankedRoute], list[RankedRoute]]:
-        """The routes that win the race of each part of the range of MACs, and the ranking that it leaves."""
-        images = self.prepare_data(calibration, name="calibration", on_error=on_error)
-        batches = self._checked(draw_images(images, 0, race.images), batch_size, "calibration")
-        return select_by_race(self, parts, ranking, batches, race, config, per_part)
 
     def _rank(
         self,

@@ -312,10 +312,7 @@ def find_selector(method: Method) -> type[Selector]:
         return SELECTORS[method]
     if isinstance(method, type) and issubclass(method, Selector):
         return method
-    raise ValueError(
-        f"method={method!r} is not one of {sorted(SELECTORS)}, nor the class of a Selector; select_stitches also "
-        "takes 'race'"
-    )
+    raise ValueError(f"method={method!r} is not one of {sorted(SELECTORS)}, nor the class of a Selector")
 
 
 def method_key(method: Method) -> Method:

@@ -66,14 +66,16 @@ def tables():
 
 
 def test_there_is_a_guide_for_each_task():
-    assert [*GUIDES] == ["adapt", "choose", "contribute", "data", "export", "extend", "share", "train"]
+    assert [*GUIDES] == [
+        *("adapt", "app", "choose", "compare", "contribute", "data", "export", "extend", "share", "train"),
+    ]
     for page in ("README", *GUIDES):
         linked = {Path(link).stem for link in re.findall(r"\]\(([\w/]+\.md)\)", PAGES[page].read_text())}
         assert linked >= {*GUIDES} - {page}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({*GUIDES} - {"share", "contribute"}))
+@pytest.mark.parametrize("page", sorted({*GUIDES} - {"share", "compare", "contribute"}))
 def test_code_runs(page, tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "MAX_SPREAD", float("inf"))  # other tests run beside this one

@@ -40,8 +40,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("plots", "route_plots", "timing"),
     ],
     "selection": [
-        *("cache", "cka", "dropping", "halving", "mixin", "pairs", "plots", "race_images", "race_state", "racing"),
-        *("ranking", "samples", "selectors"),
+        *("cache", "cka", "dropping", "mixin", "pairs", "plots", "racing", "ranking", "samples", "selectors"),
     ],
     "hub": [
         *("adapter_files", "cards", "loading_options", "mixin", "paging", "peft_names", "repository"),
