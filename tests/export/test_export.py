@@ -388,6 +388,19 @@ def test_refusals(model, tmp_path, options, error, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Dynamo", "Onnx"])
+@pytest.mark.filterwarnings("ignore:.*children_specs.*:FutureWarning")  # of its runner
+def test_a_baked_route_exports_by_transformers(model, name):
+    """As any module does: the same logits."""
+    exporters = pytest.importorskip("transformers.exporters")
+    if name == "Onnx":
+        needs_runtime("onnx")
+    exporter, config = (getattr(exporters, f"{name}{kind}") for kind in ("Exporter", "Config"))
+    exported, images = exporter().export(model.bake(ROUTES[0]), {"input": noise(3)}, config()), noise(3, 4)
+    assert np.allclose(exported(input=images).detach().numpy(), logits(model, ROUTES[0], images), atol=1e-4)
+
+
+@pytest.mark.slow
 def test_layers_that_litert_keeps(model):
     """By name: the more layers stay in float32, the larger the file is."""
     needs_runtime("litert")

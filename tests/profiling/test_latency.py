@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from restnet_hf import Anchor, StitchedModelForImageClassification
 from restnet_hf.data.preprocessing import Preprocessing
+from restnet_hf.demo import load_demo
 from restnet_hf.profiling import device, timing
 from restnet_hf.profiling.device import device_facts, device_name, joules
 from restnet_hf.profiling.latency import LatencyTable, Timing
@@ -304,6 +305,34 @@ def test_arguments(pair):
         measure_latency([])
     with pytest.raises(ValueError, match="repeats=1 must be at least 5"):
         check_latency(in_macs(walks), walks, repeats=1)
+
+
+def test_latencies_join_a_profile_that_came_with_an_adapter():
+    """Scores, MACs and shares stay; times of routes and cascades are those that a profile with the table has."""
+    model = load_demo()
+    before = model.profiled
+    table = measure_latency([(r, model.steps(r)) for r in model.all_routes], clock=partial(next, itertools.count()))
+    after = model.record_latency(table)
+    assert after is model.profiled and [row.scores for row in after.rows] == [row.scores for row in before.rows]
+    for row in after.routes:
+        assert row.costs["latency_ms"] == pytest.approx(table.latency_ms(model.steps(row.route)))
+        assert row.costs["mean_latency_ms"] == row.costs["latency_ms"]
+    for row, old in zip(after.cascades, before.cascades, strict=True):
+        assert row.costs["macs"] == old.costs["macs"] and row.shares == old.shares
+        stages = row.stage_costs["latency_ms"]
+        assert row.costs["latency_ms"] == pytest.approx(sum(stages))
+        mean = sum(share * ms for share, ms in zip(row.shares, stages, strict=True))
+        assert row.costs["mean_latency_ms"] == pytest.approx(mean) and mean < row.costs["latency_ms"]
+    chosen = model.set_budget(mean_latency_ms=max(row.costs["mean_latency_ms"] for row in after.rows))
+    assert model.profiled[chosen].scores["accuracy"] == max(row.scores["accuracy"] for row in after.rows)
+    assert after.metadata["latency"]["device"] == table.device
+    assert after.metadata["dataset"] == before.metadata["dataset"]
+
+
+def test_no_profile_to_join(pair):
+    walks = [(route, pair.steps(route)) for route in pair.all_routes]
+    with pytest.raises(ValueError, match="no profile to add latencies to"):
+        pair.record_latency(measure_latency(walks, clock=partial(next, itertools.count())))
 
 
 def test_a_warm_device(pair):

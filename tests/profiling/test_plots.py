@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from restnet_hf.demo import load_demo
+from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.routes.profile import Profile, ProfiledRoute
 from restnet_hf.routes.route import Route
@@ -42,6 +44,45 @@ def test_the_line_between_the_anchors_is_drawn(tmp_path):
     assert red[1] > 2.2 * red[0] > 0
 
 
+def test_every_row_has_a_mark_and_costs_can_be_chosen(demo):
+    """Marks are numbered as the rows of the profile; what has no such cost is left out, or an error."""
+    figure = demo.plot_tradeoff()
+    marks = {artist.get_gid() for artist in figure.axes[0].lines} - {None}
+    assert marks == {f"entry-{number}" for number in range(len(demo.profiled.rows))}
+    assert "mean over images" in figure.axes[0].get_xlabel()
+    assert demo.plot_tradeoff(cost="memory_mb").axes[0].get_xlabel() == "memory, MB"
+    with pytest.raises(ValueError, match="no latency_ms"):
+        demo.plot_tradeoff(cost="latency_ms")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_demo()
+
+
+def test_route_plots_are_to_scale(demo, tmp_path):
+    """Boxes as wide as their MACs, filled where they run, one lane a segment; those that do not run are clear."""
+    route = "resnet_fashion[:5] + vit_fashion[6:]"
+    figure = demo.plot_route(route, tmp_path / "route.png")
+    boxes = [patch for patch in figure.axes[0].patches if patch.get_width()]
+    table = MacsTable()
+    expected = [macs for name in ("resnet_fashion", "vit_fashion") for macs in table.blocks(demo.anchors[name])]
+    assert len(boxes) == len(expected)
+    total = table.macs(demo.steps(demo.route(route)))
+    for box, macs in zip(boxes, expected, strict=True):
+        assert box.get_width() == pytest.approx(max(macs, 0.012 * total))
+    filled = [box.get_facecolor()[3] > 0 for box in boxes]
+    assert filled == [True] * 5 + [False] * 4 + [False] * 6 + [True]
+    lines = figure.axes[0].lines
+    assert [line.get_marker() for line in lines].count("D") == 1 and pixels(tmp_path / "route.png").size
+    cascade = demo.profiled.cascades[0]
+    titles = [axes.get_title(loc="left") for axes in demo.plot_route(cascade.route).axes]
+    assert len(titles) == len(cascade.route.routes) and "100% of the images" in titles[0]
+    assert len(demo.plot_route().axes) == 1
+    with pytest.raises(ValueError, match="has no stitch yet"):
+        demo.plot_route("resnet_fashion[:2] + vit_fashion[2:]")
+
+
 def test_similarity(tmp_path):
     values = np.ma.masked_array([[0.1, 0.9], [0.5, 0.5], [0.2, 0.3]], [[0, 0], [1, 0], [0, 0]])
     found = Similarity("a", "b", values, {"method": "cka", "images": 64})
@@ -49,6 +90,9 @@ def test_similarity(tmp_path):
     plot_similarity(found, [Route.parse("a[:1] + b[2:]")], tmp_path / "one.png")
     red = [(abs(pixels(tmp_path / f"{n}.png") - [213, 94, 0]).sum(2) < 30).sum() for n in ("none", "one")]
     assert red[0] == 0 < red[1]
+    figure = plot_similarity(found, cells=True)
+    cells = {patch.get_gid() for patch in figure.axes[0].patches}
+    assert cells == {f"cell-0-{i}-{j}" for i in range(3) for j in range(2)} - {"cell-0-1-0"}  # the masked one
 
 
 def test_nothing_is_left_of_a_failed_plot(tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -75,7 +77,7 @@ def test_there_is_a_guide_for_each_task():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({*GUIDES} - {"share", "compare", "contribute"}))
+@pytest.mark.parametrize("page", sorted({*GUIDES} - {"app", "share", "compare", "contribute"}))
 def test_code_runs(page, tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "MAX_SPREAD", float("inf"))  # other tests run beside this one
@@ -86,6 +88,17 @@ def test_code_runs(page, tmp_path, monkeypatch, tables):
     for made in (each for each in names.values() if isinstance(each, type) and each.__module__ == page):
         public = {name for name in vars(made) if callable(getattr(made, name)) and not name.startswith("_")}
         assert public <= {*dir(made.__base__)}, f"{made.__name__} has methods that nothing calls"
+
+
+@pytest.mark.slow
+def test_code_of_the_page_runs(tmp_path):
+    """In a process of its own, as gradio leaves event loops open."""
+    pytest.importorskip("gradio")
+    done = subprocess.run(
+        [sys.executable, "-c", code_of("app", "python")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"route.png", "tradeoff.png"}
 
 
 @pytest.mark.slow
