@@ -23,7 +23,7 @@ import typer
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "LICENSE", "recipes", "model_cards")
-LEFT_OUT = ("__pycache__", "docs")
+LEFT_OUT = ("__pycache__",)
 ROOMS = re.compile(r"^\| `(\w+)/` \| (.+) \|$", re.M)  # of the README's map
 
 

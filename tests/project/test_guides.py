@@ -69,7 +69,8 @@ def tables():
 
 def test_there_is_a_guide_for_each_task():
     assert [*GUIDES] == [
-        *("adapt", "app", "choose", "compare", "contribute", "data", "export", "extend", "share", "train"),
+        *("adapt", "app", "assistants", "choose", "compare", "contribute", "data", "export", "extend", "share"),
+        "train",
     ]
     for page in ("README", *GUIDES):
         linked = {Path(link).stem for link in re.findall(r"\]\(([\w/]+\.md)\)", PAGES[page].read_text())}
