@@ -16,6 +16,7 @@ from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 
 TITLE = "One network out of two, cut to the size of any device"
 MAX_UPLOAD = "20mb"
+KEPT_S = 3600, 3600  # seconds between removals of uploads, and their age at which they are removed
 CSS = """
 .mark { cursor: pointer; pointer-events: all; }
 .mark:hover, .mark:focus { outline: 2px solid currentColor; outline-offset: 2px; }
@@ -39,7 +40,7 @@ def build(model: StitchedModelForImageClassification, images: Any = None, exampl
     """
     check_model(model)
     app = AppModel(model, None if images is None else model.prepare_data(images), [*examples])
-    with gr.Blocks(title="restnet-hf", analytics_enabled=False) as page:
+    with gr.Blocks(title="restnet-hf", analytics_enabled=False, delete_cache=KEPT_S) as page:
         chosen = gr.State(first_entry(model))
         gr.Markdown(f"# {TITLE}\n{' + '.join(f'`{name}`' for name in model.anchors)}")
         loads: list[tuple[Any, Any, Any]] = []

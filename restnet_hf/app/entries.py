@@ -1,9 +1,11 @@
 """What the app can run: the entries of a profile, limits on their costs, and answers for a picture."""
 
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -71,12 +73,16 @@ class AppModel:
         images: images, labelled or not, for comparisons of cuts; None for none.
         examples: paths of pictures to try.
         busy: held while something runs that measures time or takes long.
+        folder: folder of exports, of which the last one is kept.
+        drawings: drawing of each entry that somebody looked at.
     """
 
     model: StitchedModelForImageClassification
     images: Any = None
     examples: Sequence[str] = ()
     busy: Lock = field(default_factory=Lock)
+    folder: str = field(default_factory=partial(tempfile.mkdtemp, prefix="restnet-hf-"))
+    drawings: dict[str, str] = field(default_factory=dict)
 
     @property
     def profile(self) -> Profile:

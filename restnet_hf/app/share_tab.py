@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,10 +85,11 @@ def export(app: AppModel, entry: str, runtime: str) -> tuple[str, str]:
     Returns:
         What was written, and the path of a zip file.
     """
-    place = Path(tempfile.mkdtemp(prefix="restnet-hf-"))
+    place = Path(app.folder)
     named: dict[str, Any] = {"cascades": entry} if is_cascade(entry) else {"routes": entry}
     try:
         with app.busy:
+            shutil.rmtree(place / runtime, ignore_errors=True)  # of the last visitor, who has the file
             exported = export_routes(app.model, place / runtime, runtime=runtime, data=app.images, **named)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise gr.Error(str(error), print_exception=False) from error

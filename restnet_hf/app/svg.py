@@ -4,6 +4,7 @@ from __future__ import annotations  # matplotlib takes long to import, and is im
 
 import io
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 SVG, LINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 BLACK = ("#000000", "black")
+DRAWING = Lock()  # matplotlib's settings are those of the whole process
 PRESS = """
 element.addEventListener('click', event => {
   const mark = event.target.closest('[data-mark]');
@@ -39,7 +41,7 @@ def as_svg(figure: Figure, description: str, marks: Mapping[str, str] | None = N
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "restnet_hf"}):
+    with DRAWING, rc_context({"svg.fonttype": "none", "svg.hashsalt": "restnet_hf"}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     ElementTree.register_namespace("", SVG)
     ElementTree.register_namespace("xlink", LINK)

@@ -1,11 +1,20 @@
 """The tab Try: a picture, a limit for each cost, and what the best route or cascade within them answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from restnet_hf.app.entries import AppModel, best_entry, cost_ranges, describe_row, offered_entries, read_picture
+from restnet_hf.app.entries import (
+    AppModel,
+    CostRange,
+    best_entry,
+    cost_ranges,
+    describe_row,
+    offered_entries,
+    read_picture,
+)
 from restnet_hf.app.entries import run_entry as run
 from restnet_hf.app.svg import as_svg
 from restnet_hf.errors import BudgetError, PictureError
@@ -27,25 +36,7 @@ def add_try_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, Any]]:
     ranges = cost_ranges(app.profile)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            picture = gr.Image(
-                label="Picture",
-                type="filepath",
-                image_mode=None,
-                value=app.examples[0] if app.examples else None,
-                sources=["upload", "clipboard"],
-                height=260,
-                elem_id="picture",
-                alt_text="The picture to classify",
-            )
-            if app.examples:
-                gr.Examples([[each] for each in app.examples], picture, label="Examples")
-            sliders = [
-                gr.Slider(
-                    each.low, each.high, each.high, step=each.step, label=f"At most: {each.label}",
-                    elem_id=f"limit-{each.cost}",
-                )
-                for each in ranges
-            ]  # fmt: skip
+            picture, sliders = _add_inputs(app, ranges)
         with gr.Column(scale=3, min_width=300):
             status = gr.Markdown(elem_id="status")
             drawing = gr.HTML(elem_id="route")
@@ -82,6 +73,27 @@ def add_try_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, Any]]:
     return [(show, [chosen, path], outputs), (compare, path, compared)]
 
 
+def _add_inputs(app: AppModel, ranges: Sequence[CostRange]) -> tuple[gr.Image, list[gr.Slider]]:
+    """Add the picture, examples, and a slider for the limit of each cost."""
+    picture = gr.Image(
+        label="Picture",
+        type="filepath",
+        image_mode=None,
+        value=app.examples[0] if app.examples else None,
+        sources=["upload", "clipboard"],
+        height=260,
+        elem_id="picture",
+        alt_text="The picture to classify",
+    )
+    if app.examples:
+        gr.Examples([[each] for each in app.examples], picture, label="Examples")
+    sliders = []
+    for each in ranges:
+        options: dict[str, Any] = {"label": f"At most: {each.label}", "elem_id": f"limit-{each.cost}"}
+        sliders.append(gr.Slider(each.low, each.high, each.high, step=each.step, **options))
+    return picture, sliders
+
+
 def show_entry(app: AppModel, entry: str, path: str | None) -> tuple[str, str, dict[str, float] | None]:
     """What the tab shows of an entry: a line of Markdown, the drawing, and probabilities.
 
@@ -91,7 +103,9 @@ def show_entry(app: AppModel, entry: str, path: str | None) -> tuple[str, str, d
         path: file of the picture; None for none.
     """
     row = app.profile[entry]
-    drawing = as_svg(app.model.plot_route(row.route), f"The path of {entry} through the networks")
+    if entry not in app.drawings:
+        app.drawings[entry] = as_svg(app.model.plot_route(row.route), f"The path of {entry} through the networks")
+    drawing = app.drawings[entry]
     text = f"**`{entry}`**\n\n{describe_row(row, app.profile)}"
     if path is None:
         return f"{text}\n\nDrop a picture to classify it.", drawing, None

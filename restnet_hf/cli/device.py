@@ -10,8 +10,11 @@ from restnet_hf.cli.base import command
 from restnet_hf.cli.options import (
     Adapter,
     BudgetTexts,
+    MaxAccuracyDrop,
+    MinAgreement,
     Overwrite,
     Split,
+    Target,
     Threads,
     is_exported,
     load_here,
@@ -67,6 +70,9 @@ def measure(
         return
     if memory:
         raise typer.BadParameter("--memory is for exported routes; export the adapter first")
+
+    from restnet_hf.runtime.exported_files import PROFILE
+
     file = out or Path("latency.json")
     check_output(file, overwrite, "which keeps the tables of other devices and runtimes, ")
     model = load_here(adapter, threads)
@@ -78,7 +84,11 @@ def measure(
         table = replace(table, facts={**table.facts, "sustained": sustained.to_dict()})
     table.save(file)
     show_latency(table, {route: table.latency_ms(model.steps(route)) for route in model.all_routes})
-    say(f"written to {file}")
+    written = str(file)
+    if Path(adapter).is_dir() and model.profiled is not None:  # budgets of the adapter follow this device from now on
+        model.record_latency(table if minutes is None else table.sustained).save(Path(adapter) / PROFILE)
+        written += f" and {Path(adapter) / PROFILE}"
+    say(f"written to {written}")
 
 
 def _measure_exported(folder: str, threads: int | None, seconds: float, minutes: float | None, memory: bool) -> None:
@@ -167,23 +177,9 @@ def export(
     calibration_images: Annotated[
         int, typer.Option(help="Number of the images that calibrate low precision; the others verify.")
     ] = 128,
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(
-            help="Lowest share of images, from 0 to 1, on which an exported route must predict the same class; 0.98 "
-            "without --max-accuracy-drop."
-        ),
-    ] = None,
-    max_accuracy_drop: Annotated[
-        float | None,
-        typer.Option(
-            help="Most that an exported route may lose of the accuracy, in percentage points, with 95 % confidence; "
-            "give labelled --data and thousands of --images."
-        ),
-    ] = None,
-    target: Annotated[
-        str, typer.Option(help="Processor to quantise for: auto (this one), x86-avx2, x86-vnni or arm.")
-    ] = "auto",
+    min_agreement: MinAgreement = None,
+    max_accuracy_drop: MaxAccuracyDrop = None,
+    target: Target = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Number of images in a run; by default any number, where the runtime allows it.")
     ] = None,

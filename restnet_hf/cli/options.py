@@ -21,6 +21,21 @@ Adapter = Annotated[str, typer.Argument(help="Adapter: Hub id or local folder.")
 Threads = Annotated[
     int | None, typer.Option(help="Number of threads of the processor; by default as many as torch uses.")
 ]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(
+        help="Lowest share of images, from 0 to 1, on which an exported route must predict the same class; 0.98 "
+        "without --max-accuracy-drop."
+    ),
+]
+MaxAccuracyDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Most that an exported route may lose of the accuracy, in percentage points, with 95 % confidence; "
+        "give labelled --data and thousands of --images."
+    ),
+]
+Target = Annotated[str, typer.Option(help="Processor to quantise for: auto (this one), x86-avx2, x86-vnni or arm.")]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written there.")]
 BudgetTexts = Annotated[

@@ -3,11 +3,12 @@
 from __future__ import annotations  # onnx is imported when it is needed
 
 import ast
+import io
 import logging
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,13 +130,14 @@ def _layer(node: NodeProto) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's logs on opsets and optimisers, which do not concern users."""
+    """Silence what exporters and quantisers report of opsets, optimisers and histograms, which is not for users."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root")]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        yield
+        with redirect_stdout(io.StringIO()):
+            yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
