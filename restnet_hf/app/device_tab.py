@@ -35,10 +35,12 @@ def add_device_tab(app: AppModel) -> None:
     with gr.Row():
         start = gr.Button("Measure now", variant="primary", elem_id="measure")
         stop = gr.Button("Cancel", elem_id="cancel")
-    state = gr.Markdown(elem_id="measuring")
+    state, note = gr.Markdown(elem_id="measuring"), gr.Markdown(elem_id="cancelled")
     table = gr.Dataframe(headers=COLUMNS, interactive=False, label="Predicted from pieces, and measured end to end")
     measuring = start.click(partial(measure, app), None, [state, table], concurrency_limit=1, show_progress="hidden")
-    stop.click(lambda: "Cancelled.", None, state, cancels=[measuring], show_progress="hidden")
+    # a note of its own, since what runs in the moment may still report after it is cancelled
+    stop.click(lambda: "Cancelled.", None, note, cancels=[measuring], show_progress="hidden")
+    start.click(lambda: "", None, note, show_progress="hidden")
     if all("latency_ms" in row.costs for row in app.profile.routes):
         _add_controller(app)
 

@@ -173,7 +173,7 @@ def test_this_device(page):
     page.click("#measure")
     page.wait_for_selector("#measuring >> text=Measuring")
     page.click("#cancel")
-    page.wait_for_selector("#measuring >> text=Cancelled")
+    page.wait_for_selector("#cancelled >> text=Cancelled")
     page.wait_for_timeout(4000)  # what runs in the moment goes on to its end
     page.click("#measure")
     page.wait_for_selector("#measuring >> text=Done")
