@@ -1,6 +1,7 @@
 """build: the page with all tabs, for ``restnet-hf app`` and for a Space."""
 
 from collections.abc import Sequence
+from threading import Thread
 from typing import Any
 
 import gradio as gr
@@ -40,20 +41,20 @@ def build(model: StitchedModelForImageClassification, images: Any = None, exampl
     """
     check_model(model)
     app = AppModel(model, None if images is None else model.prepare_data(images), [*examples])
+    Thread(target=app.draw_ahead, daemon=True).start()  # some seconds, in which a visitor still looks around
     with gr.Blocks(title="restnet-hf", analytics_enabled=False, delete_cache=KEPT_S) as page:
         chosen = gr.State(first_entry(model))
         gr.Markdown(f"# {TITLE}\n{' + '.join(f'`{name}`' for name in model.anchors)}")
-        loads: list[tuple[Any, Any, Any]] = []
         with gr.Tab("Try", id="try"):
-            loads += add_try_tab(app, chosen)
-        with gr.Tab("Trade-off", id="tradeoff"):
-            loads += add_tradeoff_tab(app, chosen)
+            loads = add_try_tab(app, chosen)
+        with gr.Tab("Trade-off", id="tradeoff") as tab:
+            add_tradeoff_tab(app, chosen, tab)
         with gr.Tab("Where to stitch", id="stitch"):
             add_stitch_tab(app)
         with gr.Tab("On this device", id="device"):
             add_device_tab(app)
-        with gr.Tab("Share", id="share"):
-            loads += add_share_tab(app, chosen)
+        with gr.Tab("Share", id="share") as tab:
+            add_share_tab(app, chosen, tab)
         for function, inputs, outputs in loads:
             page.load(function, inputs, outputs, show_progress="hidden")
     return page

@@ -4,6 +4,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Lock
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from restnet_hf.app.svg import as_svg
 from restnet_hf.data.datasets import batches
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.cascade import Cascade
@@ -75,6 +77,8 @@ class AppModel:
         busy: held while something runs that measures time or takes long.
         folder: folder of exports, of which the last one is kept.
         drawings: drawing of each entry that somebody looked at.
+        worker: the thread that runs the model, one picture after the other. A server has many threads, and each would
+            bring threads of its own for torch, which then wait for one another.
     """
 
     model: StitchedModelForImageClassification
@@ -83,6 +87,37 @@ class AppModel:
     busy: Lock = field(default_factory=Lock)
     folder: str = field(default_factory=partial(tempfile.mkdtemp, prefix="restnet-hf-"))
     drawings: dict[str, str] = field(default_factory=dict)
+    worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
+
+    def draw(self, entry: str) -> str:
+        """The path of a route or cascade through the networks, as SVG; drawn once.
+
+        Args:
+            entry: route or cascade as text.
+        """
+        if entry not in self.drawings:
+            figure = self.model.plot_route(self.profile[entry].route)
+            self.drawings[entry] = as_svg(figure, f"The path of {entry} through the networks")
+        return self.drawings[entry]
+
+    def draw_ahead(self) -> None:
+        """Draw what is offered before somebody asks for it."""
+        for entry in offered_entries(self.profile):
+            self.draw(entry)
+
+    def run(self, path: str, entries: Sequence[str]) -> list["Answer"]:
+        """Run entries on a picture, and time them.
+
+        Args:
+            path: file of the picture.
+            entries: routes or cascades as text.
+
+        Raises:
+            PictureError: the picture is broken or too large.
+            ValueError: there is no such route or cascade.
+        """
+        pixel_values = self.worker.submit(read_picture, self.model, path).result()
+        return [self.worker.submit(run_entry, self.model, pixel_values, entry).result() for entry in entries]
 
     @property
     def profile(self) -> Profile:

@@ -27,15 +27,13 @@ model.push_to_hub("{name}")  # stitches, profile and card; the anchors are fetch
 """
 
 
-def add_share_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, Any]]:
-    """Add the contents of the tab.
+def add_share_tab(app: AppModel, chosen: gr.State, tab: gr.Tab) -> None:
+    """Add the contents of the tab, which are written when somebody looks at it.
 
     Args:
         app: model to show.
         chosen: the entry that a visitor looks at, as text.
-
-    Returns:
-        Functions with inputs and outputs, for the page to call when it loads.
+        tab: the tab itself.
     """
     name = gr.Textbox(NAME, label="Name on the Hub", elem_id="repo", max_lines=1)
     code = gr.Code(language="python", label="Load and push it", interactive=False, elem_id="code")
@@ -47,9 +45,8 @@ def add_share_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, Any]]
         start = gr.Button("Export", variant="primary", elem_id="export", scale=0)
     done, file = gr.Markdown(elem_id="exported"), gr.File(label="Folder, as a zip file", interactive=False)
     write, texts = partial(write_texts, app), [code, card]
-    gr.on([name.change, chosen.change], write, [name, chosen], texts, show_progress="hidden")
+    gr.on([tab.select, name.change], write, [name, chosen], texts, show_progress="hidden")
     start.click(partial(export, app), [chosen, runtime], [done, file], concurrency_limit=1)
-    return [(write, [name, chosen], texts)]
 
 
 def write_texts(app: AppModel, name: str, entry: str) -> tuple[str, str]:

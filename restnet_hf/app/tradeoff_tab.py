@@ -9,21 +9,19 @@ from restnet_hf.app.svg import PRESS, as_svg
 from restnet_hf.profiling.plots import AXES, plot_tradeoff
 
 
-def add_tradeoff_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, Any]]:
-    """Add the contents of the tab.
+def add_tradeoff_tab(app: AppModel, chosen: gr.State, tab: gr.Tab) -> None:
+    """Add the contents of the tab, which are drawn when somebody looks at it.
 
     Args:
         app: model to show.
         chosen: the entry that a visitor looks at, as text.
-
-    Returns:
-        Functions with inputs and outputs, for the page to call when it loads.
+        tab: the tab itself.
     """
     scores = [name for name in ("accuracy", "agreement") if all(name in row.scores for row in app.profile.routes)]
     costs = [each.cost for each in cost_ranges(app.profile)]
     if not scores or not costs:
         gr.Markdown("The routes have no accuracies. Profile the model with labelled images, and open the page again.")
-        return []
+        return
     cost = gr.Radio(
         [(LIMITED[each][0], each) for each in costs], value=costs[0], label="Cost", elem_id="cost", interactive=True
     )
@@ -36,15 +34,16 @@ def add_tradeoff_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, An
         described = describe_row(app.profile[current], app.profile)
         return draw_tradeoff(app, cost, scores[0], current), f"**`{current}`**: {described}", current
 
-    def press(event: gr.EventData) -> str:
-        return entry_of(app, event.mark)
+    def press(cost: str, event: gr.EventData) -> tuple[str, str, str, str]:
+        current = entry_of(app, event.mark)
+        return current, *draw(cost, current)
 
-    inputs, outputs = [cost, chosen], [chart, line, entry]
-    cost.change(draw, inputs, outputs, show_progress="hidden")
-    chosen.change(draw, inputs, outputs, show_progress="hidden")
-    chart.click(press, None, chosen, show_progress="hidden")
-    entry.input(lambda name: name, entry, chosen, show_progress="hidden")
-    return [(draw, inputs, outputs)]
+    outputs = [chart, line, entry]
+    gr.on([tab.select, cost.change], draw, [cost, chosen], outputs, show_progress="hidden")
+    chart.click(press, cost, [chosen, *outputs], show_progress="hidden")
+    entry.input(
+        lambda cost, name: (name, *draw(cost, name)), [cost, entry], [chosen, *outputs], show_progress="hidden"
+    )
 
 
 def draw_tradeoff(app: AppModel, cost: str, score: str, current: str) -> str:

@@ -15,8 +15,6 @@ from restnet_hf.app.entries import (
     offered_entries,
     read_picture,
 )
-from restnet_hf.app.entries import run_entry as run
-from restnet_hf.app.svg import as_svg
 from restnet_hf.errors import BudgetError, PictureError
 
 
@@ -103,13 +101,11 @@ def show_entry(app: AppModel, entry: str, path: str | None) -> tuple[str, str, d
         path: file of the picture; None for none.
     """
     row = app.profile[entry]
-    if entry not in app.drawings:
-        app.drawings[entry] = as_svg(app.model.plot_route(row.route), f"The path of {entry} through the networks")
-    drawing = app.drawings[entry]
+    drawing = app.draw(entry)
     text = f"**`{entry}`**\n\n{describe_row(row, app.profile)}"
     if path is None:
         return f"{text}\n\nDrop a picture to classify it.", drawing, None
-    answer = run(app.model, read_picture(app.model, path), entry)
+    (answer,) = app.run(path, [entry])
     by = "" if answer.answered_by == entry else f", answered by `{answer.answered_by}`"
     return f"{text}\n\nThis run: **{answer.milliseconds:.1f} ms**{by}", drawing, dict(answer.scores)
 
@@ -123,9 +119,9 @@ def compare_entries(app: AppModel, path: str | None) -> list[list[Any]]:
     """
     if path is None:
         return []
-    pixel_values, rows = read_picture(app.model, path), []
-    for entry in offered_entries(app.profile):
-        row, answer = app.profile[entry], run(app.model, pixel_values, entry)
+    rows, entries = [], offered_entries(app.profile)
+    for entry, answer in zip(entries, app.run(path, entries), strict=True):
+        row = app.profile[entry]
         (name, score), *_ = answer.scores.items()
         macs = row.costs.get("mean_macs", row.costs.get("macs", 0.0)) / 1e6
         accuracy = 100 * row.scores["accuracy"] if "accuracy" in row.scores else None

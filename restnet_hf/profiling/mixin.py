@@ -336,7 +336,7 @@ class ProfilingMixin:
             steps = self.steps(each)
             reached = "" if share is None else f", {share:.0%} of the images"
             walks.append((f"{each}: {short_number(table.macs(steps))} MACs{reached}", steps))
-        return plot_route(walks, path)
+        return plot_route(walks, path, table)
 
     def plot_tradeoff(self, path: str | os.PathLike[str] | None = None, *, cost: str | None = None) -> Figure:
         """Plot the accuracy of all profiled routes and cascades against a cost.

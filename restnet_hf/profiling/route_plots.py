@@ -56,7 +56,7 @@ def _boxes(anchor: Anchor, macs: Sequence[int], segment: Segment, at: float, uni
     return boxes, boxes[stop - 1].x + boxes[stop - 1].width
 
 
-def draw_route(axes: Axes, steps: Sequence[Step], title: str, colors: Mapping[str, str]) -> None:
+def draw_route(axes: Axes, steps: Sequence[Step], title: str, colors: Mapping[str, str], table: MacsTable) -> None:
     """Draw a route.
 
     Args:
@@ -64,10 +64,10 @@ def draw_route(axes: Axes, steps: Sequence[Step], title: str, colors: Mapping[st
         steps: steps of the route.
         title: line above it.
         colors: colour of the boxes of each anchor.
+        table: table of MACs, which counts each block once.
     """
     from matplotlib.patches import Rectangle
 
-    table = MacsTable()
     total = table.macs(steps)
     segments = [step for step in steps if step.segment is not None]
     at, lane, before = 0.0, 0, None
@@ -97,18 +97,24 @@ def draw_route(axes: Axes, steps: Sequence[Step], title: str, colors: Mapping[st
     axes.set_axis_off()
 
 
-def plot_route(walks: Sequence[tuple[str, Sequence[Step]]], path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_route(
+    walks: Sequence[tuple[str, Sequence[Step]]],
+    path: str | os.PathLike[str] | None = None,
+    table: MacsTable | None = None,
+) -> Figure:
     """Plot routes, one below the other. Boxes are blocks, as wide as their MACs, and gaps divide stages.
 
     Args:
         walks: title and steps of each route.
         path: file of the picture; None for none.
+        table: table of MACs, where blocks were counted before.
 
     Raises:
         ValueError: there are no routes.
     """
     if not walks:
         raise ValueError("there is no route to plot")
+    table = MacsTable() if table is None else table
     lanes = [max(1, sum(step.segment is not None for step in steps)) for _, steps in walks]
     figure = new_figure(6.4, sum(0.35 + 0.55 * each for each in lanes))
     heights = [0.35 + 0.55 * each for each in lanes]
@@ -116,7 +122,7 @@ def plot_route(walks: Sequence[tuple[str, Sequence[Step]]], path: str | os.PathL
     names = dict.fromkeys(step.segment.anchor for _, steps in walks for step in steps if step.segment is not None)
     colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
     for (title, steps), (axes,) in zip(walks, places, strict=True):
-        draw_route(axes, steps, title, colors)
+        draw_route(axes, steps, title, colors, table)
     if path is not None:
         save_figure(figure, path)
     return figure
