@@ -1,5 +1,6 @@
 """What the page offers and answers, without a browser: limits, entries, runs, marks of charts."""
 
+import json
 import math
 from xml.etree import ElementTree
 
@@ -22,8 +23,9 @@ from restnet_hf.app.entries import (
     standard_error,
 )
 from restnet_hf.app.svg import SVG, as_svg
-from restnet_hf.demo import DATA, load_demo
+from restnet_hf.demo import ADAPTER, DATA, load_demo
 from restnet_hf.errors import BudgetError, PictureError
+from restnet_hf.files import sha256_of
 from restnet_hf.profiling.plots import new_figure
 from restnet_hf.routes.cascade import Cascade
 
@@ -54,6 +56,8 @@ def test_the_demo_is_what_it_says(model):
         right = (model(images, cascade=cascade.route).logits.argmax(1) == labels).double().mean().item()
         assert abs(right - cascade.scores["accuracy"]) < 3 * cascade.standard_error
     assert all("/" not in str(entry["repo_id"]) for entry in model.config.anchors)  # no paths of another machine
+    sums = json.loads((ADAPTER / "config.json").read_text())["sha256"]
+    assert len(sums) == 4 and all(sha256_of(ADAPTER / name) == digest for name, digest in sums.items())
 
 
 def test_ranges_hold_all_entries(model):

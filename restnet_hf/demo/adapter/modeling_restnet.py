@@ -1,0 +1,1 @@
+from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf
