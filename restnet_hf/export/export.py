@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from restnet_hf.export.verification import (
     Acceptance,
     Comparison,
     DisagreementError,
+    choose_way,
     compute_reference,
 )
 from restnet_hf.files import atomic_folder
@@ -205,7 +206,6 @@ class _Job:
         names = model.config.id2label
         self.labels = [names[index] for index in range(len(names))]
         self.folded = 0
-        self.attempts = dict[Route, int]()  # ways to quantise that were tried
         self.same_route = dict[str, float]()  # share of images that the route of each cascade answers as in PyTorch
 
     def write(self, folder: Path) -> Profile:
@@ -271,23 +271,28 @@ class _Job:
     ) -> tuple[Any, Path, Mapping[str, str], list[str]]:
         """Quantise a route; returns the model, its folder and entry, and the layers kept in full precision."""
         images, route = cast(torch.Tensor, self.calibration), cast(Route, program.route)
-        best, explained = -1.0, ""
-        attempts = progress_bar(self._attempts(program, images), f"{self.precision} {route}")
-        for attempt, how in enumerate(attempts, 1):
+        made = dict[Quantization, tuple[Any, Path, Mapping[str, str]]]()
+
+        def compare(how: Quantization) -> Comparison:
             model = self.exporter.quantize(converted, numpy_batches(images), how)
             place = Path(tempfile.mkdtemp(dir=folder))  # files of an earlier attempt may still be mapped
             entry = self.exporter.save({route: model}, place)[route]
             result = self.reference.compare(route, self._load(place, entry))
-            logger.info("%s, %s: %s", route, how, self.accept.explain(result, attempt))
-            if self.accept.accepts(result, attempt):
-                self.attempts[route] = attempt
-                return model, place, entry, list(how.keep)
-            if result.scores["agreement"] > best:
-                best, explained = result.scores["agreement"], self.accept.explain(result, attempt)
-        raise DisagreementError(
-            f"'{route}' in {self.precision} {explained}; at best, of {attempt} ways to quantise it. More "
-            "calibration_images may help, another precision, or a weaker limit"
-        )
+            logger.info("%s, %s: %s", route, how, self.accept.explain(result))
+            if self.accept.accepts(result):
+                made.clear()
+                made[how] = model, place, entry
+            return result
+
+        ways: Iterable[Quantization] = progress_bar(self._attempts(program, images), f"{self.precision} {route}")
+        found = choose_way(ways, compare, self.accept)
+        how, result = found
+        if how is None:
+            raise DisagreementError(
+                f"'{route}' in {self.precision} {self.accept.explain(result)}; that is the best of all ways to "
+                "quantise it that were tried. More calibration_images may help, another precision, or a weaker limit"
+            )
+        return *made[how], list(how.keep)
 
     def _attempts(self, program: Program, images: torch.Tensor) -> Iterator[Quantization]:
         """Ways to quantise, with more and more layers in full precision.
@@ -365,25 +370,15 @@ class _Job:
         }
         if self.calibration is not None:
             metadata["target"] = self.target
-        if self.reference.labels is not None:
-            drops = {
-                route: {
-                    "points": result.accuracy_drop,
-                    "at_most": self.accept.bound(result, self.attempts.get(route, 1)),
-                }
-                for route, result in results.items()
-                if result.labelled
+        if any(result.labelled for result in results.values()):
+            metadata["accuracy_drop"] = {
+                str(route): {"points": each.accuracy_drop, "at_most": each.max_drop} for route, each in results.items()
             }
-            metadata["accuracy_drop"] = {str(route): drop for route, drop in drops.items()}
         if self.stages:
             metadata["parts"] = {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Part)}
             metadata["stages"] = {str(c): [stage.to_dict() for stage in each] for c, each in self.stages.items()}
             metadata["same_route"] = dict(self.same_route)
         return metadata
-
-    def _drop(self, route: Route, result: Comparison) -> dict[str, float]:
-        """The accuracy that a route lost, and its bound, in percentage points."""
-        return {"points": result.accuracy_drop, "at_most": self.accept.bound(result, self.attempts.get(route, 1))}
 
     def _cascade_row(self, cascade: Cascade, runs: Mapping[str, Run]) -> ProfiledCascade:
         """Verify a cascade, and count what it costs."""
@@ -418,11 +413,11 @@ class _Job:
 
     def _verify(self, route: Route, run: Run) -> Comparison:
         """Compare an exported route with the route; DisagreementError where limits do not hold."""
-        result, attempt = self.reference.compare(route, run), self.attempts.get(route, 1)
+        result = self.reference.compare(route, run)
         off = self.precision == "fp32" and result.logit_error > MAX_LOGIT_ERROR
-        if off or not self.accept.accepts(result, attempt):
+        if off or not self.accept.accepts(result):
             raise DisagreementError(
-                f"'{route}' for {self.exporter.runtime} in {self.precision} {self.accept.explain(result, attempt)}; "
+                f"'{route}' for {self.exporter.runtime} in {self.precision} {self.accept.explain(result)}; "
                 f"its logits are off by up to {result.logit_error:.2g} standard deviations; nothing was written"
             )
         return result
