@@ -3,6 +3,9 @@
 import importlib.metadata
 import json
 import shlex
+import subprocess
+import sys
+import urllib.request
 
 import pytest
 from typer.testing import CliRunner
@@ -19,6 +22,7 @@ EXAMPLES = {
     for command in app.registered_commands
 }
 HUB = ("find", "push")  # run in tests/hub/test_repository.py
+SERVES = "app"  # until it is ended
 WRITES = {
     "demo": "restnet-demo/adapter/model.safetensors",
     "train": "r50-mbv2/adapter/model.safetensors",
@@ -72,13 +76,27 @@ def test_every_command_has_one():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=needs_export) if n == "export" else n for n in EXAMPLES if n not in HUB]
+    "name", [pytest.param(n, marks=needs_export) if n == "export" else n for n in EXAMPLES if n not in (*HUB, SERVES)]
 )
 def test_examples_run(place, monkeypatch, name):
     monkeypatch.chdir(place)
     result = CliRunner().invoke(app, EXAMPLES[name][1:])
     assert result.exit_code == 0, result.output
     assert name not in WRITES or (place / WRITES[name]).stat().st_mtime >= (place / "recipe.yaml").stat().st_mtime
+
+
+@pytest.mark.slow
+def test_the_example_that_serves(place):
+    """It prints its address, which answers."""
+    pytest.importorskip("gradio")
+    code = f"from restnet_hf.cli import app; app({[*EXAMPLES[SERVES][1:], '--no-browser']})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=place, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split()[0]
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                assert answer.status == 200
+        finally:
+            process.terminate()
 
 
 def test_the_extension_is_the_same_command():
