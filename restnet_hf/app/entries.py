@@ -53,7 +53,7 @@ class CostRange:
 
 @dataclass(frozen=True)
 class Answer:
-    """What an entry says of a picture.
+    """The prediction of an entry for a picture.
 
     Args:
         scores: probability of each of the likeliest classes, the highest first.

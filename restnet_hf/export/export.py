@@ -81,11 +81,9 @@ def export_routes(
     The folder holds the model, with every weight once where the runtime allows it, ``labels.json``,
     ``preprocessing.json``, ``profile.json`` and ``run.py``, which needs numpy, Pillow and the runtime alone. It and
     `ExportedModel` begin with the active route if it is exported, else the first; where there are cascades, with one
-    of these. What routes of a cascade share is a file of its own and runs once, but for quantised ones.
-    The folder appears once all routes are verified. Where a quantised route loses more than is allowed, the runtime's
-    more careful algorithm is tried if it has one; then the stitch is kept in full precision, then the head too, then
-    one, two, four and more of the layers that are most sensitive to eight bits, or of the last layers. The measured
-    latencies are also added to the model's own profile, for its card.
+    of these. What routes of a cascade share is a file of its own and runs once, but for quantised ones. The folder
+    appears once all routes are verified. A quantised route that loses too much is tried with a more careful algorithm
+    and with layers in full precision (`choose_way`). The latencies join the model's own profile, for its card.
 
     Args:
         model: model of the routes.
@@ -95,13 +93,10 @@ def export_routes(
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low
             precision, the others verify. Without data, which only fp32 allows, noise verifies.
-        min_agreement: lowest share of images, from 0 to 1, on which the exported route must predict the route's class;
-            0.98 where ``max_accuracy_drop`` is not given either.
-        max_accuracy_drop: most that an exported route may lose of the route's accuracy, in percentage points. The
-            images must be labelled, and the bound of the loss, at 95 % confidence, must be within it (`drop_bound`):
-            a limit of 0.5 takes thousands of images.
-        target: kind of processor to quantise for, a key of `TARGETS`; ``auto`` for this one. It decides whether
-            weights in eight bits have the full range. Other precisions do not depend on it.
+        min_agreement: lowest share of images, from 0 to 1, with the route's own class; 0.98 without another limit.
+        max_accuracy_drop: most percentage points of accuracy to lose, with 95 % confidence (`drop_bound`), on labelled
+            images; a limit of 0.5 takes thousands of them.
+        target: kind of processor for eight bits, a key of `TARGETS` or ``auto`` for this one.
         calibration_images: number of images that calibrate low precision.
         batch_size: number of images in a run; None for any number where the runtime allows it, else 1.
         threads: number of threads of the processor for latencies; None for the runtime's own default.
@@ -115,7 +110,7 @@ def export_routes(
         DisagreementError: an exported route disagrees with the route; nothing is written.
         MissingRuntimeError: the runtime, or a package that exports to it, is not installed.
         UnsupportedExportError: the runtime does not support the precision or an operation.
-        ValueError: there is no such runtime, target or route, or images or labels are needed and not given.
+        ValueError: an option is not known or out of range, or images or labels are needed and not given.
     """
     exporter, target = _checked_exporter(runtime, precision, data), resolve_target(target)
     accept = Acceptance.of(min_agreement, max_accuracy_drop)
