@@ -79,11 +79,9 @@ def export_routes(
     """Export routes and cascades for a runtime: bake, convert, quantise, verify and measure them.
 
     The folder holds the model, with every weight once where the runtime allows it, ``labels.json``,
-    ``preprocessing.json``, ``profile.json`` and ``run.py``, which needs numpy, Pillow and the runtime alone. It and
-    `ExportedModel` begin with the active route if it is exported, else the first; where there are cascades, with one
-    of these. What routes of a cascade share is a file of its own and runs once, but for quantised ones. The folder
-    appears once all routes are verified. A quantised route that loses too much is tried with a more careful algorithm
-    and with layers in full precision (`choose_way`). The latencies join the model's own profile, for its card.
+    ``preprocessing.json``, ``profile.json`` and ``run.py``, which needs numpy, Pillow and the runtime alone. It begins
+    with what is active if that is exported, else with the first. What routes of a cascade share is a file that runs
+    once, but for quantised ones, of which one that loses too much is made more carefully (`choose_way`).
 
     Args:
         model: model of the routes.
@@ -91,11 +89,9 @@ def export_routes(
         routes: one route or several to export; by default the active one, or those of the active cascade.
         runtime: a key of `RUNTIMES`.
         precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
-        data: images, labelled or not, in any form that ``model.prepare_data`` takes. The first ones calibrate low
-            precision, the others verify. Without data, which only fp32 allows, noise verifies.
+        data: images as ``model.prepare_data`` takes them: the first calibrate, others verify. None for noise, in fp32.
         min_agreement: lowest share of images, from 0 to 1, with the route's own class; 0.98 without another limit.
-        max_accuracy_drop: most percentage points of accuracy to lose, with 95 % confidence (`drop_bound`), on labelled
-            images; a limit of 0.5 takes thousands of them.
+        max_accuracy_drop: most percentage points of accuracy to lose, with 95 % confidence (`drop_bound`).
         target: kind of processor for eight bits, a key of `TARGETS` or ``auto`` for this one.
         calibration_images: number of images that calibrate low precision.
         batch_size: number of images in a run; None for any number where the runtime allows it, else 1.
@@ -110,7 +106,7 @@ def export_routes(
         DisagreementError: an exported route disagrees with the route; nothing is written.
         MissingRuntimeError: the runtime, or a package that exports to it, is not installed.
         UnsupportedExportError: the runtime does not support the precision or an operation.
-        ValueError: an option is not known or out of range, or images or labels are needed and not given.
+        ValueError: an option is invalid, or images or labels are needed and not given.
     """
     exporter, target = _checked_exporter(runtime, precision, data), resolve_target(target)
     accept = Acceptance.of(min_agreement, max_accuracy_drop)
