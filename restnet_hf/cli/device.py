@@ -16,6 +16,7 @@ from restnet_hf.cli.options import (
     Split,
     Target,
     Threads,
+    WithPreprocessing,
     is_exported,
     load_here,
     parse_budget,
@@ -180,6 +181,7 @@ def export(
     min_agreement: MinAgreement = None,
     max_accuracy_drop: MaxAccuracyDrop = None,
     target: Target = "auto",
+    with_preprocessing: WithPreprocessing = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of images in a run; by default any number, where the runtime allows it.")
     ] = None,
@@ -202,6 +204,7 @@ def export(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
         min_agreement=min_agreement, max_accuracy_drop=max_accuracy_drop, target=target, batch_size=batch_size,
         calibration_images=calibration_images, threads=threads, cascades=cascade or (),
+        with_preprocessing=with_preprocessing,
     )  # fmt: skip
     if Path(adapter).is_dir() and model.profiled is not None:
         model.profiled.save(Path(adapter) / PROFILE)

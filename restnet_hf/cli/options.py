@@ -35,6 +35,12 @@ MaxAccuracyDrop = Annotated[
         "give labelled --data and thousands of --images."
     ),
 ]
+WithPreprocessing = Annotated[
+    bool,
+    typer.Option(
+        "--with-preprocessing", help="Write files that take pixels (N, H, W, 3) in uint8 and return probabilities."
+    ),
+]
 Target = Annotated[str, typer.Option(help="Processor to quantise for: auto (this one), x86-avx2, x86-vnni or arm.")]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written there.")]

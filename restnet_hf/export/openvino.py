@@ -27,6 +27,7 @@ class OpenVinoExporter(Exporter):
     packages = ("onnx", "onnxscript", "openvino", "nncf")
     precisions = ("fp32", "bf16", "int8")
     careful = True
+    takes_pixels = True
 
     def convert(self, program: Program, precision: str) -> tuple[OnnxModel, Any, str]:
         """The ONNX graph, OpenVINO's model of it, and the type in which it computes."""
@@ -59,6 +60,25 @@ class OpenVinoExporter(Exporter):
                 ),
             )
         return graph, quantized, compute
+
+    def add_preprocessing(
+        self, model: tuple[OnnxModel, Any, str], how: Mapping[str, Any]
+    ) -> tuple[OnnxModel, Any, str]:
+        """A model from ``pixels`` to ``probabilities``, by OpenVINO's own preprocessing."""
+        import openvino
+        from openvino import opset13
+
+        graph, whole, compute = model
+        steps = openvino.preprocess.PrePostProcessor(whole.clone())
+        steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+        steps.input().model().set_layout(openvino.Layout("NCHW"))
+        mean, std = ([255 * each for each in how[key]] for key in ("mean", "std"))
+        steps.input().preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
+        steps.output().postprocess().custom(lambda output: opset13.softmax(output, -1).output(0))
+        built = steps.build()
+        built.input().set_names({"pixels"})
+        built.output().set_names({"probabilities"})
+        return graph, built, compute
 
     def save(
         self, models: Mapping[RouteOrPart, tuple[OnnxModel, Any, str]], folder: Path

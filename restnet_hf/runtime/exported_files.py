@@ -16,6 +16,7 @@ from restnet_hf.limits import MAX_SIDE, MAX_VALUE, MIN_STD, is_mean, is_side, is
 from restnet_hf.limits import read_json as read_limited
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
+from restnet_hf.runtime.pixels import INPUT, PIXELS
 from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError
 
 
@@ -100,6 +101,8 @@ def read_profile(folder: Path) -> Profile:
             raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNTIMES)}")
         if not isinstance(metadata.get("precision"), str):
             raise ValueError(f"precision={metadata.get('precision')!r} must be text")
+        if metadata.get(INPUT, PIXELS) != PIXELS:
+            raise ValueError(f"{INPUT}={quote(metadata[INPUT])} must be '{PIXELS}', or left out")
         for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
             _check_count(key, metadata.get(key), most)
         entries = metadata.get("files")

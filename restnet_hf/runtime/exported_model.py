@@ -40,6 +40,7 @@ from restnet_hf.runtime.exported_files import (
 from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
 from restnet_hf.runtime.measuring import measure_memory, part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
+from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run
 from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
@@ -151,6 +152,7 @@ class ExportedModel:
         self.runtime: str = metadata["runtime"]
         self.precision: str = metadata["precision"]
         self.batch_size: int | None = metadata.get("batch_size")
+        self.takes_pixels = metadata.get(INPUT) == PIXELS
         if self.runtime not in allowed:
             raise ValueError(
                 f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
@@ -346,7 +348,8 @@ class ExportedModel:
         others = {other["file"] for other in self._entries.values()} - {entry["file"]}
         self._verify(folder, *(name for name in self._unverified if name not in others))
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
-            run = RUNTIMES[self.runtime].run(folder, entry, self.threads, self._trust_remote_code)
+            how = self.preprocessing if self.takes_pixels and isinstance(route, Route) else None
+            run = load_run(self.runtime, folder, entry, self.threads, self._trust_remote_code, how)
             shape = getattr(run, "input_shape", None)
             if shape is not None and isinstance(route, Route):
                 self._check_shape(shape)

@@ -220,7 +220,7 @@ class Runtime:
             when a route is exported, as exporters need torch.
         script_imports: modules that the exported ``run.py`` imports, separated by commas.
         script_logits: expression for the logits of one image in ``run.py``, where ``x`` is the image (1, 3, H, W) and
-            ``here`` the folder; fields of the entry are written as in ``"{file}"``.
+            ``here`` the folder; fields of the entry are written as in ``"{file}"``, the input's name as ``{input}``.
         fields: regular expression for each field that the entry of a route must have.
     """
 
@@ -236,7 +236,7 @@ RUNTIMES: dict[str, Runtime] = {
         run=run_onnx,
         exporter="restnet_hf.export.onnx:OnnxExporter",
         script_imports="onnxruntime",
-        script_logits='onnxruntime.InferenceSession(here / "{file}").run(None, {{"pixel_values": x}})[0][0]',
+        script_logits='onnxruntime.InferenceSession(here / "{file}").run(None, {{"{input}": x}})[0][0]',
         fields={"file": r".+\.onnx"},
     ),
     "openvino": Runtime(
