@@ -22,7 +22,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "routes": ["blocks", "cascade", "confidences", "families", "fronts", "profile", "route", "tables"],
     "runtime": [
-        *("controller", "drift", "exported_cascades", "exported_files", "exported_model", "golden", "measuring"),
+        *("controller", "drift", "exported_cascades", "exported_files", "exported_model", "golden", "measuring", "mil"),
         *("pictures", "processor", "resident", "runners", "sustained", "targets", "torch_archives"),
     ],
     "data": [
@@ -53,7 +53,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
-        *("device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino", "parts"),
+        *("coreml", "device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino", "parts"),
         *("programs", "sensitivity", "torch_program", "verification"),
     ],
     "demo": ["model", "paths"],
