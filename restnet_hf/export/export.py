@@ -88,7 +88,7 @@ def export_routes(
         out: folder for the exported files.
         routes: one route or several to export; by default the active one, or those of the active cascade.
         runtime: a key of `RUNTIMES`.
-        precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
+        precision: a precision of the runtime: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images as ``model.prepare_data`` takes them: the first calibrate, others verify. None for noise, in fp32.
         min_agreement: lowest share of images, from 0 to 1, with the route's own class; 0.98 without another limit.
         max_accuracy_drop: most percentage points of accuracy to lose, with 95 % confidence (`drop_bound`).

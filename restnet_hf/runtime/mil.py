@@ -243,6 +243,8 @@ def _window(
         size + before + after - far
         for size, (before, after), far in zip(x.shape[2:], margins, reach, strict=True)
     ]
+    if min(free) < 0:
+        raise ValueError(f"a window of {reach} is larger than what it runs over, {x.shape[2:]}")
     counts = [each // step + 1 for each, step in zip(free, steps, strict=True)]
     if ceil_mode:
         for axis, (each, step) in enumerate(zip(free, steps, strict=True)):
@@ -505,6 +507,10 @@ def _reduction(function: Callable[..., Any]) -> Operation:
     return reduce
 
 
+def _unary(function: Callable[..., Any]) -> Operation:
+    return lambda x: np.asarray(function(x))
+
+
 def _binary(function: Callable[..., Any]) -> Operation:
     return lambda x, y: np.asarray(function(x, y))
 
@@ -516,7 +522,7 @@ CONSTANT: dict[str, Operation] = {
 """Operations that are evaluated once, when a program is loaded."""
 
 OPERATIONS: dict[str, Operation] = {
-    "abs": np.abs,
+    "abs": _unary(np.abs),
     "add": _binary(np.add),
     "avg_pool": avg_pool,
     "batch_norm": batch_norm,
@@ -526,9 +532,9 @@ OPERATIONS: dict[str, Operation] = {
     "conv": conv,
     "elu": lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0))),
     "erf": erf,
-    "exp": np.exp,
+    "exp": _unary(np.exp),
     "expand_dims": lambda x, axes: np.expand_dims(x, tuple(_ints(axes))),
-    "floor": np.floor,
+    "floor": _unary(np.floor),
     "gather": gather,
     "gelu": gelu,
     "identity": lambda x: x,
@@ -563,12 +569,13 @@ OPERATIONS: dict[str, Operation] = {
     "softmax": softmax,
     "softplus": lambda x: np.logaddexp(x, np.float32(0)),
     "split": split,
-    "sqrt": np.sqrt,
-    "square": np.square,
+    "sqrt": _unary(np.sqrt),
+    "square": _unary(np.square),
     "squeeze": lambda x, axes=None: np.squeeze(x, None if axes is None else tuple(_ints(axes))),
     "stack": lambda values, axis: np.stack(values, int(axis)),
     "sub": _binary(np.subtract),
-    "tanh": np.tanh,
+    "tanh": _unary(np.tanh),
+    "thresholded_relu": lambda x, alpha=1.0: np.where(x >= alpha, x, 0),
     "tile": lambda x, reps: np.tile(x, _ints(reps)),
     "transpose": lambda x, perm: x.transpose(_ints(perm)),
     "upsample_bilinear": upsample_bilinear,

@@ -206,10 +206,11 @@ def read_mil(folder: Path, entry: Mapping[str, str]) -> Any:
     """
     package = Path(entry["file"]).parent
     items = json.loads((folder / entry["file"]).read_bytes())["itemInfoEntries"].values()
-    listed = {(package / "Data" / item["path"]).as_posix() for item in items}
-    weights = {Path(entry["weights"]).parent.as_posix()} if "weights" in entry else set()
-    if listed != {entry["graph"], *weights}:
-        raise ValueError(f"{entry['file']} lists other files than those of {package}")
+    listed = {f"{package}/Data/{item['path']}" for item in items}
+    graph, weights = (f"{package}/Data/com.apple.CoreML/{name}" for name in ("model.mlmodel", "weights"))
+    named = {entry["graph"], entry.get("weights", f"{weights}/weight.bin")}
+    if named != {graph, f"{weights}/weight.bin"} or graph not in listed or not listed <= {graph, weights}:
+        raise ValueError(f"{entry['file']} and the files beside it are not one Core ML package")
     spec = import_for_runtime("coremltools", "coreml").models.utils.load_spec(str(folder / entry["graph"]))
     if spec.WhichOneof("Type") != "mlProgram":
         raise ValueError(f"{entry['graph']} is not an ML program")
