@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from restnet_hf.export.exporter import QUANTIZED, Exporter, Quantization, UnsupportedExportError, file_names
 from restnet_hf.export.folding import module_of
@@ -19,10 +20,11 @@ from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import LAYERS, Program
 
 
+aten = torch.ops.aten
+REWRITTEN = (aten.addcmul.default, aten.addcdiv.default, aten._upsample_bilinear2d_aa.vec)  # which coremltools lacks
 LAYER_TYPES = ("conv", "linear")
 GRAPH, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
-KEPT_FILES = ("Manifest.json", GRAPH, WEIGHTS)
-LEAST_SIZE = 512  # numbers from which on a weight is in eight bits; smaller ones are no share of a file
+LEAST_SIZE = 512  # numbers above which a weight is in eight bits; smaller ones are no share of a file
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class CoreMlExporter(Exporter):
         try:
             with _quiet():
                 model = coremltools.convert(
-                    program.exported.run_decompositions({}),
+                    program.exported.run_decompositions(_rewrites()),
                     convert_to="mlprogram",
                     outputs=[coremltools.TensorType(name="logits", dtype=np.float32)],
                     minimum_deployment_target=coremltools.target.iOS17,
@@ -98,6 +100,12 @@ class CoreMlExporter(Exporter):
                 key: f"{package.name}/{place}" for key, place in places.items() if (package / place).exists()
             }
         return entries
+
+
+def _rewrites() -> dict[Any, Any]:
+    """Rules that write operations as others, of which coremltools converts all."""
+    known = torch.export.default_decompositions()
+    return {aten.alias.default: lambda x: x, **{operation: known[operation] for operation in REWRITTEN}}
 
 
 def _layer_weights(program: Program, model: Any) -> dict[str, tuple[str, ...]]:
