@@ -553,6 +553,7 @@ OPERATIONS: dict[str, Operation] = {
     "pow": _binary(np.power),
     "prelu": lambda x, alpha: np.where(x > 0, x, _channels(alpha, x) * x),
     "real_div": _binary(np.divide),
+    "reduce_l2_norm": _reduction(lambda x, **how: np.sqrt(np.square(x).sum(**how))),
     "reduce_max": _reduction(np.max),
     "reduce_mean": _reduction(np.mean),
     "reduce_min": _reduction(np.min),

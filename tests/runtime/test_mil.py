@@ -114,7 +114,7 @@ class Many(nn.Module):
         x = torch.stack([x.square().sqrt(), torch.rsqrt(x.pow(2) + 0.5), x.exp().clamp(0.5, 1.5)], 1)
         x = x.flatten(1, 2).transpose(1, 2).reshape(x.shape[0], -1, 6)
         x = torch.softmax(x @ x.transpose(1, 2) / 9, -1) @ x
-        return x[:, torch.tensor([0, 2, 1])].unsqueeze(1).squeeze(1)[:, -1] + x.min(1).values
+        return x[:, torch.tensor([0, 2, 1])].unsqueeze(1).squeeze(1)[:, -1] + x.min(1).values + x.norm(2, 1)
 
 
 class Attention(nn.Module):
