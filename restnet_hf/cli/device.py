@@ -165,7 +165,9 @@ def export(
         bool,
         typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
     ] = False,
-    runtime: Annotated[str, typer.Option(help="Runtime: onnx, openvino, executorch, litert, coreml or torch.")] = "onnx",
+    runtime: Annotated[
+        str, typer.Option(help="Runtime: onnx, openvino, executorch, litert, coreml or torch.")
+    ] = "onnx",
     precision: Annotated[
         str, typer.Option(help="Precision that the runtime supports: fp32, fp16, bf16, int8 or int8_dynamic.")
     ] = "fp32",

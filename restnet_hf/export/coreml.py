@@ -71,7 +71,8 @@ class CoreMlExporter(Exporter):
         except Exception as error:  # its errors have no class in common
             raise UnsupportedExportError(f"route '{program.route}' cannot be written for Core ML: {error}") from error
         model.user_defined_metadata.update(program.metadata)
-        return CoreMlModel(_kept_while_used(model), _layer_weights(program, model) if precision.startswith(QUANTIZED) else {})
+        weights = _layer_weights(program, model) if precision.startswith(QUANTIZED) else {}
+        return CoreMlModel(_kept_while_used(model), weights)
 
     def quantize(self, model: CoreMlModel, images: Iterable[np.ndarray], how: Quantization) -> CoreMlModel:
         """A model whose weights are in eight bits, but those of the layers to keep, which stay in float16."""
@@ -140,7 +141,7 @@ def _kept_while_used(model: Any) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence coremltools' progress bars and its warnings, which are not for users."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -316,8 +316,8 @@ class ExportedModel:
         runtime = RUNTIMES[self.runtime]
         if not runtime.runs_here:
             raise ValueError(
-                f"runtime '{self.runtime}' runs on {' and '.join(runtime.platforms)} alone; here its files are evaluated "
-                "by other means, whose latency and memory are not the runtime's: measure the folder on such a system"
+                f"runtime '{self.runtime}' runs on {' and '.join(runtime.platforms)} alone; here its files are "
+                "evaluated by other means, whose latency and memory are not the runtime's: measure the folder there"
             )
 
     @contextmanager

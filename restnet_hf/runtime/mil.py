@@ -240,8 +240,7 @@ def _window(
     else:
         raise UnknownOperationError(f"padding of type {pad_type!r} is not evaluated")
     free = [
-        size + before + after - far
-        for size, (before, after), far in zip(x.shape[2:], margins, reach, strict=True)
+        size + before + after - far for size, (before, after), far in zip(x.shape[2:], margins, reach, strict=True)
     ]
     if min(free) < 0:
         raise ValueError(f"a window of {reach} is larger than what it runs over, {x.shape[2:]}")
@@ -400,7 +399,7 @@ def slice_by_index(
     end_mask: Any = None,
     squeeze_mask: Any = None,
 ) -> np.ndarray:
-    """Slices as in Python; a mask that is set leaves out the begin or end, or takes the begin alone without its axis."""
+    """Slices as in Python; a set mask leaves out the begin or end, or takes the begin alone without its axis."""
     count, place = x.ndim, list[Any]()
     begins, ends = _ints(begin), _ints(end)
     steps = [1] * count if stride is None else _ints(stride)
@@ -459,7 +458,11 @@ def pad(x: np.ndarray, pad: Any, mode: str = "constant", constant_val: Any = 0.0
 
 
 def upsample_bilinear(
-    x: np.ndarray, scale_factor_height: Any, scale_factor_width: Any, align_corners: Any = True, half_pixel_centers: Any = None
+    x: np.ndarray,
+    scale_factor_height: Any,
+    scale_factor_width: Any,
+    align_corners: Any = True,
+    half_pixel_centers: Any = None,
 ) -> np.ndarray:
     """Images (N, C, H, W) that are interpolated to larger ones."""
     half = not align_corners if half_pixel_centers is None else bool(half_pixel_centers)
@@ -485,9 +488,7 @@ def upsample_nearest_neighbor(x: np.ndarray, scale_factor_height: Any = 1, scale
     return x
 
 
-def affine_dequantize(
-    quantized_data: np.ndarray, zero_point: Any, scale: Any, axis: Any
-) -> np.ndarray:
+def affine_dequantize(quantized_data: np.ndarray, zero_point: Any, scale: Any, axis: Any) -> np.ndarray:
     """Weights in eight bits as numbers: (q - zero point) * scale, by the channels of an axis."""
     shape = [1] * quantized_data.ndim
     if np.size(scale) > 1 or np.size(zero_point) > 1:

@@ -40,7 +40,7 @@ def import_for_runtime(package: str, runtime: str) -> Any:
         MissingRuntimeError: the module is not installed; the message names the command that installs it.
     """
     if package == "coremltools" and not (logger := logging.getLogger(package)).level:
-        logger.setLevel(logging.ERROR)  # it warns of what is for macOS alone, and of versions that it was not tested with
+        logger.setLevel(logging.ERROR)  # it warns of what is for macOS alone, and of versions later than it knows
     try:
         with without_telemetry():
             return importlib.import_module(package)

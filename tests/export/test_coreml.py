@@ -125,7 +125,7 @@ def test_links_that_leave_the_folder(copy, tmp_path):
         ExportedModel(copy)
 
 
-@pytest.mark.parametrize("path", ["../../../../etc/passwd", "/etc/passwd", "com.apple.CoreML/more", "com.apple.CoreML"])
+@pytest.mark.parametrize("path", ["../../../../etc/passwd", "/etc/passwd", "com.apple.CoreML/x", "com.apple.CoreML"])
 def test_a_manifest_that_lists_other_files(copy, path):
     without_checksums(copy)
     package = packages(copy)[0]
@@ -162,7 +162,7 @@ def test_what_is_not_the_runtime_is_not_measured(copy):
         pytest.skip("Core ML runs here")
     before = (copy / "profile.json").read_bytes()
     for measure in (model.measure_latency, model.measure_sustained, model.measure_memory):
-        with pytest.raises(ValueError, match="'coreml' runs on darwin alone; .* measure the folder on such a system"):
+        with pytest.raises(ValueError, match="'coreml' runs on darwin alone; .* measure the folder there"):
             measure(save=True)
     assert (copy / "profile.json").read_bytes() == before and b"latency_ms" not in before
 
@@ -220,7 +220,7 @@ def test_operations_that_core_ml_does_not_have(pair, tmp_path):
 def test_operations_that_are_not_verified(pair, tmp_path, monkeypatch):
     """What the evaluator does not know is not exported, and named."""
     monkeypatch.delitem(OPERATIONS, "conv")
-    with pytest.raises(UnsupportedExportError, match="coreml cannot load what was exported to it: operation 'conv' is"):
+    with pytest.raises(UnsupportedExportError, match="coreml cannot load what was exported.*: operation 'conv' is"):
         export_routes(pair, tmp_path / "out", runtime="coreml")
     assert not list(tmp_path.iterdir())
 
