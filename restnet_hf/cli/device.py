@@ -166,9 +166,11 @@ def export(
         bool,
         typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
     ] = False,
-    runtime: Annotated[str, typer.Option(help="Runtime: onnx, openvino, executorch, litert or torch.")] = "onnx",
+    runtime: Annotated[
+        str, typer.Option(help="Runtime: onnx, openvino, executorch, litert, coreml or torch.")
+    ] = "onnx",
     precision: Annotated[
-        str, typer.Option(help="Precision that the runtime supports: fp32, bf16, int8 or int8_dynamic.")
+        str, typer.Option(help="Precision that the runtime supports: fp32, fp16, bf16, int8 or int8_dynamic.")
     ] = "fp32",
     data: Annotated[
         str | None, typer.Option(help="Images to calibrate and verify with: Hub id or local folder.")

@@ -90,7 +90,7 @@ def export_routes(
         out: folder for the exported files.
         routes: one route or several to export; by default the active one, or those of the active cascade.
         runtime: a key of `RUNTIMES`.
-        precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
+        precision: a precision of the runtime: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images as ``model.prepare_data`` takes them: the first calibrate, others verify. None for noise, in fp32.
         min_agreement: lowest share of images, from 0 to 1, with the route's own class; 0.98 without another limit.
         max_accuracy_drop: most percentage points of accuracy to lose, with 95 % confidence (`drop_bound`).
@@ -122,7 +122,8 @@ def export_routes(
     options = data, calibration_images, accept, target, batch_size, threads, with_preprocessing
     with atomic_folder(out, PROFILE) as folder:
         profile = _Job(model, chosen, chains, exporter, precision, *options).write(folder)
-    model.record_runtime(profile)
+    if RUNTIMES[runtime].runs_here:  # else there are no latencies
+        model.record_runtime(profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
 
 
@@ -353,6 +354,8 @@ class _Job:
             costs = {"macs": macs.macs(steps), "params": params.params(steps)}
             rows.append(ProfiledRoute(route, costs, dict(results[route].scores) if self.real_images else {}))
         profile = Profile(tuple(rows), self._metadata(folder, entries, kept, results), tuple(cascades))
+        if not RUNTIMES[self.exporter.runtime].runs_here:  # what evaluates the files here is not what runs them
+            return profile
         return with_latencies(profile, time_parts(runs, inputs), self.stages)
 
     def _metadata(
@@ -376,10 +379,12 @@ class _Job:
             "folded_stitches": self.folded,
             "files": {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Route)},
             "active": str(self.active),
-            "size_mb": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
+            "size_mb": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20,
             "date": datetime.date.today().isoformat(),
             "versions": package_versions(dict.fromkeys(packages)),
         }
+        if not RUNTIMES[self.exporter.runtime].runs_here:
+            metadata["verified_by"] = "evaluator"
         if self.calibration is not None:
             metadata["target"] = self.target
         if self.with_preprocessing:

@@ -256,9 +256,10 @@ class ExportedModel:
             The profile with this device's latencies, which ``profiled`` is from now on.
 
         Raises:
-            ValueError: ``repeats`` is out of range, or a file is invalid.
+            ValueError: ``repeats`` is out of range, a file is invalid, or the runtime does not run on this system.
             OSError: the folder cannot be read or written, or was written to since it was loaded.
         """
+        self._check_runs_here()
         image = made_images(self.preprocessing)[:1].repeat(self.batch_size or 1, 0)
         with self._all_loaded() as runs:
             inputs = part_inputs(runs, map(str, self.routes), self._stages, image)
@@ -283,9 +284,10 @@ class ExportedModel:
             save: whether the result is kept in the metadata of the folder's ``profile.json``.
 
         Raises:
-            ValueError: ``minutes`` is out of range.
+            ValueError: ``minutes`` is out of range, or the runtime does not run on this system.
             OSError: the folder cannot be written, or was written to since it was loaded.
         """
+        self._check_runs_here()
         image, active = made_images(self.preprocessing)[:1], self.active_cascade or self.active_route
         result = measure_sustained(partial(self, image), str(active), minutes, report=report)
         self._record(replace(self.profiled, metadata={**self.profiled.metadata, "sustained": result.to_dict()}), save)
@@ -304,10 +306,21 @@ class ExportedModel:
         Raises:
             OSError: the system does not count the memory of processes, or the folder cannot be written.
             RuntimeError: a process ended without a result.
+            ValueError: the runtime does not run on this system.
         """
+        self._check_runs_here()
         result = {str(route): measure_memory(self.folder, str(route), self.threads) for route in self.routes}
         self._record(replace(self.profiled, metadata={**self.profiled.metadata, "memory": result}), save)
         return result
+
+    def _check_runs_here(self) -> None:
+        """Raise ValueError where the files are evaluated by other means than their runtime."""
+        runtime = RUNTIMES[self.runtime]
+        if not runtime.runs_here:
+            raise ValueError(
+                f"runtime '{self.runtime}' runs on {' and '.join(runtime.platforms)} alone; here its files are "
+                "evaluated by other means, whose latency and memory are not the runtime's: measure the folder there"
+            )
 
     @contextmanager
     def _all_loaded(self) -> Iterator[dict[str, Run]]:
@@ -345,7 +358,7 @@ class ExportedModel:
         """Load a route or part in its runtime, and check that a route takes images as they are prepared."""
         self._check_same(folder)
         entry = self._entries[route]
-        others = {other["file"] for other in self._entries.values()} - {entry["file"]}
+        others = {name for other in self._entries.values() for name in other.values()} - {*entry.values()}
         self._verify(folder, *(name for name in self._unverified if name not in others))
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
             how = self.preprocessing if self.takes_pixels and isinstance(route, Route) else None
