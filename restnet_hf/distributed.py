@@ -49,6 +49,17 @@ def own_items(items: Iterable[T] | Own[T]) -> Iterator[T]:
     return iter(items) if isinstance(items, Own) else islice(items, state.process_index, None, state.num_processes)
 
 
+def own_rows(rows: Tensor) -> tuple[Tensor, bool]:
+    """This process's part of a tensor, one of n equal parts, and whether it has one: else it gets a row of others'.
+
+    Args:
+        rows: tensor (N, ...), the same on every process.
+    """
+    state = this_process()
+    part = rows.tensor_split(state.num_processes)[state.process_index]
+    return (part, True) if len(part) else (rows[:1], False)
+
+
 def divide_jobs(costs: Sequence[float]) -> list[int]:
     """The process that does each job, so that all have about the same to do; every process gets the same answer.
 

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from restnet_hf.data.datasets import Batch, batch_source, empty_error, labelled_part, no_labels_error, to_batch
 from restnet_hf.data.pixel_values import prepared_by
-from restnet_hf.distributed import Own, from_main, gather, this_process
+from restnet_hf.distributed import Own, from_main, gather, own_items, this_process
 from restnet_hf.progress import progress_bar
 
 
@@ -202,6 +202,19 @@ def _of_loader(data: DataLoader, limit: int | None) -> tuple[_OwnLoader | None, 
     return _OwnLoader(loader, sampler.batch_size), len(data)
 
 
+def own_of_loader(loader: Iterable[Any]) -> Iterator[Any]:
+    """The items of this process of a loader, as they are; see `shared_batches`.
+
+    Args:
+        loader: loader, or items in memory, the same ones on every process.
+    """
+    source = _of_loader(loader, None)[0] if isinstance(loader, DataLoader) else None
+    if source is not None:
+        return iter(source.loader)
+    _use_equal_rng(loader)
+    return own_items(loader)
+
+
 def _read_own(source: _OwnLoader, name: str) -> Iterator[OwnBatch]:
     state = this_process()
     for turn, item in enumerate(progress_bar(source.loader, name)):
@@ -212,13 +225,19 @@ def _read_own(source: _OwnLoader, name: str) -> Iterator[OwnBatch]:
 
 def _read_all(data: Any, batch_size: int, name: str, limit: int | None) -> Iterator[OwnBatch]:
     """Read all batches, in the same order on every process, and yield those of this one."""
-    state, most = this_process(), math.inf if limit is None else limit
-    if state.num_processes > 1 and not isinstance(data, list | tuple | Mapping):
-        synchronize_rng_states(["torch"])
-        generator = getattr(data, "generator", None) or getattr(getattr(data, "sampler", None), "generator", None)
-        if generator is not None:
-            synchronize_rng_states(["generator"], generator)
-    yield from _numbered(_limited(data, batch_size, name, most), state.process_index)
+    _use_equal_rng(data)
+    most = math.inf if limit is None else limit
+    yield from _numbered(_limited(data, batch_size, name, most), this_process().process_index)
+
+
+def _use_equal_rng(data: Any) -> None:
+    """Give all processes the random numbers of the main one, so that a stream or loader has one order."""
+    if this_process().num_processes == 1 or isinstance(data, list | tuple | Mapping):
+        return
+    synchronize_rng_states(["torch"])
+    generator = getattr(data, "generator", None) or getattr(getattr(data, "sampler", None), "generator", None)
+    if generator is not None:
+        synchronize_rng_states(["generator"], generator)
 
 
 def _limited(data: Any, batch_size: int, name: str, limit: float) -> Iterator[Batch]:
