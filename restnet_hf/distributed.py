@@ -101,30 +101,17 @@ def from_main(function: Callable[[], T]) -> T:
     state = this_process()
     if state.num_processes == 1:
         return function()
-    with errors_of_all():
-        result = function() if state.is_main_process else None
-    return broadcast_object_list([result])[0]
-
-
-@contextmanager
-def errors_of_all() -> Iterator[None]:
-    """Raise an error that one process has in the block in all of them, after the others have done theirs.
-
-    For what does not take long: where a process ends with an error, the launcher ends the others at once. In the block
-    no process may wait for another.
-    """
-    if this_process().num_processes == 1:
-        yield
-        return
-    try:
-        yield
-    except Exception as error:
-        gather(_portable(error))
-        raise
-    nothing: Exception | None = None
-    for failed in gather(nothing):
-        if failed is not None:
-            raise failed
+    result: Any = None
+    error: Exception | None = None
+    if state.is_main_process:
+        try:
+            result = function()
+        except Exception as raised:
+            error = _portable(raised)
+    result, error = broadcast_object_list([result, error])
+    if error is not None:
+        raise error
+    return result
 
 
 def _portable(error: Exception) -> Exception:

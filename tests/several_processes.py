@@ -26,10 +26,9 @@ def start_processes(script: Path, count: int, arguments: Sequence[str] = ()) -> 
         arguments: arguments of the script.
     """
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launch, str(script), *arguments],
-        cwd=script.parent, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command, pipes = [sys.executable, *launch, str(script), *arguments], {"stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, **ENVIRONMENT}
+    return subprocess.Popen(command, cwd=script.parent, env=environment, stderr=subprocess.PIPE, **pipes)
 
 
 def run_in_processes(

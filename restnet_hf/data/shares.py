@@ -6,7 +6,6 @@ from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from accelerate.utils import synchronize_rng_states
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, TensorDataset
@@ -234,10 +233,10 @@ def _use_equal_rng(data: Any) -> None:
     """Give all processes the random numbers of the main one, so that a stream or loader has one order."""
     if this_process().num_processes == 1 or isinstance(data, list | tuple | Mapping):
         return
-    synchronize_rng_states(["torch"])
+    torch.set_rng_state(from_main(torch.get_rng_state))
     generator = getattr(data, "generator", None) or getattr(getattr(data, "sampler", None), "generator", None)
-    if generator is not None:
-        synchronize_rng_states(["generator"], generator)
+    if isinstance(generator, torch.Generator):
+        generator.set_state(from_main(generator.get_state))
 
 
 def _limited(data: Any, batch_size: int, name: str, limit: float) -> Iterator[Batch]:

@@ -16,7 +16,6 @@ from restnet_hf.distributed import (
     Own,
     add_up,
     divide_jobs,
-    errors_of_all,
     gather,
     send_from,
     send_sum_to,
@@ -329,10 +328,16 @@ def _merge(jobs: Sequence[_Job], device: torch.device) -> list[int]:
 def _solve(jobs: Sequence[_Job], owners: Sequence[int], ridges: Sequence[float]) -> list[tuple[Tensor, Tensor, float]]:
     """Weight, bias and R² of each job, which its owner solves, on every process."""
     process, solutions = this_process().process_index, dict[int, tuple[Tensor, Tensor, float]]()
-    with errors_of_all():
-        for number, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-            if owner == process:
+    failed: dict[int, ValueError] = {}
+    for number, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+        try:
+            if owner == process and not failed:
                 solutions[number] = job.solve(ridges)
+        except ValueError as error:  # all processes raise the first one
+            failed[number] = error
+    failed = dict(chain.from_iterable(gather([*failed.items()])))
+    if failed:
+        raise failed[min(failed)]
     if this_process().num_processes == 1:
         return [*solutions.values()]
     scores = dict(chain.from_iterable(gather([(number, each[2]) for number, each in solutions.items()])))

@@ -5,7 +5,7 @@ import pytest
 from several_processes import run_in_processes
 
 
-# ridges of batches of all kinds; the last of 32 images are not a whole batch, and two batches are too few for three
+# in two batches of 32 and 5 images, or one, there are fewer than processes
 FITS = """
 import json
 import torch
