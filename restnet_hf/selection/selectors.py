@@ -133,17 +133,18 @@ class CKA(Selector):
             torch.stack([self._grams.pop((anchor.name, cut)) for cut in range(1, anchor.depth + 1)])
             for anchor in (self.pair.front, self.pair.end)
         )
-        self.sums.update(front, end)
+        self.sums.update(front, end, batch.start)
 
-    def state(self) -> HSIC:
-        """The sums of this process."""
-        return self.sums
+    def state(self) -> tuple[HSIC, int]:
+        """The sums of this process, and the size of its largest batch."""
+        return self.sums, self.batch_size
 
-    def merge(self, states: Iterable[HSIC]) -> None:
+    def merge(self, states: Iterable[tuple[HSIC, int]]) -> None:
         """Add up the sums of all processes."""
         total = HSIC(self.sums.estimator, self.sums.average)
-        for state in states:
-            total.add(state)
+        for sums, batch_size in states:
+            total.add(sums)
+            self.batch_size = max(self.batch_size, batch_size)
         self.sums = total
 
     def values(self) -> np.ma.MaskedArray:
