@@ -1,8 +1,12 @@
 """Processes share the images and the solving of a fit, which gives the stitches of one process."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
-from several_processes import run_in_processes
+from several_processes import run_in_processes, start_processes
 
 
 # in two batches of 32 and 5 images, or one, there are fewer than processes
@@ -136,3 +140,42 @@ def test_moments_add_up_in_float64(tmp_path):
                 for a, b in zip(mine[1:], theirs[1:], strict=True) if mine else ():
                     assert mine[0] == theirs[0]
                     assert np.allclose(a, b, rtol=0, atol=1e-9 * np.abs(b).max())
+
+
+DEATH = """
+import os, sys
+from pathlib import Path
+import torch
+from conftest import SIZE, make_anchor
+from restnet_hf import StitchedModelForImageClassification
+from restnet_hf.distributed import this_process
+
+model = StitchedModelForImageClassification.from_anchors(
+    make_anchor("resnet"), make_anchor("vit", seed=1), order="given"
+)
+model.add_stitch("resnet[:2] + vit[1:]")
+
+
+def endless():
+    for number in range(10**9):
+        if number == 3 and this_process().process_index == 1:
+            Path("rank").write_text(str(os.getpid()))
+        yield torch.zeros(1, 3, SIZE, SIZE)
+
+
+model.fit_stitches(endless())
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_all(tmp_path):
+    """Killed in the middle of a pass, without a last word: the others, who would wait for it, are ended too."""
+    (tmp_path / "job.py").write_text(DEATH)
+    launcher = start_processes(tmp_path / "job.py", 3)
+    while not (rank := tmp_path / "rank").exists() or not rank.read_text():
+        assert launcher.poll() is None, launcher.communicate()[1][-3000:]
+        time.sleep(0.1)
+    os.kill(int(rank.read_text()), signal.SIGKILL)
+    began = time.monotonic()
+    launcher.communicate(timeout=120)
+    assert launcher.returncode != 0 and time.monotonic() - began < 90
