@@ -141,10 +141,12 @@ def send_sum_to(process: int, tensor: Tensor) -> None:
 
     Args:
         process: index of the process that gets the sum.
-        tensor: tensor of this process on the device of the run.
+        tensor: tensor of this process, on any device.
     """
     if tensor.numel():
-        torch.distributed.reduce(tensor, process)
+        moved = tensor.to(this_process().device)
+        torch.distributed.reduce(moved, process)
+        tensor.copy_(moved)
 
 
 def send_from(process: int, tensor: Tensor) -> Tensor:
@@ -152,10 +154,12 @@ def send_from(process: int, tensor: Tensor) -> Tensor:
 
     Args:
         process: index of the process that sends.
-        tensor: tensor to send; on the other processes one of the same shape, which is overwritten.
+        tensor: tensor to send, on any device; on the other processes one of the same shape, which is overwritten.
     """
     if tensor.numel():
-        torch.distributed.broadcast(tensor, process)
+        moved = tensor.to(this_process().device)
+        torch.distributed.broadcast(moved, process)
+        tensor.copy_(moved)
     return tensor
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 
-ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
 END = """
 import torch.distributed
 if torch.distributed.is_initialized():
@@ -27,7 +26,7 @@ def start_processes(script: Path, count: int, arguments: Sequence[str] = ()) -> 
     """
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     command, pipes = [sys.executable, *launch, str(script), *arguments], {"stdout": subprocess.PIPE, "text": True}
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(command, cwd=script.parent, env=environment, stderr=subprocess.PIPE, **pipes)
 
 

@@ -40,7 +40,7 @@ model = build()
 train(model, Noisy(data(25)), TrainArgs(num_train_epochs=0, least_squares_images=25))
 found["noisy"] = state(model)
 model = build(num_labels=CLASSES)
-train_heads(model, data(25), TrainArgs(**{**COMMON, "num_train_epochs": 3}))
+train_heads(model, data(24), TrainArgs(**{**COMMON, "num_train_epochs": 3}))
 found["heads"] = state(model)
 scores["heads"] = model.profile(data(25)).metadata["images"]
 model = build()
