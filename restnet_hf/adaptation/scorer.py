@@ -10,6 +10,8 @@ from accelerate.utils import find_executable_batch_size
 from restnet_hf.adaptation.search import Predictor, Rejected
 from restnet_hf.anchors.anchor import largest_anchor
 from restnet_hf.data.datasets import Batch, batches, drop_unlabelled
+from restnet_hf.data.shares import OwnBatch, in_order, shared_batches
+from restnet_hf.distributed import Own
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
 from restnet_hf.profiling.cascades import Observations, check_images, observe_routes
@@ -44,32 +46,46 @@ class Scorer:
         self.stopped: dict[Route, tuple[float, int]] = {}
         first = next(iter(self._batches()))
         self.score = SCORES["labels" in first]
-        self.teacher = None if "labels" in first else torch.cat(list(self._teacher_predictions()))
+        self.teacher = None if "labels" in first else self._teacher_predictions()
+
+    def _prepared(self, batch: Batch) -> Batch:
+        self.model.preprocessing.check(batch["pixel_values"])
+        return {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
 
     def _batches(self) -> Iterator[Batch]:
-        for batch in drop_unlabelled(batches(self.data, self.batch_size, "private images")):
-            self.model.preprocessing.check(batch["pixel_values"])
-            yield {**batch, "pixel_values": batch["pixel_values"].to(self.model.dtype)}
+        """All batches, on every process."""
+        return map(self._prepared, drop_unlabelled(batches(self.data, self.batch_size, "private images")))
+
+    def _own_batches(self) -> Iterator[OwnBatch]:
+        """The batches of this process."""
+        own = shared_batches(self.data, self.batch_size, "private images", unlabelled=False)
+        return (each._replace(batch=self._prepared(each.batch)) for each in own)
 
     @torch.no_grad()
-    def _teacher_predictions(self) -> Iterator[torch.Tensor]:
-        """Classes that the largest anchor predicts, batch by batch."""
+    def _teacher_predictions(self) -> torch.Tensor:
+        """Classes (images,) that the largest anchor predicts; processes share the images."""
         steps = self.model.steps(Route.alone(largest_anchor(self.model.anchors.values()).name))
-        for batch in self._batches():
-            yield run_steps(batch["pixel_values"].to(self.model.device), steps).argmax(-1).cpu()
+        chunks = []
+        for number, _, batch in self._own_batches():
+            chunks.append((number, run_steps(batch["pixel_values"].to(self.model.device), steps).argmax(-1).cpu()))
+        return torch.cat([classes for _, classes in in_order(chunks)])
 
-    def _labelled(self) -> Iterator[Batch]:
-        start = 0
-        for batch in self._batches():
-            stop = start + len(batch["pixel_values"])
-            yield batch if self.teacher is None else {**batch, "labels": self.teacher[start:stop]}
-            start = stop
+    def _with_labels(self, start: int, batch: Batch) -> Batch:
+        """A batch with the teacher's classes where there are no labels, so that no image is left out before it."""
+        if self.teacher is None:
+            return batch
+        return {**batch, "labels": self.teacher[start : start + len(batch["pixel_values"])]}
+
+    def _labelled(self) -> Own[OwnBatch]:
+        """The batches of this process, with labels."""
+        return Own(each._replace(batch=self._with_labels(each.start, each.batch)) for each in self._own_batches())
 
     def _sample(self, every: int) -> Iterator[Batch]:
         """One of every so many images, in batches of the usual size."""
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.images = 0
-        for batch in self._labelled():
+        for each in self._batches():
+            batch = self._with_labels(self.images, each)
             chosen = slice(every - 1 - self.images % every, None, every)
             kept += zip(batch["pixel_values"][chosen], batch["labels"][chosen], strict=True)
             self.images += len(batch["pixel_values"])

@@ -50,24 +50,45 @@ def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = 
         ValueError: there are no images.
         TypeError: a batch has another type.
     """
-    if isinstance(data, Mapping) and "pixel_values" in data:
-        data = [data]
-    if isinstance(data, Tensor):
-        source: Iterable[Any] = data.split(batch_size) if len(data) else ()
-    elif isinstance(data, Dataset) and prepared_by(data) is None and _holds_pictures(data):
-        raise TypeError(f"{name} is a data set of raw pictures; prepare them first, with model.prepare_data({name})")
-    elif isinstance(data, DataLoader | list | tuple) or not hasattr(data, "__getitem__"):
-        source = data
-    else:
-        source = DataLoader(data, batch_size=batch_size)
     empty = True
-    for item in progress_bar(source, name, shown=progress):
+    for item in progress_bar(batch_source(data, batch_size, name), name, shown=progress):
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False
             yield batch
     if empty:
-        raise ValueError(f"{name} is empty: at least one image is needed")
+        raise empty_error(name)
+
+
+def batch_source(data: Any, batch_size: int, name: str = "data") -> Iterable[Any]:
+    """What yields the batches of `batches`, before they are checked.
+
+    Args:
+        data: images in any form that `batches` takes.
+        batch_size: number of images in a batch, for a tensor or a dataset.
+        name: name of the argument, for errors.
+
+    Raises:
+        TypeError: the pictures of a data set are not prepared yet.
+    """
+    if isinstance(data, Mapping) and "pixel_values" in data:
+        return [data]
+    if isinstance(data, Tensor):
+        return data.split(batch_size) if len(data) else ()
+    if isinstance(data, Dataset) and prepared_by(data) is None and _holds_pictures(data):
+        raise TypeError(f"{name} is a data set of raw pictures; prepare them first, with model.prepare_data({name})")
+    if isinstance(data, DataLoader | list | tuple) or not hasattr(data, "__getitem__"):
+        return data
+    return DataLoader(data, batch_size=batch_size)
+
+
+def empty_error(name: str) -> ValueError:
+    """The error of data without images.
+
+    Args:
+        name: name of the argument.
+    """
+    return ValueError(f"{name} is empty: at least one image is needed")
 
 
 def _holds_pictures(data: Dataset) -> bool:
@@ -146,14 +167,25 @@ def drop_unlabelled(data: Iterable[Batch]) -> Iterator[Batch]:
     """
     empty = True
     for batch in data:
-        labels = batch.get("labels")
-        if labels is not None and labels.dim() == 1:
-            batch = {key: value[(labels != IGNORED).to(value.device)] for key, value in batch.items()}
+        batch = labelled_part(batch)
         if len(batch["pixel_values"]):
             empty = False
             yield batch
     if empty:
-        raise ValueError(f"every image has the label {IGNORED}, which means no label")
+        raise no_labels_error()
+
+
+def labelled_part(batch: Batch) -> Batch:
+    """A batch without the images whose label is -100, of which none may be left; as it is where it has no labels."""
+    labels = batch.get("labels")
+    if labels is None or labels.dim() != 1:
+        return batch
+    return {key: value[(labels != IGNORED).to(value.device)] for key, value in batch.items()}
+
+
+def no_labels_error() -> ValueError:
+    """The error of data in which no image has a label."""
+    return ValueError(f"every image has the label {IGNORED}, which means no label")
 
 
 def check_classes(data: Any, id2label: Mapping[int, str]) -> None:

@@ -60,6 +60,14 @@ class Pictures(TorchDataset):
         self.positions = range(len(items)) if positions is None else positions
 
     @property
+    def repeatable(self) -> bool:
+        """Whether a picture is the same each time; not where items are transformed as they are read, as torchvision's.
+
+        See `restnet_hf.data.shares.is_repeatable`.
+        """
+        return getattr(self.items, "transform", None) is None
+
+    @property
     def aligned(self) -> bool:
         """Whether labels are put into the model's order."""
         return self.prepared.order is not None

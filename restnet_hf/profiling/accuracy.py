@@ -3,54 +3,53 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from restnet_hf.data.datasets import Batch
-from restnet_hf.distributed import this_process
+from restnet_hf.data.datasets import Batch, no_labels_error
+from restnet_hf.data.shares import OwnBatch, in_order, own_batches
+from restnet_hf.distributed import Own
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
 
 
 @torch.no_grad()
 def predict_routes(
-    walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
+    walks: Sequence[Walk], batches: Iterable[Batch] | Own[OwnBatch], device: torch.device
 ) -> tuple[dict[Route, Tensor], Tensor]:
     """Predict the class of each image by each route; returns predictions and labels, (images,) each.
 
-    With several processes each takes every n-th batch, and all return the whole result.
+    Several processes share the batches, and all return the whole result.
 
     Args:
         walks: routes with their steps.
-        batches: batches of labelled images in the model's preprocessing, the same on every process.
+        batches: batches of labelled images in the model's preprocessing, the same on every process, or its own.
         device: device to run on.
 
     Raises:
-        ValueError: a batch has no labels.
+        ValueError: a batch has no labels, or no image of any process has one.
     """
     shared = split_at_shared_cuts(walks)
-    state = this_process()
     chunks: list[tuple[int, Tensor, dict[Route, Tensor]]] = []
-    for index, batch in enumerate(batches):
-        if index % state.num_processes != state.process_index:
-            continue
+    for number, _, batch in own_batches(batches):
         if "labels" not in batch:
             raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
         logits = walk_tree(batch["pixel_values"].to(device), shared)
-        chunks.append((index, batch["labels"].cpu(), {route: each.argmax(-1).cpu() for route, each in logits}))
-    ordered = sorted(gather_object(chunks), key=lambda chunk: chunk[0])
+        chunks.append((number, batch["labels"].cpu(), {route: each.argmax(-1).cpu() for route, each in logits}))
+    ordered = in_order(chunks)
+    if not ordered:
+        raise no_labels_error()
     predictions = {route: torch.cat([chunk[2][route] for chunk in ordered]) for route, _ in walks}
     return predictions, torch.cat([chunk[1] for chunk in ordered])
 
 
 def score_routes(
-    walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device
+    walks: Sequence[Walk], batches: Iterable[Batch] | Own[OwnBatch], device: torch.device
 ) -> tuple[dict[Route, float], int]:
     """Accuracy of each route, and the number of images; see `predict_routes`.
 
     Args:
         walks: routes with their steps.
-        batches: batches of labelled images in the model's preprocessing, the same on every process.
+        batches: batches of labelled images in the model's preprocessing, the same on every process, or its own.
         device: device to run on.
     """
     from restnet_hf.profiling.metric import Accuracy
@@ -65,17 +64,23 @@ def score_routes(
 
 
 @torch.no_grad()
-def mean_probabilities(walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device) -> dict[Route, float]:
+def mean_probabilities(
+    walks: Sequence[Walk], batches: Iterable[Batch] | Own[OwnBatch], device: torch.device
+) -> dict[Route, float]:
     """Mean probability of the labels by each route, from 0 to 1; on few images less noisy than accuracy.
+
+    Several processes share the batches, and all return the whole result.
 
     Args:
         walks: routes with their steps.
-        batches: batches of labelled images in the model's preprocessing; without any, the result is empty.
+        batches: batches of labelled images in the model's preprocessing, the same on every process, or its own;
+            without any, the result is empty.
         device: device to run on.
     """
-    shared, probabilities = split_at_shared_cuts(walks), dict[Route, list[Tensor]]()
-    for batch in batches:
+    shared, chunks = split_at_shared_cuts(walks), list[tuple[int, dict[Route, Tensor]]]()
+    for number, _, batch in own_batches(batches):
         labels = batch["labels"].to(device)[:, None]
-        for route, logits in walk_tree(batch["pixel_values"].to(device), shared):
-            probabilities.setdefault(route, []).append(logits.float().softmax(-1).gather(1, labels).cpu())
-    return {route: torch.cat(chunks).mean().item() for route, chunks in probabilities.items()}
+        logits = walk_tree(batch["pixel_values"].to(device), shared)
+        chunks.append((number, {route: x.float().softmax(-1).gather(1, labels).cpu() for route, x in logits}))
+    ordered = in_order(chunks)
+    return {r: torch.cat([chunk[r] for _, chunk in ordered]).mean().item() for r, _ in walks if ordered}

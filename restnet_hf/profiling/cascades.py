@@ -8,12 +8,12 @@ from itertools import combinations
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from numpy import ndarray
 
 from restnet_hf.cascading import count_shared_steps
-from restnet_hf.data.datasets import Batch
-from restnet_hf.distributed import this_process
+from restnet_hf.data.datasets import Batch, no_labels_error
+from restnet_hf.data.shares import OwnBatch, in_order, own_batches
+from restnet_hf.distributed import Own, from_main, share_jobs, this_process
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.confidences import fit_temperature, measure_confidence, probabilities
 from restnet_hf.routes.route import Route
@@ -85,30 +85,29 @@ Chunk = tuple[int, ndarray | None, ndarray]  # number of a batch, labels (n,), l
 
 
 @torch.no_grad()
-def _logits(walks: Sequence[Walk], batches: Iterable[Batch], device: torch.device) -> Iterator[Chunk]:
-    """Logits of all routes on every n-th batch, where there are n processes."""
-    split, state = split_at_shared_cuts(walks), this_process()
-    for index, batch in enumerate(batches):
-        if index % state.num_processes == state.process_index:
-            logits = dict(walk_tree(batch["pixel_values"].to(device), split))
-            stacked = torch.stack([logits[route].float().cpu() for route, _ in walks]).numpy()
-            yield index, batch["labels"].cpu().numpy() if "labels" in batch else None, stacked
+def _logits(walks: Sequence[Walk], batches: Iterable[Batch] | Own[OwnBatch], device: torch.device) -> Iterator[Chunk]:
+    """Logits of all routes on the batches of this process."""
+    split = split_at_shared_cuts(walks)
+    for number, _, batch in own_batches(batches):
+        logits = dict(walk_tree(batch["pixel_values"].to(device), split))
+        stacked = torch.stack([logits[route].float().cpu() for route, _ in walks]).numpy()
+        yield number, batch["labels"].cpu().numpy() if "labels" in batch else None, stacked
 
 
 def observe_routes(
     walks: Sequence[Walk],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Own[OwnBatch],
     device: torch.device,
     confidence: str = "probability",
     reference: Route | None = None,
     *,
     scaled: bool = True,
 ) -> Observations:
-    """Run all routes on the same images, once; with several processes each takes every n-th batch.
+    """Run all routes on the same images, once; several processes share the batches, and all return the whole result.
 
     Args:
         walks: routes with their steps.
-        batches: batches of images in the model's preprocessing, the same on every process.
+        batches: batches of images in the model's preprocessing, the same on every process, or its own.
         device: device to run on.
         confidence: key of `CONFIDENCES` by which routes are sure.
         reference: route whose classes count as right; None for the labels.
@@ -136,16 +135,18 @@ def observe_routes(
 
     temperatures = (1.0,) * len(routes)
     if scaled:
-        gathered = (chunk for chunk in gather_object(first) if chunk[0] < _fitting_batches(chunk[2]))
-        whole = sorted(gathered, key=lambda chunk: chunk[0])
+        whole = [chunk for chunk in in_order(first) if chunk[0] < _fitting_batches(chunk[2])]
+        if not whole:
+            raise no_labels_error()
         logits, classes = np.concatenate([c[2] for c in whole], 1), np.concatenate([true_classes(c) for c in whole])
-        temperatures = tuple(round(fit_temperature(each, classes), 2) for each in logits)
+        fitted = share_jobs(lambda at: round(fit_temperature(logits[at], classes), 2), len(routes))
+        temperatures = tuple(fitted)
     rows = []
     for chunk in itertools.chain(first, chunks):
         found, true = chunk[2].argmax(-1), true_classes(chunk)
         sure, after = _confidences(chunk[2], found, confidence, temperatures)
         rows.append((chunk[0], found, found == true, sure, after))
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    rows = in_order(rows)
     found, right, sure = (np.concatenate([row[part] for row in rows], axis=-1) for part in (1, 2, 3))
     agreement = None if rows[0][4] is None else np.concatenate([row[4] for row in rows], axis=-1)
     return Observations(routes, confidence, temperatures, found, right, sure, agreement)
@@ -393,6 +394,8 @@ def check_images(count: int) -> None:
 def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = FOLDS) -> list[Calibrated]:
     """The cascades that no route and no other cascade beats in mean cost and score, the cheapest first.
 
+    Several processes share the folds.
+
     Args:
         observed: what each route answers on held-out images.
         costs: costs of the routes.
@@ -406,17 +409,21 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
     budgets = np.linspace(costs.alone.min(), costs.alone.max(), BUDGETS)
     fold_of = np.random.default_rng(0).permutation(count) % folds
     right, spent = np.zeros((BUDGETS, count)), np.zeros((BUDGETS, folds))
+
+    def search(fold: int) -> list[Chain | None]:  # the last is on all images, of which none is of that fold
+        return search_cascades(observed.select_images(fold_of != fold), costs, budgets).chains
+
+    found = share_jobs(search, folds + 1)
     for fold in range(folds):
-        chains = search_cascades(observed.select_images(fold_of != fold), costs, budgets).chains
         inside = observed.select_images(fold_of == fold)
-        for budget, chain in enumerate(chains):
+        for budget, chain in enumerate(found[fold]):
             assert chain is not None  # the cheapest route is within every budget
             outcome = run_chain(inside, chain)
             right[budget, fold_of == fold] = outcome.right
             spent[budget, fold] = outcome.mean_cost(costs.added_costs(chain.routes)) * len(inside)
     rivals = [(cost, each.mean()) for cost, each in zip(costs.alone, observed.right, strict=True)]
     chosen: dict[Chain, Calibrated] = {}
-    for budget, chain in enumerate(search_cascades(observed, costs, budgets).chains):
+    for budget, chain in enumerate(found[folds]):
         assert chain is not None
         if chain.thresholds and chain not in chosen:
             score, cost = right[budget].mean().item(), spent[budget].sum().item() / count
@@ -500,7 +507,7 @@ def certify_cascade(
     check_promise(agreement, certainty, len(observed))
     chosen_on = np.random.default_rng(0).permutation(len(observed)) % 2 == 0
     budgets = np.linspace(costs.alone.min(), costs.alone[reference], 4 * BUDGETS)
-    chains = search_cascades(observed.select_images(chosen_on), costs, budgets).chains
+    chains = from_main(lambda: search_cascades(observed.select_images(chosen_on), costs, budgets).chains)
     tested, passed = observed.select_images(~chosen_on), (Chain((reference,)), 1.0)
     for chain in dict.fromkeys(reversed(chains)):
         assert chain is not None

@@ -4,7 +4,7 @@ from __future__ import annotations  # matplotlib takes long to import, and is im
 
 import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,8 @@ from transformers.utils import logging
 from restnet_hf.cascading import Stage, plan_stages, run_cascade
 from restnet_hf.data.datasets import MULTI_LABEL
 from restnet_hf.data.prepare import Pictures
+from restnet_hf.data.shares import OwnBatch
+from restnet_hf.distributed import Own
 from restnet_hf.profiling.cascade_rows import add_latency, fits_adapter
 from restnet_hf.profiling.cascades import (
     LEAST_IMAGES,
@@ -80,7 +82,7 @@ class ProfilingMixin:
     prepare_data: Callable[..., Any]
     profile: Callable[..., Profile]
     weights_sha256: Callable[..., dict[str, str]]
-    _checked: Callable[..., Iterator[dict[str, Tensor]]]
+    _checked: Callable[..., Own[OwnBatch]]
     _parse_routes: Callable[[Routes], list[Route]]
 
     def cascade(self, cascade: Cascade | str) -> Cascade:

@@ -34,36 +34,50 @@ class HSIC:
                 raise ValueError(f"{name}={value!r} is not one of {allowed}")
         self.estimator, self.average = estimator, average
         self.least = 4 if estimator == "unbiased" else 2
-        self.images = self.first = 0
-        self.xy: Any = 0.0
-        self.xx: Any = 0.0
-        self.yy: Any = 0.0
+        self.first: tuple[int, int] | None = None  # place of the first batch that is large enough, and its images
+        self.sums: dict[int, list[Any]] = {}  # by batch size: images, and sums of xy, xx and yy over batches
 
-    def update(self, x: Tensor, y: Tensor) -> None:
+    def update(self, x: Tensor, y: Tensor, place: int = 0) -> None:
         """Add one batch of Gram matrices; a batch that is too small is left out.
 
         Args:
             x: Gram matrices (cuts, N, N) of the front's centred features, float64.
             y: Gram matrices (cuts, N, N) of the end's centred features, float64.
+            place: place of the batch in the data, where other processes have batches before it.
         """
         n = x.shape[-1]
-        if n < self.least or 2 * n < self.first:
+        if n < self.least:
             return
-        self.first = self.first or n
+        self.first = self.first or (place, n)
         x, y = (self._centred(gram).flatten(1) for gram in (x, y))
         scale = (n - 3) if self.estimator == "unbiased" else (n - 1) ** 2 / n  # n times the estimate
-        self.images += n
         xy, xx, yy = (x @ y.T / scale).cpu(), (x.square().sum(1) / scale).cpu(), (y.square().sum(1) / scale).cpu()
         if self.average == "mean":  # ratios, weighted by images
             norm = (xx[:, None] * yy[None, :]).sqrt()
-            self.xy += torch.where(norm > torch.finfo(norm.dtype).tiny, n * xy / norm, torch.nan)
-            return
-        self.xy, self.xx, self.yy = self.xy + xy, self.xx + xx, self.yy + yy
+            self._add(n, [n, torch.where(norm > torch.finfo(norm.dtype).tiny, n * xy / norm, torch.nan), 0.0, 0.0])
+        else:
+            self._add(n, [n, xy, xx, yy])
+
+    def _add(self, size: int, sums: list[Any]) -> None:
+        old = self.sums.get(size)
+        self.sums[size] = sums if old is None else [a + b for a, b in zip(old, sums, strict=True)]
 
     def add(self, other: "HSIC") -> None:
         """Add the sums over other batches."""
-        self.images, self.first = self.images + other.images, self.first or other.first
-        self.xy, self.xx, self.yy = self.xy + other.xy, self.xx + other.xx, self.yy + other.yy
+        if other.first is not None:
+            self.first = min(self.first or other.first, other.first)
+        for size, sums in other.sums.items():
+            self._add(size, sums)
+
+    def _total(self) -> list[Any]:
+        """Images, and sums of xy, xx and yy, over the batches that are large enough."""
+        kept = [sums for size, sums in sorted(self.sums.items()) if self.first and 2 * size >= self.first[1]]
+        return [sum(each) for each in zip(*kept, strict=True)] if kept else [0, 0.0, 0.0, 0.0]
+
+    @property
+    def images(self) -> int:
+        """The number of images of all batches that are large enough."""
+        return self._total()[0]
 
     def _centred(self, gram: Tensor) -> Tensor:
         if self.estimator == "biased":
@@ -82,13 +96,14 @@ class HSIC:
         Raises:
             ValueError: there was no batch of enough images.
         """
-        if not self.images:
+        images, xy, xx, yy = self._total()
+        if not images:
             raise ValueError(f"no images to compare features on: batches of at least {self.least} are needed")
         if self.average == "mean":
-            return np.ma.masked_invalid((self.xy / self.images).numpy())
-        norm = (self.xx[:, None] * self.yy[None, :]).sqrt()
+            return np.ma.masked_invalid((xy / images).numpy())
+        norm = (xx[:, None] * yy[None, :]).sqrt()
         undefined = norm <= torch.finfo(torch.float64).tiny
-        values = self.xy / norm.masked_fill(undefined, 1.0)
+        values = xy / norm.masked_fill(undefined, 1.0)
         return np.ma.masked_array(values.numpy(), undefined.numpy())
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.config_entry import current_entry
-from restnet_hf.data.datasets import batches, check_labels, data_fingerprint, drop_unlabelled
-from restnet_hf.distributed import this_process
+from restnet_hf.data.datasets import check_labels, data_fingerprint
+from restnet_hf.data.shares import OwnBatch, shared_batches
+from restnet_hf.distributed import Own, from_main, this_process
 from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.routes.blocks import Blocks
 from restnet_hf.routes.families import WITHIN, family, within_budget
@@ -60,20 +61,18 @@ class SelectionMixin:
 
     def _selection_batches(
         self, data: Any, batch_size: int, names: Iterable[str], max_images: int | None
-    ) -> Iterator[SelectionBatch]:
-        """Batches of images for the selectors of some anchors."""
+    ) -> Own[SelectionBatch]:
+        """This process's batches of images for the selectors of some anchors."""
         anchors = {name: self.anchors[name] for name in self.anchors if name in names}
         finish = {name: self.finish(name) for name in anchors}
-        start = 0
-        for batch in self._checked(data, batch_size, "calibration"):
-            left = None if max_images is None else max_images - start
-            batch = {key: values[:left] for key, values in batch.items()}
+
+        def read(start: int, batch: Mapping[str, Tensor]) -> SelectionBatch:
             images = batch["pixel_values"].to(self.device)
             inputs = {name: self.images_for(name, images) for name in anchors}
-            yield SelectionBatch(start, inputs, anchors, finish, batch.get("labels"))
-            start += len(images)
-            if start == max_images:
-                return
+            return SelectionBatch(start, inputs, anchors, finish, batch.get("labels"))
+
+        own = self._checked(data, batch_size, "calibration", max_images)
+        return Own(read(start, batch) for _, start, batch in own)
 
     def compare(
         self,
@@ -121,8 +120,7 @@ class SelectionMixin:
         labels = any(find_selector(name).labels for name in options)
         calibration = self.prepare_data(calibration, name="calibration", on_error=on_error, labels=labels)
         settings = {"batch_size": batch_size, "kept_images": kept_images, "max_images": max_images}
-        files = self._files(self._dependencies(calibration, config, settings), options, chosen)
-        cached = {name: [read_similarity(files[name, p.names], *p.names) for p in chosen] for name in options}
+        files, cached = from_main(lambda: self._cached(calibration, config, settings, options, chosen))
         missing = {name: options[name] for name in options if None in cached[name]}
         drawn = draw_images(calibration, kept_images, max_images) if missing else None
         names = {name for pair in chosen for name in pair.names}
@@ -143,22 +141,32 @@ class SelectionMixin:
             raise ValueError(f"{[*methods]}: the new heads of {untrained} are not trained yet; call train_heads")
         return [Pair(self.anchors[front], self.anchors[end], self.finish(end), config) for front, end in names]
 
-    def _files(
+    def _cached(
         self,
-        dependencies: Mapping[str, Any] | None,
+        data: Any,
+        config: StitchConfig | None,
+        settings: Mapping[str, Any],
         options: Mapping[Method, Mapping[str, Any]],
-        pairs: Iterable[Pair],
-    ) -> dict[tuple[Method, tuple[str, str]], Path | None]:
-        """Paths of cached similarities, by method and names of the pair; None where there is no cache."""
-        keys = [(name, pair.names) for name in options for pair in pairs]
-        files: dict[tuple[Method, tuple[str, str]], Path | None] = dict.fromkeys(keys)
-        for name, names in keys:
-            kind = SELECTORS.get(name) if isinstance(name, str) else None
-            ours = getattr(kind, "__module__", "").startswith(f"{__package__}.")  # others may change
-            if dependencies is not None and ours:
-                about = {**dependencies, "pair": names, "method": name, "options": dict(options[name])}
-                files[name, names] = cache_file(about)
-        return files
+        pairs: Sequence[Pair],
+    ) -> tuple[dict[tuple[Method, tuple[str, str]], Path | None], dict[Method, list[Similarity | None]]]:
+        """Files of similarities by method and names of the pair, None without a cache; and what they hold, by method.
+
+        One process looks for all of them, whose caches may differ.
+        """
+        about = self._dependencies(data, config, settings)
+        files = {(name, p.names): self._file(about, name, options[name], p) for name in options for p in pairs}
+        cached = {name: [read_similarity(files[name, p.names], *p.names) for p in pairs] for name in options}
+        return files, cached
+
+    def _file(
+        self, dependencies: Mapping[str, Any] | None, method: Method, options: Mapping[str, Any], pair: Pair
+    ) -> Path | None:
+        """Path of a cached similarity; None where there is no cache."""
+        kind = SELECTORS.get(method) if isinstance(method, str) else None
+        ours = getattr(kind, "__module__", "").startswith(f"{__package__}.")  # others may change
+        if dependencies is None or not ours:
+            return None
+        return cache_file({**dependencies, "pair": pair.names, "method": method, "options": dict(options)})
 
     @property
     def similarity(self) -> Similarity | None:
@@ -168,12 +176,9 @@ class SelectionMixin:
     def _dependencies(
         self, data: Any, config: StitchConfig | None, settings: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """Everything that similarities depend on besides the selector, fit for JSON.
-
-        None if the images have no fingerprint, and with several processes, whose caches may differ.
-        """
+        """Everything that similarities depend on besides the selector, fit for JSON; None without a fingerprint."""
         images = data_fingerprint(data)
-        if images is None or this_process().num_processes > 1:
+        if images is None:
             return None
         return {**self.identity(), "images": images, "config": asdict(config or StitchConfig()), **settings}
 
@@ -352,20 +357,28 @@ class SelectionMixin:
         """
         return drop_beaten(self, cost, score)
 
-    def _images(self, data: Any, batch_size: int, name: str) -> Iterator[dict[str, Tensor]]:
-        """Batches of images by anchor name, each anchor's in its own preprocessing."""
-        for batch in batches(data, batch_size, name):
+    def _images(self, data: Any, batch_size: int, name: str) -> Own[OwnBatch]:
+        """This process's batches of images by anchor name, each anchor's in its own preprocessing."""
+
+        def converted(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             self.preprocessing.check(batch["pixel_values"])
             images = batch["pixel_values"].to(self.device, self.dtype)
-            yield {name: self.images_for(name, images) for name in self.anchors}
+            return {name: self.images_for(name, images) for name in self.anchors}
 
-    def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
-        """Batches of images and labels, checked to fit the model."""
-        for batch in drop_unlabelled(batches(data, batch_size, name)):
+        own = shared_batches(data, batch_size, name)
+        return Own(each._replace(batch=converted(each.batch)) for each in own)
+
+    def _checked(self, data: Any, batch_size: int, name: str = "data", limit: int | None = None) -> Own[OwnBatch]:
+        """This process's batches of images and labels, checked to fit the model."""
+
+        def checked(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             self.preprocessing.check(batch["pixel_values"])
             if "labels" in batch:
                 check_labels(batch["labels"], self.config.num_labels)
-            yield {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
+            return {**batch, "pixel_values": batch["pixel_values"].to(self.dtype)}
+
+        own = shared_batches(data, batch_size, name, limit=limit, unlabelled=False)
+        return Own(each._replace(batch=checked(each.batch)) for each in own)
 
 
 def _cache(similarities: Mapping[Path | None, Similarity]) -> None:

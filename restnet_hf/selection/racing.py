@@ -1,13 +1,15 @@
 """Race of routes: those that cannot be the best do not run on all images."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from restnet_hf.data.datasets import Batch
+from restnet_hf.data.shares import OwnBatch, in_order, own_batches
+from restnet_hf.distributed import Own
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
 
@@ -30,7 +32,7 @@ class RaceResult:
 @torch.no_grad()
 def race_routes(
     walks: Sequence[Walk],
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Own[OwnBatch],
     device: torch.device,
     rivals: Iterable[Collection[Route]] | None = None,
     error: float = 0.01,
@@ -40,11 +42,11 @@ def race_routes(
     A route is stopped once each group of rivals that it belongs to has a significantly better one. After each batch a
     sign test is made on the images on which just one of the two is right; its level is divided among routes and
     batches, so that the best of a group is stopped with a probability of at most ``error``. The accuracy of the other
-    routes is exactly that of `score_routes`.
+    routes is exactly that of `score_routes`. Several processes share the batches, and all return the same.
 
     Args:
         walks: routes with their steps.
-        batches: batches of labelled images in the model's preprocessing.
+        batches: batches of labelled images in the model's preprocessing, the same on every process, or its own.
         device: device to run on.
         rivals: groups of routes of which the best is wanted, such as all within a budget; one group by default.
         error: largest probability of stopping the best of a group, from 0 (no route is stopped) to below 1.
@@ -58,23 +60,54 @@ def race_routes(
     right: dict[Route, list[np.ndarray]] = {route: [] for route, _ in walks}
     alive, images = list(walks), 0
     shared = split_at_shared_cuts(alive)
-    for number, batch in enumerate(batches, 1):
-        if "labels" not in batch:
-            raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
-        labels = batch["labels"].cpu()
-        for route, logits in walk_tree(batch["pixel_values"].to(device), shared):
-            right[route].append((logits.argmax(-1).cpu() == labels).numpy())
-        images += len(labels)
-        hits = {route: np.concatenate(right[route]) for route, _ in alive}
-        level = error / (len(walks) * number * (number + 1))
-        behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups, level)}
-        if behind:
+    own, number = _HitsOfAll(own_batches(batches), device), 0
+    while turn := own.next_turn(shared):
+        for hits_of_batch in turn:  # a route that a batch stops ran on the later ones of its turn in vain
+            number += 1
+            for route, _ in alive:
+                right[route].append(hits_of_batch[route])
+            images += len(hits_of_batch[alive[0][0]])
+            hits = {route: np.concatenate(right[route]) for route, _ in alive}
+            level = error / (len(walks) * number * (number + 1))
+            behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups, level)}
             alive = [walk for walk in alive if walk[0] not in behind]
-            shared = split_at_shared_cuts(alive)
+        shared = split_at_shared_cuts(alive) if len(alive) < len(shared) else shared
     every = {route: np.concatenate(hits) for route, hits in right.items() if hits}
     scores = {route: float(every[route].mean()) for route, _ in alive}
     stopped = {route: (float(hits.mean()), len(hits)) for route, hits in every.items() if route not in scores}
     return RaceResult(scores, stopped, images)
+
+
+class _HitsOfAll:
+    """Which images routes are right on, batch by batch; each process runs one batch of a turn.
+
+    Args:
+        batches: batches of this process.
+        device: device to run on.
+    """
+
+    def __init__(self, batches: Iterator[OwnBatch], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def next_turn(self, walks: Sequence[Walk]) -> list[dict[Route, np.ndarray]]:
+        """Whether each route is right on each image of the next batches, one of each process that has one left.
+
+        Args:
+            walks: routes with their steps, from `split_at_shared_cuts`.
+
+        Raises:
+            ValueError: a batch has no labels.
+        """
+        own = next(self.batches, None)
+        chunks = [] if own is None else [(own.number, self._hits(own.batch, walks))]
+        return [hits for _, hits in in_order(chunks)]
+
+    def _hits(self, batch: Batch, walks: Sequence[Walk]) -> dict[Route, np.ndarray]:
+        if "labels" not in batch:
+            raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
+        labels = batch["labels"].cpu()
+        logits = walk_tree(batch["pixel_values"].to(self.device), walks)
+        return {route: (each.argmax(-1).cpu() == labels).numpy() for route, each in logits}
 
 
 def _cannot_win(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
+from restnet_hf.distributed import own_items, share_jobs
 from restnet_hf.progress import progress_bar
 from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitch
 from restnet_hf.stitches.precision import trained_dtype
@@ -260,6 +261,11 @@ class Samples:
         return held
 
     @property
+    def own_cuts(self) -> list[int]:
+        """The cuts of the front whose stitches this process solves and tests; those of all processes are all cuts."""
+        return list(own_items(_cuts(self.pair.front)))
+
+    @property
     def labelled(self) -> bool:
         """Whether all kept images have labels."""
         return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
@@ -269,14 +275,17 @@ class Samples:
         held = self.held
         return {"images": len(held), "held_out": int(held.sum())}
 
-    def solve(self, ridge: float) -> Iterator[tuple[tuple[int, int], list[Solution]]]:
+    def solve(
+        self, ridge: float, cuts: Iterable[int] | None = None
+    ) -> Iterator[tuple[tuple[int, int], list[Solution]]]:
         """Solve the problems of the stitch of each pair of cuts on the samples.
 
         Args:
             ridge: regularisation relative to the mean variance of the features.
+            cuts: cuts of the front whose stitches are solved; all by default.
         """
         held = self.held
-        for i in progress_bar(_cuts(self.pair.front), "stitches"):
+        for i in progress_bar(_cuts(self.pair.front) if cuts is None else cuts, "stitches"):
             problems = [
                 (j, number, p) for (k, j), ps in self.problems.items() if k == i for number, p in enumerate(ps)
             ]
@@ -289,14 +298,15 @@ class Samples:
             for j in _cuts(self.pair.end):
                 yield (i, j), [solved[j, number] for number in range(len(self.problems[i, j]))]
 
-    def stitches(self, ridge: float) -> dict[tuple[int, int], Stitch]:
+    def stitches(self, ridge: float, cuts: Iterable[int] | None = None) -> dict[tuple[int, int], Stitch]:
         """The fitted stitch of every pair of cuts.
 
         Args:
             ridge: regularisation relative to the mean variance of the features.
+            cuts: cuts of the front whose stitches are fitted; all by default.
         """
         like, stitches = next(self.pair.end.parameters()), {}
-        for (i, j), solutions in self.solve(ridge):
+        for (i, j), solutions in self.solve(ridge, cuts):
             stitch = self._stitch(i, j).to(like.device, trained_dtype(like.dtype)).eval()
             for problem, solution in zip(stitch.problems(), solutions, strict=True):
                 problem.assign(solution.weight, solution.bias)
@@ -333,7 +343,7 @@ class Samples:
         """Log-probabilities (N, classes) of a linear probe on the held-out images, for each cut.
 
         Probes learn the labels or, without labels, the outputs of the largest anchor. They are trained once for all
-        pairs with the anchor.
+        pairs with the anchor, and processes share the cuts.
 
         Args:
             anchor: anchor whose activations the probes take.
@@ -354,14 +364,17 @@ class Samples:
             if self.labelled
             else softmax(teacher, -1)
         )
-        outputs = []
-        for cut in progress_bar(_cuts(anchor), f"probes of {anchor.name}"):
-            x = self.store.all(("pooled", anchor.name, cut)).float()
+
+        def probe(number: int) -> Tensor:
+            x = self.store.all(("pooled", anchor.name, number + 1)).float()
             x = (x - x[~held].mean(0)) / x[~held].std(0).clamp_min(1e-6)
             weight, bias = _softmax_regression(x[~held].to(targets.device), targets[~held], weight_decay)
-            outputs.append(log_softmax(x[held] @ weight + bias, dim=-1))
-        self.store.probes[anchor.name, weight_decay] = outputs
-        return outputs
+            bar.update()
+            return log_softmax(x[held] @ weight + bias, dim=-1)
+
+        with progress_bar(desc=f"probes of {anchor.name}", total=len(list(own_items(_cuts(anchor))))) as bar:
+            self.store.probes[anchor.name, weight_decay] = share_jobs(probe, anchor.depth)
+        return self.store.probes[anchor.name, weight_decay]
 
 
 def _cuts(anchor: Anchor) -> range:

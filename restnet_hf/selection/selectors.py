@@ -4,16 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.distributed import this_process
+from restnet_hf.distributed import Own, add_up, gather, own_items, this_process
 from restnet_hf.progress import progress_bar
 from restnet_hf.selection.cka import HSIC, KERNELS, gram
 from restnet_hf.selection.ranking import Similarity
@@ -133,17 +133,18 @@ class CKA(Selector):
             torch.stack([self._grams.pop((anchor.name, cut)) for cut in range(1, anchor.depth + 1)])
             for anchor in (self.pair.front, self.pair.end)
         )
-        self.sums.update(front, end)
+        self.sums.update(front, end, batch.start)
 
-    def state(self) -> HSIC:
-        """The sums of this process."""
-        return self.sums
+    def state(self) -> tuple[HSIC, int]:
+        """The sums of this process, and the size of its largest batch."""
+        return self.sums, self.batch_size
 
-    def merge(self, states: Iterable[HSIC]) -> None:
+    def merge(self, states: Iterable[tuple[HSIC, int]]) -> None:
         """Add up the sums of all processes."""
         total = HSIC(self.sums.estimator, self.sums.average)
-        for state in states:
-            total.add(state)
+        for sums, batch_size in states:
+            total.add(sums)
+            self.batch_size = max(self.batch_size, batch_size)
         self.sums = total
 
     def values(self) -> np.ma.MaskedArray:
@@ -196,8 +197,9 @@ class LeastSquaresR2(Selector):
     def values(self) -> np.ma.MaskedArray:
         """Values (front cuts, end cuts), masked where undefined."""
         values = np.full((self.pair.front.depth, self.pair.end.depth), np.nan)
-        for (i, j), (first, *_) in self.samples.solve(self.ridge):
-            values[i - 1, j - 1] = first.r2
+        own = {cuts: first.r2 for cuts, (first, *_) in self.samples.solve(self.ridge, self.samples.own_cuts)}
+        for (i, j), r2 in chain.from_iterable(each.items() for each in gather(own)):
+            values[i - 1, j - 1] = r2
         return np.ma.masked_invalid(values)
 
     def settings(self) -> dict[str, Any]:
@@ -227,18 +229,18 @@ class FittedAccuracy(Selector):
 
     def values(self) -> np.ma.MaskedArray:
         """Values (front cuts, end cuts), masked where undefined."""
-        stitches = self.samples.stitches(self.ridge)
+        cuts = self.samples.own_cuts
+        stitches = self.samples.stitches(self.ridge, cuts)
         right = torch.zeros(self.pair.front.depth, self.pair.end.depth, dtype=torch.float64)
-        state = this_process()
-        batches = list(self.samples.held_out())[state.process_index :: state.num_processes]
+        batches = list(self.samples.held_out()) if cuts else []
         with progress_bar(desc="routes", total=len(batches) * len(stitches)) as bar:
             for images, targets in batches:
-                activations = self.pair.front.capture(images, range(1, self.pair.front.depth + 1))
+                activations = self.pair.front.capture(images, cuts)
                 for (i, j), stitch in stitches.items():
                     logits = self.pair.finish(self.pair.end(run_in_own_type(stitch, activations[i]), j))
                     right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum().item()
                     bar.update()
-        total = sum(gather_object([right]))
+        total = add_up(right)
         return np.ma.masked_array((total / int(self.samples.held.sum())).numpy())
 
     def settings(self) -> dict[str, Any]:
@@ -333,7 +335,7 @@ class _Run:
 @torch.no_grad()
 def compare(
     pairs: Iterable[Pair],
-    images: Callable[[], Iterable[SelectionBatch]],
+    images: Callable[[], Iterable[SelectionBatch] | Own[SelectionBatch]],
     methods: Mapping[Method, Mapping[str, Any]],
     kept_images: int = 512,
 ) -> dict[Method, list[Similarity]]:
@@ -343,7 +345,7 @@ def compare(
 
     Args:
         pairs: pairs of anchors, one for each direction.
-        images: function that returns batches for all of the anchors.
+        images: function that returns batches for all of the anchors, the same on every process, or those of this one.
         methods: options by key of `SELECTORS`, or by class.
         kept_images: number of images that selectors which fit something keep samples of.
 
@@ -382,21 +384,21 @@ def compare(
     return {name: [similarity(name, names) for names in runs] for name in methods}
 
 
-def _stream(runs: Collection[_Run], store: SampleStore, images: Iterable[SelectionBatch]) -> None:
+def _stream(
+    runs: Collection[_Run], store: SampleStore, images: Iterable[SelectionBatch] | Own[SelectionBatch]
+) -> None:
     """Show all batches to the samples and selectors, and merge their states over processes."""
     parts: list[Any] = [store, *(selector for run in runs for selector in run.selectors.values())]
     readers = [(run.pair.names, selector) for run in runs for selector in run.selectors.values()]
     everything = any(selector.all_images for _, selector in readers)
-    state = this_process()
-    for index, batch in enumerate(images):
+    for batch in own_items(images):
         if not everything and batch.start >= store.images:
             break
-        if index % state.num_processes == state.process_index:
-            batch.run(partial(_read, store, readers, batch))
-            for part in parts:
-                part.update(batch)
-    if state.num_processes > 1:
-        states = gather_object([[part.state() for part in parts]])
+        batch.run(partial(_read, store, readers, batch))
+        for part in parts:
+            part.update(batch)
+    if this_process().num_processes > 1:
+        states = gather([part.state() for part in parts])
         for index, part in enumerate(parts):
             part.merge([each[index] for each in states])
 

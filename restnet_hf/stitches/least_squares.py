@@ -1,7 +1,7 @@
-"""The streaming least-squares fit of stitches: all of them in one pass over each anchor."""
+"""The streaming least-squares fit of stitches: all of them in one pass over each anchor, which processes share."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,6 +11,16 @@ from torch import Tensor
 from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.data.shares import OwnBatch, own_batches
+from restnet_hf.distributed import (
+    Own,
+    add_up,
+    divide_jobs,
+    gather,
+    send_from,
+    send_sum_to,
+    this_process,
+)
 from restnet_hf.routes.route import Route, StitchPoint
 from restnet_hf.stitches.layers import Chosen, Problem, Stitch
 from restnet_hf.stitches.precision import make_trainable, trained_dtype
@@ -81,6 +91,30 @@ class LeastSquares:
             old.xx.add_(new.xx).addr_(step_x, step_x, alpha=share),
             old.xy.add_(new.xy).addr_(step_x, step_y, alpha=share),
             old.yy.add_(new.yy).add_(step_y.square(), alpha=share),
+        )
+
+    def shift(self, rows: int, mean_x: Tensor, mean_y: Tensor) -> None:
+        """Make these moments a part of the moments of more rows: those of all parts add up.
+
+        Args:
+            rows: number of all rows.
+            mean_x: mean (C,) of all x.
+            mean_y: mean (D,) of all y.
+        """
+        old = self.moments
+        if old is None:
+            c, d = len(mean_x), len(mean_y)
+            zeros = (mean_x.new_zeros(shape) for shape in ((c, c), (c, d), (d,)))
+            self.moments = Moments(rows, mean_x, mean_y, *zeros)
+            return
+        step_x, step_y = old.mean_x - mean_x, old.mean_y - mean_y
+        self.moments = Moments(
+            rows,
+            mean_x,
+            mean_y,
+            old.xx.addr_(step_x, step_x, alpha=old.rows),
+            old.xy.addr_(step_x, step_y, alpha=old.rows),
+            old.yy.add_(step_y.square(), alpha=old.rows),
         )
 
     def weights(self, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
@@ -211,19 +245,21 @@ def _ridges(ridge: float | str) -> Sequence[float]:
 def fit_stitches(
     stitches: Mapping[StitchPoint, Stitch],
     anchors: Mapping[str, Anchor],
-    images: Iterable[Mapping[str, Tensor]],
+    images: Iterable[Mapping[str, Tensor]] | Own[OwnBatch],
     ridge: float | str = AUTO,
 ) -> dict[str, float]:
     """Set the weights of stitches to the least-squares solution, all of them in one pass over each anchor.
 
     Each stitch is fitted to the activation that it replaces (SN-Net, arXiv 2302.06586, equation 3). A stitch at
     several points is fitted on the activations of all of them. Every fifth image is held out, for R² and to choose the
-    ridge; the weights are then fitted on all images.
+    ridge; the weights are then fitted on all images. Processes share the images, add up their moments in float64, and
+    share the solving.
 
     Args:
         stitches: stitches to fit, by stitch point.
         anchors: mapping from names to anchors.
-        images: batches of images by anchor name, each anchor's in its own preprocessing.
+        images: batches of images by anchor name, each anchor's in its own preprocessing, the same on every process; or
+            those of this process.
         ridge: regularisation relative to the mean variance, see `LeastSquares.weights`; ``auto`` for the best of
             `RIDGES` on the held-out images.
 
@@ -233,6 +269,16 @@ def fit_stitches(
     Raises:
         ValueError: no images, or features that are not finite (the message names the stitch).
     """
+    return _fit(stitches, anchors, images, ridge)[0]
+
+
+def _fit(
+    stitches: Mapping[StitchPoint, Stitch],
+    anchors: Mapping[str, Anchor],
+    images: Iterable[Mapping[str, Tensor]] | Own[OwnBatch],
+    ridge: float | str,
+) -> tuple[dict[str, float], int]:
+    """Fit stitches, see `fit_stitches`; returns R² by stitch name, and the number of images."""
     ridges, points = _ridges(ridge), dict[str, list[StitchPoint]]()
     for point, stitch in stitches.items():
         target_cut = point.target_cut if stitch.target_cut is None else stitch.target_cut
@@ -240,34 +286,83 @@ def fit_stitches(
             points.setdefault(point.name, []).append(replace(point, target_cut=target_cut))
     by_name = {point.name: stitch for point, stitch in stitches.items()}
     jobs = [_Job(name, problem) for name, stitch in by_name.items() for problem in stitch.problems()]
-    count = _read(jobs, points, anchors, images)
+    count = int(add_up(torch.tensor(_read(jobs, points, anchors, images))))
+    owners = _merge(jobs, next(next(iter(anchors.values())).parameters()).device)
     first: dict[str, _Job] = {}
     for job in jobs:  # a class token's own map has a row for each image alone, and relies on the ridge
         first.setdefault(job.name, job)
     _warn_of_shortage(first.values(), count)
-    solutions = [(job, *job.solve(ridges)) for job in jobs]  # nothing is assigned before everything is solved
+    solutions = _solve(jobs, owners, ridges)  # nothing is assigned before everything is solved
     for stitch in by_name.values():
         make_trainable(stitch)  # solutions may exceed the range of float16
     r2: dict[str, float] = {}
-    for job, weight, bias, explained in solutions:
+    for job, (weight, bias, explained) in zip(jobs, solutions, strict=True):
         job.problem.assign(weight, bias)
         r2.setdefault(job.name, explained)
-    return r2
+    return r2, count
+
+
+def _merge(jobs: Sequence[_Job], device: torch.device) -> list[int]:
+    """Add up the moments of all processes, each job's in the process that is to solve it; returns these processes."""
+    if this_process().num_processes == 1:
+        return [0] * len(jobs)
+    every = [sums for job in jobs for sums in (job.fit, job.held)]
+    sizes = [(0, 0) if sums.moments is None else tuple(map(len, sums.moments[1:3])) for sums in every]
+    shapes = [max(of_one) for of_one in zip(*gather(sizes), strict=True)]  # a process may have no images
+    owners = divide_jobs([c * c * (c / 3 + 3 * d) for c, d in map(max, shapes[::2], shapes[1::2])])
+    parts = [
+        torch.zeros(1 + c + d, dtype=torch.float64, device=device)
+        if sums.moments is None
+        else torch.cat([sums.moments.mean_x.new_ones(1), *sums.moments[1:3]]) * sums.rows
+        for sums, (c, d) in zip(every, shapes, strict=True)
+    ]
+    totals = add_up(torch.cat(parts)).split([len(part) for part in parts]) if parts else ()
+    for number, (sums, total, (c, d)) in enumerate(zip(every, totals, shapes, strict=True)):
+        if total[0] > 0:
+            sums.shift(int(total[0]), *(total[1:] / total[0]).split([c, d]))
+            for moment in sums.moments[3:] if sums.moments is not None else ():
+                send_sum_to(owners[number // 2], moment)
+    return owners
+
+
+def _solve(jobs: Sequence[_Job], owners: Sequence[int], ridges: Sequence[float]) -> list[tuple[Tensor, Tensor, float]]:
+    """Weight, bias and R² of each job, which its owner solves, on every process."""
+    process, solutions = this_process().process_index, dict[int, tuple[Tensor, Tensor, float]]()
+    failed: dict[int, ValueError] = {}
+    for number, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+        try:
+            if owner == process and not failed:
+                solutions[number] = job.solve(ridges)
+        except ValueError as error:  # all processes raise the first one
+            failed[number] = error
+    failed = dict(chain.from_iterable(gather([*failed.items()])))
+    if failed:
+        raise failed[min(failed)]
+    if this_process().num_processes == 1:
+        return [*solutions.values()]
+    scores = dict(chain.from_iterable(gather([(number, each[2]) for number, each in solutions.items()])))
+    for number, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+        moments = job.fit.moments or job.held.moments
+        assert moments is not None  # else it was not solved
+        empty = moments.xy.new_empty(moments.xy.shape[::-1]), torch.empty_like(moments.mean_y)
+        weight, bias = solutions[number][:2] if number in solutions else empty
+        solutions[number] = send_from(owner, weight.contiguous()), send_from(owner, bias), scores[number]
+    return [solutions[number] for number in range(len(jobs))]
 
 
 def _read(
     jobs: Sequence[_Job],
     points: Mapping[str, Sequence[StitchPoint]],
     anchors: Mapping[str, Anchor],
-    images: Iterable[Mapping[str, Tensor]],
+    images: Iterable[Mapping[str, Tensor]] | Own[OwnBatch],
 ) -> int:
-    """Run each anchor once on each batch, and add its activations to the problems; returns the number of images."""
+    """Run each anchor once on each batch of this process, and add its activations; returns the number of images."""
     cuts: dict[str, set[int | None]] = {}
     for point in chain.from_iterable(points.values()):
         cuts.setdefault(point.source, set()).add(point.source_cut)
         cuts.setdefault(point.target, set()).add(point.target_cut)
-    start = 0
-    for batch in images:
+    count = 0
+    for _, start, batch in own_batches(images):
         features = {name: _in_float32(anchors[name].capture(batch[name], some)) for name, some in cuts.items()}
         size = len(next(iter(batch.values())))
         held = torch.arange(start, start + size) % HELD_OUT == 1  # the second image first, so that two suffice
@@ -278,8 +373,8 @@ def _read(
                 target = features[point.target][point.target_cut]
                 chosen = job.problem.chosen(size, MAX_POSITIONS, start)
                 job.update(source, target, chosen, order.to(source.device), fitted)
-        start += size
-    return start
+        count += size
+    return count
 
 
 def _in_float32(features: Mapping[int | None, Tensor]) -> dict[int | None, Tensor]:
@@ -299,13 +394,13 @@ def _warn_of_shortage(jobs: Iterable[_Job], images: int) -> None:
 
 
 def fit_routes(
-    model: Any, images: Iterable[Mapping[str, Tensor]], routes: Sequence[Route], ridge: float | str
+    model: Any, images: Iterable[Mapping[str, Tensor]] | Own[OwnBatch], routes: Sequence[Route], ridge: float | str
 ) -> dict[str, float]:
     """Fit the stitches of routes, and record it in the model's config.
 
     Args:
         model: stitched model whose stitches are fitted.
-        images: batches of images by anchor name, each anchor's in its own preprocessing.
+        images: batches of images by anchor name, as for `fit_stitches`.
         routes: routes of the model.
         ridge: regularisation, as in the model's `fit_stitches`.
 
@@ -318,15 +413,7 @@ def fit_routes(
     points = {point: model.stitches[point.name] for route in routes for point in route.stitch_points}
     if not points:
         raise ValueError("there are no stitches to fit; call select_stitches or add_stitch first")
-    count = 0
-
-    def counted() -> Iterator[Mapping[str, Tensor]]:
-        nonlocal count
-        for batch in images:
-            count += len(batch[model.front])
-            yield batch
-
-    r2 = fit_stitches(points, model.anchors, counted(), ridge)
+    r2, count = _fit(points, model.anchors, images, ridge)
     for name, explained in r2.items():
         model.config.stitches[name]["r2"] = None if math.isnan(explained) else explained  # JSON holds no NaN
     stage = {"stage": "least squares", "images": count, "routes": len(routes), "ridge": ridge}

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.distributed import add_up
 
 
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -19,26 +21,26 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class _Moments:
-    """Mean and variance of each channel over several batches, in float64."""
+    """Mean and variance of each channel over several batches, of which processes have parts, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.sums, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.total = torch.zeros(())  # number of rows, their sums (C,) and the sums of their squares (C,)
 
-    def add(self, x: Tensor) -> None:
-        """Add a batch (N, C, ...)."""
+    def add(self, x: Tensor, counts: bool = True) -> None:
+        """Add a batch, of which this process has x (N, C, ...); without ``counts`` only other processes have any."""
         rows = x.double().transpose(0, 1).flatten(1)
-        self.count += rows.shape[1]
-        self.sums, self.squares = self.sums + rows.sum(1), self.squares + rows.square().sum(1)
+        own = torch.cat([rows.new_tensor([rows.shape[1]]), rows.sum(1), rows.square().sum(1)])
+        self.total = self.total + add_up(own if counts else torch.zeros_like(own))
 
     @property
     def mean(self) -> Tensor:
         """Mean (C,)."""
-        return self.sums / self.count
+        return self.total[1:].chunk(2)[0] / self.total[0]
 
     @property
     def var(self) -> Tensor:
         """Variance (C,), biased."""
-        return (self.squares / self.count - self.mean.square()).clamp_min(0)
+        return (self.total[1:].chunk(2)[1] / self.total[0] - self.mean.square()).clamp_min(0)
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def recalibrate(
     tensors: Mapping[str, Tensor],
     anchor: Anchor,
     start: int,
-    activations: Iterable[tuple[Callable[[], Tensor], Callable[[], Tensor]]],
+    activations: Iterable[tuple[Callable[[], Tensor], Callable[[], Tensor], bool]],
 ) -> bool:
     """Set the BatchNorm statistics of a tuned segment so that each norm's output has the anchor's own moments.
 
@@ -73,7 +75,8 @@ def recalibrate(
         anchor: anchor at the end of the route.
         start: cut at which the segment begins.
         activations: two functions for each batch that return activations at the segment's start: the anchor's own,
-            and that of the stitch.
+            and that of the stitch; and whether they count, or only those of other processes do. Processes have parts
+            of each batch.
 
     Returns:
         Whether the segment has any BatchNorm.
@@ -89,16 +92,19 @@ def recalibrate(
     }
     own, route = ({path: _Moments() for path in norms} for _ in range(2))
 
-    def correct(path: str, x: Tensor) -> None:
-        route[path].add(x)
+    def record(counts: bool, path: str, x: Tensor) -> None:
+        own[path].add(x, counts)
+
+    def correct(counts: bool, path: str, x: Tensor) -> None:
+        route[path].add(x, counts)
         (mean, var), a, b, eps = initial[path], own[path], route[path], norms[path].eps
         scale = (b.var + eps) / (a.var + eps)
         tensors[f"{path}.running_var"].copy_((var * scale - eps).clamp_min(0))
         tensors[f"{path}.running_mean"].copy_(b.mean - scale.sqrt() * (a.mean - mean))
 
-    for original, stitched in activations:
-        with _with_hooks(norms, lambda path, x: own[path].add(x)):
+    for original, stitched, counts in activations:
+        with _with_hooks(norms, partial(record, counts)):
             anchor(original(), start)
-        with _with_hooks(norms, correct):
+        with _with_hooks(norms, partial(correct, counts)):
             anchor(stitched(), start, None, lambda *span: tensors)
     return True

@@ -47,6 +47,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         TypeError: JSON cannot hold the identity.
     """
 
+    repeatable = True  # see `restnet_hf.data.shares.is_repeatable`
+
     def __init__(self, folder: str | os.PathLike[str], identity: Mapping[str, Any], images: int) -> None:
         if images < 1:
             raise ValueError(f"images={images} must be at least 1")

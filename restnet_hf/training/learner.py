@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.datasets import IGNORED, MULTI_LABEL
+from restnet_hf.distributed import own_rows
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route, Routes, TunedKey, each_route
 from restnet_hf.steps import Step, first_segment, run_steps, split_step
@@ -223,7 +224,8 @@ class Learner:
                         *self.frozen.cuts[last.module.name].before,
                         partial(last.module, stop=start),
                     ]
-                    pairs = ((partial(run_steps, x, own), partial(run_steps, x, front)) for x in images())
+                    parts = map(own_rows, images())
+                    pairs = ((partial(run_steps, x, own), partial(run_steps, x, front), any_) for x, any_ in parts)
                     tensors = tuned.tensors(last.module, start)
                     recalibrate(tensors, last.module, start, pairs)
                     tuned.assign(tensors)

@@ -9,34 +9,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from restnet_hf.data.datasets import Batch, batches, data_fingerprint, to_batch
-from restnet_hf.distributed import this_process
+from restnet_hf.data.shares import OwnBatch, SeededItems, in_order, is_repeatable, own_batches, shared_batches
+from restnet_hf.distributed import Own, this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
 from restnet_hf.training.args import TrainArgs
 from restnet_hf.training.feature_cache import FeatureCache
 from restnet_hf.training.frozen import FrozenPart
-
-
-class SeededItems(Dataset):
-    """A data set whose random augmentation depends on seed, epoch and index alone.
-
-    So it is the same for any number of processes and workers, and for a run that was resumed within an epoch.
-
-    Args:
-        rows: map-style data set to augment.
-        seed: seed of the augmentation, 0 or above.
-    """
-
-    def __init__(self, rows: Any, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
-            return self.rows[index]
 
 
 class FeatureRows(Dataset[dict[str, Tensor]]):
@@ -46,6 +25,8 @@ class FeatureRows(Dataset[dict[str, Tensor]]):
         tensors: tensors (N, ...) by name.
         indices: rows of the tensors that the data set has; all by default.
     """
+
+    repeatable = True  # see `is_repeatable`
 
     def __init__(self, tensors: dict[str, Tensor], indices: Tensor | None = None) -> None:
         self.tensors = tensors
@@ -149,28 +130,35 @@ def evaluation_loader(rows: Any, args: TrainArgs) -> Any:
 def compute_features(
     model: StitchedModelForImageClassification,
     frozen: FrozenPart,
-    images: Iterable[Batch],
+    images: Iterable[Batch] | Own[OwnBatch],
     autocast: Callable[[], AbstractContextManager],
 ) -> FeatureRows:
     """Compute the outputs of the frozen networks that routes of heads need, and hold them in memory.
 
+    Several processes share the batches, and all hold the whole result.
+
     Args:
         model: model of the frozen networks.
         frozen: the frozen part of the routes that train.
-        images: batches of images and labels.
+        images: batches of images and labels, the same on every process, or its own.
         autocast: context manager of mixed precision.
 
     Returns:
         The outputs and labels of each image, in the place of the data set.
     """
-    names, parts = frozen.names(frozen.walks, matching=False), list[dict[str, Tensor]]()
-    for batch in progress_bar(images, "features"):
+    names, parts = frozen.names(frozen.walks, matching=False), list[tuple[int, dict[str, Tensor]]]()
+    for number, _, batch in progress_bar(own_batches(images), "features"):
         with autocast():
             outputs = frozen.compute(batch["pixel_values"].to(model.device, model.dtype), names)
-        parts.append({name: value.cpu() for name, value in (outputs | {"labels": batch["labels"]}).items()})
-    if not parts:
-        raise ValueError("train_set gives no images")
-    return FeatureRows({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        every = outputs | {"labels": batch["labels"]}
+        parts.append((number, {name: value.cpu() for name, value in every.items()}))
+    tensors = dict[str, Tensor]()
+    for name in sorted(names | {"labels"}):  # one after the other, for less memory
+        chunks = in_order([(number, part.pop(name)) for number, part in parts])
+        if not chunks:
+            raise ValueError("train_set gives no images")
+        tensors[name] = torch.cat([rows for _, rows in chunks])
+    return FeatureRows(tensors)
 
 
 def cache_features(
@@ -217,24 +205,13 @@ def cache_features(
     with cache.turn(specs, **run) as missing:
         if missing:
             with cache.write({name: specs[name] for name in missing}, **run) as rows:
-                for start, x, labels in _own_batches(model, train_set, args.batch_size):
+                for _, start, batch in shared_batches(train_set, args.batch_size, "cache"):
+                    model.preprocessing.check(batch["pixel_values"])
+                    x = batch["pixel_values"].to(model.device, model.dtype)
                     outputs = frozen.compute(x, {*missing} - {"labels"})
-                    rows.put(
-                        start, outputs | ({} if labels is None or "labels" not in missing else {"labels": labels})
-                    )
+                    labels = {"labels": batch["labels"]} if "labels" in batch and "labels" in missing else {}
+                    rows.put(start, outputs | labels)
     return cache.select(specs)
-
-
-def _own_batches(
-    model: StitchedModelForImageClassification, train_set: Any, batch_size: int
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """The batches that this process computes: index of the first image, images, and labels if any."""
-    state, start = this_process(), 0
-    for index, batch in enumerate(batches(train_set, batch_size, "cache")):
-        if index % state.num_processes == state.process_index:
-            model.preprocessing.check(batch["pixel_values"])
-            yield start, batch["pixel_values"].to(model.device, model.dtype), batch.get("labels")
-        start += len(batch["pixel_values"])
 
 
 def first_images(
@@ -250,20 +227,39 @@ def first_images(
         spread: whether the images are spread evenly over a data set that has a length, since one that is sorted by
             class has only a few classes among its first images.
     """
-    rows, options = train_set, dict[str, Any](batch_size=batch_size, num_workers=num_workers)
-    if isinstance(train_set, DataLoader):
-        rows, options["collate_fn"] = train_set.dataset, train_set.collate_fn
-    loader: Any = train_set
-    if not is_stream(train_set):
-        wanted = min(count, len(rows))
-        places = [place * len(rows) // wanted for place in range(wanted)] if spread else range(wanted)
-        loader = DataLoader(Subset(rows, places), **options)
-    elif not isinstance(train_set, DataLoader):
-        loader = DataLoader(train_set, **options)
     seen = 0
-    for item in loader:
+    for item in _first_loader(train_set, count, batch_size, num_workers, spread):
         batch = to_batch(item, "train_set")
         yield batch
         seen += len(batch["pixel_values"])
         if seen >= count:
             return
+
+
+def own_first_images(
+    train_set: Any, count: int, batch_size: int = 64, num_workers: int = 0, *, spread: bool = False
+) -> Own[OwnBatch]:
+    """The batches of `first_images` that belong to this process.
+
+    Args:
+        train_set: a map-style data set, a DataLoader, or a data set without a length.
+        count: number of images, as for `first_images`.
+        batch_size: number of images in a batch, where no DataLoader decides it.
+        num_workers: number of worker processes, as in ``DataLoader``.
+        spread: whether the images are spread evenly, as for `first_images`.
+    """
+    if is_stream(train_set):
+        return shared_batches(first_images(train_set, count, batch_size, num_workers), batch_size, "train_set")
+    return shared_batches(_first_loader(train_set, count, batch_size, num_workers, spread), batch_size, "train_set")
+
+
+def _first_loader(train_set: Any, count: int, batch_size: int, num_workers: int, spread: bool) -> Iterable[Any]:
+    """A loader that begins with the images of `first_images`, which are the same each time if they have a length."""
+    rows, options = train_set, dict[str, Any](batch_size=batch_size, num_workers=num_workers)
+    if isinstance(train_set, DataLoader):
+        rows, options["collate_fn"] = train_set.dataset, train_set.collate_fn
+    if is_stream(train_set):
+        return train_set if isinstance(train_set, DataLoader) else DataLoader(train_set, **options)
+    wanted = min(count, len(rows))
+    places = [place * len(rows) // wanted for place in range(wanted)] if spread else range(wanted)
+    return DataLoader(Subset(rows if is_repeatable(rows) else SeededItems(rows, 0), places), **options)

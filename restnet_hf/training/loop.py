@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
-from restnet_hf.distributed import catch_sigterm
+from restnet_hf.data.shares import SeededItems
+from restnet_hf.distributed import Own, catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route, Routes
@@ -30,7 +31,6 @@ from restnet_hf.training.learner import Learner, check_routes
 from restnet_hf.training.loaders import (
     Batches,
     FeatureRows,
-    SeededItems,
     cache_features,
     check_train_set,
     compute_features,
@@ -38,6 +38,7 @@ from restnet_hf.training.loaders import (
     first_images,
     is_stream,
     make_loader,
+    own_first_images,
 )
 from restnet_hf.training.outside import ready_teacher
 from restnet_hf.training.pace import Pace
@@ -173,7 +174,7 @@ def _train(
             training.run()
         result = training.result()
     else:
-        model.fit_stitches(first_images(train_set, args.least_squares_images or 0), routes)
+        model.fit_stitches(own_first_images(train_set, args.least_squares_images or 0), routes)
         result = TrainResult(0, time.perf_counter() - began, {})
     model.unfitted.difference_update(point.name for route in routes for point in route.stitch_points)
     model.forget_profile()
@@ -297,7 +298,8 @@ class Training:
                 self.model, self.learner.frozen, map(self.check_batch, data), self.accelerator.autocast
             )
         count = (args.max_steps or 1) * args.batch_size if is_stream(data) else sys.maxsize
-        images = map(self.check_batch, first_images(data, count, args.batch_size, args.dataloader_num_workers))
+        own = own_first_images(data, count, args.batch_size, args.dataloader_num_workers)
+        images = Own(each._replace(batch=self.check_batch(each.batch)) for each in own)
         return compute_features(self.model, self.learner.frozen, images, self.accelerator.autocast)
 
     def run(self) -> None:
@@ -318,7 +320,7 @@ class Training:
         self._score()
         if self.args.least_squares_images is not None:
             stitched = [route for route in self.learner.routes if route.stitch_points]
-            self.model.fit_stitches(first_images(self.train_set, self.args.least_squares_images), stitched)
+            self.model.fit_stitches(own_first_images(self.train_set, self.args.least_squares_images), stitched)
             self._renew_rates()
             self._score()
         if self.learner.recalibrate(self._calibration_images):

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.datasets import IGNORED, Batch
+from restnet_hf.data.shares import in_order, own_batches
 from restnet_hf.distributed import this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.route import Route
@@ -301,17 +302,17 @@ def _best_anchor(walks: Mapping[str, Sequence[Step]], images: Images) -> tuple[s
 def _run_all(run: Callable[[Tensor], dict[str, Tensor]], images: Images) -> tuple[dict[str, Tensor], Tensor | None]:
     """Logits (images, classes) of all held-out images by name, and their labels; None where there are none.
 
-    Images whose label is ignored are left out, unless that is so for all.
+    Processes share the images. Those whose label is ignored are left out, unless that is so for all.
     """
-    parts, labels = dict[str, list[Tensor]](), list[Tensor]()
-    for batch in images():
-        for name, each in run(batch["pixel_values"]).items():
-            parts.setdefault(name, []).append(each.float().cpu())
-        if "labels" in batch:
-            labels.append(batch["labels"].cpu())
-    if not parts:
+    chunks = list[tuple[int, dict[str, Tensor], Tensor | None]]()
+    for number, _, batch in own_batches(images()):
+        logits = {name: each.float().cpu() for name, each in run(batch["pixel_values"]).items()}
+        chunks.append((number, logits, batch["labels"].cpu() if "labels" in batch else None))
+    chunks = in_order(chunks)
+    if not chunks:
         raise ValueError("train_set gives no images")
-    logits = {name: torch.cat(chunks) for name, chunks in parts.items()}
+    logits = {name: torch.cat([each[1][name] for each in chunks]) for name in chunks[0][1]}
+    labels = [each[2] for each in chunks if each[2] is not None]
     joined = torch.cat(labels) if labels else torch.empty(0)
     if len(joined) != len(next(iter(logits.values()))):
         return logits, None

@@ -16,6 +16,8 @@ from transformers.utils import logging
 
 from restnet_hf.data.datasets import Batch, to_batch
 from restnet_hf.data.pixel_values import prepared_by
+from restnet_hf.data.shares import own_of_loader
+from restnet_hf.distributed import add_up, gather
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import RouteScores, TrainArgs
 from restnet_hf.training.learner import Learner
@@ -206,19 +208,18 @@ class HeldOut:
             routes: routes to score on the held-out images.
             matching: whether the training at hand matches features, whose loss counts where there is no other score.
         """
-        sums, images = torch.zeros(len(routes), 3, dtype=torch.float64), 0
-        accelerator = self.accelerator
+        sums, images, metrics = torch.zeros(len(routes), 3, dtype=torch.float64), 0, dict[Route, str]()
         with _evaluating(self.learner.model), torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(self.learner.args.seed)  # the training's own numbers stay as they are
-            for index, item in enumerate(self.loader):
+            for item in own_of_loader(self.loader):
                 batch = self.check(item)
                 images += len(next(iter(batch.values())))
-                self.metrics |= {route: self.learner.metric(route, batch.get("labels")) for route in routes}
-                if index % accelerator.num_processes == accelerator.process_index:
-                    sums += self._sums(batch, routes, matching)
-        self.images = images
-        if accelerator.num_processes > 1:
-            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+                metrics |= {route: self.learner.metric(route, batch.get("labels")) for route in routes}
+                sums += self._sums(batch, routes, matching)
+        self.images = int(add_up(torch.tensor(images)))
+        for each in gather(metrics):
+            self.metrics |= each
+        sums = add_up(sums)
         return {route: _score(*row) for route, row in zip(routes, sums.tolist(), strict=True)}
 
     @torch.no_grad()

@@ -1,16 +1,13 @@
 """A model runs cascades: each image as its route alone would, nothing twice; calibrated, saved, within budgets."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from several_processes import run_in_processes
 from transformers import Trainer, TrainingArguments, pipeline
 
 from restnet_hf import (
@@ -386,7 +383,6 @@ def test_one_route_has_no_cascades():
 
 PROCESSES = """
 import json, sys
-import torch
 from accelerate import PartialState
 from restnet_hf import StitchedModelForImageClassification, load_images
 from restnet_hf.demo.paths import DATA
@@ -394,28 +390,24 @@ from restnet_hf.demo.paths import DATA
 model = StitchedModelForImageClassification.from_pretrained(sys.argv[1])
 rows = load_images(DATA, "test").select(range(310))  # of 64, the last batch is not a whole one
 profile = model.profile(rows, cascades=True)
-promised = model.set_cascade(images=rows.remove_columns("label"), agreement=0.9)
+cascades = [[str(row.route), dict(row.costs), dict(row.scores), row.shares] for row in profile.cascades]
+scores = [row.scores for size in (64, 200) for row in model.profile(rows, batch_size=size)]
+streamed = model.profile(model.prepare_data(rows.to_iterable_dataset()))
+promised = [
+    str(model.set_cascade(images=rows.remove_columns("label"), agreement=0.9, batch_size=size)) for size in (64, 200)
+]
 if PartialState().is_main_process:
-    cascades = [[str(row.route), dict(row.costs), dict(row.scores), row.shares] for row in profile.cascades]
-    print(json.dumps([PartialState().num_processes, cascades, str(promised)]))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+    every = [cascades, scores, [row.scores for row in streamed], streamed.metadata["images"], promised]
+    print(json.dumps([PartialState().num_processes, every]))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(stitched, tmp_path):
+def test_processes_give_what_one_gives(stitched, tmp_path):
+    """Exactly the scores, thresholds and shares of one process; two batches are fewer than three processes."""
     stitched.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "job.py").write_text(PROCESSES)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    results = []
-    for command in ([sys.executable], launch):
-        done = subprocess.run(
-            [*command, "job.py", "adapter"], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    assert [processes for processes, *_ in results] == [1, 2]
-    assert results[0][1:] == results[1][1:]
-    assert results[0][1]
+    results = run_in_processes(PROCESSES, tmp_path, arguments=["adapter"])
+    assert [processes for processes, _ in results] == [1, 2, 3]
+    assert results[0][1] == results[1][1] == results[2][1]
+    cascades, scores, streamed, images, _ = results[0][1]
+    assert cascades and images == 310 and scores == streamed * 2

@@ -28,7 +28,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
-        *("preprocessing", "targets"),
+        *("preprocessing", "shares", "targets"),
     ],
     "anchors": [
         *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "runs"),

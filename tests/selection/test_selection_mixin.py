@@ -1,15 +1,13 @@
 """A model compares its anchors and chooses stitches: by any selector, both ways, under a budget, remembered."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, SIZE, make_anchor, save_model
+from several_processes import run_in_processes
 
 from restnet_hf import (
     BudgetError,
@@ -195,44 +193,48 @@ def test_auto_takes_the_better_direction(noise):
 
 
 PROCESSES = """
-import json, sys
+import json
+from conftest import SIZE  # first: each process gets a cache of its own
 import torch
 from accelerate import PartialState
-from test_selection_mixin import build, labelled
-from conftest import SIZE
-from restnet_hf.selection.pairs import draw_images
-from restnet_hf.selection.plots import plot_similarity
+from torch.utils.data import TensorDataset
+from test_selection_mixin import build
+from restnet_hf.selection import mixin
 from restnet_hf.selection.selectors import SELECTORS
 
 noise = torch.randn(40, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
 batches = [{"pixel_values": part, "labels": torch.arange(len(part)) % 5} for part in noise.split(8)]
-found = build().compare(batches, list(SELECTORS), order="auto", kept_images=28)
-values = {f"{name} {s.front}": [s.values.tolist(), dict(s.settings)] for name, both in found.items() for s in both}
+compute, computed = mixin.compare, []
+mixin.compare = lambda *args: computed.append(1) or compute(*args)  # counts what is not remembered
+
+
+def compared(data, **options):
+    found = build().compare(data, list(SELECTORS), order="auto", kept_images=28, **options)
+    return {f"{name} {s.front}": [s.values.tolist(), dict(s.settings)] for name, both in found.items() for s in both}
+
+
+rows = TensorDataset(noise, torch.where(torch.arange(40) % 7 == 3, -100, torch.arange(40) % 5))
+values = [compared(batches), compared(rows, batch_size=8), compared(rows, batch_size=32, max_images=36)]
+before = len(computed)
+again = compared(rows, batch_size=8)
+assert again == values[1], "a comparison that was remembered is another"
 if PartialState().is_main_process:
-    print(json.dumps([PartialState().num_processes, values]))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+    print(json.dumps([PartialState().num_processes, values, [before, len(computed)]]))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
-    (tmp_path / "job.py").write_text(PROCESSES)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    found = []
-    for command in ([sys.executable], launch):
-        done = subprocess.run(
-            [*command, "job.py"], cwd=tmp_path, env=environment, check=False, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    assert [processes for processes, _ in found] == [1, 2]
-    one, two = (values for _, values in found)
-    assert one.keys() == two.keys() and len(one) == 2 * len(SELECTORS)
-    for name, (values, settings) in one.items():
-        assert settings == two[name][1]
-        assert np.allclose(values, two[name][0], atol=1e-12), name
+def test_processes_give_what_one_gives(tmp_path):
+    """Also where some images have no label, or batches are fewer than processes; what was compared is remembered."""
+    found = run_in_processes(PROCESSES, tmp_path)
+    assert [processes for processes, *_ in found] == [1, 2, 3]
+    assert [computed for *_, computed in found] == [[3, 3]] * 3
+    for _, several, _ in found[1:]:
+        for one, other in zip(found[0][1], several, strict=True):
+            assert one.keys() == other.keys() and len(one) == 2 * len(SELECTORS)
+            for name, (values, settings) in one.items():
+                assert settings == other[name][1]
+                assert np.allclose(values, other[name][0], atol=1e-12), name
 
 
 def test_budgets_of_other_costs(noise):

@@ -121,9 +121,8 @@ def test_statistics_by_hand(name, images):
     before = {key: value.clone() for key, value in anchor.state_dict().items()}
     own = anchor(images, 0, 2)
     stitched = 3 * own.roll(1, 1) + 1
-    assert recalibrate(
-        tuned.tensors(anchor, tuned.config.start), anchor, tuned.config.start, [(lambda: own, lambda: stitched)]
-    )
+    activations = [(lambda: own, lambda: stitched, True)]
+    assert recalibrate(tuned.tensors(anchor, tuned.config.start), anchor, tuned.config.start, activations)
     tensors = tuned.tensors(anchor, 2)
     paths = [key.removesuffix(".running_mean") for key in tensors if key.endswith("running_mean")]
     assert len(paths) > 2

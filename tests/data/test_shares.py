@@ -1,0 +1,158 @@
+"""Batches that processes share: each image once over all of them, whatever form the data has, in its place."""
+
+from itertools import chain
+
+import pytest
+import torch
+from several_processes import run_in_processes
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from restnet_hf.data.datasets import batches
+from restnet_hf.data.shares import SeededItems, is_repeatable, own_batches, shared_batches
+from restnet_hf.distributed import Own, divide_jobs
+
+
+COUNT = 23
+PIXELS = torch.arange(COUNT).view(COUNT, 1, 1, 1).expand(COUNT, 3, 2, 2).float()
+LABELS = torch.arange(COUNT)
+
+
+class Noisy(Dataset):
+    """Rows that are other each time."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixel_values": PIXELS[index] + 0.4 * torch.rand(()), "labels": LABELS[index]}
+
+
+class Stream(IterableDataset):
+    """Rows without a length."""
+
+    def __iter__(self):
+        yield from ({"pixel_values": x, "labels": y} for x, y in zip(PIXELS, LABELS, strict=True))
+
+
+def rows(labels: Tensor = LABELS) -> TensorDataset:
+    return TensorDataset(PIXELS, labels)
+
+
+SOURCES = {
+    "tensor": lambda: PIXELS,
+    "tensors": rows,
+    "noisy": Noisy,
+    "subset": lambda: Subset(rows(), range(COUNT)),
+    "loader": lambda: DataLoader(rows(), batch_size=5),
+    "loader without its end": lambda: DataLoader(rows(), batch_size=5, drop_last=True),
+    "loader of few": lambda: DataLoader(rows(), batch_size=COUNT),
+    "shuffled": lambda: DataLoader(rows(), batch_size=5, shuffle=True),
+    "generator": lambda: DataLoader(rows(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3)),
+    "workers": lambda: DataLoader(rows(), batch_size=5, num_workers=1),
+    "noisy loader": lambda: DataLoader(Noisy(), batch_size=5, shuffle=True),
+    "stream": lambda: DataLoader(Stream(), batch_size=5),
+    "iterator": lambda: iter(PIXELS.split(5)),
+    "list": lambda: list(PIXELS.split(5)),
+    "mapping": lambda: {"pixel_values": PIXELS, "labels": LABELS},
+    "no labels in parts": lambda: rows(torch.where((LABELS % 3 == 0) | (LABELS < 10), -100, LABELS)),
+}
+
+
+def read(name: str, **options: object) -> list[list]:
+    """What this process gets of a source: number, start and first pixels of each batch."""
+    torch.manual_seed(5)
+    unlabelled = name != "no labels in parts"
+    own = shared_batches(SOURCES[name](), 5, unlabelled=unlabelled, **options)
+    return [[number, start, batch["pixel_values"][:, 0, 0, 0].tolist()] for number, start, batch in own]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_one_process_has_all(name):
+    found = read(name)
+    torch.manual_seed(5)
+    expected = [batch["pixel_values"][:, 0, 0, 0].tolist() for batch in batches(SOURCES[name](), 5)]
+    images = [*chain.from_iterable(values for *_, values in found)]
+    if name == "no labels in parts":
+        assert images == [value for value in range(10, COUNT) if value % 3]
+        assert [each[1] for each in found] == [10, 15, 20]
+    elif name == "noisy":  # other random numbers
+        assert [round(value - 0.2) for value in images] == list(range(COUNT))
+    else:
+        assert [values for *_, values in found] == expected
+        sizes = [len(values) for values in expected]
+        assert [each[:2] for each in found] == [[n, sum(sizes[:n])] for n in range(len(sizes))]
+
+
+def test_augmentation_can_be_repeated():
+    """By torch.manual_seed, and it is not the same each time."""
+    assert read("noisy") == read("noisy")
+    again = [batch["pixel_values"] for *_, batch in shared_batches(Noisy(), COUNT)]
+    other = [batch["pixel_values"] for *_, batch in shared_batches(Noisy(), COUNT)]
+    assert not torch.equal(again[0], other[0])
+
+
+@pytest.mark.parametrize("name", ["tensors", "noisy", "loader", "stream", "list", "mapping"])
+@pytest.mark.parametrize("limit", [1, 10, 12, 99])
+def test_a_limit(name, limit):
+    images = [*chain.from_iterable(values for *_, values in read(name, limit=limit))]
+    assert [int(value) for value in images] == list(range(min(limit, COUNT)))
+
+
+def test_what_was_shared_stays(images):
+    own = shared_batches(images, 2)
+    assert shared_batches(own, 1) is own and isinstance(own, Own)
+    assert [len(batch["pixel_values"]) for *_, batch in own_batches(own)] == [2, 2, 2]
+    assert [start for _, start, _ in own_batches({"a": part, "b": part} for part in images.split(4))] == [0, 4]
+
+
+def test_nothing_to_share():
+    for empty in (torch.zeros(0, 3, 2, 2), TensorDataset(torch.zeros(0, 3, 2, 2)), [], iter(())):
+        with pytest.raises(ValueError, match="pictures is empty"):
+            list(shared_batches(empty, 5, "pictures"))
+    with pytest.raises(ValueError, match="every image has the label -100"):
+        list(shared_batches(rows(torch.full((COUNT,), -100)), 5, unlabelled=False))
+
+
+def test_repeatable():
+    assert is_repeatable(rows()) and is_repeatable(Subset(rows(), [1])) and is_repeatable(SeededItems(Noisy(), 0))
+    assert not is_repeatable(Noisy()) and not is_repeatable(Subset(Noisy(), [1]))
+
+
+def test_one_process_does_all_jobs():
+    assert divide_jobs([3.0, 1.0]) == [0, 0]
+
+
+SHARES = """
+import json
+import torch
+from test_shares import SOURCES, read
+from restnet_hf.distributed import divide_jobs, from_main, gather, this_process
+
+found = {name: gather([state for state in read(name)]) for name in SOURCES}
+found |= {f"limit {name}": gather(read(name, limit=12)) for name in ("tensors", "noisy", "stream")}
+jobs = [divide_jobs([5.0, 1.0, 4.0, 2.0, 2.0]), from_main(lambda: this_process().process_index)]
+try:
+    from_main(lambda: 1 / 0)
+except ZeroDivisionError as error:
+    jobs.append(str(error))
+if this_process().is_main_process:
+    print(json.dumps([found, jobs]))
+"""
+
+
+@pytest.mark.slow
+def test_each_image_once(tmp_path):
+    """All processes together get the batches of one, in their places; of one batch, one process alone gets any."""
+    results = run_in_processes(SHARES, tmp_path)
+    for name, (expected,) in results[0][0].items():
+        for found, _ in results[1:]:
+            together = sorted(chain.from_iterable(found[name]))
+            assert together == expected, name
+            sizes = [len(part) for part in found[name]]
+            assert max(sizes) - min(sizes) <= (2 if name == "no labels in parts" else 1), name
+    assert [jobs for _, jobs in results] == [
+        [[0, 0, 0, 0, 0], 0, "division by zero"],
+        [[0, 1, 1, 1, 0], 0, "division by zero"],
+        [[0, 1, 1, 2, 2], 0, "division by zero"],
+    ]
