@@ -351,7 +351,7 @@ class _Job:
             "device": processor_name(),
             "machine": platform.machine(),
             "runtime_version": installed_version(self.exporter.runtime),
-            "adapter": self.model.identity(),
+            "adapter": self.model.adapter_identity(),
             "batch_size": self.batch_size,
             "images": len(self.reference.logits[self.routes[0]]) if self.real_images else 0,
             "kept_in_full_precision": dict(kept),

@@ -334,10 +334,11 @@ def profile_of_device(
         return table.add_to(profile)
     if device in own_devices(profile):
         return profile
-    names = quote(table_names(where, at), MAX_NAMES) or "none"
+    names = table_names(where, at)
+    there = f"only of {quote(names, MAX_NAMES)}: name one of these, or" if names else "and of no other one:"
     raise ValueError(
-        f"{where} has no latencies of device={device!r}, only of {names}: name one of these, or measure and publish "
-        "them with `restnet-hf measure --push`; device_map= is the option that places the model"
+        f"{where} has no latencies of device={device!r}, {there} measure and publish them there with `restnet-hf "
+        "measure --push`; device_map= is the option that places the model"
     )
 
 

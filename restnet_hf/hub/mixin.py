@@ -331,7 +331,7 @@ class AdapterHubMixin:
         model.to(place).eval()
         return cast("Self", (model, loading_info(mismatched)) if output_loading_info else model)
 
-    def identity(self) -> dict[str, Any]:
+    def adapter_identity(self) -> dict[str, Any]:
         """Where the adapter was loaded from and what identifies its weights, for exports and published latencies.
 
         Returns:
@@ -353,7 +353,7 @@ class AdapterHubMixin:
             ValueError: a piece of a route was not measured.
         """
         cascades = () if self.profiled is None else [row.route for row in self.profiled.cascades]
-        return make_device_table(latency, self.all_routes, cascades, self.steps, self.identity())
+        return make_device_table(latency, self.all_routes, cascades, self.steps, self.adapter_identity())
 
     def page_to(self, folder: str | os.PathLike[str]) -> None:
         """Move the anchors' weights to files, and keep in memory only those that the active route uses.

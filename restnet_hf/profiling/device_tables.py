@@ -32,7 +32,7 @@ def make_device_table(
         routes: routes of the model.
         cascades: cascades of these routes, with thresholds.
         steps: function that returns the steps of a route.
-        identity: result of ``model.identity()``.
+        identity: result of ``model.adapter_identity()``.
 
     Raises:
         ValueError: a piece of a route was not measured, or the table is not one of ``model.measure_latency``.
