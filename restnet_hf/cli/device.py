@@ -11,6 +11,7 @@ from restnet_hf.cli.base import command
 from restnet_hf.cli.options import (
     Adapter,
     BudgetTexts,
+    Device,
     MaxAccuracyDrop,
     MinAgreement,
     Overwrite,
@@ -237,6 +238,7 @@ def export(
     ] = None,
     cascade: Annotated[list[str] | None, typer.Option(help="Cascade to export; may be given several times.")] = None,
     budget: BudgetTexts = None,
+    device: Device = None,
     pareto: Annotated[
         bool,
         typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
@@ -263,14 +265,14 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export what is active or others for a runtime, verified against the adapter, with a script that runs them."""
-    limits = _one_choice([*(route or ()), *(cascade or ())], budget, pareto)
+    limits = _one_choice([*(route or ()), *(cascade or ())], budget, pareto, device)
     check_output(out, overwrite)
 
     from restnet_hf.adaptation.adapt import device_images
     from restnet_hf.export.export import export_routes, pareto_routes
     from restnet_hf.runtime.exported_files import PROFILE
 
-    model = load_here(adapter, threads)
+    model = load_here(adapter, threads, device)
     if limits is not None:
         model.set_budget(limits)
     rows = None if data is None else _few(device_images(model, data, split, images))
@@ -279,17 +281,21 @@ def export(
         min_agreement=min_agreement, max_accuracy_drop=max_accuracy_drop, target=target, batch_size=batch_size,
         calibration_images=calibration_images, threads=threads, cascades=cascade or (),
     )  # fmt: skip
-    if Path(adapter).is_dir() and model.profiled is not None:
+    if Path(adapter).is_dir() and model.profiled is not None and device is None:  # the adapter keeps its own latencies
         model.profiled.save(Path(adapter) / PROFILE)
     show_exported(exported)
     size = f"{exported.profiled.metadata['size_mb']:.1f} MB"
     say(f"written to {out}: {size}; try: python {out}/run.py PICTURE, or restnet-hf predict {out} PICTURE")
 
 
-def _one_choice(route: list[str] | None, budget: list[str] | None, pareto: bool) -> "Budget | None":
+def _one_choice(
+    route: list[str] | None, budget: list[str] | None, pareto: bool, device: str | None
+) -> "Budget | None":
     """The budget of a command that takes a route, a budget or the front; raises BadParameter for several of them."""
     if bool(route) + bool(budget) + pareto > 1:
         raise typer.BadParameter("give --route and --cascade, --budget or --pareto, not several of them")
+    if device is not None and not budget:
+        raise typer.BadParameter("--device is for --budget: the latencies of that device")
     return parse_budget(budget) if budget else None
 
 

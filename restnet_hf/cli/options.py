@@ -41,6 +41,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 BudgetTexts = Annotated[
     list[str] | None, typer.Option(help="Limit on a cost, as macs=1e9; may be given several times.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device whose latencies others published beside the adapter, for limits in milliseconds on it."),
+]
 
 
 def parse_budget(texts: Iterable[str]) -> Budget:
@@ -73,12 +77,13 @@ def is_exported(adapter: str) -> bool:
     return (Path(adapter) / LABELS).is_file()
 
 
-def load_here(adapter: str, threads: int | None) -> "StitchedModelForImageClassification":
+def load_here(adapter: str, threads: int | None, device: str | None = None) -> "StitchedModelForImageClassification":
     """Load an adapter on this process's device.
 
     Args:
         adapter: Hub id or local folder.
         threads: number of threads of the processor; None for torch's own choice.
+        device: device whose published latencies replace those of the profile; None for the profile's own.
     """
     import torch
 
@@ -87,4 +92,4 @@ def load_here(adapter: str, threads: int | None) -> "StitchedModelForImageClassi
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return StitchedModelForImageClassification.from_pretrained(adapter).to(this_process().device)
+    return StitchedModelForImageClassification.from_pretrained(adapter, device=device).to(this_process().device)

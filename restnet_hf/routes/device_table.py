@@ -74,7 +74,7 @@ class DeviceTable:
         watts: power of the processor while routes run; None if it is not counted.
         sustained: ``minutes`` for which a route ran, and its latency in the first and last one of them, ``first_ms``
             and ``last_ms``; empty if that was not measured.
-        versions: versions of packages, by name.
+        versions: versions of the packages that measured an adapter, or exported its routes, by name.
         repo_id: repository of the adapter that was measured; None where it is unknown. It is not written.
     """
 
@@ -191,9 +191,9 @@ class DeviceTable:
         return latency_costs([self.slowdown * ms], (), self.watts)
 
     def metadata(self) -> dict[str, Any]:
-        """Where the latencies come from, for the metadata of a profile."""
-        data = self.to_dict()
-        return {key: value for key, value in data.items() if key not in ("format", "routes", "cascades", "weights")}
+        """Where the latencies come from, for the metadata of a profile: ``published`` is the name of their file."""
+        data, left_out = self.to_dict(), ("format", "routes", "cascades", "weights")
+        return {"published": self.file_name} | {key: value for key, value in data.items() if key not in left_out}
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain JSON values."""

@@ -53,8 +53,11 @@ print(json.dumps([found, said]))
 @pytest.fixture(scope="module")
 def measured(world):
     """The table of this machine, measured in a process of its own and committed; and the facts of that."""
+    repo = world.hub.repos["me/adapter"]
+    before = [*repo.commits]
     data, name, file_name, url, identity = world.run(PUSH, "owner", ["null"])
-    return DeviceTable.from_dict(data), name, file_name, url, identity
+    yield DeviceTable.from_dict(data), name, file_name, url, identity
+    repo.commits[:] = before
 
 
 @pytest.fixture

@@ -83,7 +83,11 @@ def test_latencies_join_a_profile(profile):
     told = added.metadata["latency"]
     assert told["device"] == "Board 5 (Cortex-A76)" and told["version"] == "1.20.1" and told["threads"] == 4
     assert (told["runtime"], told["precision"], told["date"]) == ("onnx", "int8", "2026-11-29")
-    assert added.metadata["device"] == "cpu" and not {"routes", "weights"} & told.keys()
+    assert (
+        added.metadata["device"] == "cpu"
+        and told["published"] == TABLE.file_name
+        and not {"routes", "weights"} & told.keys()
+    )
     assert Profile.from_dict(json.loads(json.dumps(added.to_dict()))).best({"latency_ms": 5}).costs["macs"] == 5
 
 
