@@ -42,6 +42,7 @@ print(board.predict("photo.jpg")[0])
 """
 NEEDED = ("filelock", "huggingface-hub", "numpy", "packaging", "pillow", "pyyaml", "safetensors")
 RUNTIMES = {
+    "coreml": "coremltools",
     "litert": "ai-edge-litert",
     "onnx": "onnxruntime",
     "openvino": "openvino",

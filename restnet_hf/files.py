@@ -27,7 +27,7 @@ NEW = ".new"  # suffix of a temporary folder beside one that does not exist yet
 LOCK_SECONDS = 600.0  # no save takes this long: a process that holds the lock longer has hung
 WAITS_S = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # before each attempt to read a folder that may change
 MAX_FIRST_BYTES = 2**26  # of a first file
-PLAIN_NAME = re.compile(r"[^./\\:\0][^/\\:\0]*")  # a file name that cannot lead out of its folder
+PLAIN_NAME = re.compile(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*){0,7}")  # of a file that lies in its folder
 
 
 @contextmanager
@@ -131,7 +131,10 @@ def complete_folder(path: str | os.PathLike[str], first: str) -> Path:
 
 
 def checksums(first_bytes: bytes) -> Mapping[str, str]:
-    """SHA-256 of the other files by name, from the content of a first file; empty where there are no valid ones."""
+    """SHA-256 of the other files by name, from the content of a first file; empty where there are no valid ones.
+
+    The name of a file in a folder inside is its path from the folder, with ``/``.
+    """
     try:
         digests = json.loads(first_bytes)[SHA256]
         valid = all(isinstance(v, str) and PLAIN_NAME.fullmatch(k) for k, v in digests.items())
@@ -194,11 +197,12 @@ def _disk_errors(target: Path) -> Iterator[None]:
 def _seal(folder: Path, first: str) -> None:
     """Add the checksums of all files to the first one, and make all files readable for others."""
     folder.chmod(0o755)
-    files = sorted(folder.iterdir())
-    for file in files:
-        file.chmod(0o644)
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    files = {path.relative_to(folder).as_posix(): path for path in paths if not path.is_dir()}
     data = json.loads((folder / first).read_text(encoding="utf-8"))
-    data[SHA256] = {file.name: sha256_of(file) for file in files if file.name != first}
+    data[SHA256] = {name: sha256_of(file) for name, file in files.items() if name != first}
     (folder / first).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
@@ -212,12 +216,28 @@ def _finish(target: Path, first: str, ours: Collection[str], only: Collection[st
         return
     names = checksums((folder / first).read_bytes())
     for name in names:
-        if not only or name in only or not os.path.lexists(target / name):
+        if not only or name in only or not _is_taken(target, name):
+            _make_folders(target, name)
             _put(folder / name, target / name)
     for name in {*ours} - {*names, first}:
         (target / name).unlink(missing_ok=True)
     (folder / first).unlink()  # from here on readers take the folder itself
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_taken(target: Path, name: str) -> bool:
+    """Whether there is something in a folder that a file of that name would replace."""
+    folders = (target / parent for parent in Path(name).parents)
+    return os.path.lexists(target / name) or any(os.path.lexists(each) and not _is_folder(each) for each in folders)
+
+
+def _make_folders(target: Path, name: str) -> None:
+    """Make the folders that a file inside a folder needs, in place of links and files of their names."""
+    for parent in reversed(Path(name).parents[:-1]):
+        folder = target / parent
+        if os.path.lexists(folder) and not _is_folder(folder):
+            folder.unlink()
+        folder.mkdir(exist_ok=True)
 
 
 def _put(source: Path, target: Path) -> None:
@@ -243,6 +263,8 @@ def _is_complete(folder: Path, first: str, first_bytes: bytes) -> bool:
     """Whether a pending folder holds the same first file, and every file that it names, as regular files."""
     names = checksums(first_bytes)
     if not names or not all(_is_file(folder / name) for name in (first, *names)):
+        return False
+    if not all(_is_folder(folder / parent) for name in names for parent in Path(name).parents):
         return False
     with suppress(OSError):
         copy = folder / first

@@ -53,7 +53,12 @@ PAIRS = [  # front, its cut, end, its cut
     ("resnet50", 7, "deit_tiny_patch16_224", 6),
 ]
 QUICK = [("onnx", "fp32"), ("onnx", "int8"), ("openvino", "fp32")]
-CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
+CASES = [
+    (name, precision)
+    for name, row in RUNTIMES.items()
+    if row.runs_here
+    for precision in load_exporter(name).precisions
+]
 Cases = list[tuple[str, str]]  # runtimes and precisions
 CALIBRATION = 16
 PAUSE = 0.05  # seconds, longer than threads of a runtime wait for work

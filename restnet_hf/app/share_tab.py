@@ -93,4 +93,5 @@ def export(app: AppModel, entry: str, runtime: str) -> tuple[str, str]:
     file = shutil.make_archive(str(place / f"{runtime}-route"), "zip", place / runtime)
     size = exported.profiled.metadata["size_mb"]
     row = exported.profiled[entry]
-    return f"{size:.1f} MB, {row.costs['latency_ms']:.2f} ms here. Run `python run.py PICTURE` in the folder.", file
+    latency = f", {row.costs['latency_ms']:.2f} ms here" if "latency_ms" in row.costs else ""
+    return f"{size:.1f} MB{latency}. Run `python run.py PICTURE` in the folder.", file

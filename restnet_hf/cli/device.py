@@ -18,6 +18,7 @@ from restnet_hf.cli.options import (
     Split,
     Target,
     Threads,
+    WithPreprocessing,
     is_exported,
     load_here,
     parse_budget,
@@ -171,7 +172,8 @@ def _measure_exported(
     from restnet_hf.runtime.exported_model import ExportedModel
 
     model = ExportedModel(folder, threads)
-    publisher.check(lambda: DeviceTable.of_export(model.profiled))
+    if all("latency_ms" in row.costs for row in model.profiled.routes):  # of where it was exported
+        publisher.check(lambda: DeviceTable.of_export(model.profiled))
     show_profile(model.measure_latency(seconds=seconds, save=True))
     if minutes is not None:
         with minutes_bar(minutes) as report:
@@ -243,9 +245,11 @@ def export(
         bool,
         typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
     ] = False,
-    runtime: Annotated[str, typer.Option(help="Runtime: onnx, openvino, executorch, litert or torch.")] = "onnx",
+    runtime: Annotated[
+        str, typer.Option(help="Runtime: onnx, openvino, executorch, litert, coreml or torch.")
+    ] = "onnx",
     precision: Annotated[
-        str, typer.Option(help="Precision that the runtime supports: fp32, bf16, int8 or int8_dynamic.")
+        str, typer.Option(help="Precision that the runtime supports: fp32, fp16, bf16, int8 or int8_dynamic.")
     ] = "fp32",
     data: Annotated[
         str | None, typer.Option(help="Images to calibrate and verify with: Hub id or local folder.")
@@ -258,6 +262,7 @@ def export(
     min_agreement: MinAgreement = None,
     max_accuracy_drop: MaxAccuracyDrop = None,
     target: Target = "auto",
+    with_preprocessing: WithPreprocessing = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Number of images in a run; by default any number, where the runtime allows it.")
     ] = None,
@@ -272,14 +277,13 @@ def export(
     from restnet_hf.export.export import export_routes, pareto_routes
     from restnet_hf.runtime.exported_files import PROFILE
 
-    model = load_here(adapter, threads, device)
-    if limits is not None:
-        model.set_budget(limits)
+    model = load_here(adapter, threads, device, limits)
     rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
         min_agreement=min_agreement, max_accuracy_drop=max_accuracy_drop, target=target, batch_size=batch_size,
         calibration_images=calibration_images, threads=threads, cascades=cascade or (),
+        with_preprocessing=with_preprocessing,
     )  # fmt: skip
     if Path(adapter).is_dir() and model.profiled is not None and device is None:  # the adapter keeps its own latencies
         model.profiled.save(Path(adapter) / PROFILE)

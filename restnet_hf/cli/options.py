@@ -35,6 +35,12 @@ MaxAccuracyDrop = Annotated[
         "give labelled --data and thousands of --images."
     ),
 ]
+WithPreprocessing = Annotated[
+    bool,
+    typer.Option(
+        "--with-preprocessing", help="Write files that take pixels (N, H, W, 3) in uint8 and return probabilities."
+    ),
+]
 Target = Annotated[str, typer.Option(help="Processor to quantise for: auto (this one), x86-avx2, x86-vnni or arm.")]
 Split = Annotated[str, typer.Option(help="Split of the data set.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written there.")]
@@ -84,6 +90,7 @@ def load_here(adapter: str, threads: int | None, device: str | None = None) -> "
         adapter: Hub id or local folder.
         threads: number of threads of the processor; None for torch's own choice.
         device: device whose published latencies replace those of the profile; None for the profile's own.
+        budget: limits within which the best route or cascade is made active; None for what was active.
     """
     import torch
 
@@ -92,4 +99,5 @@ def load_here(adapter: str, threads: int | None, device: str | None = None) -> "
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return StitchedModelForImageClassification.from_pretrained(adapter, device=device).to(this_process().device)
+    model = StitchedModelForImageClassification.from_pretrained(adapter, device=device, budget=budget)
+    return model.to(this_process().device)

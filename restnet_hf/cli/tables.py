@@ -270,7 +270,7 @@ def show_exported(exported: "ExportedModel") -> None:
     for row in exported.profiled.rows:
         scores = (number(row.scores.get(score), 1, 100) for score in ("agreement", "accuracy"))
         kept = len(metadata["kept_in_full_precision"].get(str(row.route), ()))
-        ms = row.costs.get("mean_latency_ms", row.costs["latency_ms"])  # of a cascade the mean
+        ms = row.costs.get("mean_latency_ms", row.costs.get("latency_ms"))  # of a cascade the mean
         rows.append([str(row.route), number(ms, 2), *scores, f"{kept} layers" if kept else ""])
     title = f"{exported.runtime}, {exported.precision}: {metadata['device']}, {metadata['threads']} threads"
     show_table(title, ("route", "latency, ms", "agreement, %", "accuracy, %", "in full precision"), rows)

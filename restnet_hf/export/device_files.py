@@ -67,7 +67,14 @@ def _check_same(processor: Any, how: Mapping[str, Any]) -> None:
             )
 
 
-def run_script(runtime: str, active: str, run: Sequence[str], how: Mapping[str, Any], batch_size: int | None) -> str:
+def run_script(
+    runtime: str,
+    active: str,
+    run: Sequence[str],
+    how: Mapping[str, Any],
+    batch_size: int | None,
+    with_preprocessing: bool = False,
+) -> str:
     """A script that classifies a picture with a route or cascade, and needs numpy, Pillow and the runtime alone.
 
     With ``--check`` it tells whether the files and the runtime are as they were at the export.
@@ -78,9 +85,16 @@ def run_script(runtime: str, active: str, run: Sequence[str], how: Mapping[str, 
         run: lines that run the route or cascade, from ``x`` (1, 3, H, W) to ``logits`` (classes,).
         how: settings that `plain_preprocessing` returned.
         batch_size: number of images that the file takes; None for any number.
+        with_preprocessing: whether the file takes pixels and returns probabilities.
     """
     resize, crop = how["resize"], how["crop"]
     many = f".repeat({batch_size}, 0)" if batch_size and batch_size > 1 else ""
+    prepare = [
+        'pixels = (np.float32(picture) / 255 - np.float32(how["mean"])) / np.float32(how["std"])',
+        "return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])",
+    ]
+    if with_preprocessing:
+        prepare = ["return np.uint8(picture)[None]"]
     if isinstance(resize, int):
         size = f"[int({resize} * edge / min(image.size)) for edge in image.size]"
     else:
@@ -94,11 +108,10 @@ def run_script(runtime: str, active: str, run: Sequence[str], how: Mapping[str, 
         "here = pathlib.Path(__file__).parent",
         f'how, labels = (json.loads((here / name).read_text()) for name in ("{PREPROCESSING}", "{LABELS}"))',
         "def prepare(picture):",
-        '    pixels = (np.float32(picture) / 255 - np.float32(how["mean"])) / np.float32(how["std"])',
-        f"    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]){many}",
+        *(f"    {line}{many}" if line.startswith("return") else f"    {line}" for line in prepare),
         "def run(x):",
         *(f"    {line}" for line in run),
-        "    return logits",
+        "    return np.log(np.maximum(logits, 1e-37))" if with_preprocessing else "    return logits",
         *_check_lines(active, how),
         'image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")',
         f"image = image.resize({size}, Image.Resampling.{how['resample'].upper()})",

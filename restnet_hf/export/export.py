@@ -34,6 +34,7 @@ from restnet_hf.export.verification import (
     Acceptance,
     Comparison,
     DisagreementError,
+    check_pixels,
     choose_way,
     compute_reference,
 )
@@ -51,6 +52,7 @@ from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PR
 from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
 from restnet_hf.runtime.golden import CHECK, golden
 from restnet_hf.runtime.measuring import part_inputs, time_parts, with_latencies
+from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run, normalise
 from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run, installed_version
 from restnet_hf.runtime.targets import AUTO, TARGETS, resolve_target
@@ -75,21 +77,21 @@ def export_routes(
     batch_size: int | None = None,
     threads: int | None = None,
     cascades: Cascade | str | Sequence[Cascade | str] = (),
+    with_preprocessing: bool = False,
     on_error: str = "raise",
 ) -> ExportedModel:
     """Export routes and cascades for a runtime: bake, convert, quantise, verify and measure them.
 
-    The folder holds the model, with every weight once where the runtime allows it, ``labels.json``,
-    ``preprocessing.json``, ``profile.json`` and ``run.py``, which needs numpy, Pillow and the runtime alone. It begins
-    with what is active if that is exported, else with the first. What routes of a cascade share is a file that runs
-    once, but for quantised ones, of which one that loses too much is made more carefully (`choose_way`).
+    The folder holds the model, with every weight once where the runtime allows it, labels, preprocessing, profile and
+    ``run.py``, which needs numpy, Pillow and the runtime alone. What is active, or else the first, is active in it.
+    What routes of a cascade share is a file of its own, but for quantised ones (`choose_way` on how they are made).
 
     Args:
         model: model of the routes.
         out: folder for the exported files.
         routes: one route or several to export; by default the active one, or those of the active cascade.
         runtime: a key of `RUNTIMES`.
-        precision: a precision of the runtime: ``fp32``, ``bf16``, ``int8`` or ``int8_dynamic``.
+        precision: a precision of the runtime: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``int8_dynamic``.
         data: images as ``model.prepare_data`` takes them: the first calibrate, others verify. None for noise, in fp32.
         min_agreement: lowest share of images, from 0 to 1, with the route's own class; 0.98 without another limit.
         max_accuracy_drop: most percentage points of accuracy to lose, with 95 % confidence (`drop_bound`).
@@ -98,6 +100,7 @@ def export_routes(
         batch_size: number of images in a run; None for any number where the runtime allows it, else 1.
         threads: number of threads of the processor for latencies; None for the runtime's own default.
         cascades: one cascade or several, with thresholds; by default the active one, where no routes are given.
+        with_preprocessing: whether files take pixels (N, H, W, 3) in uint8 and return probabilities (N, classes).
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Returns:
@@ -109,16 +112,19 @@ def export_routes(
         UnsupportedExportError: the runtime does not support the precision or an operation.
         ValueError: an option is invalid, or images or labels are needed and not given.
     """
-    exporter, target = _checked_exporter(runtime, precision, data), resolve_target(target)
+    exporter, target = _checked_exporter(runtime, precision, data, with_preprocessing), resolve_target(target)
     accept = Acceptance.of(min_agreement, max_accuracy_drop)
     if calibration_images < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"{calibration_images=} and {batch_size=} must be at least 1")
     chosen, chains = _chosen(model, routes, cascades)
     data = None if data is None else model.prepare_data(data, on_error=on_error)
-    options = data, calibration_images, accept, target, batch_size, threads
+    if chains and with_preprocessing:
+        raise ValueError("with_preprocessing is for routes; the parts of a cascade take what earlier parts return")
+    options = data, calibration_images, accept, target, batch_size, threads, with_preprocessing
     with atomic_folder(out, PROFILE) as folder:
         profile = _Job(model, chosen, chains, exporter, precision, *options).write(folder)
-    model.record_runtime(profile)
+    if RUNTIMES[runtime].runs_here:  # else there are no latencies
+        model.record_runtime(profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
 
 
@@ -140,10 +146,13 @@ def _chosen(
     return chosen, chains
 
 
-def _checked_exporter(runtime: str, precision: str, data: Any) -> Exporter:
+def _checked_exporter(runtime: str, precision: str, data: Any, with_preprocessing: bool) -> Exporter:
     """The exporter of a runtime, after a check of the precision and of what it needs."""
     exporter = load_exporter(runtime)
     exporter.check(precision)
+    if with_preprocessing and not exporter.takes_pixels:
+        able = [name for name in RUNTIMES if load_exporter(name).takes_pixels]
+        raise UnsupportedExportError(f"with_preprocessing is for runtimes {able}, not '{runtime}'")
     if data is None and precision != "fp32":
         raise ValueError(f"precision='{precision}' needs images to calibrate and verify with: give data (--data DIR)")
     return exporter
@@ -177,18 +186,22 @@ class _Job:
         target: str,
         batch_size: int | None,
         threads: int | None,
+        with_preprocessing: bool,
     ) -> None:
         self.model, self.routes, self.exporter, self.precision = model, routes, exporter, precision
         self.accept, self.target, self.threads = accept, target, threads
         self.batch_size = batch_size if exporter.any_batch else batch_size or 1
         self.preprocessing = plain_preprocessing(model.image_processor, model.preprocessing)
+        self.with_preprocessing = with_preprocessing
         self.real_images = data is not None
         if data is None:
-            size = model.preprocessing.image_size
-            data = torch.randn(NOISE_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0))
+            data = _noise(model.preprocessing.image_size, self.preprocessing if with_preprocessing else None)
         quantized = precision.startswith(QUANTIZED)
         self.calibration = _first_images(data, calibration_images) if quantized else None
         self.reference = compute_reference(model, routes, cascades, data, calibration_images if quantized else 0)
+        if with_preprocessing:
+            check_pixels(self.reference.images, self.preprocessing)
+            self.reference = self.reference.of_probabilities()
         if accept.max_accuracy_drop is not None and self.reference.labels is None:
             raise ValueError("max_accuracy_drop needs labelled images; give labelled data, or min_agreement instead")
         self.parts, self.stages = plan_parts(model, cascades, shared=not quantized)
@@ -222,12 +235,14 @@ class _Job:
     def _script(self, entries: Mapping[RouteOrPart, Mapping[str, str]]) -> str:
         """The script that runs what is active."""
         runtime, expression = self.exporter.runtime, RUNTIMES[self.exporter.runtime].script_logits
+        name = PIXELS if self.with_preprocessing else "pixel_values"
         if isinstance(self.active, Route):
-            lines = [f"logits = {expression.format(**entries[self.active])}"]
+            lines = [f"logits = {expression.format(**entries[self.active], input=name)}"]
         else:
-            named = {str(key): expression.format(**entry) for key, entry in entries.items()}
+            named = {str(key): expression.format(**entry, input=name) for key, entry in entries.items()}
             lines = script_lines(self.stages[self.active], self.active, named)
-        return run_script(runtime, str(self.active), lines, self.preprocessing, self.batch_size)
+        options = self.preprocessing, self.batch_size, self.with_preprocessing
+        return run_script(runtime, str(self.active), lines, *options)
 
     def _write_models(self, folder: Path) -> tuple[Mapping[RouteOrPart, Mapping[str, str]], dict[str, list[str]]]:
         """Write routes and parts; returns the entry of each, and its layers that are kept in full precision."""
@@ -237,10 +252,12 @@ class _Job:
             program = trace_route(route, self.model.steps(route), self.batch_size, dtype)
             program = replace(program, metadata=self._describe(route))
             self.folded += program.folded
-            models[route] = self.exporter.convert(program, self.precision)
-            if self.calibration is not None:
+            converted = self.exporter.convert(program, self.precision)
+            if self.calibration is None:
+                models[route] = self._finish(converted)
+            else:
                 with tempfile.TemporaryDirectory() as name:
-                    models[route], place, entry, layers = self._quantize(models[route], program, Path(name))
+                    models[route], place, entry, layers = self._quantize(converted, program, Path(name))
                     if layers:
                         kept[str(route)] = layers
                     if len(self.routes) == 1:  # already written as it must be
@@ -252,6 +269,10 @@ class _Job:
             self.folded += program.folded
             models[part] = self.exporter.convert(program, self.precision)
         return self.exporter.save(models, folder), kept
+
+    def _finish(self, model: Any) -> Any:
+        """A converted or quantised route as it is saved: with its preprocessing if that is asked for."""
+        return self.exporter.add_preprocessing(model, self.preprocessing) if self.with_preprocessing else model
 
     def _describe(self, route: RouteOrPart) -> dict[str, str]:
         """The metadata of a route's file, in formats that have metadata: the route, and other values as JSON."""
@@ -266,7 +287,7 @@ class _Job:
         made = dict[Quantization, tuple[Any, Path, Mapping[str, str]]]()
 
         def compare(how: Quantization) -> Comparison:
-            model = self.exporter.quantize(converted, numpy_batches(images), how)
+            model = self._finish(self.exporter.quantize(converted, numpy_batches(images), how))
             place = Path(tempfile.mkdtemp(dir=folder))  # files of an earlier attempt may still be mapped
             entry = self.exporter.save({route: model}, place)[route]
             result = self.reference.compare(route, self._load(place, entry))
@@ -310,7 +331,8 @@ class _Job:
     def _load(self, folder: Path, entry: Mapping[str, str]) -> Run:
         """Load an exported route in its runtime."""
         try:
-            run = RUNTIMES[self.exporter.runtime].run(folder, entry, self.threads, True)
+            how = self.preprocessing if self.with_preprocessing else None
+            run = load_run(self.exporter.runtime, folder, entry, self.threads, True, how)
         except RuntimeError as error:  # errors of OpenVINO and ONNX Runtime derive from it, and from nothing narrower
             raise UnsupportedExportError(
                 f"{self.exporter.runtime} cannot load what was exported to it: {error}"
@@ -333,6 +355,8 @@ class _Job:
             costs = {"macs": macs.macs(steps), "params": params.params(steps)}
             rows.append(ProfiledRoute(route, costs, dict(results[route].scores) if self.real_images else {}))
         profile = Profile(tuple(rows), self._metadata(folder, entries, kept, results), tuple(cascades))
+        if not RUNTIMES[self.exporter.runtime].runs_here:  # what evaluates the files here is not what runs them
+            return profile
         return with_latencies(profile, time_parts(runs, inputs), self.stages)
 
     def _metadata(
@@ -359,12 +383,16 @@ class _Job:
             "folded_stitches": self.folded,
             "files": {str(key): dict(entry) for key, entry in entries.items() if isinstance(key, Route)},
             "active": str(self.active),
-            "size_mb": sum(file.stat().st_size for file in folder.iterdir()) / 2**20,
+            "size_mb": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20,
             "date": datetime.date.today().isoformat(),
             "versions": package_versions(dict.fromkeys(packages)),
         }
+        if not RUNTIMES[self.exporter.runtime].runs_here:
+            metadata["verified_by"] = "evaluator"
         if self.calibration is not None:
             metadata["target"] = self.target
+        if self.with_preprocessing:
+            metadata[INPUT] = PIXELS
         if any(result.labelled for result in results.values()):
             metadata["accuracy_drop"] = {
                 str(route): {"points": each.accuracy_drop, "at_most": each.max_drop} for route, each in results.items()
@@ -416,6 +444,15 @@ class _Job:
                 f"its logits are off by up to {result.logit_error:.2g} standard deviations; nothing was written"
             )
         return result
+
+
+def _noise(size: Sequence[int], how: Mapping[str, Any] | None) -> torch.Tensor:
+    """Images (N, 3, H, W) of noise; where ``how`` is given, of pixels that are normalised so."""
+    generator = torch.Generator().manual_seed(0)
+    if how is None:
+        return torch.randn(NOISE_IMAGES, 3, *size, generator=generator)
+    pixels = torch.randint(256, (NOISE_IMAGES, *size, 3), generator=generator, dtype=torch.uint8)
+    return torch.from_numpy(normalise(pixels.numpy(), how))
 
 
 def _first_images(source: Any, count: int) -> torch.Tensor:

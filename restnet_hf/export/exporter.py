@@ -54,6 +54,7 @@ class Exporter(ABC):
         packages: modules that the export needs.
         precisions: precisions that the runtime supports.
         any_batch: whether one file takes any number of images.
+        takes_pixels: whether `add_preprocessing` exists.
         careful: whether there is a slower and more exact way to quantise.
         dtypes: type of the weights by precision, where they are not in float32.
     """
@@ -62,6 +63,7 @@ class Exporter(ABC):
     packages: ClassVar[tuple[str, ...]]
     precisions: ClassVar[tuple[str, ...]]
     any_batch: ClassVar[bool] = True
+    takes_pixels: ClassVar[bool] = False
     careful: ClassVar[bool] = False
     dtypes: ClassVar[Mapping[str, torch.dtype]] = MappingProxyType({})
 
@@ -99,6 +101,15 @@ class Exporter(ABC):
             how: the precision, and the layers that stay in full precision.
         """
         raise UnsupportedExportError(f"runtime '{self.runtime}' does not quantise")
+
+    def add_preprocessing(self, model: Any, how: Mapping[str, Any]) -> Any:
+        """A model of a route that takes pixels (N, H, W, 3) in uint8, and returns probabilities (N, classes).
+
+        Args:
+            model: a model that `convert` or `quantize` returned, which may change.
+            how: ``mean`` and ``std`` of values from 0 to 1.
+        """
+        raise UnsupportedExportError(f"files of runtime '{self.runtime}' cannot be given their preprocessing")
 
     @abstractmethod
     def save(self, models: Mapping[RouteOrPart, Any], folder: Path) -> dict[RouteOrPart, dict[str, str]]:

@@ -155,6 +155,7 @@ class OnnxExporter(Exporter):
     packages = ("onnx", "onnxscript", "onnxruntime")
     precisions = ("fp32", "int8", "int8_dynamic")
     careful = True
+    takes_pixels = True
 
     def convert(self, program: Program, precision: str) -> OnnxModel:
         """A program as ONNX; see `to_onnx`."""
@@ -189,6 +190,10 @@ class OnnxExporter(Exporter):
             _keep_in_float(proto, options["nodes_to_exclude"])
             _describe(proto, model.metadata)  # which the quantiser does not keep
             return replace(model, proto=proto)
+
+    def add_preprocessing(self, model: OnnxModel, how: Mapping[str, Any]) -> OnnxModel:
+        """A graph from ``pixels`` to ``probabilities``."""
+        return replace(model, proto=_with_preprocessing(model.proto, how))
 
     def save(self, models: Mapping[RouteOrPart, OnnxModel], folder: Path) -> dict[RouteOrPart, dict[str, str]]:
         """Write one graph for each route; the weights of several routes are in one file."""
@@ -234,6 +239,37 @@ def _keep_in_float(proto: ModelProto, names: Collection[str]) -> None:
         copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
         del graph.node[:]
         graph.node.extend(copies)
+
+
+def _with_preprocessing(proto: ModelProto, how: Mapping[str, Any]) -> ModelProto:
+    """A copy of the graph that begins with a normalisation of pixels, and ends with a softmax."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = type(proto)()
+    graph.CopyFrom(proto)
+    images, logits = graph.graph.input[0], graph.graph.output[0]
+    batch, _, height, width = ((d.dim_param or d.dim_value) for d in images.type.tensor_type.shape.dim)
+    rows, classes = ((d.dim_param or d.dim_value) for d in logits.type.tensor_type.shape.dim)
+    mean, std = (np.array(how[key], np.float32) for key in ("mean", "std"))
+    constants = {"pixels_scale": 1 / (255 * std), "pixels_offset": -mean / std}
+    before = [
+        helper.make_node("Cast", ["pixels"], ["pixels_float"], name="pixels_float", to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["pixels_float", "pixels_scale"], ["pixels_scaled"], name="pixels_scaled"),
+        helper.make_node("Add", ["pixels_scaled", "pixels_offset"], ["pixels_normal"], name="pixels_normal"),
+        helper.make_node("Transpose", ["pixels_normal"], [images.name], name="pixels_first", perm=[0, 3, 1, 2]),
+    ]
+    after = helper.make_node("Softmax", [logits.name], ["probabilities"], name="probabilities", axis=-1)
+    nodes = [*before, *graph.graph.node, after]
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    for part, items in (
+        (graph.graph.node, copies),
+        (graph.graph.input, [helper.make_tensor_value_info("pixels", TensorProto.UINT8, [batch, height, width, 3])]),
+        (graph.graph.output, [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [rows, classes])]),
+    ):
+        del part[:]
+        part.extend(items)
+    graph.graph.initializer.extend(numpy_helper.from_array(x, name) for name, x in constants.items())
+    return graph
 
 
 def _with_external_weights(proto: ModelProto, weights: SharedWeights) -> ModelProto:

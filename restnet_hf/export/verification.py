@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, TypeVar
 
@@ -13,12 +13,14 @@ from restnet_hf.data.datasets import IGNORED, batches
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.route import Route
+from restnet_hf.runtime.pixels import normalise, to_pixels
 from restnet_hf.runtime.runners import Run
 from restnet_hf.steps import split_at_shared_cuts, walk_tree
 
 
 BATCH_SIZE = 16  # images in a run while logits are compared
 MIN_AGREEMENT = 0.98  # where nothing else is asked for
+MAX_OFF_PIXELS = 0.02  # levels of 255 by which images may differ from pixels
 MAX_LOGIT_ERROR = 0.02  # largest error of logits in fp32, in standard deviations of the logits
 DOUBT = 0.025  # probability that a bound is too low; twice that for a search, see `choose_way`
 
@@ -190,6 +192,15 @@ class Reference:
     labels: np.ndarray | None
     answered_by: Mapping[Cascade, np.ndarray]
 
+    def of_probabilities(self) -> "Reference":
+        """The reference of exports that return probabilities: logarithms of the softmax in place of logits."""
+        logits = {
+            route: (each - each.max(1, keepdims=True))
+            - np.log(np.exp(each - each.max(1, keepdims=True)).sum(1))[:, None]
+            for route, each in self.logits.items()
+        }
+        return replace(self, logits=logits)
+
     def compare(self, route: Route | Cascade, run: Run) -> Comparison:
         """Compare an exported route or cascade with the original.
 
@@ -259,6 +270,22 @@ def compute_reference(
         np.concatenate(labels) if labels else None,
         _joined(answered),
     )
+
+
+def check_pixels(images: Callable[[], Iterator[np.ndarray]], how: Mapping[str, Any]) -> None:
+    """Raise ValueError where images are not pixels that were normalised, as a file that takes pixels rounds them.
+
+    Args:
+        images: function that returns an iterator over batches of images (N, 3, H, W).
+        how: ``mean`` and ``std`` of values from 0 to 1.
+    """
+    for batch in images():
+        off = np.abs(normalise(to_pixels(batch, how), how) - batch).transpose(0, 2, 3, 1) * np.float32(how["std"])
+        if 255 * float(off.max()) > MAX_OFF_PIXELS:
+            raise ValueError(
+                f"with_preprocessing needs images whose values are pixels from 0 to 255, normalised by {dict(how)!r}; "
+                f"these are up to {255 * float(off.max()):.2g} levels off. Give pictures, which the model prepares"
+            )
 
 
 def _joined(parts: Mapping[Any, list[np.ndarray]]) -> dict[Any, np.ndarray]:

@@ -11,17 +11,18 @@ from typing import Any
 from PIL import Image
 
 from restnet_hf.errors import quote, shorten
-from restnet_hf.files import SHA256, checksums, sha256_of
+from restnet_hf.files import PLAIN_NAME, SHA256, checksums, sha256_of
 from restnet_hf.limits import MAX_SIDE, MAX_VALUE, MIN_STD, is_mean, is_side, is_std
 from restnet_hf.limits import read_json as read_limited
 from restnet_hf.routes.profile import Profile
 from restnet_hf.routes.route import Route
+from restnet_hf.runtime.pixels import INPUT, PIXELS
 from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError
 
 
 PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
 MAX_BATCH = 4096  # images in a run; programs for any number of images take up to 1,024
-MAX_NAME = 255  # bytes of a file's name on the usual file systems
+MAX_NAME = 255  # bytes of a file's name on the usual file systems, and here of its path in the folder
 MAX_MESSAGE = 500  # characters of what a file or a runtime adds to an error
 
 
@@ -44,7 +45,7 @@ def documented_errors(what: str) -> Iterator[None]:
 
 
 def checked_path(folder: Path, name: Any) -> Path:
-    """The path of a file that lies in the folder itself.
+    """The path of a file that lies in the folder, or in a folder inside it.
 
     Files of a snapshot in the Hub's cache are links into that cache, which are followed; no other links are.
 
@@ -52,17 +53,13 @@ def checked_path(folder: Path, name: Any) -> Path:
         FileNotFoundError: there is no such file.
         ValueError: the name leads out of the folder, or is not that of a file.
     """
-    plain = isinstance(name, str) and 0 < len(name.encode()) <= MAX_NAME and "\0" not in name
-    if not plain or name in (".", "..") or Path(name).name != name:
+    if not isinstance(name, str) or len(name.encode()) > MAX_NAME or not PLAIN_NAME.fullmatch(name):
         raise ValueError(f"{folder} names the file {quote(name)}, which is not in the folder")
     path = folder / name
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would not end
         raise ValueError(f"{path} is not a file")
-    places = {folder.resolve()}
-    for parent in folder.absolute().parents:
-        if parent.name == "snapshots":
-            places.add((parent.parent / "blobs").resolve())
-    if path.resolve().parent not in places:
+    blobs = {(each.parent / "blobs").resolve() for each in folder.absolute().parents if each.name == "snapshots"}
+    if not path.resolve().is_relative_to(folder.resolve()) and path.resolve().parent not in blobs:
         raise ValueError(f"{path} is a link to {path.resolve()}, which is not in the folder")
     return path
 
@@ -100,6 +97,8 @@ def read_profile(folder: Path) -> Profile:
             raise ValueError(f"it names runtime {quote(runtime)}, not one of {sorted(RUNTIMES)}")
         if not isinstance(metadata.get("precision"), str):
             raise ValueError(f"precision={metadata.get('precision')!r} must be text")
+        if metadata.get(INPUT, PIXELS) != PIXELS:
+            raise ValueError(f"{INPUT}={quote(metadata[INPUT])} must be '{PIXELS}', or left out")
         for key, most in (("batch_size", MAX_BATCH), ("threads", 2**16)):
             _check_count(key, metadata.get(key), most)
         entries = metadata.get("files")
@@ -129,7 +128,7 @@ def _check_count(name: str, value: Any, most: int) -> None:
 def _check_entry(folder: Path, name: str, entry: Any, runtime: str) -> None:
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
         raise ValueError(f"the entry of route {quote(name)} must hold names and text, not {quote(entry)}")
-    for key in sorted({"file", "weights"} & entry.keys()):
+    for key in sorted({"file", "graph", "weights"} & entry.keys()):
         checked_path(folder, entry[key])
     for key, pattern in RUNTIMES[runtime].fields.items():
         if not re.fullmatch(pattern, entry.get(key, "")):

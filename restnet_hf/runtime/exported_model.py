@@ -41,6 +41,7 @@ from restnet_hf.runtime.exported_files import (
 from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
 from restnet_hf.runtime.measuring import measure_memory, part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
+from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run
 from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run, installed_version
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
@@ -152,6 +153,7 @@ class ExportedModel:
         self.runtime: str = metadata["runtime"]
         self.precision: str = metadata["precision"]
         self.batch_size: int | None = metadata.get("batch_size")
+        self.takes_pixels = metadata.get(INPUT) == PIXELS
         if self.runtime not in allowed:
             raise ValueError(
                 f"{self.folder} was exported for runtime '{self.runtime}', and only {sorted(allowed)} may run it; add "
@@ -255,9 +257,10 @@ class ExportedModel:
             The profile with this device's latencies, which ``profiled`` is from now on.
 
         Raises:
-            ValueError: ``repeats`` is out of range, or a file is invalid.
+            ValueError: ``repeats`` is out of range, a file is invalid, or the runtime does not run on this system.
             OSError: the folder cannot be read or written, or was written to since it was loaded.
         """
+        self._check_runs_here()
         image = made_images(self.preprocessing)[:1].repeat(self.batch_size or 1, 0)
         with self._all_loaded() as runs:
             inputs = part_inputs(runs, map(str, self.routes), self._stages, image)
@@ -283,9 +286,10 @@ class ExportedModel:
             save: whether the result is kept in the metadata of the folder's ``profile.json``.
 
         Raises:
-            ValueError: ``minutes`` is out of range.
+            ValueError: ``minutes`` is out of range, or the runtime does not run on this system.
             OSError: the folder cannot be written, or was written to since it was loaded.
         """
+        self._check_runs_here()
         image, active = made_images(self.preprocessing)[:1], self.active_cascade or self.active_route
         result = measure_sustained(partial(self, image), str(active), minutes, report=report)
         self._record(replace(self.profiled, metadata={**self.profiled.metadata, "sustained": result.to_dict()}), save)
@@ -304,10 +308,21 @@ class ExportedModel:
         Raises:
             OSError: the system does not count the memory of processes, or the folder cannot be written.
             RuntimeError: a process ended without a result.
+            ValueError: the runtime does not run on this system.
         """
+        self._check_runs_here()
         result = {str(route): measure_memory(self.folder, str(route), self.threads) for route in self.routes}
         self._record(replace(self.profiled, metadata={**self.profiled.metadata, "memory": result}), save)
         return result
+
+    def _check_runs_here(self) -> None:
+        """Raise ValueError where the files are evaluated by other means than their runtime."""
+        runtime = RUNTIMES[self.runtime]
+        if not runtime.runs_here:
+            raise ValueError(
+                f"runtime '{self.runtime}' runs on {' and '.join(runtime.platforms)} alone; here its files are "
+                "evaluated by other means, whose latency and memory are not the runtime's: measure the folder there"
+            )
 
     @contextmanager
     def _all_loaded(self) -> Iterator[dict[str, Run]]:
@@ -345,10 +360,11 @@ class ExportedModel:
         """Load a route or part in its runtime, and check that a route takes images as they are prepared."""
         self._check_same(folder)
         entry = self._entries[route]
-        others = {other["file"] for other in self._entries.values()} - {entry["file"]}
+        others = {name for other in self._entries.values() for name in other.values()} - {*entry.values()}
         self._verify(folder, *(name for name in self._unverified if name not in others))
         with documented_errors(f"route {quote(str(route))} of {self.folder} cannot be loaded by {self.runtime}"):
-            run = RUNTIMES[self.runtime].run(folder, entry, self.threads, self._trust_remote_code)
+            how = self.preprocessing if self.takes_pixels and isinstance(route, Route) else None
+            run = load_run(self.runtime, folder, entry, self.threads, self._trust_remote_code, how)
             shape = getattr(run, "input_shape", None)
             if shape is not None and isinstance(route, Route):
                 self._check_shape(shape)

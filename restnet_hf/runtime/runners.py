@@ -1,6 +1,8 @@
 """RUNTIMES: how routes are exported to each runtime, and run as functions from images to logits. No torch here."""
 
 import importlib
+import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import numpy as np
 from packaging.version import Version
 
 from restnet_hf.routes.device_table import EAGER
+from restnet_hf.runtime.mil import MilProgram, only
 from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
 
 
@@ -40,6 +43,8 @@ def import_for_runtime(package: str, runtime: str) -> Any:
     Raises:
         MissingRuntimeError: the module is not installed; the message names the command that installs it.
     """
+    if package == "coremltools" and not (logger := logging.getLogger(package)).level:
+        logger.setLevel(logging.ERROR)  # it warns of what is for macOS alone, and of versions later than it knows
     try:
         with without_telemetry():
             return importlib.import_module(package)
@@ -197,6 +202,42 @@ def run_torch(folder: Path, entry: Mapping[str, str], threads: int | None, trust
     return _ShapedRun(run, source.meta["val"].shape)
 
 
+def read_mil(folder: Path, entry: Mapping[str, str]) -> Any:
+    """The graph of a Core ML package, as coremltools' ``Model.proto``, after a check of what Core ML would open.
+
+    Raises:
+        ValueError: the files are not those of one package, or the package is not of one ML program.
+    """
+    package = Path(entry["file"]).parent
+    items = json.loads((folder / entry["file"]).read_bytes())["itemInfoEntries"].values()
+    listed = {f"{package}/Data/{item['path']}" for item in items}
+    graph, weights = (f"{package}/Data/com.apple.CoreML/{name}" for name in ("model.mlmodel", "weights"))
+    named = {entry["graph"], entry.get("weights", f"{weights}/weight.bin")}
+    if named != {graph, f"{weights}/weight.bin"} or graph not in listed or not listed <= {graph, weights}:
+        raise ValueError(f"{entry['file']} and the files beside it are not one Core ML package")
+    spec = import_for_runtime("coremltools", "coreml").models.utils.load_spec(str(folder / entry["graph"]))
+    if spec.WhichOneof("Type") != "mlProgram":
+        raise ValueError(f"{entry['graph']} is not an ML program")
+    return spec
+
+
+def run_coreml(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
+    """Load a package in Core ML on macOS; elsewhere in `MilProgram`, which evaluates the same files in numpy."""
+    spec = read_mil(folder, entry)
+    program = MilProgram(spec, folder / entry["weights"] if "weights" in entry else None)
+    if not RUNTIMES["coreml"].runs_here:
+        return program
+    model = import_for_runtime("coremltools", "coreml").models.MLModel(str((folder / entry["file"]).parent))
+    source, result = only(spec.description.input, "input").name, only(spec.description.output, "output").name
+    lock = Lock()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with lock:
+            return np.asarray(model.predict({source: images})[result])
+
+    return _ShapedRun(run, program.input_shape)
+
+
 class LoadRoute(Protocol):
     """A function that loads an exported route."""
 
@@ -224,8 +265,10 @@ class Runtime:
             when a route is exported, as exporters need torch.
         script_imports: modules that the exported ``run.py`` imports, separated by commas.
         script_logits: expression for the logits of one image in ``run.py``, where ``x`` is the image (1, 3, H, W) and
-            ``here`` the folder; fields of the entry are written as in ``"{file}"``.
+            ``here`` the folder; fields of the entry are written as in ``"{file}"``, the input's name as ``{input}``.
         fields: regular expression for each field that the entry of a route must have.
+        platforms: values of ``sys.platform`` on which the runtime itself runs, where it does not run on all. Elsewhere
+            its files are evaluated by other means, whose latencies are not recorded.
     """
 
     run: LoadRoute
@@ -233,6 +276,12 @@ class Runtime:
     script_imports: str
     script_logits: str
     fields: Mapping[str, str] = field(default_factory=lambda: {"file": ".+"})
+    platforms: tuple[str, ...] = ()
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the runtime itself runs on this system."""
+        return not self.platforms or sys.platform in self.platforms
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -240,7 +289,7 @@ RUNTIMES: dict[str, Runtime] = {
         run=run_onnx,
         exporter="restnet_hf.export.onnx:OnnxExporter",
         script_imports="onnxruntime",
-        script_logits='onnxruntime.InferenceSession(here / "{file}").run(None, {{"pixel_values": x}})[0][0]',
+        script_logits='onnxruntime.InferenceSession(here / "{file}").run(None, {{"{input}": x}})[0][0]',
         fields={"file": r".+\.onnx"},
     ),
     "openvino": Runtime(
@@ -272,6 +321,20 @@ RUNTIMES: dict[str, Runtime] = {
             "(pixel_values=x).values()))[0]"
         ),
         fields={"file": r".+\.tflite"},
+    ),
+    "coreml": Runtime(
+        run=run_coreml,
+        exporter="restnet_hf.export.coreml:CoreMlExporter",
+        script_imports="coremltools",
+        script_logits=(
+            'coremltools.models.MLModel(str((here / "{file}").parent)).predict({{"pixel_values": x}})["logits"][0]'
+        ),
+        fields={
+            "file": r"\w+\.mlpackage/Manifest\.json",
+            "graph": r"\w+\.mlpackage/Data/com\.apple\.CoreML/model\.mlmodel",
+            "weights": r"(\w+\.mlpackage/Data/com\.apple\.CoreML/weights/weight\.bin)?",
+        },
+        platforms=("darwin",),
     ),
     "torch": Runtime(
         run=run_torch,

@@ -32,7 +32,7 @@ pytestmark = needs_export
 CASES = [(name, precision) for name in RUNTIMES for precision in load_exporter(name).precisions]
 ROUTES = ["resnet[:3] + vit[2:]", "resnet[:2] + vit[2:]"]
 FAST = [("onnx", "fp32"), ("onnx", "int8")]
-WITHOUT_TORCH = [case for case in CASES if case[0] in ("litert", "onnx", "openvino")]
+WITHOUT_TORCH = [case for case in CASES if case[0] in ("coreml", "litert", "onnx", "openvino")]
 
 
 def noise(count, seed=0):
@@ -97,15 +97,10 @@ def test_every_runtime_and_precision(model, tmp_path, runtime, precision):
     picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 70, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
     exported.set_route(ROUTES[0])
-    printed = run_in(tmp_path, (out / "run.py").read_text(), without_torch=(runtime, precision) in WITHOUT_TORCH)
-    assert printed == exported.classify(picture)[0]["label"]
-    assert (out / "run.py").read_text().count("\n") <= 30
-    assert run_in(tmp_path, (out / "run.py").read_text(), (runtime, precision) in WITHOUT_TORCH, "--check").startswith(
-        "changed files: none; logits off by"
-    )
+    check_script(exported, tmp_path, picture, (runtime, precision) in WITHOUT_TORCH)
     assert max(exported.check().values()) < 1e-3
     check_profile(exported, model, routes, runtime, precision)
-    if len(routes) > 1 and runtime not in ("litert", "torch"):
+    if len(routes) > 1 and runtime not in ("coreml", "litert", "torch"):
         check_sharing(out, model)
     if len(routes) > 1 and (runtime, precision) in WITHOUT_TORCH:
         subprocess.run([sys.executable, "-c", SWITCHING.format(folder=str(out), size=SIZE)], check=True)
@@ -117,7 +112,7 @@ def check_logits(exported, model, routes, precision):
     for route in routes:
         expected, found = logits(model, route, images), (exported.set_route(route), exported(images.numpy()))[1]
         off = np.abs(found - expected).max() / expected.std()
-        assert off < {"fp32": 1e-4, "bf16": 0.2}.get(precision, 1.0)
+        assert off < {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.2}.get(precision, 1.0)
         assert precision == "fp32" or off > 1e-4  # it is in low precision
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.9
         one_by_one = np.concatenate([exported(image.numpy()) for image in images.split(1)])
@@ -125,6 +120,20 @@ def check_logits(exported, model, routes, precision):
         # scales that are found as images come depend on which come together
         apart = {"int8": 0.1, "int8_dynamic": 1.0}.get(precision, 1e-3)
         assert np.allclose(found, one_by_one, atol=apart * expected.std())
+
+
+def check_script(exported, folder, picture, without_torch):
+    """It prints the same class; where its runtime does not run, the error says where it does."""
+    code = (folder / "out" / "run.py").read_text()
+    assert code.count("\n") <= 30
+    if not RUNTIMES[exported.runtime].runs_here:
+        compile(code, "run.py", "exec")
+        with pytest.raises(subprocess.CalledProcessError) as caught:
+            run_in(folder, code, without_torch)
+        assert "only supported on macOS" in caught.value.stderr
+        return
+    assert run_in(folder, code, without_torch) == exported.classify(picture)[0]["label"]
+    assert run_in(folder, code, without_torch, "--check").startswith("changed files: none; logits off by")
 
 
 def run_in(folder, code, without_torch, picture="picture.png"):
@@ -138,14 +147,19 @@ def run_in(folder, code, without_torch, picture="picture.png"):
 
 def check_profile(exported, model, routes, runtime, precision):
     rows = exported.profiled.routes
-    assert [str(row.route) for row in rows] == routes and all(row.costs["latency_ms"] > 0 for row in rows)
+    assert [str(row.route) for row in rows] == routes
     eager = {str(row.route): row for row in model.profile().routes}
     assert all(row.costs["macs"] == eager[str(row.route)].costs["macs"] for row in rows)
-    (entry,) = model.profiled.metadata["runtimes"]
-    assert (entry["runtime"], entry["precision"], list(entry["routes"])) == (runtime, precision, routes)
     images = 24 - (8 if precision.startswith("int8") else 0)
     assert exported.profiled.metadata["images"] == images
     assert all((images * row.scores["accuracy"]) % 1 == pytest.approx(0, abs=1e-9) for row in rows)
+    if not RUNTIMES[runtime].runs_here:  # no latency is that of the runtime
+        assert not any("latency_ms" in row.costs for row in rows) and "runtimes" not in model.profiled.metadata
+        assert exported.profiled.metadata["verified_by"] == "evaluator"
+        return
+    assert all(row.costs["latency_ms"] > 0 for row in rows) and "verified_by" not in exported.profiled.metadata
+    (entry,) = model.profiled.metadata["runtimes"]
+    assert (entry["runtime"], entry["precision"], list(entry["routes"])) == (runtime, precision, routes)
     card = make_card("me/adapter", [{"name": "a", "repo_id": None, "revision": None, "license": None}], model.profiled)
     assert f"| `{ROUTES[0]}` | {runtime} | {precision} | " in card.text
 
@@ -460,7 +474,7 @@ def test_hostile_folder(bundle, tmp_path):
         return tmp_path
 
     first = next(iter(good["metadata"]["files"]))
-    for name in ("../model.onnx", "/etc/passwd", "a/b.onnx"):
+    for name in ("../model.onnx", "/etc/passwd", "a/../../b.onnx", "a//b.onnx", "./model.onnx", ".a/b.onnx"):
         with pytest.raises(ValueError, match="not in the folder"):
             ExportedModel(written(files={**good["metadata"]["files"], first: {"file": name}}))
     with pytest.raises(ValueError, match="runtime 'pickle', not one of"):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from restnet_hf.files import SHA256, atomic_file, atomic_folder, complete_folder, read_folder
+from restnet_hf.files import SHA256, atomic_file, atomic_folder, checksums, complete_folder, read_folder
 
 
 OURS = ("a", "b.json", "c")
@@ -245,6 +245,67 @@ def half_way(out):
     return pending
 
 
+def save_inside(out, text, name="model/data/x"):
+    """A save with a file in a folder inside the folder."""
+    with atomic_folder(out, "b.json") as folder:
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(text)
+        (folder / "b.json").write_text("{}")
+
+
+def read_inside(folder):
+    return (folder / "model/data/x").read_text()
+
+
+def test_files_in_folders_inside(tmp_path):
+    """They have checksums by their path, are replaced with the others, and other files beside them stay."""
+    out = tmp_path / "out"
+    save_inside(out, "old")
+    (out / "model" / "mine").write_text("mine")
+    save_inside(out, "new")
+    assert read_folder(out, "b.json", read_inside) == "new" and (out / "model" / "mine").read_text() == "mine"
+    digests = checksums((out / "b.json").read_bytes())
+    assert digests == {"model/data/x": hashlib.sha256(b"new").hexdigest()}
+    assert (out / "model").stat().st_mode & 0o777 == 0o755 and listing(out) == ["b.json", "model"]
+
+
+def test_a_save_of_folders_inside_that_was_killed(tmp_path):
+    """Readers take the new files at once, and the next save finishes it."""
+    out = tmp_path / "out"
+    save_inside(out, "old")
+    save_inside(tmp_path / "new", "new")
+    pending = out / ".x.pending"
+    shutil.move(tmp_path / "new", pending)
+    shutil.copy(pending / "b.json", out / "b.json")
+    assert read_inside(out) == "old" and read_folder(out, "b.json", read_inside) == "new"
+    (pending / "model/data/x").write_text("evil")
+    assert complete_folder(out, "b.json") == out
+    (pending / "model/data/x").write_text("new")
+    shutil.move(pending / "model", tmp_path / "model")
+    (pending / "model").symlink_to(tmp_path / "model")
+    assert complete_folder(out, "b.json") == out
+    (pending / "model").unlink()
+    shutil.move(tmp_path / "model", pending / "model")
+    save(out, "newer", ours=())
+    assert read_inside(out) == "new" and listing(out) == ["a", "b.json", "c", "model"]
+
+
+def test_a_link_in_the_place_of_a_folder_inside(tmp_path):
+    """It is replaced, and what it leads to stays as it is."""
+    out, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    out.mkdir()
+    (out / "model").symlink_to(home)
+    save_inside(out, "new")
+    assert not (out / "model").is_symlink() and read_inside(out) == "new" and not listing(home)
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../x", "a//x", "./x", "a/./x", "a/.b", "a/", "", "a\\b", "c:/x"])
+def test_names_that_lead_out_of_the_folder(name):
+    assert not checksums(json.dumps({SHA256: {name: "0"}}).encode())
+    assert checksums(json.dumps({SHA256: {"a/b.c/d": "0"}}).encode())
+
+
 def test_another_process_keeps_the_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("restnet_hf.files.LOCK_SECONDS", 0.1)
     with atomic_folder(tmp_path / "out", "b.json") as folder:
@@ -266,7 +327,23 @@ def snapshot(folder):
     }
 
 
-NAMES = st.sampled_from(["a", "c", "../precious", "/etc/precious", "other", ".hidden", "", "b.json", "x/y", "."])
+INSIDE = ("other/x", "linked/mine", "linked/x", "sub/x")  # where `other` is a file and `linked` a link
+NAMES = st.sampled_from(
+    [
+        "a",
+        "c",
+        "../precious",
+        "/etc/precious",
+        "other",
+        ".hidden",
+        "",
+        "b.json",
+        "x/y",
+        ".",
+        "x/../../precious",
+        *INSIDE,
+    ]
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -280,6 +357,7 @@ def test_hostile_pending_folders(tmp_path_factory, data):
     (root / "precious").write_text("precious")
     save(out, "old")
     (out / "other").write_text("mine")
+    (out / "linked").symlink_to(home)
     name = data.draw(st.sampled_from([".x.pending", ".x.whole", ".pending", ".out.y.new", ".x.tmp"]))
     hidden = out / name
     if data.draw(st.booleans()):
@@ -296,11 +374,18 @@ def test_hostile_pending_folders(tmp_path_factory, data):
             if each in ("a", "c", "other", ".hidden"):
                 place = hidden / each
                 place.symlink_to(home / "mine") if data.draw(st.booleans()) else place.write_text("evil")
+            elif each in INSIDE and not os.path.lexists((hidden / each).parent):
+                if data.draw(st.booleans()):
+                    (hidden / each).parent.symlink_to(home)
+                else:
+                    (hidden / each).parent.mkdir()
+                    (hidden / each).write_text("evil")
     outside, before = (snapshot(home), (root / "precious").read_text()), snapshot(root)
     read(out)
     assert snapshot(root) == before
     save(out, "new")
     assert (snapshot(home), (root / "precious").read_text()) == outside
+    assert os.readlink(out / "linked") == str(home)
     assert contents(out) == {"a": "new", "b.json": "new", "c": "new", "other": "mine"}
 
 

@@ -23,7 +23,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "routes": ["blocks", "cascade", "confidences", "device_table", "families", "fronts", "profile", "route", "tables"],
     "runtime": [
         *("controller", "drift", "exported_cascades", "exported_files", "exported_model", "golden", "measuring"),
-        *("pictures", "processor", "resident", "runners", "sustained", "targets", "torch_archives"),
+        *("mil", "pictures", "pixels", "processor", "resident", "runners", "sustained", "targets"),
+        "torch_archives",
     ],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
@@ -53,8 +54,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
-        *("device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino", "parts"),
-        *("programs", "sensitivity", "torch_program", "verification"),
+        *("coreml", "device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino"),
+        *("parts", "programs", "sensitivity", "torch_program", "verification"),
     ],
     "demo": ["model", "paths"],
     "top": ["comparing", "recipe_checks", "reports", "recipe", "auto_classes"],

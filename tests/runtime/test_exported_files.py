@@ -74,7 +74,7 @@ for index in range(int(sys.argv[4]), count):
 def damage(source, folder, rng, secret):
     """A copy of a folder in which one thing is wrong, and what; half have no checksums, as hostile ones may."""
     shutil.copytree(source, folder)
-    files = sorted(file for file in folder.iterdir() if file.name != "run.py")
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "run.py")
     models = [file for file in files if file.suffix != ".json"]
     kind = rng.choice(["json"] * 4 + ["flip"] * 2 + ["cut", "swap", "remove", "link", "pickle", "text", "folder"])
     file = rng.choice(models if kind == "flip" else files)
