@@ -83,7 +83,9 @@ def is_exported(adapter: str) -> bool:
     return (Path(adapter) / LABELS).is_file()
 
 
-def load_here(adapter: str, threads: int | None, device: str | None = None) -> "StitchedModelForImageClassification":
+def load_here(
+    adapter: str, threads: int | None, device: str | None = None, budget: Budget | None = None
+) -> "StitchedModelForImageClassification":
     """Load an adapter on this process's device.
 
     Args:
