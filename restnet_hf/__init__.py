@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from restnet_hf.export.export import export_routes
     from restnet_hf.export.exporter import UnsupportedExportError
     from restnet_hf.export.verification import DisagreementError
+    from restnet_hf.hub.latency_tables import push_latency
     from restnet_hf.hub.repository import FoundAdapter, find_adapters
     from restnet_hf.modeling_restnet import StitchedModelForImageClassification
     from restnet_hf.routes.cascade import Cascade
+    from restnet_hf.routes.device_table import DeviceTable
     from restnet_hf.routes.profile import Budget, Profile, ProfiledCascade, ProfiledRoute
     from restnet_hf.routes.route import Route, Segment
     from restnet_hf.runtime.controller import Controller
@@ -39,6 +41,7 @@ MODULES = {
     "BudgetError": "errors",
     "Cascade": "routes.cascade",
     "Controller": "runtime.controller",
+    "DeviceTable": "routes.device_table",
     "DisagreementError": "export.verification",
     "ExportedModel": "runtime.exported_model",
     "FoundAdapter": "hub.repository",
@@ -62,6 +65,7 @@ MODULES = {
     "find_adapters": "hub.repository",
     "load_anchor": "anchors.loading",
     "load_images": "data.datasets",
+    "push_latency": "hub.latency_tables",
     "train": "training.loop",
     "train_heads": "training.loop",
     "with_pixel_values": "data.pixel_values",

@@ -37,6 +37,7 @@ class Repo:
 
     name: str
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)
+    pulls: dict[str, tuple[str, dict[str, bytes]]] = field(default_factory=dict)  # pull requests, by reference
 
     def commit(self, files: dict[str, bytes]) -> str:
         parts = [f"{len(self.commits)} {self.name}", *(f"{path} {_oid(data)}" for path, data in sorted(files.items()))]
@@ -46,7 +47,9 @@ class Repo:
     def at(self, revision: str) -> tuple[str, dict[str, bytes]]:
         if revision == "main":
             return self.commits[-1]
-        for sha, files in self.commits:
+        if revision in self.pulls:
+            return self.pulls[revision]
+        for sha, files in (*self.commits, *self.pulls.values()):
             if sha == revision:
                 return sha, files
         raise Refused(404, "RevisionNotFound", f"no revision {revision}")
@@ -88,13 +91,14 @@ class Hub:
     """All repositories, and what was asked: method, path and bytes of the answer.
 
     The bodies of files whose path ends in ``cut_short`` break off half way, and those that end in a key of ``refused``
-    are not given. ``raw_cards`` are sent instead of what is in a repository's card. After ``last`` was answered, the
-    Hub answers no more.
+    are not given. Repositories in ``read_only`` take pull requests alone. ``raw_cards`` are sent instead of what is in
+    a repository's card. After ``last`` was answered, the Hub answers no more.
     """
 
     cut_short: str | None = None
     refused: dict[str, Refused] = field(default_factory=dict)
     raw_cards: dict[str, str] = field(default_factory=dict)
+    read_only: set[str] = field(default_factory=set)
     last: str | None = None
     gone: bool = False
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -211,7 +215,15 @@ class _Handler(BaseHTTPRequestHandler):
     def validate(self) -> None:
         self._json({"errors": [], "warnings": []})
 
+    def _check_writer(self, name: str) -> bool:
+        """Whether a pull request is asked for; nobody else may write to a repository that is read only."""
+        pull = "create_pr" in self.query
+        if name in self.hub.read_only and not pull:
+            raise Refused(403, "", "pass `create_pr=1` as a query parameter to create a Pull Request")
+        return pull
+
     def preupload(self, name: str, revision: str) -> None:
+        self._check_writer(name)
         files = self.hub.repo(name).at(revision)[1]
         wanted = [file["path"] for file in json.loads(self.sent)["files"]]
         known = {path: _oid(files[path]) if path in files else None for path in wanted}
@@ -219,6 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"files": answers, "commitOid": None})
 
     def commit(self, name: str, revision: str) -> None:
+        pull = self._check_writer(name)
         repo = self.hub.repo(name)
         files = dict(repo.at(revision)[1])
         for line in filter(None, self.sent.splitlines()):
@@ -228,8 +241,12 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "deletedFile":
                 del files[value["path"]]
-        sha = repo.commit(files)
-        self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
+        sha, answer = repo.commit(files), {"success": True}
+        if pull:
+            number = len(repo.pulls) + 1
+            repo.pulls[f"refs/pr/{number}"] = repo.commits.pop()
+            answer |= {"pullRequestUrl": f"{self.hub.url}/{name}/discussions/{number}"}
+        self._json({**answer, "commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}"})
 
     def info(self, name: str, revision: str = "main") -> None:
         self._json(self.hub.info(name, revision))

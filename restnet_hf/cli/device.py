@@ -1,6 +1,7 @@
 """Commands that fit an adapter to a device: measure, adapt and export."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ from restnet_hf.cli.base import command
 from restnet_hf.cli.options import (
     Adapter,
     BudgetTexts,
+    Device,
     MaxAccuracyDrop,
     MinAgreement,
     Overwrite,
@@ -36,6 +38,9 @@ from restnet_hf.cli.tables import (
 
 
 if TYPE_CHECKING:
+    from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+    from restnet_hf.profiling.latency import LatencyTable
+    from restnet_hf.routes.device_table import DeviceTable
     from restnet_hf.routes.profile import Budget
 
 
@@ -59,24 +64,85 @@ def measure(
     memory: Annotated[
         bool, typer.Option("--memory", help="Measure the peak memory of a process for each exported route too.")
     ] = False,
+    push: Annotated[
+        bool,
+        typer.Option(
+            "--push",
+            help="Publish the latencies in the adapter's repository, as a pull request where you may not write.",
+        ),
+    ] = False,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Repository to publish in; by default that of the adapter.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request in place of a commit, with --push.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace this device's table in --out; those of others stay.")
     ] = False,
 ) -> None:
     """Measure the latency of an adapter's routes, or of exported ones, on this device. The latter needs no torch."""
+    if (repo_id is not None or create_pr) and not push:
+        raise typer.BadParameter("--repo-id and --create-pr are for --push")
+    publisher = _Publisher(push, repo_id, create_pr or None)
     if is_exported(adapter):
         if out is not None or batch_size != 1 or overwrite:
             raise typer.BadParameter("--out, --batch-size and --overwrite are for adapters, not for exported routes")
-        _measure_exported(adapter, threads, seconds, minutes, memory)
+        _measure_exported(adapter, threads, seconds, minutes, memory, publisher)
         return
     if memory:
         raise typer.BadParameter("--memory is for exported routes; export the adapter first")
-
-    from restnet_hf.runtime.exported_files import PROFILE
-
+    if push and repo_id is None and Path(adapter).is_dir():
+        raise typer.BadParameter(f"{adapter} is a local folder: name the repository of the adapter with --repo-id")
     file = out or Path("latency.json")
     check_output(file, overwrite, "which keeps the tables of other devices and runtimes, ")
     model = load_here(adapter, threads)
+    table = _measure_adapter(model, adapter, file, batch_size, seconds, minutes)
+    publisher.push(lambda: model.device_table(table))
+
+
+@dataclass(frozen=True)
+class _Publisher:
+    """Publishes a table of latencies where that is asked for.
+
+    Args:
+        wanted: whether to publish it.
+        repo_id: repository of the adapter; None for the one that the table names.
+        create_pr: whether to open a pull request in place of a commit; None where the user may not write.
+    """
+
+    wanted: bool
+    repo_id: str | None
+    create_pr: bool | None
+
+    def check(self, make: "Callable[[], DeviceTable]") -> None:
+        """Raise an error before a long measurement where its table could not be published."""
+        if self.wanted:
+            from restnet_hf.hub.latency_tables import check_latency
+
+            check_latency(make(), self.repo_id)
+
+    def push(self, make: "Callable[[], DeviceTable]") -> None:
+        """Publish the table, and print where."""
+        if self.wanted:
+            from restnet_hf.hub.latency_tables import push_latency
+
+            table = make()
+            commit = push_latency(table, self.repo_id, create_pr=self.create_pr)
+            say(f"'{table.name}' is published: {commit.pr_url or commit.commit_url}")
+
+
+def _measure_adapter(
+    model: "StitchedModelForImageClassification",
+    adapter: str,
+    file: Path,
+    batch_size: int,
+    seconds: float,
+    minutes: float | None,
+) -> "LatencyTable":
+    """Measure an adapter on this device; the result is kept in a file, and in the profile of a local adapter."""
+    from restnet_hf.runtime.exported_files import PROFILE
+
     table = model.measure_latency(batch_size=batch_size, seconds=seconds)
     if minutes is not None:
         with minutes_bar(minutes) as report:
@@ -90,13 +156,24 @@ def measure(
         model.record_latency(table if minutes is None else table.sustained).save(Path(adapter) / PROFILE)
         written += f" and {Path(adapter) / PROFILE}"
     say(f"written to {written}")
+    return table
 
 
-def _measure_exported(folder: str, threads: int | None, seconds: float, minutes: float | None, memory: bool) -> None:
+def _measure_exported(
+    folder: str,
+    threads: int | None,
+    seconds: float,
+    minutes: float | None,
+    memory: bool,
+    publisher: _Publisher,
+) -> None:
     """Measure exported routes on this device, and keep the result in their folder."""
+    from restnet_hf.routes.device_table import DeviceTable
     from restnet_hf.runtime.exported_model import ExportedModel
 
     model = ExportedModel(folder, threads)
+    if all("latency_ms" in row.costs for row in model.profiled.routes):  # of where it was exported
+        publisher.check(lambda: DeviceTable.of_export(model.profiled))
     show_profile(model.measure_latency(seconds=seconds, save=True))
     if minutes is not None:
         with minutes_bar(minutes) as report:
@@ -104,6 +181,7 @@ def _measure_exported(folder: str, threads: int | None, seconds: float, minutes:
     if memory:
         show_memory(model.measure_memory(save=True))
     say(f"written to {folder}, for `restnet-hf predict --budget latency_ms=...`")
+    publisher.push(lambda: DeviceTable.of_export(model.profiled))
 
 
 @command("me/r50-mbv2 --data photos --budget latency_ms=20")
@@ -162,6 +240,7 @@ def export(
     ] = None,
     cascade: Annotated[list[str] | None, typer.Option(help="Cascade to export; may be given several times.")] = None,
     budget: BudgetTexts = None,
+    device: Device = None,
     pareto: Annotated[
         bool,
         typer.Option("--pareto", help="Export all routes that no other beats in MACs and accuracy, not --route."),
@@ -191,16 +270,14 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Export what is active or others for a runtime, verified against the adapter, with a script that runs them."""
-    limits = _one_choice([*(route or ()), *(cascade or ())], budget, pareto)
+    limits = _one_choice([*(route or ()), *(cascade or ())], budget, pareto, device)
     check_output(out, overwrite)
 
     from restnet_hf.adaptation.adapt import device_images
     from restnet_hf.export.export import export_routes, pareto_routes
     from restnet_hf.runtime.exported_files import PROFILE
 
-    model = load_here(adapter, threads)
-    if limits is not None:
-        model.set_budget(limits)
+    model = load_here(adapter, threads, device, limits)
     rows = None if data is None else _few(device_images(model, data, split, images))
     exported = export_routes(
         model, out, pareto_routes(model) if pareto else route, runtime=runtime, precision=precision, data=rows,
@@ -208,17 +285,21 @@ def export(
         calibration_images=calibration_images, threads=threads, cascades=cascade or (),
         with_preprocessing=with_preprocessing,
     )  # fmt: skip
-    if Path(adapter).is_dir() and model.profiled is not None:
+    if Path(adapter).is_dir() and model.profiled is not None and device is None:  # the adapter keeps its own latencies
         model.profiled.save(Path(adapter) / PROFILE)
     show_exported(exported)
     size = f"{exported.profiled.metadata['size_mb']:.1f} MB"
     say(f"written to {out}: {size}; try: python {out}/run.py PICTURE, or restnet-hf predict {out} PICTURE")
 
 
-def _one_choice(route: list[str] | None, budget: list[str] | None, pareto: bool) -> "Budget | None":
+def _one_choice(
+    route: list[str] | None, budget: list[str] | None, pareto: bool, device: str | None
+) -> "Budget | None":
     """The budget of a command that takes a route, a budget or the front; raises BadParameter for several of them."""
     if bool(route) + bool(budget) + pareto > 1:
         raise typer.BadParameter("give --route and --cascade, --budget or --pareto, not several of them")
+    if device is not None and not budget:
+        raise typer.BadParameter("--device is for --budget: the latencies of that device")
     return parse_budget(budget) if budget else None
 
 

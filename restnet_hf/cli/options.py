@@ -47,6 +47,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 BudgetTexts = Annotated[
     list[str] | None, typer.Option(help="Limit on a cost, as macs=1e9; may be given several times.")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Device whose latencies others published beside the adapter, for limits in milliseconds on it."),
+]
 
 
 def parse_budget(texts: Iterable[str]) -> Budget:
@@ -79,12 +83,16 @@ def is_exported(adapter: str) -> bool:
     return (Path(adapter) / LABELS).is_file()
 
 
-def load_here(adapter: str, threads: int | None) -> "StitchedModelForImageClassification":
+def load_here(
+    adapter: str, threads: int | None, device: str | None = None, budget: Budget | None = None
+) -> "StitchedModelForImageClassification":
     """Load an adapter on this process's device.
 
     Args:
         adapter: Hub id or local folder.
         threads: number of threads of the processor; None for torch's own choice.
+        device: device whose published latencies replace those of the profile; None for the profile's own.
+        budget: limits within which the best route or cascade is made active; None for what was active.
     """
     import torch
 
@@ -93,4 +101,5 @@ def load_here(adapter: str, threads: int | None) -> "StitchedModelForImageClassi
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return StitchedModelForImageClassification.from_pretrained(adapter).to(this_process().device)
+    model = StitchedModelForImageClassification.from_pretrained(adapter, device=device, budget=budget)
+    return model.to(this_process().device)

@@ -23,7 +23,12 @@ def find(
     ] = None,
     mean_latency_ms: Annotated[float | None, typer.Option(help="Limit on milliseconds as a mean over images.")] = None,
     min_accuracy: Annotated[float | None, typer.Option(help="Lowest accuracy of a route, from 0 to 1.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device that the costs were measured on.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device that latencies are of: that of the adapter's profile, or one that others published."
+        ),
+    ] = None,
 ) -> None:
     """Find adapters on the Hub with a route within limits, the most accurate first."""
     from restnet_hf.hub.repository import find_adapters

@@ -156,14 +156,19 @@ def show_compared(name: str, rows: "Sequence[RankedRoute]") -> None:
 
 def show_found(adapters: "Sequence[FoundAdapter]") -> None:
     """Print adapters of the Hub with their best routes."""
+    published = any(adapter.table is not None for adapter in adapters)
     rows = []
     for adapter in adapters:
         macs = adapter.best.costs.get("mean_macs", adapter.best.costs.get("macs"))  # of a cascade the mean
-        costs = (number(value, 1, 1e-6) for value in (macs, adapter.best.costs.get("params")))
+        costs = [number(value, 1, 1e-6) for value in (macs, adapter.best.costs.get("params"))]
+        costs += [number(adapter.best.costs.get("latency_ms"), 2)] if published else []
         accuracy = number(adapter.best.scores.get("accuracy"), 1, 100)
         rows.append([adapter.repo_id, str(adapter.best.route), *costs, accuracy])
-    columns = ("adapter", "route", "MACs, M", "params, M", "accuracy, %")
+    latency = ["latency, ms"] if published else []
+    columns = ("adapter", "route", "MACs, M", "params, M", *latency, "accuracy, %")
     show_table(f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}", columns, rows)
+    for table in {adapter.table.name: adapter.table for adapter in adapters if adapter.table is not None}.values():
+        say(f"latencies: {table.name} ({table.runtime} {table.version}, {table.date})")
 
 
 def show_latency(table: "LatencyTable", predicted: "Mapping[Route, float]") -> None:

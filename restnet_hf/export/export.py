@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ from restnet_hf.runtime.golden import CHECK, golden
 from restnet_hf.runtime.measuring import part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run, normalise
 from restnet_hf.runtime.processor import processor_name
-from restnet_hf.runtime.runners import RUNTIMES, Run
+from restnet_hf.runtime.runners import RUNTIMES, Run, installed_version
 from restnet_hf.runtime.targets import AUTO, TARGETS, resolve_target
 
 
@@ -372,6 +373,9 @@ class _Job:
             "precision": self.precision,
             "threads": self.threads or torch.get_num_threads(),
             "device": processor_name(),
+            "machine": platform.machine(),
+            "runtime_version": installed_version(self.exporter.runtime),
+            "adapter": self.model.adapter_identity(),
             "batch_size": self.batch_size,
             "images": len(self.reference.logits[self.routes[0]]) if self.real_images else 0,
             "kept_in_full_precision": dict(kept),

@@ -16,7 +16,8 @@ from restnet_hf.anchors.weights import check_weights, present_names, raise_probl
 from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.errors import quote
 from restnet_hf.files import read_folder
-from restnet_hf.hashing import FLOATS
+from restnet_hf.hashing import FLOATS, weights_sha256
+from restnet_hf.hub.latency_tables import find_table, own_devices, table_names
 from restnet_hf.hub.loading_options import (
     STATE_DICT,
     Mismatched,
@@ -38,6 +39,7 @@ AUTO_MAP = {  # with it, transformers names the package to install if it is miss
     "AutoConfig": "modeling_restnet.RestNetConfig",
     "AutoModelForImageClassification": "modeling_restnet.StitchedModelForImageClassification",
 }
+MAX_NAMES = 1000  # characters of names in an error
 MAX_HEADER = 2**23  # bytes, enough for some eighty thousand tensors
 SHIM_TEXT = "from restnet_hf import RestNetConfig, StitchedModelForImageClassification  # pip install restnet-hf\n"
 
@@ -267,6 +269,7 @@ def read_checkpoint(
     state_dict: Mapping[str, Tensor] | None,
     options: Mapping[str, Any],
     hub_kwargs: Mapping[str, Any],
+    device: str | None = None,
 ) -> Checkpoint:
     """Read an adapter and apply the options of a caller.
 
@@ -278,10 +281,11 @@ def read_checkpoint(
         state_dict: tensors in place of those in the file.
         options: keyword arguments of ``from_pretrained``, of which those of the config are used.
         hub_kwargs: options of huggingface_hub, such as ``token``.
+        device: name of a device whose published latencies replace those of the profile.
 
     Raises:
         OSError: a file is missing or damaged.
-        ValueError: the config is invalid, or the state dict does not fit it.
+        ValueError: the config is invalid, the state dict does not fit it, or no latencies of the device are published.
     """
     where, at = STATE_DICT, {**hub_kwargs, "subfolder": subfolder}
     if path_or_id is not None:
@@ -292,7 +296,50 @@ def read_checkpoint(
     if state_dict is not None:
         weights = read_state_dict(state_dict, config, where)
     standalone = config.standalone if state_dict is None else holds_anchors(weights)
-    return Checkpoint(where, config.check(), profile, weights, standalone)
+    config.check()
+    if device is not None:
+        profile = profile_of_device(where, device, config, profile, weights, at)
+    return Checkpoint(where, config, profile, weights, standalone)
+
+
+def profile_of_device(
+    where: str,
+    device: str,
+    config: RestNetConfig,
+    profile: Profile | None,
+    weights: Mapping[str, Tensor],
+    at: Mapping[str, Any],
+) -> Profile:
+    """The profile of an adapter with the published latencies of a device in place of its own.
+
+    Args:
+        where: local folder or Hub id of the adapter, or `STATE_DICT`.
+        device: name of the device, or the beginning of the table's name.
+        config: config of the model.
+        profile: profile of the adapter; None if it has none.
+        weights: tensors of the adapter by name.
+        at: options of huggingface_hub, with ``revision`` and ``subfolder``.
+
+    Raises:
+        OSError: the Hub cannot be reached.
+        ValueError: there is no such table, it was measured with other weights, or the adapter has no profile.
+    """
+    if profile is None or where == STATE_DICT:
+        raise ValueError(f"{where} has no profile to which the latencies of device={device!r} belong")
+    parts = dict.fromkeys(".".join(key.split(".")[:2]) for key in weights if not key.startswith("anchors."))
+    digests = {part: weights_sha256(select_prefix(f"{part}.", weights)) for part in parts}
+    digests |= {f"anchors.{entry['name']}": entry["fingerprint"] for entry in config.anchors}
+    table = find_table(where, device, digests, at)
+    if table is not None:
+        return table.add_to(profile)
+    if device in own_devices(profile):
+        return profile
+    names = table_names(where, at)
+    there = f"only of {quote(names, MAX_NAMES)}: name one of these, or" if names else "and of no other one:"
+    raise ValueError(
+        f"{where} has no latencies of device={device!r}, {there} measure and publish them there with `restnet-hf "
+        "measure --push`; device_map= is the option that places the model"
+    )
 
 
 def build_model(

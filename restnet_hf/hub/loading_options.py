@@ -199,16 +199,21 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, ignore_m
     return mismatched
 
 
-def load_peft_adapter(model: Any, options: Mapping[str, Any] | None) -> None:
-    """Load the adapter that PEFT wrote on top of a stitched model, if Auto classes were given one.
+def finish_loading(
+    model: Any, options: Mapping[str, Any] | None, attn_implementation: str | Mapping[str, str] | None
+) -> None:
+    """Load the adapter that PEFT wrote on top of a stitched model, if Auto classes were given one; set the attention.
 
     Args:
         model: stitched model to load into.
         options: ``adapter_kwargs`` of the Auto classes, with the path of PEFT's adapter.
+        attn_implementation: ``eager``, ``sdpa``, ... for the anchors; None for what they have.
     """
     options = dict(options or {})
     if path := options.pop("_adapter_model_path", None):
         load_lora(model, path, options)
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
 
 
 def loading_info(mismatched: Mismatched) -> dict[str, Any]:

@@ -37,16 +37,19 @@ from restnet_hf.hub.cards import BUCKETS, adapter_tags, is_hub_id
 from restnet_hf.hub.loading_options import (
     FROM_PRETRAINED,
     choose_route,
+    finish_loading,
     hub_options,
-    load_peft_adapter,
     loading_info,
 )
 from restnet_hf.hub.paging import WeightFiles
 from restnet_hf.hub.repository import PLOT, PROFILE, check_parents, push_folder
 from restnet_hf.hub.several_adapters import add_adapter
+from restnet_hf.profiling.device_tables import make_device_table
+from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.profiling.plots import plot_tradeoff
 from restnet_hf.progress import library_bars
 from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.device_table import DeviceTable
 from restnet_hf.routes.profile import BudgetLike, Profile
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step
@@ -73,6 +76,8 @@ class AdapterHubMixin:
     image_processor: Any
     model_tags: list[str] | None
     state_dict: Callable[[], dict[str, Tensor]]
+    all_routes: Any  # of routes, a property
+    name_or_path: str
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The tensors of an adapter: those of stitches, new heads and tuned parts, without the anchors."""
@@ -273,6 +278,7 @@ class AdapterHubMixin:
         anchors: Mapping[str, nn.Module | str] | None = None,
         route: Route | Cascade | str | None = None,
         budget: BudgetLike | None = None,
+        device: str | None = None,
         revision: str | None = None,
         subfolder: str = "",
         dtype: torch.dtype | str | None = None,
@@ -292,6 +298,7 @@ class AdapterHubMixin:
             anchors: modules or folders by anchor name, for anchors made in code or moved.
             route: route or cascade to make active. Only its weights are read now, the others when they are needed.
             budget: limits, a `Budget` or such as ``{"macs": 1e9}``, within which the best is made active.
+            device: name of a device whose published latencies replace those of the profile; see `DeviceTable`.
             revision: branch, tag or commit of the adapter.
             subfolder: folder of the adapter in its repository.
             dtype: dtype of the weights; as saved by default.
@@ -311,20 +318,42 @@ class AdapterHubMixin:
         Raises:
             OSError: a file is missing or damaged.
             TypeError: an option is unknown, or cannot apply to a stitched model.
-            ValueError: weights do not fit the config, or an anchor is not the adapter's.
+            ValueError: weights do not fit the config, an anchor is not the adapter's, or there is no such device.
             BudgetError: no route fits, or the adapter has no profile.
         """
         dtype = kwargs.pop("torch_dtype", None) if dtype is None else dtype
-        device, hub = single_device(device_map), hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
+        place, hub = single_device(device_map), hub_options("from_pretrained", kwargs, FROM_PRETRAINED)
         where, options = pretrained_model_name_or_path, {"trust_remote_code": trust_remote_code, **hub}
-        checkpoint = read_checkpoint(where, revision, subfolder, config, state_dict, kwargs, hub)
+        checkpoint = read_checkpoint(where, revision, subfolder, config, state_dict, kwargs, hub, device)
         used = choose_route(checkpoint.config, checkpoint.profile, route, budget)
         model, mismatched = build_model(cls, checkpoint, anchors or {}, used, dtype, options, ignore_mismatched_sizes)
-        load_peft_adapter(model, kwargs.get("adapter_kwargs"))
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
-        model.to(device).eval()
+        finish_loading(model, kwargs.get("adapter_kwargs"), attn_implementation)
+        model.to(place).eval()
         return cast("Self", (model, loading_info(mismatched)) if output_loading_info else model)
+
+    def adapter_identity(self) -> dict[str, Any]:
+        """Where the adapter was loaded from and what identifies its weights, for exports and published latencies.
+
+        Returns:
+            ``repo_id``, None where that is not a repository on the Hub; and ``weights``, by part the SHA-256 of
+            stitches, new heads and tuned parts, and the fingerprints of anchors.
+        """
+        entries = [current_entry(*pair) for pair in zip(self.config.anchors, self.anchors.values(), strict=True)]
+        anchors = {f"anchors.{entry['name']}": entry["fingerprint"] for entry in entries}
+        repo_id = self.name_or_path if is_hub_id(self.name_or_path) and not os.path.isdir(self.name_or_path) else None
+        return {"repo_id": repo_id, "weights": {**self.weights_sha256(entries), **anchors}}
+
+    def device_table(self, latency: LatencyTable) -> DeviceTable:
+        """The latencies of all routes and profiled cascades on a device, for `push_latency`.
+
+        Args:
+            latency: result of `measure_latency`.
+
+        Raises:
+            ValueError: a piece of a route was not measured.
+        """
+        cascades = () if self.profiled is None else [row.route for row in self.profiled.cascades]
+        return make_device_table(latency, self.all_routes, cascades, self.steps, self.adapter_identity())
 
     def page_to(self, folder: str | os.PathLike[str]) -> None:
         """Move the anchors' weights to files, and keep in memory only those that the active route uses.

@@ -1,5 +1,6 @@
 """The Hub: push adapters whose anchors others can fetch, and find adapters by costs and accuracy."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Remo
 from restnet_hf.errors import BudgetError, http_error, hub_errors
 from restnet_hf.files import COMMIT
 from restnet_hf.hub.cards import MARK, TAG, eval_results, filter_tags, is_hub_id, make_card
+from restnet_hf.hub.latency_tables import may_be_of, own_devices, published_weights, read_tables, table_files
 from restnet_hf.limits import MAX_BYTES
+from restnet_hf.routes.device_table import TIMES, DeviceTable
 from restnet_hf.routes.profile import AnyProfiled, Budget, BudgetLike, Profile
 
 
@@ -23,6 +26,7 @@ TRAINER_TAG = "generated_from_trainer"  # tag of a card that transformers' Train
 MAX_NAMED = 3  # repositories that a warning names
 # Errors of the client on malformed cards: it passes their keys on as arguments, and trusts JSON and YAML.
 CARD_ERRORS = (AttributeError, KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError)
+logger = logging.getLogger(__name__)
 
 
 def check_parents(entries: Iterable[Mapping[str, Any]]) -> None:
@@ -172,13 +176,15 @@ class FoundAdapter:
         repo_id: Hub id of the adapter.
         base_models: Hub ids of its anchors.
         best: the most accurate route within the limits, or cascade where they limit a mean.
-        profile: profile of the adapter.
+        profile: profile of the adapter, with the costs on the device that was asked for.
+        table: published latencies that the costs are from; None where they are the profile's own.
     """
 
     repo_id: str
     base_models: tuple[str, ...]
     best: AnyProfiled
     profile: Profile
+    table: DeviceTable | None = None
 
 
 @hub_errors()
@@ -213,7 +219,7 @@ def find_adapters(
         mean_macs: largest multiply-accumulates as a mean over images; cascades are considered then.
         mean_latency_ms: largest latency in milliseconds as a mean over images.
         min_accuracy: least accuracy of the best route within the limits, from 0 to 1.
-        device: name of the device that the costs were measured on.
+        device: name of the device that latencies are of: that of the profile, or of a table that somebody published.
         token: access token of the Hub, or whether to use the stored one.
 
     Raises:
@@ -225,16 +231,16 @@ def find_adapters(
     limited = budget is not None or any(limit is not None for limit in limits.values())
     wanted = Budget.of(budget, **limits) if limited else None
     parents = [base_model] if isinstance(base_model, str) else list(base_model or [])
-    tags = [TAG, *(f"base_model:{parent}" for parent in parents), *(filter_tags(wanted.limits) if wanted else [])]
+    tags = [TAG, *(f"base_model:{parent}" for parent in parents), *_cost_tags(wanted, device)]
     adapters, failed, api = list[FoundAdapter](), dict[str, Exception](), HfApi(token=token)
-    for repo_id, info in _listed(api, tags):
+    for repo_id, info in _listed(api, tags, files=device is not None):
         try:
-            adapter = _adapter(api.model_info(repo_id) if info is None else info, wanted, api)
+            adapter = _adapter(api.model_info(repo_id) if info is None else info, wanted, api, device)
         except (OSError, http_error(), *CARD_ERRORS) as error:
             _check_hub(error, api, tags)
             failed[repo_id] = error
             continue
-        if adapter is not None and _is_wanted(adapter, min_accuracy, device):
+        if adapter is not None and (min_accuracy is None or _accuracy(adapter.best) >= min_accuracy):
             adapters.append(adapter)
     if failed:
         warnings.warn(_left_out(failed), stacklevel=3)
@@ -243,11 +249,10 @@ def find_adapters(
     )
 
 
-def _is_wanted(adapter: FoundAdapter, min_accuracy: float | None, device: str | None) -> bool:
-    """Whether the best route of an adapter is accurate enough, and was measured on a device."""
-    if device is not None and adapter.profile.metadata.get("device") != device:
-        return False
-    return min_accuracy is None or adapter.best.scores.get("accuracy", -1.0) >= min_accuracy
+def _cost_tags(budget: Budget | None, device: str | None) -> list[str]:
+    """Tags of every adapter within a budget; latencies of a device may be others than those that the tags are of."""
+    limits = {} if budget is None else budget.limits
+    return filter_tags({cost: limit for cost, limit in limits.items() if device is None or cost not in TIMES})
 
 
 def _left_out(failed: Mapping[str, Exception]) -> str:
@@ -258,13 +263,13 @@ def _left_out(failed: Mapping[str, Exception]) -> str:
     return f"{len(failed)} {noun} left out, as they cannot be read: {', '.join(first)}"
 
 
-def _listed(api: HfApi, tags: Sequence[str]) -> list[tuple[str, ModelInfo | None]]:
-    """The ids of all repositories with these tags, with their cards if all can be read.
+def _listed(api: HfApi, tags: Sequence[str], files: bool = False) -> list[tuple[str, ModelInfo | None]]:
+    """The ids of all repositories with these tags, with their cards, and names of files, if all can be read.
 
     The client reads a whole page of cards, or none if one is malformed; then each is requested by itself.
     """
     try:
-        return [(info.id, info) for info in api.list_models(filter=tags, cardData=True)]
+        return [(info.id, info) for info in api.list_models(filter=tags, cardData=True, full=files)]
     except HfHubHTTPError:  # some are ValueErrors too
         raise
     except CARD_ERRORS:
@@ -299,8 +304,8 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {text}"[:200]
 
 
-def _adapter(info: ModelInfo, budget: Budget | None, api: HfApi) -> FoundAdapter | None:
-    """The adapter of a repository; None if it has no profile, or no route within the budget.
+def _adapter(info: ModelInfo, budget: Budget | None, api: HfApi, device: str | None) -> FoundAdapter | None:
+    """The adapter of a repository; None if it has no profile, or no route within the budget on the device.
 
     Raises:
         OSError: a file cannot be fetched.
@@ -309,12 +314,50 @@ def _adapter(info: ModelInfo, budget: Budget | None, api: HfApi) -> FoundAdapter
     on_card = _card_value(info, "restnet")
     try:
         profile = _profile_file(info, api) if on_card is None else Profile.from_dict(on_card)
-        best = profile.best(budget) if budget else max(profile.routes, key=_accuracy, default=None)
-    except (BudgetError, RemoteEntryNotFoundError):
+    except RemoteEntryNotFoundError:
+        return None
+    measured: list[tuple[Profile, DeviceTable | None]] = []
+    if device is None or device in own_devices(profile):
+        measured.append((profile, None))
+    if device is not None:
+        measured += [(table.add_to(profile), table) for table in _tables(info, profile, device, api)]
+    found = [(row, *each) for each in measured if (row := _best(each[0], budget)) is not None]
+    if not found:
         return None
     tags = [tag for tag in info.tags or () if tag.startswith("base_model:") and tag.count(":") == 1]
     parents = dict.fromkeys(tag.removeprefix("base_model:") for tag in tags)
-    return None if best is None else FoundAdapter(info.id, tuple(parents), best, profile)
+    best = max(found, key=lambda each: (_accuracy(each[0]), -each[0].costs.get("latency_ms", 0.0)))
+    return FoundAdapter(info.id, tuple(parents), *best)
+
+
+def _best(profile: Profile, budget: Budget | None) -> AnyProfiled | None:
+    """The best row within a budget, else the most accurate route; None if there is none."""
+    try:
+        return profile.best(budget) if budget else max(profile.routes, key=_accuracy, default=None)
+    except BudgetError:
+        return None
+
+
+def _tables(info: ModelInfo, profile: Profile, device: str, api: HfApi) -> list[DeviceTable]:
+    """The published tables of a device that are of an adapter's weights; invalid ones are left out with a warning.
+
+    Raises:
+        OSError: a file cannot be fetched.
+        ValueError: the adapter's config is invalid.
+    """
+    paths = (each.rfilename for each in info.siblings or ())
+    at = {"revision": info.sha, "token": api.token}
+    names = [name for name in table_files(paths) if may_be_of(name, device)]
+    tables = [table for table in read_tables(info.id, names, at)[0] if table.is_named(device)] if names else []
+    weights = published_weights(info.id, profile, at) if tables else {}
+    profiled = {str(row.route) for row in profile.routes}
+    current = []
+    for table in tables:
+        try:
+            current.append(table.current(weights))
+        except ValueError as error:
+            logger.warning("latencies of %s were left out: %s", info.id, error)
+    return [table for table in current if profiled & table.routes.keys()]
 
 
 def _accuracy(row: AnyProfiled) -> float:

@@ -14,13 +14,10 @@ from restnet_hf.profiling.cascades import (
 from restnet_hf.profiling.costs import CostTable
 from restnet_hf.profiling.latency import LatencyTable
 from restnet_hf.routes.cascade import Cascade
-from restnet_hf.routes.profile import AnyProfiled, Profile, ProfiledCascade
+from restnet_hf.routes.device_table import latency_costs, without_times
+from restnet_hf.routes.profile import Profile, ProfiledCascade
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Step, Walk
-
-
-PERCENTILE = 0.99  # share of the images that take at most ``latency_p99_ms``
-TIMES = ("latency_ms", "mean_latency_ms", "latency_p99_ms", "energy_j")  # costs of one device
 
 
 def profile_cascades(
@@ -83,19 +80,9 @@ def _row(
     stage_costs = {"macs": tuple(macs.added_costs(routes))}
     if times is not None:
         stage_costs["latency_ms"] = tuple(times.added_costs(routes))
-        costs |= _latency_costs(stage_costs["latency_ms"], found.shares, table)
+        watts = None if table.latency is None else table.latency.watts
+        costs |= latency_costs(stage_costs["latency_ms"], found.shares, watts)
     return ProfiledCascade(cascade, costs, {score: found.score}, found.shares, found.standard_error, stage_costs)
-
-
-def _latency_costs(stages: Sequence[float], shares: Sequence[float], table: CostTable) -> dict[str, float]:
-    """The costs of a cascade that follow from the milliseconds that each of its routes adds."""
-    costs = {"latency_ms": sum(stages)}
-    costs["mean_latency_ms"] = sum(share * stage for share, stage in zip(shares, stages, strict=True))
-    reached = max(at for at, share in enumerate(shares) if share > 1 - PERCENTILE)
-    costs["latency_p99_ms"] = sum(stages[: reached + 1])
-    if table.latency is not None and table.latency.watts is not None:
-        costs["energy_j"] = table.latency.watts * costs["latency_ms"] / 1e3
-    return costs
 
 
 def add_latency(profile: Profile, steps: Callable[[Route], Sequence[Step]], latency: LatencyTable) -> Profile:
@@ -110,19 +97,15 @@ def add_latency(profile: Profile, steps: Callable[[Route], Sequence[Step]], late
         ValueError: a piece of a route was not measured.
     """
     table = CostTable(latency, memory=False)
-    rows = [replace(row, costs=_without_times(row) | table.costs(steps(row.route))) for row in profile.routes]
+    rows = [replace(row, costs=without_times(row) | table.costs(steps(row.route))) for row in profile.routes]
     cascades = []
     for row in profile.cascades:
         walks = [(route, steps(route)) for route in row.route.routes]
         stages = tuple(StageCosts.of(walks, table.latency_ms).added_costs(range(len(walks))))
-        times = _latency_costs(stages, row.shares, table) if row.shares else {"latency_ms": sum(stages)}
+        times = latency_costs(stages, row.shares, latency.watts)
         stage_costs = {**row.stage_costs, "latency_ms": stages}
-        cascades.append(replace(row, costs=_without_times(row) | times, stage_costs=stage_costs))
+        cascades.append(replace(row, costs=without_times(row) | times, stage_costs=stage_costs))
     if cascades:
         rows = [row.with_means() for row in rows]
     metadata = {**profile.metadata, "latency": latency.metadata()}
     return Profile(tuple(rows), metadata, tuple(cascades))
-
-
-def _without_times(row: AnyProfiled) -> dict[str, float]:
-    return {name: value for name, value in row.costs.items() if name not in TIMES}

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import platform
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from restnet_hf.runtime.measuring import measure_memory, part_inputs, time_parts
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
 from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run
 from restnet_hf.runtime.processor import processor_name
-from restnet_hf.runtime.runners import RUNTIMES, Run
+from restnet_hf.runtime.runners import RUNTIMES, Run, installed_version
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
 from restnet_hf.runtime.targets import warn_of_saturation
 
@@ -266,6 +267,7 @@ class ExportedModel:
             latencies = time_parts(runs, inputs, seconds, repeats)
         threads = self.threads or os.cpu_count() or 1
         here = {"device": processor_name(), "threads": threads, "date": datetime.date.today().isoformat()}
+        here |= {"machine": platform.machine(), "runtime_version": installed_version(self.runtime)}
         measured = with_latencies(self.profiled, latencies, self._stages)
         return self._record(replace(measured, metadata={**measured.metadata, **here}), save)
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from threading import Lock, local
 from typing import Any, Protocol
@@ -15,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from packaging.version import Version
 
+from restnet_hf.routes.device_table import EAGER
 from restnet_hf.runtime.mil import MilProgram, only
 from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
 
@@ -344,3 +348,26 @@ RUNTIMES: dict[str, Runtime] = {
     ),
 }
 """The runtimes that routes are exported to, by name; a new one is one more row."""
+
+
+def installed_version(runtime: str) -> str | None:
+    """The version of a runtime that is installed here; None where it is unknown, or not installed.
+
+    Args:
+        runtime: a key of `RUNTIMES`, or ``torch eager``.
+    """
+    known = RUNTIMES.get("torch" if runtime == EAGER else runtime)
+    if known is None:
+        return None
+    module = known.script_imports.split(", ")[-1].partition(".")[0]
+    for name in chain([module], _distributions(module)):  # which take long to list, and most have the module's name
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _distributions(module: str) -> Iterator[str]:
+    """The packages that bring a module."""
+    yield from packages_distributions().get(module, ()) if find_spec(module) else ()

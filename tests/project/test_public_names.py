@@ -35,7 +35,7 @@ NAMES = {
     ),
     *("StitchConfig", "StitchedModelForImageClassification", "TrainArgs", "UnsupportedExportError"),
     *("UntrustedProgramError", "WeightsError", "adapt", "export_routes", "find_adapters", "load_anchor"),
-    *("load_images", "train", "train_heads", "with_pixel_values"),
+    *("DeviceTable", "load_images", "push_latency", "train", "train_heads", "with_pixel_values"),
 }
 
 

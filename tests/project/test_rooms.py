@@ -20,7 +20,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         "sources",
         "verbosity",
     ],
-    "routes": ["blocks", "cascade", "confidences", "families", "fronts", "profile", "route", "tables"],
+    "routes": ["blocks", "cascade", "confidences", "device_table", "families", "fronts", "profile", "route", "tables"],
     "runtime": [
         *("controller", "drift", "exported_cascades", "exported_files", "exported_model", "golden", "measuring"),
         *("mil", "pictures", "pixels", "processor", "resident", "runners", "sustained", "targets"),
@@ -37,15 +37,15 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "rates", "tuning"],
     "middle": ["cascading", "configuration_restnet", "prediction", "steps"],
     "profiling": [
-        *("accuracy", "cascade_rows", "cascades", "costs", "device", "latency", "macs", "memory", "metric", "mixin"),
-        *("plots", "route_plots", "timing"),
+        *("accuracy", "cascade_rows", "cascades", "costs", "device", "device_tables", "latency", "macs", "memory"),
+        *("metric", "mixin", "plots", "route_plots", "timing"),
     ],
     "selection": [
         *("cache", "cka", "dropping", "mixin", "pairs", "plots", "racing", "ranking", "samples", "selectors"),
     ],
     "hub": [
-        *("adapter_files", "cards", "loading_options", "mixin", "paging", "peft_names", "repository"),
-        "several_adapters",
+        *("adapter_files", "cards", "latency_tables", "loading_options", "mixin", "paging", "peft_names"),
+        *("repository", "several_adapters"),
     ],
     "model": ["modeling_restnet"],
     "training": [
@@ -81,7 +81,7 @@ HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 WITHOUT_TORCH = [
     *("errors", "files", "limits"),
     *(name for name, room in PLACES.items() if room in ("routes", "runtime")),
-    *("hub.cards", "hub.repository"),
+    *("hub.cards", "hub.latency_tables", "hub.repository"),
 ]
 
 
