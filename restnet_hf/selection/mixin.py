@@ -58,14 +58,22 @@ class SelectionMixin:
     similarities: list[Similarity]
     ranking: list[RankedRoute]
 
-    def _selection_batches(
-        self, data: Any, batch_size: int, names: Iterable[str], max_images: int | None
+    def selection_batches(
+        self, data: Any, batch_size: int, names: Iterable[str], max_images: int | None, progress: bool = True
     ) -> Iterator[SelectionBatch]:
-        """Batches of images for the selectors of some anchors."""
+        """Batches of images for the selectors of some anchors.
+
+        Args:
+            data: images, in any form that `batches` takes.
+            batch_size: number of images in a batch, if the images are a tensor or a data set.
+            names: names of the anchors that run.
+            max_images: largest number of images; None for all.
+            progress: whether to show a progress bar.
+        """
         anchors = {name: self.anchors[name] for name in self.anchors if name in names}
         finish = {name: self.finish(name) for name in anchors}
         start = 0
-        for batch in self._checked(data, batch_size, "calibration"):
+        for batch in self._checked(data, batch_size, "calibration", progress):
             left = None if max_images is None else max_images - start
             batch = {key: values[:left] for key, values in batch.items()}
             images = batch["pixel_values"].to(self.device)
@@ -128,7 +136,7 @@ class SelectionMixin:
         names = {name for pair in chosen for name in pair.names}
         computed: dict[Method, list[Similarity]] = {}
         if missing:
-            images = partial(self._selection_batches, drawn, batch_size, names, max_images)
+            images = partial(self.selection_batches, drawn, batch_size, names, max_images)
             computed = compare(chosen, images, missing, kept_images)
         for name, each in computed.items():
             _cache({files[name, (similarity.front, similarity.end)]: similarity for similarity in each})
@@ -359,9 +367,11 @@ class SelectionMixin:
             images = batch["pixel_values"].to(self.device, self.dtype)
             yield {name: self.images_for(name, images) for name in self.anchors}
 
-    def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:
+    def _checked(
+        self, data: Any, batch_size: int, name: str = "data", progress: bool = True
+    ) -> Iterator[dict[str, Tensor]]:
         """Batches of images and labels, checked to fit the model."""
-        for batch in drop_unlabelled(batches(data, batch_size, name)):
+        for batch in drop_unlabelled(batches(data, batch_size, name, progress=progress)):
             self.preprocessing.check(batch["pixel_values"])
             if "labels" in batch:
                 check_labels(batch["labels"], self.config.num_labels)

@@ -1,7 +1,7 @@
 """Race of routes: those that cannot be the best do not run on all images."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,9 @@ def race_routes(
     device: torch.device,
     rivals: Iterable[Collection[Route]] | None = None,
     error: float = 0.01,
+    *,
+    known: Mapping[Route, np.ndarray] | None = None,
+    beaten_by: Mapping[Route, Collection[Route]] | None = None,
 ) -> RaceResult:
     """Measure the accuracy of routes on the same images, and stop those that cannot be the best.
 
@@ -48,13 +51,16 @@ def race_routes(
         device: device to run on.
         rivals: groups of routes of which the best is wanted, such as all within a budget; one group by default.
         error: largest probability of stopping the best of a group, from 0 (no route is stopped) to below 1.
+        known: whether further routes, which need not run, are right on each of the images (N,), by route.
+        beaten_by: for each route those of which a significantly better one stops it, in place of ``rivals``; such as
+            all that cost no more.
 
     Raises:
-        ValueError: a batch has no labels, or ``error`` is out of range.
+        ValueError: a batch has no labels, ``error`` is out of range, or both kinds of rivals are given.
     """
     if not 0 <= error < 1:
         raise ValueError(f"error={error} must be at least 0 and below 1")
-    groups = [set(group) for group in (rivals if rivals is not None else [[route for route, _ in walks]])]
+    groups = _groups_of([route for route, _ in walks], rivals, beaten_by)
     right: dict[Route, list[np.ndarray]] = {route: [] for route, _ in walks}
     alive, images = list(walks), 0
     shared = split_at_shared_cuts(alive)
@@ -66,8 +72,9 @@ def race_routes(
             right[route].append((logits.argmax(-1).cpu() == labels).numpy())
         images += len(labels)
         hits = {route: np.concatenate(right[route]) for route, _ in alive}
+        hits |= {route: each[:images] for route, each in (known or {}).items()}
         level = error / (len(walks) * number * (number + 1))
-        behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups, level)}
+        behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups[route], level)}
         if behind:
             alive = [walk for walk in alive if walk[0] not in behind]
             shared = split_at_shared_cuts(alive)
@@ -77,12 +84,26 @@ def race_routes(
     return RaceResult(scores, stopped, images)
 
 
+def _groups_of(
+    routes: Sequence[Route],
+    rivals: Iterable[Collection[Route]] | None,
+    beaten_by: Mapping[Route, Collection[Route]] | None,
+) -> dict[Route, list[set[Route]]]:
+    """The groups of rivals of each route, in each of which a better one must be to stop it."""
+    if beaten_by is None:
+        groups = [set(group) for group in (rivals if rivals is not None else [routes])]
+        return {route: [group for group in groups if route in group] for route in routes}
+    if rivals is not None:
+        raise ValueError("give rivals or beaten_by, not both")
+    return {route: [set(beaten_by.get(route, ()))] for route in routes}
+
+
 def _cannot_win(
-    route: Route, hits: dict[Route, np.ndarray], groups: Sequence[Collection[Route]], level: float
+    route: Route, hits: Mapping[Route, np.ndarray], groups: Sequence[Collection[Route]], level: float
 ) -> bool:
     """Whether every group of a route has a significantly better one."""
-    for group in (group for group in groups if route in group):
-        best = max((rival for rival in hits if rival in group), key=lambda rival: hits[rival].sum())
+    for group in groups:
+        best = max((rival for rival in hits if rival in group), key=lambda rival: hits[rival].sum(), default=route)
         more, less = (int((a & ~b).sum()) for a, b in ((hits[best], hits[route]), (hits[route], hits[best])))
         if _sign_test(more, less) > level:
             return False

@@ -138,6 +138,11 @@ class SampleStore:
         """Whether a selector has asked for anything."""
         return bool(self.readers or self.pooled)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether all kept images have labels."""
+        return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
+
     def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:
         """Take samples of one activation of a batch."""
         n = min(batch.size, self.images - batch.start)
@@ -262,21 +267,22 @@ class Samples:
     @property
     def labelled(self) -> bool:
         """Whether all kept images have labels."""
-        return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
+        return self.store.labelled
 
     def settings(self) -> dict[str, Any]:
         """Number of sampled images, and of those held out."""
         held = self.held
         return {"images": len(held), "held_out": int(held.sum())}
 
-    def solve(self, ridge: float) -> Iterator[tuple[tuple[int, int], list[Solution]]]:
+    def solve(self, ridge: float, progress: bool = True) -> Iterator[tuple[tuple[int, int], list[Solution]]]:
         """Solve the problems of the stitch of each pair of cuts on the samples.
 
         Args:
             ridge: regularisation relative to the mean variance of the features.
+            progress: whether to show a progress bar.
         """
         held = self.held
-        for i in progress_bar(_cuts(self.pair.front), "stitches"):
+        for i in progress_bar(_cuts(self.pair.front), "stitches", shown=progress):
             problems = [
                 (j, number, p) for (k, j), ps in self.problems.items() if k == i for number, p in enumerate(ps)
             ]
@@ -289,14 +295,15 @@ class Samples:
             for j in _cuts(self.pair.end):
                 yield (i, j), [solved[j, number] for number in range(len(self.problems[i, j]))]
 
-    def stitches(self, ridge: float) -> dict[tuple[int, int], Stitch]:
+    def stitches(self, ridge: float, progress: bool = True) -> dict[tuple[int, int], Stitch]:
         """The fitted stitch of every pair of cuts.
 
         Args:
             ridge: regularisation relative to the mean variance of the features.
+            progress: whether to show a progress bar.
         """
         like, stitches = next(self.pair.end.parameters()), {}
-        for (i, j), solutions in self.solve(ridge):
+        for (i, j), solutions in self.solve(ridge, progress):
             stitch = self._stitch(i, j).to(like.device, trained_dtype(like.dtype)).eval()
             for problem, solution in zip(stitch.problems(), solutions, strict=True):
                 problem.assign(solution.weight, solution.bias)
