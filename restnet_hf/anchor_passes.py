@@ -14,13 +14,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.data.datasets import Batch, batches, data_fingerprint
 from restnet_hf.distributed import this_process
 from restnet_hf.hashing import software_sha256
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.selection.cache import CODE, LIBRARIES
 from restnet_hf.selection.pairs import choose_pairs
-from restnet_hf.selection.samples import Pair, Samples, SampleStore
+from restnet_hf.selection.samples import Pair, Samples, SampleStore, SelectionBatch
 from restnet_hf.stitches.layers import StitchConfig
 from restnet_hf.training.feature_cache import FeatureCache, Spec
 
@@ -153,9 +154,9 @@ class AnchorPasses(SampleStore):
         return self.pictures.rows(IMAGES)[1::2].clone()
 
 
-def _read(store: SampleStore, batch: Any, *seen: Any) -> None:
+def _read(store: SampleStore, batch: SelectionBatch, anchor: Anchor, cut: int, activation: Tensor) -> None:
     """Take samples of an anchor's activation at a cut."""
-    store.read(*seen, batch)
+    store.read(anchor, cut, activation, batch)
 
 
 def _file_name(key: Any) -> str:

@@ -78,7 +78,8 @@ class PairJudge:
         walks = [(r, self.model.steps(r, {r.stitch_points[0].name: stitches[r]})) for r in costs]
         values = np.full((self.model.anchors[front].depth, self.model.anchors[end].depth), np.nan)
         for route, score in self._run(walks, self._rivals(costs, {**alone, **costs})).items():
-            values[route.segments[0].stop - 1, route.segments[1].start - 1] = score
+            (point,) = route.stitch_points
+            values[point.source_cut - 1, point.target_cut - 1] = score
         settings = {"method": "fitted_accuracy", "held_out": len(self.labels), "ran": len(walks), "error": self.error}
         similarity = Similarity(front, end, np.ma.masked_invalid(values), settings)
         file.parent.mkdir(parents=True, exist_ok=True)

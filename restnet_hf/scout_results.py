@@ -25,7 +25,6 @@ from restnet_hf.routes.profile import (
     describe_cheapest,
 )
 from restnet_hf.routes.route import Route
-from restnet_hf.routes.tables import short_number
 from restnet_hf.sources import local_path
 
 
@@ -57,13 +56,13 @@ class ScoutedPair:
         """Predicted share of the gap between the two anchors that is closed; see `Profile.gap_closed`."""
         return self.profile.gap_closed()
 
-    def accuracy(self, anchor: str) -> float:
-        """Accuracy of one of the anchors alone, on the held-out images.
+    def alone(self, anchor: str) -> ProfiledRoute:
+        """The row of one of the anchors alone: its costs, and its accuracy on the held-out images.
 
         Args:
             anchor: name of the anchor.
         """
-        return self.profile[Route.alone(anchor)].scores["accuracy"]
+        return self.profile[Route.alone(anchor)]
 
     def best(self, budget: BudgetLike) -> AnyProfiled | None:
         """The route or cascade with the highest predicted accuracy within a budget; None where nothing fits.
@@ -90,7 +89,8 @@ class ScoutResult:
         left_out: reason of each candidate that cannot be an anchor here, by Hub id or folder.
         job: arguments of the comparison.
         seconds: seconds that each part took.
-        passes: number of anchors that ran over the images, in this run and those that it resumed.
+        passes: number of anchors that ran over the images, each of them once.
+        images: number of images, half of which stitches were fitted on and half held out.
         new_head: whether the anchors got new heads, for the classes of the data set.
     """
 
@@ -101,6 +101,7 @@ class ScoutResult:
     job: Mapping[str, Any] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     passes: int = 0
+    images: int = 0
     new_head: bool = False
 
     @property
@@ -143,7 +144,9 @@ class ScoutResult:
         recipe |= {"dataset": job["dataset"], "train_split": job["split"], "eval_split": job["eval_split"]}
         recipe |= {} if job["image_size"] is None else {"image_size": job["image_size"]}
         recipe |= {"new_head": self.new_head, "method": "fitted_accuracy", "max_routes": 4, "per_part": 2}
-        return {key: _whole_path(value) if key in ("front", "end", "dataset") else value for key, value in recipe.items()}
+        return {
+            key: _whole_path(value) if key in ("front", "end", "dataset") else value for key, value in recipe.items()
+        }
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Plot the anchors, the best of each pair within the budget, and all that nothing beats of the best pair.
@@ -154,24 +157,24 @@ class ScoutResult:
         Returns:
             Figure of matplotlib.
         """
-        chosen = [pair.best(self.budget) for pair in self.pairs]
-        rows = [row for pair in self.pairs for row in pair.profile.routes if row.route.is_anchor]
-        rows += [row for row in (*chosen, *self.winner.profile.front()) if row is not None]
-        once = {row.route: row for row in rows}.values()
+        anchors = (row for pair in self.pairs for row in pair.profile.routes if row.route.is_anchor)
+        chosen = (pair.best(self.budget) for pair in self.pairs)
+        rows: list[AnyProfiled | None] = [*anchors, *chosen, *self.winner.profile.front()]
+        once = {row.route: row for row in rows if row is not None}.values()
         routes = tuple(row for row in once if isinstance(row, ProfiledRoute))
         cascades = tuple(row for row in once if isinstance(row, ProfiledCascade))
         best = self.winner.best(self.budget)
         return plot_tradeoff(Profile(routes, {}, cascades), path, active=None if best is None else best.route)
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Headings, and a row for each pair: anchors, their MACs and accuracies, its best within the budget, its gap."""
+        """Headings, and a row for each pair: its anchors, its best within the budget, and the gap that is closed."""
         columns = ["front", "end", "front_macs", "end_macs", "front_accuracy", "end_accuracy", "best", "accuracy"]
         columns += ["macs", "mean_macs", "gap_closed"]
         rows = []
         for pair in self.pairs:
             names, best = (pair.front, pair.end), pair.best(self.budget)
-            row: list[Any] = [*names, *(pair.profile[Route.alone(name)].costs["macs"] for name in names)]
-            row += map(pair.accuracy, names)
+            row: list[Any] = [*names, *(pair.alone(name).costs["macs"] for name in names)]
+            row += [pair.alone(name).scores["accuracy"] for name in names]
             row += ["", "", "", ""] if best is None else [
                 str(best.route), best.scores["accuracy"], best.costs["macs"], best.costs["mean_macs"]
             ]  # fmt: skip
@@ -195,8 +198,8 @@ class ScoutResult:
         best = self.winner.best(self.budget)
         assert best is not None
         head = (
-            f"# The best of {len(self.pairs)} pairs within {self.budget}: {best.scores['accuracy']:.1%} predicted for\n"
-            f"# {best.route}\n# restnet-hf train {RECIPE} --out DIR\n"
+            f"# The best of {len(self.pairs)} pairs within {self.budget}: {best.scores['accuracy']:.1%} predicted\n"
+            f"# for {best.route}\n# restnet-hf train {RECIPE} --out DIR\n"
         )
         with atomic_file(place / RECIPE) as temporary:
             temporary.write_text(head + yaml.safe_dump(self.recipe(), sort_keys=False))
@@ -209,7 +212,7 @@ class ScoutResult:
         return {
             "pairs": pairs, "budget": self.budget.limits, "sources": dict(self.sources),
             "left_out": dict(self.left_out), "job": dict(self.job), "seconds": dict(self.seconds),
-            "passes": self.passes, "new_head": self.new_head,
+            "passes": self.passes, "images": self.images, "new_head": self.new_head,
         }  # fmt: skip
 
     @classmethod
@@ -227,7 +230,9 @@ class ScoutResult:
         try:
             data = json.loads(file.read_text())
             pairs = (ScoutedPair(p["front"], p["end"], Profile.from_dict(p["profile"])) for p in data["pairs"])
-            rest = {key: data[key] for key in ("sources", "left_out", "job", "seconds", "passes", "new_head")}
+            rest = {
+                key: data[key] for key in ("sources", "left_out", "job", "seconds", "passes", "images", "new_head")
+            }
             return cls(tuple(pairs), Budget.of(data["budget"]), **rest)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is not the result of a run: {error!r}; choose another folder") from error
@@ -242,17 +247,6 @@ def _whole_path(source: str) -> str:
     """The absolute path of a local folder; a Hub id unchanged."""
     path = local_path(source)
     return str(path.resolve()) if path.exists() else source
-
-
-def describe_anchor(pair: ScoutedPair, name: str) -> str:
-    """MACs and accuracy of an anchor of a pair, for tables.
-
-    Args:
-        pair: pair of the anchor.
-        name: name of the anchor.
-    """
-    row = pair.profile[Route.alone(name)]
-    return f"{name}: {short_number(row.costs['macs'])} MACs, {row.scores['accuracy']:.1%}"
 
 
 def plain_costs(budget: Budget) -> list[str]:

@@ -173,7 +173,8 @@ class _Scouting:
         self._lap("load")
         data, others = self._draw(fitted, held, new_head)
         plain = ([name.replace("_", " ") for name in each] for each in (names, model.config.id2label.values()))
-        ready = [with_pixel_values(rows, model.image_processor, label_order(*plain)) for rows in (data, others)]
+        label_map = label_order(*plain)  # where each class of the data is in the model
+        ready = [with_pixel_values(rows, model.image_processor, label_map) for rows in (data, others)]
         if new_head:
             self._train_heads(model, cache_pictures(model, ready[1], self.work / "images"))
             self._lap("heads")
@@ -182,7 +183,7 @@ class _Scouting:
         sources = dict(zip(model.anchors, anchors, strict=True))
         pairs = tuple(ScoutedPair(*names, profile) for names, profile in profiles.items())
         result = ScoutResult(
-            pairs, self.limits, sources, self.left_out, self.job, self.seconds, len(sources), new_head
+            pairs, self.limits, sources, self.left_out, self.job, self.seconds, len(sources), len(data), new_head
         )
         return result.ranked(self.limits)
 
@@ -212,7 +213,7 @@ class _Scouting:
         for source in list(anchors):
             if not new_head and not known[source]:
                 self.left_out[source] = (
-                    f"it does not know the data set's {len(names)} classes; new_head=True gives all candidates new heads"
+                    f"it does not know the data set's {len(names)} classes; new_head=True gives all new heads"
                 )
             elif new_head and anchors[source].search_result.classifier is None:
                 self.left_out[source] = "it cannot take a new head: its logits do not come from one linear layer"
@@ -302,7 +303,9 @@ def _check_cheapest(model: StitchedModelForImageClassification, limits: Budget) 
     """Raise BudgetError, before anything runs, where not even the first and last blocks of two anchors fit."""
     table = MacsTable()
     blocks = {name: table.blocks(anchor) for name, anchor in model.anchors.items()}
-    least = min(min(blocks[a][0] + blocks[b][-1] for a in blocks for b in blocks if a != b), *map(sum, blocks.values()))
+    least = min(
+        min(blocks[a][0] + blocks[b][-1] for a in blocks for b in blocks if a != b), *map(sum, blocks.values())
+    )
     for cost, limit in limits.limits.items():
         if MEANS.get(cost, cost) == "macs" and least > limit:
             name = min(blocks, key=lambda each: sum(blocks[each]))

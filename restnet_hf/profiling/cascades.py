@@ -154,7 +154,7 @@ def observe_routes(
 def observe_logits(
     routes: Sequence[Route], logits: ndarray, labels: ndarray, confidence: str = "probability"
 ) -> Observations:
-    """What routes answer on images for which their logits are there, as `observe_routes` has it of routes that it runs.
+    """What routes answer on images, from logits that are there already; `observe_routes` runs the routes for them.
 
     Args:
         routes: routes that gave the logits.

@@ -31,11 +31,12 @@ NAMES = {
         "ProfiledRoute",
         "RestNetConfig",
         "Route",
+        "ScoutResult",
         "Segment",
     ),
     *("StitchConfig", "StitchedModelForImageClassification", "TrainArgs", "UnsupportedExportError"),
     *("UntrustedProgramError", "WeightsError", "adapt", "export_routes", "find_adapters", "load_anchor"),
-    *("load_images", "train", "train_heads", "with_pixel_values"),
+    *("load_images", "scout", "train", "train_heads", "with_pixel_values"),
 }
 
 
