@@ -1,8 +1,9 @@
 """Which two of twenty: seconds of `restnet-hf scout`, and what its choice gives on images that it has not seen.
 
-    python recipes/benchmarks/scouting.py OUT [--dataset DIR] [--epochs 4] [--budget 2e6] [--images 1000] [--few 4]
+    python recipes/benchmarks/scouting.py OUT [--dataset DIR] [--epochs 2] [--train-images 6000] [--budget 3e6]
+        [--images 1000] [--few 4]
 
-Makes twenty small classifiers of seven kinds in OUT/anchors (timm and transformers, 28 px, 10,000 training images of
+Makes twenty small classifiers of seven kinds in OUT/anchors (timm and transformers, 28 px, some training images of
 Fashion-MNIST; those that are there stay), and runs scout over all of them. Then:
 
 Regret: for every pair, the best cascade within the budget of mean MACs by cross-validation on all test images that
@@ -17,17 +18,17 @@ import sys
 
 sys.path.pop(0)  # this folder: a benchmark in it has the name of a module of Python's
 
-import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import typer
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -39,17 +40,21 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from restnet_hf import Route, ScoutResult, StitchedModelForImageClassification, scout, with_pixel_values
+from restnet_hf.data import batches
 from restnet_hf.data.datasets import load_images
 from restnet_hf.data.labels import class_names_of
+from restnet_hf.files import atomic_file
+from restnet_hf.profiling.cascades import StageCosts, as_cascade, calibrate_cascades, observe_logits
+from restnet_hf.routes.fronts import measure_gap
+from restnet_hf.routes.profile import ProfiledCascade, ProfiledRoute
+from restnet_hf.selection.ranking import rank_routes
 
 
 SIZE, MEAN, STD = 28, 0.286, 0.353
 console = Console()
 TIMM: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"resnet18_w{w}": ("resnet18", {"channels": [w, 2 * w, 3 * w, 4 * w], "stem_width": w})
-        for w in (8, 12, 16, 24, 32)
-    },
+    **{f"resnet18_w{w}": ("resnet18", {"channels": [w, 2 * w, 3 * w, 4 * w]}) for w in (8, 12, 16, 24, 32)},
     **{f"resnet26_w{w}": ("resnet26", {"channels": [w, 2 * w, 3 * w, 4 * w]}) for w in (8, 16)},
     **{f"resnet34_w{w}": ("resnet34", {"channels": [w, 2 * w, 3 * w, 4 * w]}) for w in (8, 16)},
     "mobilenetv3_050": ("mobilenetv3_small_050", {}),
@@ -76,7 +81,6 @@ def make(name: str, names: list[str]) -> PreTrainedModel:
     architecture, options = TIMM[name]
     cfg = {"input_size": [3, SIZE, SIZE], "interpolation": "bilinear", "crop_pct": 1.0}
     cfg |= {"mean": [MEAN] * 3, "std": [STD] * 3}
-    options = {key: value for key, value in options.items() if key != "stem_width"}
     return TimmWrapperForImageClassification(
         TimmWrapperConfig(architecture=architecture, model_args=options, id2label=labels, pretrained_cfg=cfg)
     )
@@ -129,39 +133,106 @@ def make_anchors(folder: Path, dataset: str, epochs: int, train_images: int) -> 
     return places
 
 
-def observe_unseen(result: ScoutResult, dataset: str, seen: int) -> tuple[np.ndarray, Any, list[str], Dataset]:
+def unseen_logits(result: ScoutResult, dataset: str) -> tuple[np.ndarray, np.ndarray]:
     """Logits (anchors, N, classes) of all candidates on the test images that scout did not see, and their labels."""
-    rows = load_images(dataset, "test")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[seen:].tolist()
-    names, logits = list(result.sources), []
-    labels = np.array(rows.select(order)["label"])
-    for name in names:
-        model = StitchedModelForImageClassification.from_anchors(result.sources[name], dtype="float32")
-        data = with_pixel_values(rows.select(order), model.image_processor)
+    rows, logits = load_images(dataset, "test"), []
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[result.images // 2 :].tolist()
+    rows = rows.select(order)
+    for source in result.sources.values():
+        model = StitchedModelForImageClassification.from_anchors(source, dtype="float32")
+        data = with_pixel_values(rows, model.image_processor)
         with torch.no_grad():
             logits.append(torch.cat([model(batch["pixel_values"]).logits for batch in batches(data, 250)]).numpy())
-    return np.stack(logits), labels, names, rows
+    return np.stack(logits), np.array(rows["label"])
 
 
 def regret(result: ScoutResult, dataset: str, budget: float) -> dict[str, Any]:
-    """Accuracy within the budget, and gap closed, of the cascades of each pair on images that scout did not see."""
-    logits, labels, names, _ = observe_unseen(result, dataset, result.images // 2)
-    macs = {pair.front: pair.alone(pair.front).costs["macs"] for pair in result.pairs}
-    macs |= {pair.end: pair.alone(pair.end).costs["macs"] for pair in result.pairs}
-    best, gaps = {}, {}
-    for a, b in combinations(sorted(names, key=macs.__getitem__), 2):
-        routes, at = [Route.alone(a), Route.alone(b)], [names.index(a), names.index(b)]
-        observed = observe_logits(routes, logits[at], labels)
-        costs = StageCosts([macs[a], macs[b]], np.zeros((2, 2)))
-        found = [(each.mean_cost, each.score) for each in calibrate_cascades(observed, costs)]
-        found += [(macs[name], observed.right[row].mean().item()) for row, name in enumerate((a, b))]
-        best[frozenset((a, b))] = max((score for cost, score in found if cost <= budget), default=0.0)
-        rows = [Point(str(at), cost, score, at < 0) for at, (cost, score) in enumerate(found)]
-        gaps[frozenset((a, b))] = measure_gap(anchors_last(rows), "mean_macs", "accuracy")[0]
+    """What cascades of each pair give on images that scout did not see: the best pair's, and the chosen one's."""
+    logits, labels = unseen_logits(result, dataset)
+    at, anchors = {name: number for number, name in enumerate(result.sources)}, dict[str, ProfiledRoute]()
+    for pair in result.pairs:
+        anchors |= {name: pair.alone(name) for name in (pair.front, pair.end)}
+    best, gaps = dict[frozenset[str], float](), dict[frozenset[str], float | None]()
+    for names in combinations(sorted(anchors, key=lambda name: anchors[name].costs["macs"]), 2):
+        macs = [anchors[name].costs["macs"] for name in names]
+        observed = observe_logits([Route.alone(n) for n in names], logits[[at[n] for n in names]], labels)
+        rows: list[Any] = [
+            ProfiledRoute(r, {"macs": m, "mean_macs": m}, {"accuracy": right.mean().item()})
+            for r, m, right in zip(observed.routes, macs, observed.right, strict=True)
+        ]
+        for each in calibrate_cascades(observed, StageCosts(macs, np.zeros((2, 2)))):
+            cascade = as_cascade(observed, each.chain)
+            rows.append(ProfiledCascade(cascade, {"mean_macs": each.mean_cost}, {"accuracy": each.score}))
+        fitting = [row.scores["accuracy"] for row in rows if row.costs["mean_macs"] <= budget]
+        best[frozenset(names)] = max(fitting, default=0.0)
+        gaps[frozenset(names)] = measure_gap(rows, "mean_macs", "accuracy")[0]
     winner = frozenset((result.winner.front, result.winner.end))
     order = sorted(best, key=best.__getitem__, reverse=True)
+    first = {"pair": sorted(order[0]), "accuracy": best[order[0]], "gap_closed": gaps[order[0]]}
+    chosen = {"pair": sorted(winner), "accuracy": best[winner], "gap_closed": gaps[winner]}
     return {
-        "images": len(labels), "winner": sorted(winner), "winner_accuracy": best[winner], "winner_gap": gaps[winner],
-        "best": sorted(order[0]), "best_accuracy": best[order[0]], "best_gap": gaps[order[0]],
-        "place": order.index(winner) + 1, "pairs": len(order), "median_accuracy": float(np.median([*best.values()])),
+        "images": len(labels), "budget": budget, "best": first, "chosen": chosen, "place": order.index(winner) + 1,
+        "pairs": len(order), "median": float(np.median([*best.values()])),
     }  # fmt: skip
+
+
+def by_hand(result: ScoutResult, few: Sequence[str], budget: float) -> dict[str, Any]:
+    """The best pair of a few candidates, each in a model of its own and without a race, and the seconds that takes."""
+    began, found = time.perf_counter(), dict[str, float]()
+    job = result.job
+    half = result.images // 2
+    rows = [load_images(job["dataset"], job[split]) for split in ("split", "eval_split")]
+    drawn = [
+        each.select(torch.randperm(len(each), generator=torch.Generator().manual_seed(0))[:half].tolist())
+        for each in rows
+    ]
+    both = concatenate_datasets([each.select_columns(["image", "label"]) for each in drawn])
+    both = both.select([n // 2 + n % 2 * half for n in range(2 * half)])
+    for a, b in combinations(few, 2):
+        model = StitchedModelForImageClassification.from_anchors(result.sources[a], result.sources[b], dtype="float32")
+        ready, held = (with_pixel_values(each, model.image_processor) for each in (both, drawn[1]))
+        (values,) = model.compare(ready, ["fitted_accuracy"], kept_images=len(both), max_images=None).values()
+        costs = model.route_costs()
+        profile = model.profile(held, cascades=True)
+        scores = [row.scores["accuracy"] for row in profile.rows if row.costs["mean_macs"] <= budget]
+        for ranked in rank_routes(values, costs):
+            if ranked.costs["macs"] <= budget:
+                scores.append(ranked.score)
+        found[f"{a} + {b}"] = max(scores, default=0.0)
+    scouted = {
+        " + ".join((pair.front, pair.end)): row.scores["accuracy"]
+        for pair in result.pairs
+        if {pair.front, pair.end} <= {*few} and (row := pair.best({"mean_macs": budget})) is not None
+    }
+    return {"seconds": round(time.perf_counter() - began, 1), "by_hand": found, "scouted": scouted}
+
+
+def main(
+    out: Path,
+    dataset: str = "zalando-datasets/fashion_mnist",
+    epochs: int = 2,
+    train_images: int = 6000,
+    budget: float = 3e6,
+    images: int = 1000,
+    few: int = 4,
+) -> None:
+    """Make the candidates, scout, and compare with images that scout did not see and with a search by hand."""
+    sources = make_anchors(out / "anchors", dataset, epochs, train_images)
+    began = time.perf_counter()
+    result = scout(sources, dataset, {"mean_macs": budget}, out / "scouted", images=images, resume=True)
+    seconds = round(time.perf_counter() - began, 1)
+    report: dict[str, Any] = {"candidates": len(sources), "pairs": len(result.pairs), "passes": result.passes}
+    best = result.winner.best(result.budget)
+    assert best is not None
+    report |= {"seconds": dict(result.seconds) | {"all": seconds}, "left_out": dict(result.left_out)}
+    report |= {"predicted": {"best": str(best.route), "accuracy": best.scores["accuracy"]}}
+    report["predicted"] |= {"gap_closed": result.winner.gap_closed}
+    report["unseen"] = regret(result, dataset, budget)
+    report["few"] = by_hand(result, list(result.sources)[:few], budget)
+    console.print_json(json.dumps(report))
+    with atomic_file(out / "scouting.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
