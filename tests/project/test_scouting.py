@@ -320,11 +320,11 @@ def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
         if "vit" in name:
             ViTImageProcessor(size={"height": 56, "width": 56}).save_pretrained(places[f"{name}_2"])
     budgets = (5.5e6, 10e6, 20e6, 40e6)
-    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", images=240)
+    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", images=200)
     fitted, held = (load_images(DATA, split) for split in ("train", "test"))
-    order = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:120] for rows in (fitted, held)]
+    order = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:100] for rows in (fitted, held)]
     fitted, held = (rows.select(each.tolist()) for rows, each in zip((fitted, held), order, strict=True))
-    both = concatenate_datasets([fitted, held]).select([n // 2 + n % 2 * 120 for n in range(240)])
+    both = concatenate_datasets([fitted, held]).select([n // 2 + n % 2 * 100 for n in range(200)])
     hand = {frozenset(pair): by_hand(*map(places.get, pair), both, held) for pair in combinations(places, 2)}
     for budget in budgets:
         best = {
