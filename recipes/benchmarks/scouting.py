@@ -61,8 +61,8 @@ TIMM: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv3_075": ("mobilenetv3_small_075", {}),
     "lcnet_035": ("lcnet_035", {}),
     "lcnet_050": ("lcnet_050", {}),
-    "convnext_16": ("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (16, 32, 48, 64), "patch_size": 2}),
-    "convnext_24": ("convnext_atto", {"depths": (1, 2, 3, 1), "dims": (24, 48, 64, 96), "patch_size": 2}),
+    "resnet10t_w16": ("resnet10t", {"channels": [16, 32, 48, 64]}),
+    "resnet18d_w12": ("resnet18d", {"channels": [12, 24, 36, 48]}),
     "regnetx_002": ("regnetx_002", {}),
 }
 VIT = {"vit_24x3": (24, 3), "vit_36x4": (36, 4), "vit_48x6": (48, 6), "vit_72x6": (72, 6)}
