@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from restnet_hf.anchor_passes import AnchorPasses
+from restnet_hf.hashing import software_sha256
 from restnet_hf.profiling.cascade_rows import profile_cascades
 from restnet_hf.profiling.cascades import LEAST_IMAGES, observe_logits
 from restnet_hf.profiling.costs import CostTable
@@ -24,6 +25,7 @@ from restnet_hf.selection.selectors import RIDGE
 from restnet_hf.steps import Walk
 
 
+CODE = ("anchor_passes.py", "scout_pairs.py", "profiling", "selection")  # that a race depends on besides samples
 ERROR = 0.01  # largest probability that the race of a pair stops a route that is the best at its cost
 
 
@@ -52,8 +54,9 @@ class PairJudge:
     ) -> None:
         self.passes, self.model, self.folder, self.error = passes, passes.model, Path(folder), error
         self.compared = sorted({"macs", *costs})
-        memory = "memory_mb" in self.compared
-        self.table, self.costs = CostTable(memory=memory), self.model.route_costs(memory=memory)
+        self.table = CostTable(memory="memory_mb" in self.compared)
+        self.alone = {name: self.table.costs(self.model.steps(Route.alone(name))) for name in self.model.anchors}
+        self.software = software_sha256((), CODE)
         self.labels = passes.labels[1::2].numpy()
         self.logits = {name: passes.all(("logits", name))[1::2].numpy() for name in self.model.anchors}
         self.right = {name: each.argmax(-1) == self.labels for name, each in self.logits.items()}
@@ -70,21 +73,26 @@ class PairJudge:
         file = self._file(front, end)
         if (known := read_similarity(file, front, end)) is not None:
             return known
-        alone = {Route.alone(name): self.costs(Route.alone(name)) for name in (front, end)}
-        most = max(costs["macs"] for costs in alone.values())
-        fitted = self.passes.pairs[front, end].stitches(RIDGE, progress=False)
-        stitches = {_route(front, end, *cuts): stitch for cuts, stitch in fitted.items()}
-        costs = {route: each for route in stitches if (each := self.costs(route))["macs"] < most}
-        walks = [(r, self.model.steps(r, {r.stitch_points[0].name: stitches[r]})) for r in costs]
+        most = max(self.alone[name]["macs"] for name in (front, end))
+        walks = [walk for walk in self._walks(front, end) if self.table.macs(walk[1]) < most]
+        costs = {route: self.table.costs(steps) for route, steps in walks}
+        scores = self._run(walks, self._rivals(costs, (front, end)))
         values = np.full((self.model.anchors[front].depth, self.model.anchors[end].depth), np.nan)
-        for route, score in self._run(walks, self._rivals(costs, {**alone, **costs})).items():
+        for route, score in scores.items():
             (point,) = route.stitch_points
             values[point.source_cut - 1, point.target_cut - 1] = score
         settings = {"method": "fitted_accuracy", "held_out": len(self.labels), "ran": len(walks), "error": self.error}
+        settings["costs"] = {str(route): costs[route] for route in scores}
         similarity = Similarity(front, end, np.ma.masked_invalid(values), settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_similarity(similarity, file)
         return similarity
+
+    def _walks(self, front: str, end: str) -> Iterator[Walk]:
+        """Every route with a stitch between two anchors that least squares fits to the samples."""
+        for cuts, stitch in self.passes.pairs[front, end].stitches(RIDGE, progress=False).items():
+            route = _route(front, end, *cuts)
+            yield route, self.model.steps(route, {route.stitch_points[0].name: stitch})
 
     def _run(self, walks: Sequence[Walk], rivals: Mapping[Route, Collection[Route]]) -> dict[Route, float]:
         """Accuracy of the routes that the race did not stop."""
@@ -102,18 +110,17 @@ class PairJudge:
             front: name of the front.
             end: name of the end.
         """
-        names = sorted((front, end), key=lambda name: self.costs(Route.alone(name))["macs"])
-        rows = [self._row(Route.alone(name), self.right[name].mean().item()) for name in names]
+        names = sorted((front, end), key=lambda name: self.alone[name]["macs"])
+        rows = [_row(Route.alone(name), self.alone[name], self.right[name].mean().item()) for name in names]
         for pair in ((front, end), (end, front)):
             if pair in self.passes.pairs:
-                for (i, j), value in np.ndenumerate(self.race(*pair).values.filled(np.nan)):
+                found = self.race(*pair)
+                for (i, j), value in np.ndenumerate(found.values.filled(np.nan)):
                     if np.isfinite(value):
-                        rows.append(self._row(_route(*pair, i + 1, j + 1), float(value)))
+                        route = _route(*pair, i + 1, j + 1)
+                        rows.append(_row(route, found.settings["costs"][str(route)], float(value)))
         metadata = {"images": len(self.labels), "predicted": True}
         return Profile(tuple(rows), metadata, self._cascades(names))
-
-    def _row(self, route: Route, accuracy: float) -> ProfiledRoute:
-        return ProfiledRoute(route, self.costs(route), {"accuracy": accuracy}).with_means()
 
     def _cascades(self, names: list[str]) -> tuple[ProfiledCascade, ...]:
         """The cascades of two anchors, the cheaper first; none where the held-out images are too few."""
@@ -123,15 +130,14 @@ class PairJudge:
         observed = observe_logits(routes, np.stack([self.logits[name] for name in names]), self.labels)
         return profile_cascades(observed, [(r, self.model.steps(r)) for r in routes], self.table, "accuracy")
 
-    def _rivals(
-        self, routes: Collection[Route], costs: Mapping[Route, Mapping[str, float]]
-    ) -> dict[Route, list[Route]]:
-        """For each route all others that cost no more."""
+    def _rivals(self, costs: Mapping[Route, Mapping[str, float]], anchors: Iterable[str]) -> dict[Route, list[Route]]:
+        """For each route all others, and the anchors alone, that cost no more."""
+        every = {**costs, **{Route.alone(name): self.alone[name] for name in anchors}}
 
         def no_more(other: Route, route: Route) -> bool:
-            return all(costs[other][name] <= costs[route][name] for name in self.compared)
+            return all(every[other][name] <= every[route][name] for name in self.compared)
 
-        return {route: [other for other in costs if other != route and no_more(other, route)] for route in routes}
+        return {route: [other for other in every if other != route and no_more(other, route)] for route in costs}
 
     def _held(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of the held-out images and their labels."""
@@ -143,10 +149,15 @@ class PairJudge:
     def _file(self, front: str, end: str) -> Path:
         """File of a race, whose name depends on all that its result does."""
         caches = [self.passes.cache(name).folder.name for name in (front, end)]
-        about: dict[str, Any] = {"caches": caches, "costs": self.compared, "error": self.error, "ridge": RIDGE}
+        about: dict[str, Any] = {"caches": caches, "costs": self.compared, "error": self.error}
+        about["software"] = self.software
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
         return self.folder / f"{front}+{end}-{key}.npz"
 
 
 def _route(front: str, end: str, i: int, j: int) -> Route:
     return Route((Segment(front, 0, i), Segment(end, j)))
+
+
+def _row(route: Route, costs: Mapping[str, float], accuracy: float) -> ProfiledRoute:
+    return ProfiledRoute(route, costs, {"accuracy": accuracy}).with_means()
