@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -17,9 +18,35 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def this_process() -> PartialState:
-    """The state of this process. On CPUs, Accelerate sees a single process unless ``cpu`` is set."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+class _AloneState:
+    """What `this_process` returns in a block of `alone`."""
+
+    process_index, num_processes, is_main_process = 0, 1, True
+    is_local_main_process = False  # no bars of its own
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def wait_for_everyone(self) -> None:
+        """Do nothing."""
+
+
+ALONE: ContextVar[_AloneState | None] = ContextVar("restnet_hf_alone", default=None)
+
+
+def this_process() -> Any:
+    """The ``PartialState`` of this process. On CPUs, Accelerate sees a single process unless ``cpu`` is set."""
+    return ALONE.get() or PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Do a whole job in this process while others do theirs: the block shares nothing, and shows no bars."""
+    token = ALONE.set(_AloneState(this_process().device))
+    try:
+        yield
+    finally:
+        ALONE.reset(token)
 
 
 class Own(Generic[T]):
@@ -77,7 +104,7 @@ def divide_jobs(costs: Sequence[float]) -> list[int]:
 
 def gather(value: T) -> list[T]:
     """The values of all processes, in their order."""
-    return gather_object([value])
+    return [value] if this_process().num_processes == 1 else gather_object([value])
 
 
 def share_jobs(function: Callable[[int], T], count: int) -> list[T]:

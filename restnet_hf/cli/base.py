@@ -17,7 +17,15 @@ from restnet_hf.sources import check_paths, note_missing
 
 QUIET = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 HUB = "huggingface.co"  # in errors of transformers that do not name what they could not load
-SOURCES = ("adapter", "front", "between", "end", "dataset", "data")  # options that take a Hub id or a folder
+SOURCES = (
+    "adapter",
+    "candidates",
+    "front",
+    "between",
+    "end",
+    "dataset",
+    "data",
+)  # options that take a Hub id or a folder
 app = typer.Typer(
     help="One network out of two pre-trained image classifiers.",
     no_args_is_help=True,

@@ -1,4 +1,4 @@
-"""Commands that make adapters: demo, train and similarity."""
+"""Commands that make adapters, or choose what to make them of: demo, train, similarity and scout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from restnet_hf.cli.base import command
-from restnet_hf.cli.options import Data, End, Front, Out, Overwrite, Split
+from restnet_hf.cli.options import Data, End, Front, Out, Overwrite, Split, parse_budget
 from restnet_hf.cli.outputs import Written, check_output, remove_outputs
-from restnet_hf.cli.tables import say, show_compared, show_report, warn_of_few
+from restnet_hf.cli.tables import say, show_compared, show_report, show_scouted, warn_of_few
 from restnet_hf.demo.paths import DATA, END, FRONT, RECIPE
 
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from restnet_hf.recipe import Recipe
 
 WRITTEN = ("adapter", "report.json", "similarity.png", "tradeoff.png", "training")  # by a run of a recipe
+SCOUTED = ("scout.json", "pairs.csv", "tradeoff.png", "recipe.yaml", "training")  # by a run of scout
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an earlier run in --out.")]
 
 
@@ -130,3 +131,67 @@ def similarity(
     for name, rows in chosen.items():
         show_compared(name, rows)
     say(str(written))
+
+
+@command("timm/resnet50.a1_in1k timm/mobilenetv2_100.ra_in1k --dataset photos --budget mean_macs=2e9")
+def scout(
+    candidates: Annotated[list[str], typer.Argument(help="Classifiers to choose two of: Hub ids or local folders.")],
+    dataset: Annotated[str, typer.Option(help="Labelled images: Hub id or local folder.")],
+    budget: Annotated[
+        list[str],
+        typer.Option(help="Limit on macs, mean_macs, params or memory_mb, as macs=1e9; may be given several times."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the table, the picture and the recipe.")] = Path("scouted"),
+    split: Annotated[str, typer.Option(help="Split that stitches are fitted on.")] = "train",
+    eval_split: Annotated[
+        str, typer.Option(help="Split that accuracies are predicted on; no candidate may be trained on it.")
+    ] = "test",
+    images: Annotated[
+        int, typer.Option(help="Number of images, chosen at random, half from each split.", min=8)
+    ] = 1000,
+    head_images: Annotated[
+        int, typer.Option(help="Largest number of further images that new heads train on.", min=1)
+    ] = 2000,
+    image_size: Annotated[
+        int | None, typer.Option(help="Height and width of images in pixels; by default the candidates' own.", min=1)
+    ] = None,
+    order: Annotated[str, typer.Option(help="Directions to join a pair: given (larger first), or auto for both.")] = (
+        "given"
+    ),
+    new_head: Annotated[
+        bool | None,
+        typer.Option(
+            help="Give all candidates new heads, or leave out those with other classes; by default new heads where "
+            "one of them has other classes."
+        ),
+    ] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the two of many classifiers that are best stitched for a budget, and write a recipe for them."""
+    if resume and overwrite:
+        raise typer.BadParameter("give --resume to go on with the run in --out or --overwrite to replace it, not both")
+    limits, written = parse_budget(budget), Written(out, hidden={"training"})
+    if not resume:
+        stopped = (out / "training").exists()
+        check_output(out, overwrite, "--resume to go on with the run in it, " if stopped else "")
+    warn_of_few(images // 2, "the comparison of pairs")
+
+    import restnet_hf.modeling_restnet  # noqa: F401  as above
+    from restnet_hf.distributed import this_process
+    from restnet_hf.scouting import scout as run
+
+    if overwrite:
+        remove_outputs(out, SCOUTED)
+    result = run(
+        candidates, dataset, limits, out, split=split, eval_split=eval_split, images=images, head_images=head_images,
+        image_size=image_size, order=order, new_head=new_head, resume=resume,
+    )  # fmt: skip
+    state = this_process()
+    if state.is_main_process:
+        show_scouted(result)
+        names = written.names()
+        say(str(written) if names else f"{out} holds this run already: it is finished, and nothing is left to resume")
+        say(f"next: restnet-hf train {out / 'recipe.yaml'} --out ADAPTER")
+    if state.num_processes > 1:
+        state.destroy_process_group()

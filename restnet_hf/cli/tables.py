@@ -21,12 +21,22 @@ if TYPE_CHECKING:
     from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_model import ExportedModel
     from restnet_hf.runtime.sustained import Period, SustainedLatency
+    from restnet_hf.scout_results import ScoutResult
     from restnet_hf.selection.ranking import RankedRoute
 
 console = Console()
 errors = Console(stderr=True)
-TEXTS = ("adapter", "because", "rejected", "route")  # columns of text, which continue in the next line
+TEXTS = (
+    "adapter",
+    "because",
+    "best within the budget",
+    "candidate",
+    "pair",
+    "rejected",
+    "route",
+)  # columns of text, which continue in the next line
 LEAST_TEXT = 16  # characters of a column of text, however narrow the terminal is
+MOST_PAIRS = 12  # that are printed
 FEW = 100  # images, below which a comparison is mostly chance
 STAR = "*: nothing else beats it"
 COSTS = {  # of a profile: heading, and the number that it is divided by
@@ -152,6 +162,28 @@ def show_compared(name: str, rows: "Sequence[RankedRoute]") -> None:
     ]  # fmt: skip
     columns = ("route", "value", "MACs, M", "params, M", "")
     show_table(f"{name}: the best of each part of the range of costs", columns, cells)
+
+
+def show_scouted(result: "ScoutResult") -> None:
+    """Print the best pairs of anchors for a budget, and the candidates that were left out."""
+    rows = []
+    for pair in result.pairs[:MOST_PAIRS]:
+        best, anchors = pair.best(result.budget), [pair.alone(name) for name in (pair.front, pair.end)]
+        both = (" ".join(number(row.costs["macs"], 1, 1e-6) for row in anchors),
+                " ".join(number(row.scores["accuracy"], 1, 100) for row in anchors))  # fmt: skip
+        found = ["", "", ""] if best is None else [
+            str(best.route), number(best.costs["mean_macs"], 1, 1e-6), number(best.scores["accuracy"], 1, 100)
+        ]  # fmt: skip
+        rows.append([f"{pair.front} + {pair.end}", *both, *found, number(pair.gap_closed, 2)])
+    more = "" if len(result.pairs) <= MOST_PAIRS else f", the first {MOST_PAIRS}"
+    columns = ("pair", "MACs, M", "accuracies, %", "best within the budget", "mean MACs, M", "predicted, %", "gap")
+    show_table(f"{len(result.pairs)} pairs, best first within {result.budget}{more}", columns, rows, [0])
+    if result.left_out:
+        show_table("left out", ("candidate", "because"), [[*each] for each in result.left_out.items()])
+    if result.new_head:
+        say("all candidates got new heads, trained on the data set's classes")
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    say(f"{result.passes} anchors, one pass over {result.images} images each; {spent}")
 
 
 def show_found(adapters: "Sequence[FoundAdapter]") -> None:

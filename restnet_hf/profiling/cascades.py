@@ -152,6 +152,23 @@ def observe_routes(
     return Observations(routes, confidence, temperatures, found, right, sure, agreement)
 
 
+def observe_logits(
+    routes: Sequence[Route], logits: ndarray, labels: ndarray, confidence: str = "probability"
+) -> Observations:
+    """What routes answer on images, from logits that are there already; `observe_routes` runs the routes for them.
+
+    Args:
+        routes: routes that gave the logits.
+        logits: logits (routes, N, classes).
+        labels: class (N,) of each image.
+        confidence: key of `CONFIDENCES` by which routes are sure.
+    """
+    classes, few = logits.argmax(-1), slice(TEMPERATURE_IMAGES)
+    temperatures = tuple(round(fit_temperature(each[few], labels[few]), 2) for each in logits)
+    sure, agreement = _confidences(logits, classes, confidence, temperatures)
+    return Observations(tuple(routes), confidence, temperatures, classes, classes == labels, sure, agreement)
+
+
 def _fitting_batches(logits: ndarray) -> int:
     """Number of batches, the same for any number of processes, that temperatures are fitted on."""
     most = min(math.ceil(TEMPERATURE_IMAGES / logits.shape[1]), MOST_LOGITS // logits.size)

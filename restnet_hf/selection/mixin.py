@@ -59,10 +59,17 @@ class SelectionMixin:
     similarities: list[Similarity]
     ranking: list[RankedRoute]
 
-    def _selection_batches(
+    def selection_batches(
         self, data: Any, batch_size: int, names: Iterable[str], max_images: int | None
     ) -> Own[SelectionBatch]:
-        """This process's batches of images for the selectors of some anchors."""
+        """This process's batches of images for the selectors of some anchors.
+
+        Args:
+            data: images, in any form that `batches` takes.
+            batch_size: number of images in a batch, if the images are a tensor or a data set.
+            names: names of the anchors that run.
+            max_images: largest number of images; None for all.
+        """
         anchors = {name: self.anchors[name] for name in self.anchors if name in names}
         finish = {name: self.finish(name) for name in anchors}
 
@@ -126,7 +133,7 @@ class SelectionMixin:
         names = {name for pair in chosen for name in pair.names}
         computed: dict[Method, list[Similarity]] = {}
         if missing:
-            images = partial(self._selection_batches, drawn, batch_size, names, max_images)
+            images = partial(self.selection_batches, drawn, batch_size, names, max_images)
             computed = compare(chosen, images, missing, kept_images)
         for name, each in computed.items():
             _cache({files[name, (similarity.front, similarity.end)]: similarity for similarity in each})

@@ -1,7 +1,7 @@
 """Race of routes: those that cannot be the best do not run on all images."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,9 @@ def race_routes(
     device: torch.device,
     rivals: Iterable[Collection[Route]] | None = None,
     error: float = 0.01,
+    *,
+    known: Mapping[Route, np.ndarray] | None = None,
+    beaten_by: Mapping[Route, Collection[Route]] | None = None,
 ) -> RaceResult:
     """Measure the accuracy of routes on the same images, and stop those that cannot be the best.
 
@@ -50,26 +53,30 @@ def race_routes(
         device: device to run on.
         rivals: groups of routes of which the best is wanted, such as all within a budget; one group by default.
         error: largest probability of stopping the best of a group, from 0 (no route is stopped) to below 1.
+        known: whether further routes, which need not run, are right on each of the images (N,), by route.
+        beaten_by: for each route those of which a significantly better one stops it, in place of ``rivals``; such as
+            all that cost no more.
 
     Raises:
-        ValueError: a batch has no labels, or ``error`` is out of range.
+        ValueError: a batch has no labels, ``error`` is out of range, or both kinds of rivals are given.
     """
     if not 0 <= error < 1:
         raise ValueError(f"error={error} must be at least 0 and below 1")
-    groups = [set(group) for group in (rivals if rivals is not None else [[route for route, _ in walks]])]
+    groups = _groups_of([route for route, _ in walks], rivals, beaten_by)
     right: dict[Route, list[np.ndarray]] = {route: [] for route, _ in walks}
     alive, images = list(walks), 0
     shared = split_at_shared_cuts(alive)
     own, number = _HitsOfAll(own_batches(batches), device), 0
     while turn := own.next_turn(shared):
-        for hits_of_batch in turn:  # a route that a batch stops ran on the later ones of its turn in vain
+        for count, hits_of_batch in turn:  # a route that a batch stops ran on the later ones of its turn in vain
             number += 1
             for route, _ in alive:
                 right[route].append(hits_of_batch[route])
-            images += len(hits_of_batch[alive[0][0]])
+            images += count
             hits = {route: np.concatenate(right[route]) for route, _ in alive}
+            hits |= {route: each[:images] for route, each in (known or {}).items()}
             level = error / (len(walks) * number * (number + 1))
-            behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups, level)}
+            behind = {route for route, _ in alive if level and _cannot_win(route, hits, groups[route], level)}
             alive = [walk for walk in alive if walk[0] not in behind]
         shared = split_at_shared_cuts(alive) if len(alive) < len(shared) else shared
     every = {route: np.concatenate(hits) for route, hits in right.items() if hits}
@@ -89,8 +96,8 @@ class _HitsOfAll:
     def __init__(self, batches: Iterator[OwnBatch], device: torch.device) -> None:
         self.batches, self.device = batches, device
 
-    def next_turn(self, walks: Sequence[Walk]) -> list[dict[Route, np.ndarray]]:
-        """Whether each route is right on each image of the next batches, one of each process that has one left.
+    def next_turn(self, walks: Sequence[Walk]) -> list[tuple[int, dict[Route, np.ndarray]]]:
+        """Sizes of the next batches, one of each process that has one left, and on which images each route is right.
 
         Args:
             walks: routes with their steps, from `split_at_shared_cuts`.
@@ -99,8 +106,8 @@ class _HitsOfAll:
             ValueError: a batch has no labels.
         """
         own = next(self.batches, None)
-        chunks = [] if own is None else [(own.number, self._hits(own.batch, walks))]
-        return [hits for _, hits in in_order(chunks)]
+        chunks = [] if own is None else [(own.number, len(own.batch["pixel_values"]), self._hits(own.batch, walks))]
+        return [(count, hits) for _, count, hits in in_order(chunks)]
 
     def _hits(self, batch: Batch, walks: Sequence[Walk]) -> dict[Route, np.ndarray]:
         if "labels" not in batch:
@@ -110,12 +117,26 @@ class _HitsOfAll:
         return {route: (each.argmax(-1).cpu() == labels).numpy() for route, each in logits}
 
 
+def _groups_of(
+    routes: Sequence[Route],
+    rivals: Iterable[Collection[Route]] | None,
+    beaten_by: Mapping[Route, Collection[Route]] | None,
+) -> dict[Route, list[set[Route]]]:
+    """The groups of rivals of each route, in each of which a better one must be to stop it."""
+    if beaten_by is None:
+        groups = [set(group) for group in (rivals if rivals is not None else [routes])]
+        return {route: [group for group in groups if route in group] for route in routes}
+    if rivals is not None:
+        raise ValueError("give rivals or beaten_by, not both")
+    return {route: [set(beaten_by.get(route, ()))] for route in routes}
+
+
 def _cannot_win(
-    route: Route, hits: dict[Route, np.ndarray], groups: Sequence[Collection[Route]], level: float
+    route: Route, hits: Mapping[Route, np.ndarray], groups: Sequence[Collection[Route]], level: float
 ) -> bool:
     """Whether every group of a route has a significantly better one."""
-    for group in (group for group in groups if route in group):
-        best = max((rival for rival in hits if rival in group), key=lambda rival: hits[rival].sum())
+    for group in groups:
+        best = max((rival for rival in hits if rival in group), key=lambda rival: hits[rival].sum(), default=route)
         more, less = (int((a & ~b).sum()) for a, b in ((hits[best], hits[route]), (hits[route], hits[best])))
         if _sign_test(more, less) > level:
             return False

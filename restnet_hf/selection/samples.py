@@ -139,6 +139,11 @@ class SampleStore:
         """Whether a selector has asked for anything."""
         return bool(self.readers or self.pooled)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether all kept images have labels."""
+        return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
+
     def read(self, anchor: Anchor, cut: int, activation: Tensor, batch: SelectionBatch) -> None:
         """Take samples of one activation of a batch."""
         n = min(batch.size, self.images - batch.start)
@@ -268,7 +273,7 @@ class Samples:
     @property
     def labelled(self) -> bool:
         """Whether all kept images have labels."""
-        return bool(self.chunks) and all("labels" in chunk for chunk in self.chunks)
+        return self.store.labelled
 
     def settings(self) -> dict[str, Any]:
         """Number of sampled images, and of those held out."""

@@ -22,6 +22,7 @@ from restnet_hf.stitches.precision import run_in_own_type
 
 
 FEATURES = ("pooled", "flattened", "tokens")
+RIDGE = 1e-2  # of fits on samples of positions, relative to the mean variance of the features
 TOKENS = 3  # on each side of the grid whose positions are samples of their own
 
 
@@ -189,7 +190,7 @@ class LeastSquaresR2(Selector):
     labels = False
     all_images = False
 
-    def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
+    def __init__(self, pair: Pair, samples: Samples, *, ridge: float = RIDGE) -> None:
         super().__init__(pair, samples)
         samples.keep_rows()
         self.ridge = ridge
@@ -221,7 +222,7 @@ class FittedAccuracy(Selector):
 
     all_images = False
 
-    def __init__(self, pair: Pair, samples: Samples, *, ridge: float = 1e-2) -> None:
+    def __init__(self, pair: Pair, samples: Samples, *, ridge: float = RIDGE) -> None:
         super().__init__(pair, samples)
         samples.keep_rows()
         samples.keep_images()

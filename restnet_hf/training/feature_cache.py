@@ -112,6 +112,18 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
                 items[place][name] = row
         return items
 
+    def rows(self, name: str) -> Tensor:
+        """All rows (images, *shape) of one tensor, in the stored type.
+
+        Args:
+            name: name of the tensor.
+
+        Raises:
+            ValueError: the tensor is not complete on disk.
+        """
+        rows, (shape, dtype) = self.select([name])._open()[name]
+        return torch.from_numpy(rows.copy()).view(dtype).view(self.images, *shape)
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_maps": {}}  # another process maps the files itself
 

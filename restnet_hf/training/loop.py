@@ -121,6 +121,7 @@ def train_heads(
     train_set: Any,
     args: TrainArgs | None = None,
     *,
+    anchors: Iterable[str] | None = None,
     on_error: str = "raise",
 ) -> TrainResult:
     """Train every new head that was not trained, on its frozen anchor.
@@ -134,6 +135,7 @@ def train_heads(
         train_set: labelled images, in any form that ``model.prepare_data`` takes.
         args: options of training, without those of stitches; by default `HEAD_ARGS`, twenty epochs. Heads learn from
             labels alone, whatever ``distillation`` is.
+        anchors: names of the anchors, or keys of the heads, that train; by default all that were not trained.
         on_error: ``raise``, or ``skip`` to leave out broken pictures; see ``model.prepare_data``.
 
     Returns:
@@ -142,7 +144,7 @@ def train_heads(
     Raises:
         ValueError: there are no heads to train, an option is only for stitches, or see `train`.
     """
-    routes, options = untrained_heads(model), head_args(args)
+    routes, options = untrained_heads(model, anchors), head_args(args)
     if not routes:
         reason = "all new heads are trained" if model.heads else "the model has the anchors' own heads"
         raise ValueError(f"there are no heads to train: {reason}. train(..., routes=['a[:]']) trains one further")

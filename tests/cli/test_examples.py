@@ -27,6 +27,7 @@ WRITES = {
     "demo": "restnet-demo/adapter/model.safetensors",
     "train": "r50-mbv2/adapter/model.safetensors",
     "similarity": "similarity/cka.csv",
+    "scout": "scouted/recipe.yaml",
     "profile": "me/r50-mbv2/profile.json",
     "measure": "latency.json",
     "adapt": "adapted/config.json",

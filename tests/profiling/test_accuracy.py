@@ -132,6 +132,24 @@ def test_a_race_stops_what_cannot_win():
         race(hits, error=1.5)
 
 
+def test_rivals_of_a_race_may_be_known_and_differ_by_route():
+    """A route stops only where one of its own rivals is better, be it one that does not run."""
+    rng = torch.Generator().manual_seed(0)
+    hits = torch.rand(500, 3, generator=rng) < torch.tensor([0.9, 0.5, 0.2])
+    best, worse, worst = (Route.parse(f"a[:{column}] + b[1:]") for column in (1, 2, 3))
+    alone = Route.parse("a[:]")
+    _, found, _ = race(hits, beaten_by={worse: [worst], worst: []})
+    assert found.scores.keys() == {best, worse, worst}, "no rival of any is better"
+    _, found, ran = race(hits, beaten_by={worst: [worse], worse: [worst]})
+    assert found.stopped.keys() == {worst} and sum(size for column, size in ran if column == 2) < 250
+    known = {alone: hits[:, 0].numpy()}
+    _, found, ran = race(hits[:, 1:], known=known, beaten_by={best: [alone]})
+    assert found.stopped.keys() == {best} and found.scores == {worse: pytest.approx(hits[:, 2].double().mean().item())}
+    assert {column for column, _ in ran} == {0, 1}
+    with pytest.raises(ValueError, match="rivals or beaten_by"):
+        race(hits, rivals=[[best]], beaten_by={})
+
+
 def test_a_race_hardly_ever_stops_the_best():
     """Two hundred races of ten equal routes: the one that is best in the end was stopped in at most 1 %, by chance."""
     rng = torch.Generator().manual_seed(1)

@@ -31,11 +31,12 @@ NAMES = {
         "ProfiledRoute",
         "RestNetConfig",
         "Route",
+        "ScoutResult",
         "Segment",
     ),
     *("StitchConfig", "StitchedModelForImageClassification", "TrainArgs", "UnsupportedExportError"),
     *("UntrustedProgramError", "WeightsError", "adapt", "export_routes", "find_adapters", "load_anchor"),
-    *("DeviceTable", "load_images", "push_latency", "train", "train_heads", "with_pixel_values"),
+    *("DeviceTable", "load_images", "push_latency", "scout", "train", "train_heads", "with_pixel_values"),
 }
 
 

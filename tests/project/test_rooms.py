@@ -58,7 +58,10 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("parts", "programs", "sensitivity", "torch_program", "verification"),
     ],
     "demo": ["model", "paths"],
-    "top": ["comparing", "recipe_checks", "reports", "recipe", "auto_classes"],
+    "top": [
+        *("comparing", "recipe_checks", "reports", "recipe", "auto_classes"),
+        *("anchor_passes", "scout_pairs", "scout_results", "scouting"),
+    ],
     "app": ["build", "device_tab", "entries", "share_tab", "start", "stitch_tab", "svg", "tradeoff_tab", "try_tab"],
     "cli": [
         "__main__",

@@ -102,6 +102,18 @@ def test_a_dataset(cache):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12 on forks, here short ones
+@pytest.mark.parametrize("name", SPECS)
+def test_all_rows_of_a_name(cache, name):
+    shape, dtype = SPECS[name]
+    found = cache.rows(name)
+    assert (found.shape, found.dtype) == ((IMAGES, *shape), dtype)
+    assert torch.equal(found, values()[name].to(dtype))
+    found.zero_()
+    assert cache.rows(name).any(), "what is returned is a copy"
+    with pytest.raises(ValueError, match="no complete"):
+        cache.rows("other")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders(cache, workers):
     loader = DataLoader(

@@ -84,6 +84,17 @@ def test_train_without_labels_needs_no_heads():
     assert model.config.trained_heads == []
 
 
+def test_heads_of_some_anchors():
+    model = new_task()
+    start = trained(model)
+    assert [*train_heads(model, data(classes=3), anchors=["vit"]).losses] == ["vit[:]"]
+    assert model.config.trained_heads == ["vit"]
+    moved = {name for name, value in trained(model).items() if not torch.equal(value, start[name])}
+    assert moved and all(name.startswith("heads.vit.") for name in moved)
+    with pytest.raises(ValueError, match="no heads to train"):
+        train_heads(model, data(classes=3), anchors=["vit"])
+
+
 def test_a_copy_of_a_trained_head_is_trained():
     model = new_task()
     train_heads(model, data(classes=3))

@@ -1,0 +1,226 @@
+"""One pass of each of many anchors over the same images, with samples in caches on disk that all pairs share."""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from restnet_hf.anchors.anchor import Anchor
+from restnet_hf.data.datasets import Batch, batches, data_fingerprint
+from restnet_hf.distributed import this_process
+from restnet_hf.hashing import software_sha256
+from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.selection.cache import CODE, LIBRARIES
+from restnet_hf.selection.pairs import choose_pairs
+from restnet_hf.selection.samples import Pair, Samples, SampleStore, SelectionBatch
+from restnet_hf.stitches.layers import StitchConfig
+from restnet_hf.training.feature_cache import FeatureCache, Spec
+
+
+BATCH_SIZE = 64  # images of a batch, by which the sampled positions are drawn
+IMAGES, LABELS, LOGITS = "pixel_values", "labels", "logits"  # names in the caches
+
+
+class AnchorPasses(SampleStore):
+    """Samples of the activations of all anchors of a model, each from one pass, on disk.
+
+    The images are read and prepared once. An anchor runs over them once, and what any pair needs of it is then in a
+    cache of its own, which a later run on the same images reads instead. Pairs and their selectors read the samples
+    as those of any `SampleStore`.
+
+    Args:
+        model: model of all anchors.
+        pictures: labelled images from `cache_pictures`, those of odd number held out.
+        folder: folder of the caches.
+        order: directions of the pairs; see `choose_pairs`.
+    """
+
+    def __init__(
+        self,
+        model: StitchedModelForImageClassification,
+        pictures: FeatureCache,
+        folder: str | os.PathLike[str],
+        order: str = "given",
+    ) -> None:
+        super().__init__(len(pictures))
+        self.model, self.pictures, self.folder = model, pictures, Path(folder)
+        self._identities = self._identify_anchors()
+        by_size = sorted(model.anchors, key=lambda name: -model.anchors[name].num_parameters())
+        self.pairs: dict[tuple[str, str], Samples] = {}
+        for front, end in choose_pairs(by_size, order=order):
+            pair = Pair(model.anchors[front], model.anchors[end], model.finish(end), StitchConfig())
+            self.pairs[front, end] = Samples(pair, store=self)
+            self.pairs[front, end].keep_rows()
+
+    def _identify_anchors(self) -> dict[str, dict[str, Any]]:
+        """What the samples of each anchor depend on, fit for JSON."""
+        identity = self.model.identity()
+        own = {entry["name"]: entry for entry in identity["anchors"]}
+        heads = {name: identity["heads"].get(f"heads.{name}") for name in own}
+        rest = {"images": self.pictures.identity, "dtype": identity["dtype"]}
+        order = list(self.model.config.id2label.values())
+        return {name: {"anchor": own[name], "head": heads[name], "classes": order, **rest} for name in own}
+
+    def cache(self, anchor: str) -> FeatureCache:
+        """The cache of the samples of an anchor.
+
+        Args:
+            anchor: name of the anchor.
+        """
+        return FeatureCache(self.folder, self._identities[anchor], self.images)
+
+    def needed(self, anchor: str) -> dict[Hashable, str]:
+        """The names in the cache of all samples that the pairs need of an anchor, by key.
+
+        Args:
+            anchor: name of the anchor.
+        """
+        keys = [key for place, readers in self.readers.items() if place[0] == anchor for key in readers]
+        return {key: _file_name(key) for key in (*keys, ("logits", anchor))}
+
+    def run(self, anchor: str) -> bool:
+        """Run an anchor once over all images and write its samples, unless they are there; returns whether it ran.
+
+        Args:
+            anchor: name of the anchor.
+
+        Raises:
+            ValueError: an activation is not finite (named).
+            OSError: the disk is too small.
+        """
+        cache, names = self.cache(anchor), self.needed(anchor)
+        missing = set(cache.missing(names.values()))
+        if not missing:
+            return False
+        chunks = self._chunks(anchor, {key: name for key, name in names.items() if name in missing})
+        first = next(chunks)
+        specs: dict[str, Spec] = {name: (tuple(rows.shape[1:]), rows.dtype) for name, rows in first[1].items()}
+        with cache.write(specs) as writer:
+            for start, rows in chain([first], chunks):
+                writer.put(start, rows)
+        return True
+
+    @torch.no_grad()
+    def _chunks(self, anchor: str, names: dict[Hashable, str]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """The samples of an anchor by name, batch by batch, with the number of the first image."""
+        part = SampleStore(self.images)
+        part.readers = {place: readers for place, readers in self.readers.items() if place[0] == anchor}
+        for batch in self.model.selection_batches(self.pictures, BATCH_SIZE, [anchor], self.images):
+            batch.run(partial(_read, part, batch))
+            part.update(batch)
+            chunk = part.chunks.pop()
+            yield batch.start, {names[key]: rows for key, rows in chunk.items() if key in names}
+
+    def all(self, key: Hashable) -> Tensor:
+        """One kind of sample of all images, from the cache.
+
+        Args:
+            key: key of the samples; ``number`` and ``labels`` are those of the images.
+
+        Raises:
+            ValueError: the pass that gives the samples was not made.
+        """
+        if key == "number":
+            return torch.arange(self.images)
+        if key == LABELS:
+            return self.labels
+        assert isinstance(key, tuple)
+        if key[0] == "images":
+            return self.model.images_for(key[1], self.held_images)
+        return self.cache(key[1]).rows(_file_name(key))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether all images have labels, which is so."""
+        return True
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """The class of each image (N,), by number in the model."""
+        return self.pictures.rows(LABELS)
+
+    @cached_property
+    def held_images(self) -> Tensor:
+        """The held-out images (N, 3, H, W) in the model's preprocessing."""
+        return self.pictures.rows(IMAGES)[1::2].clone()
+
+
+def _read(store: SampleStore, batch: SelectionBatch, anchor: Anchor, cut: int, activation: Tensor) -> None:
+    """Take samples of an anchor's activation at a cut."""
+    store.read(anchor, cut, activation, batch)
+
+
+def _file_name(key: Any) -> str:
+    """A name of a file for a key of samples, in which the anchor is left out."""
+    if key[0] == "logits":
+        return LOGITS
+    side, _, cut, rows = key
+    text = re.sub(r"[^A-Za-z0-9]+", "-", repr(rows)).strip("-")[:60]
+    return f"{side}-{cut}-{text}-{hashlib.sha256(repr(rows).encode()).hexdigest()[:6]}"
+
+
+def cache_pictures(
+    model: StitchedModelForImageClassification, data: Dataset, folder: str | os.PathLike[str]
+) -> FeatureCache:
+    """Read and prepare labelled images once, unless that is done; anchors run on what is then on disk.
+
+    Args:
+        model: model of all anchors.
+        data: labelled images that ``with_pixel_values`` prepared for the model.
+        folder: folder of the cache.
+
+    Returns:
+        Images ``pixel_values`` and ``labels`` by number.
+
+    Raises:
+        ValueError: the images have no labels.
+        OSError: the disk is too small.
+    """
+    state, size = this_process(), model.preprocessing.image_size
+    identity = {"images": data_fingerprint(data), "software": software_sha256(LIBRARIES, CODE)}
+    identity["seen"] = str(model.preprocessing)
+    cache = FeatureCache(folder, identity, len(data))
+    specs: dict[str, Spec] = {IMAGES: ((3, *size), torch.float32), LABELS: ((), torch.int64)}
+    run: dict[str, Any] = {"main": state.is_main_process, "barrier": state.wait_for_everyone}
+    with cache.turn(specs, **run) as missing:
+        if missing:
+            with cache.write({name: specs[name] for name in missing}, **run) as rows:
+                for start, batch in _own_batches(data):
+                    rows.put(start, {name: batch[name] for name in missing})
+    return cache.select(specs)
+
+
+def _own_batches(data: Dataset) -> Iterator[tuple[int, Batch]]:
+    """The batches that this process reads, with the number of the first image."""
+    state = this_process()
+    count = math.ceil(len(data) / state.num_processes)
+    own = range(state.process_index * count, min((state.process_index + 1) * count, len(data)))
+    start = own.start
+    for batch in batches(data.select(own), BATCH_SIZE, "images") if own else ():
+        if LABELS not in batch:
+            raise ValueError("the images have no labels, and accuracy decides between pairs; give some")
+        yield start, batch
+        start += len(batch[IMAGES])
+
+
+def interleave(fitted: Dataset, held: Dataset) -> Dataset:
+    """Images of two data sets of the same classes in turn, so that those of odd number are the second's.
+
+    Args:
+        fitted: images to fit on.
+        held: as many images, which are held out.
+    """
+    from datasets import concatenate_datasets
+
+    count = len(fitted)
+    order: Sequence[int] = [number // 2 + number % 2 * count for number in range(2 * count)]
+    return concatenate_datasets([fitted, held]).select(order)

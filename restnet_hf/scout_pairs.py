@@ -1,0 +1,163 @@
+"""PairJudge: what a pair of anchors can give, predicted from their samples: anchors, stitched routes, cascades."""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from restnet_hf.anchor_passes import AnchorPasses
+from restnet_hf.hashing import software_sha256
+from restnet_hf.profiling.cascade_rows import profile_cascades
+from restnet_hf.profiling.cascades import LEAST_IMAGES, observe_logits
+from restnet_hf.profiling.costs import CostTable
+from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
+from restnet_hf.routes.route import Route, Segment
+from restnet_hf.selection.cache import read_similarity, write_similarity
+from restnet_hf.selection.racing import race_routes
+from restnet_hf.selection.ranking import Similarity
+from restnet_hf.selection.samples import TEST_BATCH
+from restnet_hf.selection.selectors import RIDGE
+from restnet_hf.steps import Walk
+
+
+CODE = ("anchor_passes.py", "scout_pairs.py", "profiling", "selection")  # that a race depends on besides samples
+ERROR = 0.01  # largest probability that the race of a pair stops a route that is the best at its cost
+
+
+class PairJudge:
+    """Predicts accuracies of the routes and cascades of pairs of anchors, from samples and logits on disk.
+
+    Stitched routes are predicted as by the selector ``fitted_accuracy``: by the accuracy, on held-out images, of the
+    route with the stitch that least squares fits. Those of a pair run as a race, in which a route is stopped where
+    another one that costs no more, an anchor alone among them, is significantly better. Cascades of the two anchors
+    are calibrated on the logits of the same images.
+
+    Args:
+        passes: samples of all anchors, each of which was run.
+        folder: folder in which the results of races are kept, for a run that goes on later.
+        costs: costs in which another route may not be worse to stop one, such as ``macs``.
+        error: largest probability that a race stops a route that is the best at its cost; with 0 all routes run on
+            all images.
+    """
+
+    def __init__(
+        self,
+        passes: AnchorPasses,
+        folder: str | os.PathLike[str],
+        costs: Collection[str] = ("macs",),
+        error: float = ERROR,
+    ) -> None:
+        self.passes, self.model, self.folder, self.error = passes, passes.model, Path(folder), error
+        self.compared = sorted({"macs", *costs})
+        self.table = CostTable(memory="memory_mb" in self.compared)
+        self.alone = {name: self.table.costs(self.model.steps(Route.alone(name))) for name in self.model.anchors}
+        self.software = software_sha256((), CODE)
+        self.labels = passes.labels[1::2].numpy()
+        self.logits = {name: passes.all(("logits", name))[1::2].numpy() for name in self.model.anchors}
+        self.right = {name: each.argmax(-1) == self.labels for name, each in self.logits.items()}
+
+    def race(self, front: str, end: str) -> Similarity:
+        """Predicted accuracy of the routes from one anchor into another, masked where the race stopped a route.
+
+        Routes that cost as many MACs as both anchors alone do not run.
+
+        Args:
+            front: name of the front.
+            end: name of the end.
+        """
+        file = self._file(front, end)
+        if (known := read_similarity(file, front, end)) is not None:
+            return known
+        most = max(self.alone[name]["macs"] for name in (front, end))
+        walks = [walk for walk in self._walks(front, end) if self.table.macs(walk[1]) < most]
+        costs = {route: self.table.costs(steps) for route, steps in walks}
+        scores = self._run(walks, self._rivals(costs, (front, end)))
+        values = np.full((self.model.anchors[front].depth, self.model.anchors[end].depth), np.nan)
+        for route, score in scores.items():
+            (point,) = route.stitch_points
+            values[point.source_cut - 1, point.target_cut - 1] = score
+        settings = {"method": "fitted_accuracy", "held_out": len(self.labels), "ran": len(walks), "error": self.error}
+        settings["costs"] = {str(route): costs[route] for route in scores}
+        similarity = Similarity(front, end, np.ma.masked_invalid(values), settings)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_similarity(similarity, file)
+        return similarity
+
+    def _walks(self, front: str, end: str) -> Iterator[Walk]:
+        """Every route with a stitch between two anchors that least squares fits to the samples."""
+        for cuts, stitch in self.passes.pairs[front, end].stitches(RIDGE).items():
+            route = _route(front, end, *cuts)
+            yield route, self.model.steps(route, {route.stitch_points[0].name: stitch})
+
+    def _run(self, walks: Sequence[Walk], rivals: Mapping[Route, Collection[Route]]) -> dict[Route, float]:
+        """Accuracy of the routes that the race did not stop."""
+        if not walks:
+            return {}
+        known = {Route.alone(name): right for name, right in self.right.items()}
+        return race_routes(
+            walks, self._held(), self.model.device, error=self.error, known=known, beaten_by=rivals
+        ).scores
+
+    def profile(self, front: str, end: str) -> Profile:
+        """Costs and predicted accuracy of what a pair offers, in both directions where both were compared.
+
+        Args:
+            front: name of the front.
+            end: name of the end.
+        """
+        names = sorted((front, end), key=lambda name: self.alone[name]["macs"])
+        rows = [_row(Route.alone(name), self.alone[name], self.right[name].mean().item()) for name in names]
+        for pair in ((front, end), (end, front)):
+            if pair in self.passes.pairs:
+                found = self.race(*pair)
+                for (i, j), value in np.ndenumerate(found.values.filled(np.nan)):
+                    if np.isfinite(value):
+                        route = _route(*pair, i + 1, j + 1)
+                        rows.append(_row(route, found.settings["costs"][str(route)], float(value)))
+        metadata = {"images": len(self.labels), "predicted": True}
+        return Profile(tuple(rows), metadata, self._cascades(names))
+
+    def _cascades(self, names: list[str]) -> tuple[ProfiledCascade, ...]:
+        """The cascades of two anchors, the cheaper first; none where the held-out images are too few."""
+        if len(self.labels) < LEAST_IMAGES:
+            return ()
+        routes = [Route.alone(name) for name in names]
+        observed = observe_logits(routes, np.stack([self.logits[name] for name in names]), self.labels)
+        return profile_cascades(observed, [(r, self.model.steps(r)) for r in routes], self.table, "accuracy")
+
+    def _rivals(self, costs: Mapping[Route, Mapping[str, float]], anchors: Iterable[str]) -> dict[Route, list[Route]]:
+        """For each route all others, and the anchors alone, that cost no more."""
+        every = {**costs, **{Route.alone(name): self.alone[name] for name in anchors}}
+
+        def no_more(other: Route, route: Route) -> bool:
+            return all(every[other][name] <= every[route][name] for name in self.compared)
+
+        return {route: [other for other in every if other != route and no_more(other, route)] for route in costs}
+
+    def _held(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of the held-out images and their labels."""
+        images, labels = self.passes.held_images, self.passes.labels[1::2]
+        for start in range(0, len(labels), TEST_BATCH):
+            part = slice(start, start + TEST_BATCH)
+            yield {"pixel_values": images[part], "labels": labels[part]}
+
+    def _file(self, front: str, end: str) -> Path:
+        """File of a race, whose name depends on all that its result does."""
+        caches = [self.passes.cache(name).folder.name for name in (front, end)]
+        about: dict[str, Any] = {"caches": caches, "costs": self.compared, "error": self.error}
+        about["software"] = self.software
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+        return self.folder / f"{front}+{end}-{key}.npz"
+
+
+def _route(front: str, end: str, i: int, j: int) -> Route:
+    return Route((Segment(front, 0, i), Segment(end, j)))
+
+
+def _row(route: Route, costs: Mapping[str, float], accuracy: float) -> ProfiledRoute:
+    return ProfiledRoute(route, costs, {"accuracy": accuracy}).with_means()

@@ -1,0 +1,368 @@
+"""Scout runs each candidate once over the images, goes on where it stopped, and finds what a search by hand finds."""
+
+import csv
+import json
+import os
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import CLASSES, SIZE, VIT, make_model, save_model
+from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets
+from PIL import Image as Picture
+from transformers import ViTImageProcessor
+from typer.testing import CliRunner
+
+from restnet_hf import (
+    BudgetError,
+    ScoutResult,
+    StitchedModelForImageClassification,
+    load_anchor,
+    scout,
+    scout_pairs,
+    scouting,
+)
+from restnet_hf import anchor_passes as passes_file
+from restnet_hf.anchor_passes import AnchorPasses, cache_pictures
+from restnet_hf.cli import app
+from restnet_hf.data.datasets import load_images, with_pixel_values
+from restnet_hf.data.pixel_values import PixelValues
+from restnet_hf.demo.paths import DATA, END, FRONT
+from restnet_hf.recipe import load_recipe
+from restnet_hf.routes.route import Route
+from restnet_hf.scout_pairs import PairJudge
+from restnet_hf.selection.samples import SelectionBatch
+from restnet_hf.selection.selectors import FittedAccuracy
+
+
+NAMES = [f"class {number}" for number in range(CLASSES)]
+LOOSE = {"macs": 1e9}
+FEW = {"images": 40, "head_images": 30}
+
+
+def save_named(name, folder, seed=0, names=NAMES):
+    """A tiny classifier of these classes, or with numbered ones."""
+    save_model(name, folder, seed)
+    if names:
+        config = json.loads((folder / "config.json").read_text())
+        labels = dict(enumerate(names))
+        config |= {"id2label": labels, "label2id": {text: number for number, text in labels.items()}}
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Tiny classifiers of five classes, one that cannot be cut, and pictures that a ResNet mostly knows."""
+    folder = tmp_path_factory.mktemp("scout")
+    for name, seed in (("resnet", 0), ("vit", 1), ("swin", 0)):
+        save_named(name, folder / name, seed)
+    save_named("vit", folder / "numbered", 2, None)
+    whole = transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=1, **VIT))
+    whole.save_pretrained(folder / "uncut")
+    ViTImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder / "uncut")
+    rng = np.random.default_rng(0)
+    pictures = [Picture.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)) for _ in range(120)]
+    x = ViTImageProcessor(size={"height": SIZE, "width": SIZE})(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        labels = make_model("resnet")(x).logits.argmax(-1).numpy()
+    labels = np.where(rng.random(120) < 0.2, rng.integers(0, CLASSES, 120), labels)
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    for split, part in (("train", slice(0, 60)), ("test", slice(60, 120))):
+        rows = {"image": pictures[part], "label": labels[part].tolist()}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Images that ran through each anchor in passes, pictures that were opened, races, and heads that trained."""
+    seen = {"images": {}, "pictures": 0, "races": [], "heads": []}
+    run, opened = SelectionBatch.run, PixelValues._open
+    race, heads = scout_pairs.race_routes, scouting.train_heads
+
+    def counted_run(batch, hook):
+        for name in batch._anchors:
+            seen["images"][name] = seen["images"].get(name, 0) + batch.size
+        return run(batch, hook)
+
+    def counted_open(prepared, pictures, indices):
+        seen["pictures"] += len(pictures)
+        return opened(prepared, pictures, indices)
+
+    def counted_race(walks, *args, **options):
+        seen["races"].append(walks[0][0])
+        return race(walks, *args, **options)
+
+    def counted_heads(model, rows, anchors):
+        seen["heads"] += anchors
+        return heads(model, rows, anchors=anchors)
+
+    monkeypatch.setattr(SelectionBatch, "run", counted_run)
+    monkeypatch.setattr(PixelValues, "_open", counted_open)
+    monkeypatch.setattr(scout_pairs, "race_routes", counted_race)
+    monkeypatch.setattr(scouting, "train_heads", counted_heads)
+    return seen
+
+
+def candidates(place, *names):
+    return [str(place / name) for name in names]
+
+
+def test_each_candidate_runs_once(place, runs, tmp_path):
+    three = candidates(place, "resnet", "vit", "swin")
+    result = scout(three, place / "data", LOOSE, tmp_path, **FEW)
+    assert runs["images"] == dict.fromkeys(("resnet", "vit", "swin"), 40) and runs["pictures"] == 40
+    assert len(runs["races"]) == len(result.pairs) == 3 and not runs["heads"] and not result.new_head
+    assert result.passes == 3 and result.images == 40 and result.left_out == {}
+    assert set(result.sources.values()) == set(three)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "pairs.csv",
+        "recipe.yaml",
+        "scout.json",
+        "tradeoff.png",
+    ]
+    best = result.winner.best(LOOSE)
+    assert best.scores["accuracy"] == max(row.scores["accuracy"] for pair in result.pairs for row in pair.rows)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert {recipe.front, recipe.end} == {result.sources[n] for n in (result.winner.front, result.winner.end)}
+    assert (recipe.method, recipe.train_split, recipe.eval_split, recipe.new_head) == (
+        "fitted_accuracy", "train", "test", False,
+    )  # fmt: skip
+    with (tmp_path / "pairs.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["front"], row["end"]) for row in rows] == [(pair.front, pair.end) for pair in result.pairs]
+    assert float(rows[0]["accuracy"]) == best.scores["accuracy"] and rows[0]["best"] == str(best.route)
+    loaded = ScoutResult.load(tmp_path)
+    assert loaded == result and "3 pairs" in repr(loaded)
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_stopped(place, runs, tmp_path, monkeypatch):
+    """After an interruption in the second pass, and one in the second race, no pass and no race is repeated."""
+    three = candidates(place, "resnet", "vit", "swin")
+    expected = scout(three, place / "data", LOOSE, tmp_path / "whole", **FEW)
+    for kind in ("images", "races"):
+        runs[kind].clear()
+    runs["pictures"], write, races = 0, passes_file.FeatureCache.write, scout_pairs.write_similarity
+    begun = []
+
+    def stop_in_the_third(cache, specs, **options):
+        begun.append(cache)
+        if len(begun) == 3:  # the first holds the images
+            raise KeyboardInterrupt
+        return write(cache, specs, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(passes_file.FeatureCache, "write", stop_in_the_third)
+        scout(three, place / "data", LOOSE, tmp_path / "out", **FEW)
+    ended, _ = runs["images"]
+    assert (runs["images"][ended], runs["pictures"], runs["races"]) == (40, 40, [])
+
+    def stop_in_the_second(similarity, path):
+        if len(runs["races"]) == 2:
+            raise KeyboardInterrupt
+        races(similarity, path)
+
+    runs["images"].clear()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scout_pairs, "write_similarity", stop_in_the_second)
+        scout(three, place / "data", LOOSE, tmp_path / "out", **FEW, resume=True)
+    assert runs["images"].keys() == {"resnet", "vit", "swin"} - {ended} and runs["pictures"] == 40
+    assert set(runs["images"].values()) == {40}
+    result = scout(three, place / "data", LOOSE, tmp_path / "out", **FEW, resume=True)
+    assert set(runs["images"].values()) == {40} and runs["pictures"] == 40
+    assert len(runs["races"]) == 4 and runs["races"][1] == runs["races"][2], (
+        "only the race that did not end runs again"
+    )
+    assert result.pairs == expected.pairs and not (tmp_path / "out" / "training").exists()
+    again = scout(three, place / "data", LOOSE, tmp_path / "out", **FEW, resume=True)
+    assert again == result and len(runs["races"]) == 4
+
+
+def test_a_finished_run_is_ranked_for_another_budget(place, runs, tmp_path):
+    two = candidates(place, "resnet", "vit", "swin")
+    result = scout(two, place / "data", LOOSE, tmp_path, **FEW)
+    small = min(row.costs["macs"] for pair in result.pairs for row in pair.rows)
+    again = scout(two, place / "data", {"mean_macs": small}, tmp_path, **FEW, resume=True)
+    assert again.pairs != () and again.winner.best({"macs": small}).costs["macs"] == small
+    assert runs["pictures"] == 40 and ScoutResult.load(tmp_path) == again
+    with pytest.raises(BudgetError, match=r"nothing of any pair fits macs<=1; the cheapest is"):
+        scout(two, place / "data", {"macs": 1}, tmp_path, **FEW, resume=True)
+    with pytest.raises(ValueError, match="another images"):
+        scout(two, place / "data", LOOSE, tmp_path, images=30, head_images=30, resume=True)
+    with pytest.raises(ValueError, match="another budget"):
+        scout(two, place / "data", {"params": 1e9}, tmp_path, **FEW, resume=True)
+
+
+def test_what_cannot_be_an_anchor_is_left_out(place, runs, tmp_path):
+    five = candidates(place, "resnet", "uncut", "vit", "data", "numbered")
+    result = scout(five, place / "data", LOOSE, tmp_path / "own", **FEW, new_head=False)
+    assert {path.rsplit("/", 1)[1]: reason for path, reason in result.left_out.items()}.keys() == {
+        "uncut", "data", "numbered",
+    }  # fmt: skip
+    assert "2 are needed" in result.left_out[five[1]] and "does not know" in result.left_out[five[4]]
+    assert len(result.pairs) == 1 and not runs["heads"]
+    with pytest.raises(ValueError, match=r"1 of the candidates can be an anchor, not two:\n- .*uncut: "):
+        scout(five[:2], place / "data", LOOSE, tmp_path / "one", **FEW)
+
+
+def test_new_heads_where_classes_differ(place, runs, tmp_path, monkeypatch):
+    """One head for each candidate, on images that are not those of the passes; an interruption repeats none."""
+    two = candidates(place, "resnet", "numbered")
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(AnchorPasses, "run", stop)
+        scout(two, place / "data", LOOSE, tmp_path, **FEW)
+    result = scout(two, place / "data", LOOSE, tmp_path, **FEW, resume=True)
+    assert runs["heads"] == ["resnet", "numbered"] and result.new_head and result.winner.front == "resnet"
+    assert runs["pictures"] == 30 + 40, "30 images are left for the heads"
+    assert load_recipe(tmp_path / "recipe.yaml").new_head is True
+
+
+def no_pass(*args, **options):
+    raise AssertionError("an anchor ran")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"budget": {"macs": 1}}, BudgetError, r"nothing fits macs<=1: the cheapest candidate is 'vit' with"),
+        ({"budget": {"latency_ms": 1}}, BudgetError, r"\['latency_ms'\], which would have to be measured"),
+        ({"budget": {"maccs": 1}}, ValueError, r"\['maccs'\], which are no costs"),
+        ({"order": "up"}, ValueError, r"order='up' is not one of"),
+        ({"images": 2}, ValueError, r"images=2 must be at least 8"),
+        ({"eval_split": "validation"}, ValueError, r"validation.parquet"),
+        ({"flavour": 1}, TypeError, "flavour"),
+    ],
+)
+def test_wrong_options(place, tmp_path, monkeypatch, options, error, text):
+    monkeypatch.setattr(AnchorPasses, "run", no_pass)
+    with pytest.raises(error, match=text):
+        scout(
+            candidates(place, "resnet", "vit"), place / "data", out=tmp_path / "out", **{"budget": LOOSE, **options}
+        )  # fmt: skip
+    assert not (tmp_path / "out" / "scout.json").exists()
+
+
+@pytest.mark.parametrize("names", [("resnet",), ("resnet", "resnet"), ()])
+def test_two_candidates_are_needed(place, tmp_path, names):
+    with pytest.raises(ValueError, match="at least two different candidates"):
+        scout(candidates(place, *names), place / "data", LOOSE, tmp_path)
+
+
+@pytest.fixture
+def judge(place, tmp_path):
+    """The judge of two tiny anchors, in both directions, without a race."""
+    model = StitchedModelForImageClassification.from_anchors(
+        *candidates(place, "resnet", "vit"), order="given", dtype="float32"
+    )
+    rows = load_images(place / "data", "test").select(range(40))
+    pictures = cache_pictures(model, with_pixel_values(rows, model.image_processor), tmp_path / "images")
+    passes = AnchorPasses(model, pictures, tmp_path / "anchors", "auto")
+    assert [passes.run(name) for name in model.anchors] == [True, True]
+    assert not any(map(passes.run, model.anchors))
+    return PairJudge(passes, tmp_path / "pairs", error=0)
+
+
+def test_samples_on_disk_give_what_the_selector_finds(judge):
+    """In memory, from the pictures themselves, and from the caches: the same accuracies of the same routes."""
+    model, passes = judge.model, judge.passes
+    tensors = torch.utils.data.TensorDataset(passes.pictures.rows("pixel_values"), passes.labels)
+    found = model.compare(tensors, ["fitted_accuracy"], order="auto")["fitted_accuracy"]
+    costs = model.route_costs()
+    for expected in found:
+        pair = expected.front, expected.end
+        cached = FittedAccuracy(passes.pairs[pair].pair, passes.pairs[pair])
+        assert np.array_equal(cached.values(), expected.values)
+        assert cached.settings() == {key: value for key, value in expected.settings.items() if key != "method"}
+        raced, most = judge.race(*pair).values, judge.alone["resnet"]["macs"]
+        ran = ~np.ma.getmaskarray(raced)
+        assert ran.any() and np.array_equal(raced[ran], expected.values[ran])
+        for (i, j), value in np.ndenumerate(ran):
+            route = Route.parse(f"{pair[0]}[:{i + 1}] + {pair[1]}[{j + 1}:]")
+            assert value == (costs(route)["macs"] < most), "with no error allowed only dear routes are left out"
+        for name in pair:
+            assert judge.right[name].mean() == pytest.approx(expected.settings["anchors"][name])
+
+
+def by_hand(front, end, data, held):
+    """Mean MACs and accuracy of all that a pair offers by name, from a model of the pair alone."""
+    model = StitchedModelForImageClassification.from_anchors(front, end, dtype="float32")
+    ready = with_pixel_values(data, model.image_processor)
+    (found,) = model.compare(ready, ["fitted_accuracy"], kept_images=len(data), max_images=None)["fitted_accuracy"]
+    profile = model.profile(with_pixel_values(held, model.image_processor), cascades=True)
+    entries = {str(row.route): (row.costs["mean_macs"], row.scores["accuracy"]) for row in profile.rows}
+    most, costs = max(row.costs["macs"] for row in profile.routes), model.route_costs()
+    for (i, j), value in np.ndenumerate(found.values):
+        route = Route.parse(f"{found.front}[:{i + 1}] + {found.end}[{j + 1}:]")
+        if costs(route)["macs"] < most:
+            entries[str(route)] = costs(route)["macs"], float(value)
+    return entries
+
+
+@pytest.mark.slow
+def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
+    """Of four candidates, two of them disturbed copies of the demo's, at several budgets, in all six pairs."""
+    places = {"resnet_fashion": FRONT, "vit_fashion": END}
+    for name, source in [*places.items()]:
+        anchor = load_anchor(source, dtype=torch.float32)
+        rng = torch.Generator().manual_seed(0)
+        for parameter in anchor.model.parameters():
+            if parameter.dim() > 1:
+                parameter += parameter.std() * 0.25 * torch.randn(parameter.shape, generator=rng)
+        places[f"{name}_2"] = tmp_path / f"{name}_2"
+        anchor.model.save_pretrained(places[f"{name}_2"])
+        if "vit" in name:
+            ViTImageProcessor(size={"height": 56, "width": 56}).save_pretrained(places[f"{name}_2"])
+    budgets = (5.5e6, 10e6, 20e6, 40e6)
+    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", images=200)
+    fitted, held = (load_images(DATA, split) for split in ("train", "test"))
+    order = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:100] for rows in (fitted, held)]
+    fitted, held = (rows.select(each.tolist()) for rows, each in zip((fitted, held), order, strict=True))
+    both = concatenate_datasets([fitted, held]).select([n // 2 + n % 2 * 100 for n in range(200)])
+    hand = {frozenset(pair): by_hand(*map(places.get, pair), both, held) for pair in combinations(places, 2)}
+    for budget in budgets:
+        best = {
+            pair: max((score, -cost) for cost, score in [(0.0, -1.0), *entries.values()] if cost <= budget)
+            for pair, entries in hand.items()
+        }
+        ranked = result.ranked({"mean_macs": budget})
+        for pair in ranked.pairs:
+            found, entries = pair.best({"mean_macs": budget}), hand[frozenset((pair.front, pair.end))]
+            ours = (-1.0, 0.0) if found is None else (found.scores["accuracy"], -found.costs["mean_macs"])
+            assert ours == pytest.approx(best[frozenset((pair.front, pair.end))])
+            for row in pair.rows:
+                assert (row.costs["mean_macs"], row.scores["accuracy"]) == pytest.approx(entries[str(row.route)])
+        assert best[frozenset((ranked.winner.front, ranked.winner.end))] == max(best.values())
+
+
+def test_by_command(place, tmp_path):
+    out = tmp_path / "scouted"
+    common = [*candidates(place, "resnet", "vit"), "--dataset", place / "data", "--images", 40, "--out", out]
+    result = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
+    assert result.exit_code == 0, result.output
+    assert "1 pairs" in result.stdout and "2 anchors, one pass over 40 images each" in result.stdout
+    assert f"restnet-hf train {out / 'recipe.yaml'}" in " ".join(result.stdout.split())
+    assert "20 images are too few for the comparison of pairs" in result.stderr
+    again = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
+    assert again.exit_code == 1 and "exists already" in again.stderr
+    for path in out.iterdir():
+        os.utime(path, (0, 0))
+    resumed = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9", "--resume"])
+    assert resumed.exit_code == 0 and "nothing is left to resume" in resumed.stdout
+    none = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1", "--overwrite"])
+    assert none.exit_code == 1 and "nothing fits macs<=1" in none.stderr
+    typo = CliRunner().invoke(app, ["scout", str(place / "resnt"), str(place / "vit"), *map(str, common[2:])])
+    assert typo.exit_code == 2 and "budget" in typo.stderr
+
+
+def test_a_missing_folder_is_named(place, tmp_path):
+    arguments = ["scout", str(place / "resnt"), str(place / "vit"), "--dataset", str(place / "data")]
+    result = CliRunner().invoke(app, [*arguments, "--budget", "macs=1e9", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "there is no such folder" in result.stderr and "resnt" in result.stderr
