@@ -33,10 +33,6 @@ SEVERAL = "values"  # parameter that takes several values
 Operation = Callable[..., Any]
 
 
-class UnknownOperationError(NotImplementedError):
-    """A program has an operation that `MilProgram` does not know, or not with these parameters."""
-
-
 @dataclass(frozen=True)
 class Call:
     """One operation of a program.
@@ -66,7 +62,7 @@ class MilProgram:
         weights: file of weights; None for a program without one.
 
     Raises:
-        UnknownOperationError: an operation is not known; the message names it.
+        NotImplementedError: an operation is not known; the message names it.
         ValueError: the model is not an ML program with one input and one output, or a weight is not in the file.
     """
 
@@ -89,7 +85,7 @@ class MilProgram:
             if kind in CONSTANT:
                 continue
             if kind not in OPERATIONS:
-                raise UnknownOperationError(
+                raise NotImplementedError(
                     f"operation '{kind[:99]}' is not among those that restnet_hf evaluates: {sorted(OPERATIONS)}"
                 )
             inputs = {key: self._names(argument) for key, argument in operation.inputs.items()}
@@ -131,7 +127,7 @@ class MilProgram:
             dtype = _dtype(tensor)
             array = np.frombuffer(content, dtype) if field == "bytes" else np.array(content, dtype)
         else:
-            raise UnknownOperationError(f"a constant of kind {kind!r} is not evaluated")
+            raise NotImplementedError(f"a constant of kind {kind!r} is not evaluated")
         return _plain(array.reshape(shape))
 
     def _blob(self, place: Any, tensor: Any) -> np.ndarray:
@@ -187,13 +183,13 @@ def only(items: Iterable[Any], what: str) -> Any:
 def _shape(tensor: Any) -> tuple[int, ...]:
     """The shape of a tensor type, all of whose sizes must be fixed."""
     if any(size.WhichOneof("dimension") != "constant" for size in tensor.dimensions):
-        raise UnknownOperationError("tensors of variable size are not evaluated")
+        raise NotImplementedError("tensors of variable size are not evaluated")
     return tuple(size.constant.size for size in tensor.dimensions)
 
 
 def _dtype(tensor: Any) -> Any:
     if tensor.dataType not in TYPES:
-        raise UnknownOperationError(f"tensors of data type {tensor.dataType} are not evaluated")
+        raise NotImplementedError(f"tensors of data type {tensor.dataType} are not evaluated")
     return TYPES[tensor.dataType]
 
 
@@ -238,7 +234,7 @@ def _window(
         halves = [(each // 2, each - each // 2) for each in missing]
         margins = halves if pad_type == "same" else [(after, before) for before, after in halves]
     else:
-        raise UnknownOperationError(f"padding of type {pad_type!r} is not evaluated")
+        raise NotImplementedError(f"padding of type {pad_type!r} is not evaluated")
     free = [
         size + before + after - far for size, (before, after), far in zip(x.shape[2:], margins, reach, strict=True)
     ]
@@ -306,7 +302,7 @@ def avg_pool(
     """Means of windows."""
     kernel = _ints(kernel_sizes)
     if ceil_mode and not exclude_padding_from_average:
-        raise UnknownOperationError("'avg_pool' with ceil_mode that averages padding is not evaluated")
+        raise NotImplementedError("'avg_pool' with ceil_mode that averages padding is not evaluated")
     padded, places = _window(x, kernel, strides, pad_type, pad, 0.0, None, bool(ceil_mode))
     total = sum(padded[place] for place in places)
     if not exclude_padding_from_average:
@@ -336,7 +332,7 @@ def gelu(x: np.ndarray, mode: str = "EXACT") -> np.ndarray:
         return np.float32(0.5) * x * (1 + np.tanh(inner))
     if mode == "SIGMOID_APPROXIMATION":
         return x * sigmoid(np.float32(1.702) * x)
-    raise UnknownOperationError(f"'gelu' of mode {mode!r} is not evaluated")
+    raise NotImplementedError(f"'gelu' of mode {mode!r} is not evaluated")
 
 
 def softmax(x: np.ndarray, axis: Any = -1) -> np.ndarray:
@@ -432,7 +428,7 @@ def split(x: np.ndarray, axis: Any, num_splits: Any = None, split_sizes: Any = N
 def concat(values: list[np.ndarray], axis: Any, interleave: Any = False) -> np.ndarray:
     """Arrays one after the other along an axis."""
     if interleave:
-        raise UnknownOperationError("'concat' with interleave is not evaluated")
+        raise NotImplementedError("'concat' with interleave is not evaluated")
     return np.concatenate(values, int(axis))
 
 
@@ -441,7 +437,7 @@ def gather(
 ) -> np.ndarray:
     """Entries of an axis by their indices."""
     if batch_dims:
-        raise UnknownOperationError("'gather' with batch_dims is not evaluated")
+        raise NotImplementedError("'gather' with batch_dims is not evaluated")
     return np.asarray(np.take(x, np.asarray(indices).astype(np.int64), int(axis)))
 
 
@@ -454,7 +450,7 @@ def pad(x: np.ndarray, pad: Any, mode: str = "constant", constant_val: Any = 0.0
         return np.pad(x, margins, constant_values=constant_val)
     if mode in ("reflect", "replicate"):
         return np.pad(x, margins, "reflect" if mode == "reflect" else "edge")
-    raise UnknownOperationError(f"'pad' of mode {mode!r} is not evaluated")
+    raise NotImplementedError(f"'pad' of mode {mode!r} is not evaluated")
 
 
 def upsample_bilinear(
