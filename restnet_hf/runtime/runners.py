@@ -218,7 +218,10 @@ def read_mil(folder: Path, entry: Mapping[str, str]) -> Any:
 
 
 def run_coreml(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
-    """Load a package in Core ML on macOS; elsewhere in `MilProgram`, which evaluates the same files in numpy."""
+    """Load a package in Core ML on macOS; elsewhere in `MilProgram`, which evaluates the same files in numpy.
+
+    Neither takes a number of threads: Core ML chooses the processor, its own threads included.
+    """
     spec = read_mil(folder, entry)
     program = MilProgram(spec, folder / entry["weights"] if "weights" in entry else None)
     if not RUNTIMES["coreml"].runs_here:

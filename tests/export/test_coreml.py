@@ -18,7 +18,8 @@ from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.export.coreml import LEAST_SIZE
 from restnet_hf.export.exporter import Quantization, UnsupportedExportError, load_exporter
 from restnet_hf.export.programs import trace_route
-from restnet_hf.runtime.mil import OPERATIONS, MilProgram
+from restnet_hf.runtime.mil import MilProgram
+from restnet_hf.runtime.mil_operations import OPERATIONS
 from restnet_hf.runtime.runners import RUNTIMES, read_mil
 
 

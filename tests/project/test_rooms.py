@@ -23,7 +23,17 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "routes": ["blocks", "cascade", "confidences", "families", "fronts", "profile", "route", "tables"],
     "runtime": [
         *("controller", "drift", "exported_cascades", "exported_files", "exported_model", "golden", "measuring"),
-        *("mil", "pictures", "processor", "resident", "runners", "sustained", "targets", "torch_archives"),
+        *(
+            "mil",
+            "mil_operations",
+            "pictures",
+            "processor",
+            "resident",
+            "runners",
+            "sustained",
+            "targets",
+            "torch_archives",
+        ),
     ],
     "data": [
         *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),

@@ -9,7 +9,8 @@ from versions import needs_export
 
 from restnet_hf.export.coreml import CoreMlExporter
 from restnet_hf.export.programs import Program
-from restnet_hf.runtime.mil import OPERATIONS, MilProgram, affine_dequantize, gelu
+from restnet_hf.runtime.mil import MilProgram
+from restnet_hf.runtime.mil_operations import OPERATIONS, affine_dequantize, gelu
 from restnet_hf.runtime.runners import read_mil
 
 
