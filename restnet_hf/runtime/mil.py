@@ -1,7 +1,7 @@
 """MilProgram: evaluates a program of Core ML in numpy, where Core ML itself does not run. No torch here."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,22 @@ class MilProgram:
             if result.shape != shape:
                 raise ValueError(f"'{call.kind}' gives shape {result.shape} where the program has {shape}")
             values[name] = _plain(result.astype(dtype, copy=False))
+
+
+def weight_files(operations: Iterable[Any]) -> Iterator[str]:
+    """Names of the files that constants of operations are in, as Core ML would open them.
+
+    Args:
+        operations: operations of a block of a program.
+    """
+    for operation in operations:
+        bound = (each for argument in operation.inputs.values() for each in argument.arguments)
+        literals = (each.value for each in bound if each.WhichOneof("binding") == "value")
+        for value in (*operation.attributes.values(), *literals):
+            if value.WhichOneof("value") == "blobFileValue":
+                yield value.blobFileValue.fileName
+        for block in operation.blocks:
+            yield from weight_files(block.operations)
 
 
 def only(items: Iterable[Any], what: str) -> Any:

@@ -135,6 +135,17 @@ def test_a_manifest_that_lists_other_files(copy, path):
         ExportedModel(copy)
 
 
+def test_a_graph_with_weights_in_another_file(copy):
+    """It is refused before Core ML could open it."""
+    without_checksums(copy)
+    graph = packages(copy)[0] / FILES[0]
+    content = graph.read_bytes()
+    assert content.count(b"@model_path/weights/weight.bin") > 2
+    graph.write_bytes(content.replace(b"@model_path/weights/weight.bin", b"@model_path/../../../weigh.bin", 1))
+    with pytest.raises(ValueError, match="has weights in other files than a_1_b_1.mlpackage/Data/.*/weight.bin"):
+        ExportedModel(copy)
+
+
 def test_files_of_two_packages(copy):
     without_checksums(copy)
 
