@@ -123,9 +123,14 @@ def export_routes(
     options = data, calibration_images, accept, target, batch_size, threads, with_preprocessing
     with atomic_folder(out, PROFILE) as folder:
         profile = _Job(model, chosen, chains, exporter, precision, *options).write(folder)
-    if RUNTIMES[runtime].runs_here:  # else there are no latencies
-        model.record_runtime(profile)
+    _record(model, profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
+
+
+def _record(model: StitchedModelForImageClassification, profile: Profile) -> None:
+    """Add what was measured to the model's own profile; nothing where the runtime does not run on this system."""
+    if all("latency_ms" in row.costs for row in profile.rows):
+        model.record_runtime(profile)
 
 
 def _chosen(

@@ -19,7 +19,7 @@ import numpy as np
 from packaging.version import Version
 
 from restnet_hf.routes.device_table import EAGER
-from restnet_hf.runtime.mil import MilProgram, only
+from restnet_hf.runtime.mil import WEIGHTS, MilProgram, only, weight_files
 from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
 
 
@@ -218,24 +218,29 @@ def read_mil(folder: Path, entry: Mapping[str, str]) -> Any:
     spec = import_for_runtime("coremltools", "coreml").models.utils.load_spec(str(folder / entry["graph"]))
     if spec.WhichOneof("Type") != "mlProgram":
         raise ValueError(f"{entry['graph']} is not an ML program")
+    blocks = (block for each in spec.mlProgram.functions.values() for block in each.block_specializations.values())
+    if {file for block in blocks for file in weight_files(block.operations)} - {WEIGHTS}:
+        raise ValueError(f"{entry['graph']} has weights in other files than {weights}/weight.bin")
     return spec
 
 
 def run_coreml(folder: Path, entry: Mapping[str, str], threads: int | None, trust_remote_code: bool = False) -> Run:
-    """Load a package in Core ML on macOS; elsewhere in `MilProgram`, which evaluates the same files in numpy."""
+    """Load a package in Core ML on macOS; elsewhere in `MilProgram`, which evaluates the same files in numpy.
+
+    Neither takes a number of threads: Core ML chooses the processor, its own threads included.
+    """
     spec = read_mil(folder, entry)
-    program = MilProgram(spec, folder / entry["weights"] if "weights" in entry else None)
     if not RUNTIMES["coreml"].runs_here:
-        return program
+        return MilProgram(spec, folder / entry["weights"] if "weights" in entry else None)
     model = import_for_runtime("coremltools", "coreml").models.MLModel(str((folder / entry["file"]).parent))
-    source, result = only(spec.description.input, "input").name, only(spec.description.output, "output").name
+    source, result = only(spec.description.input, "input"), only(spec.description.output, "output")
     lock = Lock()
 
     def run(images: np.ndarray) -> np.ndarray:
         with lock:
-            return np.asarray(model.predict({source: images})[result])
+            return np.asarray(model.predict({source.name: images})[result.name])
 
-    return _ShapedRun(run, program.input_shape)
+    return _ShapedRun(run, [int(size) for size in source.type.multiArrayType.shape])
 
 
 class LoadRoute(Protocol):

@@ -18,7 +18,8 @@ from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.export.coreml import LEAST_SIZE
 from restnet_hf.export.exporter import Quantization, UnsupportedExportError, load_exporter
 from restnet_hf.export.programs import trace_route
-from restnet_hf.runtime.mil import OPERATIONS, MilProgram
+from restnet_hf.runtime.mil import MilProgram
+from restnet_hf.runtime.mil_operations import OPERATIONS
 from restnet_hf.runtime.runners import RUNTIMES, read_mil
 
 
@@ -131,6 +132,17 @@ def test_a_manifest_that_lists_other_files(copy, path):
     package = packages(copy)[0]
     changed_json(package, "Manifest.json", lambda data: next(iter(data["itemInfoEntries"].values())).update(path=path))
     with pytest.raises(ValueError, match="are not one Core ML package"):
+        ExportedModel(copy)
+
+
+def test_a_graph_with_weights_in_another_file(copy):
+    """It is refused before Core ML could open it."""
+    without_checksums(copy)
+    graph = packages(copy)[0] / FILES[0]
+    content = graph.read_bytes()
+    assert content.count(b"@model_path/weights/weight.bin") > 2
+    graph.write_bytes(content.replace(b"@model_path/weights/weight.bin", b"@model_path/../../../weigh.bin", 1))
+    with pytest.raises(ValueError, match="has weights in other files than a_1_b_1.mlpackage/Data/.*/weight.bin"):
         ExportedModel(copy)
 
 

@@ -23,7 +23,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "routes": ["blocks", "cascade", "confidences", "device_table", "families", "fronts", "profile", "route", "tables"],
     "runtime": [
         *("controller", "drift", "exported_cascades", "exported_files", "exported_model", "golden", "measuring"),
-        *("mil", "pictures", "pixels", "processor", "resident", "runners", "sustained", "targets"),
+        *("mil", "mil_operations", "pictures", "pixels", "processor", "resident", "runners", "sustained", "targets"),
         "torch_archives",
     ],
     "data": [
