@@ -36,8 +36,9 @@ def predict_routes(
             continue
         if "labels" not in batch:
             raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
-        logits = walk_tree(batch["pixel_values"].to(device), shared)
-        chunks.append((index, batch["labels"].cpu(), {route: each.argmax(-1).cpu() for route, each in logits}))
+        logits = walk_tree(batch["pixel_values"].to(device, non_blocking=True), shared)
+        found = [(route, each.argmax(-1)) for route, each in logits]  # all are queued before the first is read
+        chunks.append((index, batch["labels"].cpu(), {route: each.cpu() for route, each in found}))
     ordered = sorted(gather_object(chunks), key=lambda chunk: chunk[0])
     predictions = {route: torch.cat([chunk[2][route] for chunk in ordered]) for route, _ in walks}
     return predictions, torch.cat([chunk[1] for chunk in ordered])
@@ -77,5 +78,5 @@ def mean_probabilities(walks: Sequence[Walk], batches: Iterable[Batch], device: 
     for batch in batches:
         labels = batch["labels"].to(device)[:, None]
         for route, logits in walk_tree(batch["pixel_values"].to(device), shared):
-            probabilities.setdefault(route, []).append(logits.float().softmax(-1).gather(1, labels).cpu())
-    return {route: torch.cat(chunks).mean().item() for route, chunks in probabilities.items()}
+            probabilities.setdefault(route, []).append(logits.float().softmax(-1).gather(1, labels))
+    return {route: torch.cat(chunks).cpu().mean().item() for route, chunks in probabilities.items()}

@@ -90,8 +90,8 @@ def _logits(walks: Sequence[Walk], batches: Iterable[Batch], device: torch.devic
     split, state = split_at_shared_cuts(walks), this_process()
     for index, batch in enumerate(batches):
         if index % state.num_processes == state.process_index:
-            logits = dict(walk_tree(batch["pixel_values"].to(device), split))
-            stacked = torch.stack([logits[route].float().cpu() for route, _ in walks]).numpy()
+            logits = dict(walk_tree(batch["pixel_values"].to(device, non_blocking=True), split))
+            stacked = torch.stack([logits[route].float() for route, _ in walks]).cpu().numpy()  # one copy
             yield index, batch["labels"].cpu().numpy() if "labels" in batch else None, stacked
 
 

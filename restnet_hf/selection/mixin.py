@@ -28,6 +28,7 @@ from restnet_hf.selection.selectors import SELECTORS, Method, compare, find_sele
 from restnet_hf.steps import Step
 from restnet_hf.stitches.adding import add_stitches
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
+from restnet_hf.stitches.precision import autocast_dtype
 from restnet_hf.stitches.pruning import prunable
 
 
@@ -68,7 +69,7 @@ class SelectionMixin:
         for batch in self._checked(data, batch_size, "calibration"):
             left = None if max_images is None else max_images - start
             batch = {key: values[:left] for key, values in batch.items()}
-            images = batch["pixel_values"].to(self.device)
+            images = batch["pixel_values"].to(self.device, non_blocking=True)
             inputs = {name: self.images_for(name, images) for name in anchors}
             yield SelectionBatch(start, inputs, anchors, finish, batch.get("labels"))
             start += len(images)
@@ -183,7 +184,9 @@ class SelectionMixin:
         keys = ("name", "fingerprint", "preprocessing", "granularity")
         anchors = [{key: entry[key] for key in keys} for entry in entries]
         heads = {key: value for key, value in self.weights_sha256(entries).items() if key.startswith("heads.")}
-        return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype)}
+        autocast = autocast_dtype(self.device)
+        precision = {} if autocast is None else {"autocast": str(autocast)}
+        return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype), **precision}
 
     def family(
         self, kind: str = "nearest", pairs: str = "adjacent", directions: str = "up", **options: Any
@@ -356,7 +359,7 @@ class SelectionMixin:
         """Batches of images by anchor name, each anchor's in its own preprocessing."""
         for batch in batches(data, batch_size, name):
             self.preprocessing.check(batch["pixel_values"])
-            images = batch["pixel_values"].to(self.device, self.dtype)
+            images = batch["pixel_values"].to(self.device, self.dtype, non_blocking=True)
             yield {name: self.images_for(name, images) for name in self.anchors}
 
     def _checked(self, data: Any, batch_size: int, name: str = "data") -> Iterator[dict[str, Tensor]]:

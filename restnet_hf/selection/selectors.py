@@ -228,7 +228,8 @@ class FittedAccuracy(Selector):
     def values(self) -> np.ma.MaskedArray:
         """Values (front cuts, end cuts), masked where undefined."""
         stitches = self.samples.stitches(self.ridge)
-        right = torch.zeros(self.pair.front.depth, self.pair.end.depth, dtype=torch.float64)
+        shape, device = (self.pair.front.depth, self.pair.end.depth), next(self.pair.end.parameters()).device
+        right = torch.zeros(shape, dtype=torch.int64, device=device)  # counted there: nothing waits for a result
         state = this_process()
         batches = list(self.samples.held_out())[state.process_index :: state.num_processes]
         with progress_bar(desc="routes", total=len(batches) * len(stitches)) as bar:
@@ -236,10 +237,10 @@ class FittedAccuracy(Selector):
                 activations = self.pair.front.capture(images, range(1, self.pair.front.depth + 1))
                 for (i, j), stitch in stitches.items():
                     logits = self.pair.finish(self.pair.end(run_in_own_type(stitch, activations[i]), j))
-                    right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum().item()
+                    right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum()
                     bar.update()
-        total = sum(gather_object([right]))
-        return np.ma.masked_array((total / int(self.samples.held.sum())).numpy())
+        total = sum(gather_object([right.cpu().numpy()]))
+        return np.ma.masked_array(total / int(self.samples.held.sum()))
 
     def settings(self) -> dict[str, Any]:
         """Settings that the values depend on."""

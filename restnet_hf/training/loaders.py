@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from restnet_hf.data.datasets import Batch, batches, data_fingerprint, to_batch
+from restnet_hf.data.datasets import Batch, batches, data_fingerprint, pins_memory, to_batch
 from restnet_hf.distributed import this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
@@ -113,12 +113,13 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
     """
     if isinstance(train_set, DataLoader):
         return train_set
-    options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.dataloader_num_workers}
+    options: dict[str, Any] = {"batch_size": args.batch_size, "pin_memory": pins_memory()}
+    options["num_workers"] = args.dataloader_num_workers
     if is_stream(train_set):
         return DataLoader(train_set, **options)
     rows = train_set
     if isinstance(rows, FeatureRows):
-        options = {"batch_size": args.batch_size, "collate_fn": rows.collate}
+        options |= {"num_workers": 0, "collate_fn": rows.collate}
     elif data_fingerprint(rows) is None and not _cached(rows):
         rows = SeededItems(rows, args.seed)
     return DataLoader(rows, shuffle=True, **options)
@@ -138,12 +139,13 @@ def evaluation_loader(rows: Any, args: TrainArgs) -> Any:
     if isinstance(rows, Batches | DataLoader):
         return rows
     if is_stream(rows):
-        return DataLoader(rows, batch_size=args.batch_size)
+        return DataLoader(rows, batch_size=args.batch_size, pin_memory=pins_memory())
     collate = rows.collate if isinstance(rows, FeatureRows) else None
     workers = 0 if collate or _cached(rows) else args.dataloader_num_workers
     if collate is None and data_fingerprint(rows) is None and not _cached(rows):
         rows = SeededItems(rows, args.seed)  # images that are augmented at random are the same each time
-    return DataLoader(rows, batch_size=args.batch_size, num_workers=workers, collate_fn=collate)
+    options: dict[str, Any] = {"batch_size": args.batch_size, "pin_memory": pins_memory()}
+    return DataLoader(rows, num_workers=workers, collate_fn=collate, **options)
 
 
 def compute_features(
@@ -166,7 +168,8 @@ def compute_features(
     names, parts = frozen.names(frozen.walks, matching=False), list[dict[str, Tensor]]()
     for batch in progress_bar(images, "features"):
         with autocast():
-            outputs = frozen.compute(batch["pixel_values"].to(model.device, model.dtype), names)
+            x = batch["pixel_values"].to(model.device, model.dtype, non_blocking=True)
+            outputs = frozen.compute(x, names)
         parts.append({name: value.cpu() for name, value in (outputs | {"labels": batch["labels"]}).items()})
     if not parts:
         raise ValueError("train_set gives no images")
@@ -217,7 +220,7 @@ def cache_features(
     with cache.turn(specs, **run) as missing:
         if missing:
             with cache.write({name: specs[name] for name in missing}, **run) as rows:
-                for start, x, labels in _own_batches(model, train_set, args.batch_size):
+                for start, x, labels in _own_batches(model, evaluation_loader(train_set, args), args.batch_size):
                     outputs = frozen.compute(x, {*missing} - {"labels"})
                     rows.put(
                         start, outputs | ({} if labels is None or "labels" not in missing else {"labels": labels})
@@ -251,6 +254,7 @@ def first_images(
             class has only a few classes among its first images.
     """
     rows, options = train_set, dict[str, Any](batch_size=batch_size, num_workers=num_workers)
+    options["pin_memory"] = pins_memory()
     if isinstance(train_set, DataLoader):
         rows, options["collate_fn"] = train_set.dataset, train_set.collate_fn
     loader: Any = train_set
