@@ -252,6 +252,7 @@ def fit_stitches(
     for job, weight, bias, explained in solutions:
         job.problem.assign(weight, bias)
         r2.setdefault(job.name, explained)
+    torch.clear_autocast_cache()  # which may hold the weights that the stitches had
     return r2
 
 

@@ -567,6 +567,7 @@ class Training:
         for module in self.learner.modules.values():
             torch.nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # else an autocast around all of the training would go on with the first weights
         self.pace.update(self.step + 1)  # the rate of the next step
         self.schedule.step()
         self.optimizer.zero_grad()

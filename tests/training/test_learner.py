@@ -391,3 +391,19 @@ def test_a_step_waits_for_no_route(missing):
     labels_alone = len(ROUTES)  # whether any is missing, which is read where the labels are: on the processor
     assert waits(scores) == labels_alone + 2 * missing * len(ROUTES)
     assert all(len(right) == 6 - missing for right in scores())
+
+
+def test_autocast_around_everything(images):
+    """What is fitted and trained inside one ``torch.autocast`` runs there with its new weights, not those cached."""
+    model, rows = build(), data()
+    args = {"batch_size": len(rows), "learning_rate": 0.05, "warmup_ratio": 0.0, "distillation": 0.0, "keep": "last"}
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(images, route=ROUTES[0]).logits
+        model.fit_stitches(rows.tensors[0])
+        fitted = model(images, route=ROUTES[0]).logits
+        first, last = (
+            train(copy.deepcopy(model), rows, TrainArgs(num_train_epochs=epochs, **args)).losses for epochs in (1, 4)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(images, route=ROUTES[0]).logits, fitted) and not torch.equal(before, fitted)
+    assert all(last[route] < first[route] - 0.01 for route in ROUTES)
