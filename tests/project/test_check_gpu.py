@@ -1,4 +1,4 @@
-"""recipes/check_gpu.py: what it calls a difference, what it prints without a GPU, and the whole of it on a processor."""
+"""recipes/check_gpu.py: what it calls a difference, its words without a GPU, and the whole of it on a processor."""
 
 import importlib.util
 import json
