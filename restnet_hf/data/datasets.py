@@ -25,6 +25,7 @@ from restnet_hf.data.folders import load_split
 from restnet_hf.data.labels import compare_classes, match_classes
 from restnet_hf.data.pixel_values import Batch, prepared_by
 from restnet_hf.data.pixel_values import with_pixel_values as with_pixel_values  # where 0.1 had it
+from restnet_hf.distributed import this_process
 from restnet_hf.hashing import weights_sha256
 from restnet_hf.progress import library_bars, progress_bar
 
@@ -79,7 +80,7 @@ def batch_source(data: Any, batch_size: int, name: str = "data") -> Iterable[Any
         raise TypeError(f"{name} is a data set of raw pictures; prepare them first, with model.prepare_data({name})")
     if isinstance(data, DataLoader | list | tuple) or not hasattr(data, "__getitem__"):
         return data
-    return DataLoader(data, batch_size=batch_size)
+    return DataLoader(data, batch_size=batch_size, pin_memory=pins_memory())
 
 
 def empty_error(name: str) -> ValueError:
@@ -89,6 +90,11 @@ def empty_error(name: str) -> ValueError:
         name: name of the argument.
     """
     return ValueError(f"{name} is empty: at least one image is needed")
+
+
+def pins_memory() -> bool:
+    """Whether loaders put batches in pinned memory, which a CUDA device reads while it computes."""
+    return this_process().device.type == "cuda"
 
 
 def _holds_pictures(data: Dataset) -> bool:
@@ -151,6 +157,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
             f"{tuple(labels.shape)}; several classes for an image need transformers' Trainer and "
             f"problem_type={MULTI_LABEL!r}"
         )
+    labels = labels.cpu()  # once, where each comparison would wait for an accelerator
     labels = labels[labels != IGNORED]
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
         raise ValueError(

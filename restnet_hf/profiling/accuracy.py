@@ -33,8 +33,9 @@ def predict_routes(
     for number, _, batch in own_batches(batches):
         if "labels" not in batch:
             raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
-        logits = walk_tree(batch["pixel_values"].to(device), shared)
-        chunks.append((number, batch["labels"].cpu(), {route: each.argmax(-1).cpu() for route, each in logits}))
+        logits = walk_tree(batch["pixel_values"].to(device, non_blocking=True), shared)
+        found = [(route, each.argmax(-1)) for route, each in logits]  # all are queued before the first is read
+        chunks.append((number, batch["labels"].cpu(), {route: each.cpu() for route, each in found}))
     ordered = in_order(chunks)
     if not ordered:
         raise no_labels_error()

@@ -89,8 +89,8 @@ def _logits(walks: Sequence[Walk], batches: Iterable[Batch] | Own[OwnBatch], dev
     """Logits of all routes on the batches of this process."""
     split = split_at_shared_cuts(walks)
     for number, _, batch in own_batches(batches):
-        logits = dict(walk_tree(batch["pixel_values"].to(device), split))
-        stacked = torch.stack([logits[route].float().cpu() for route, _ in walks]).numpy()
+        logits = dict(walk_tree(batch["pixel_values"].to(device, non_blocking=True), split))
+        stacked = torch.stack([logits[route].float() for route, _ in walks]).cpu().numpy()  # one copy
         yield number, batch["labels"].cpu().numpy() if "labels" in batch else None, stacked
 
 

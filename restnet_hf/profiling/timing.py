@@ -333,7 +333,7 @@ def check_latency(
 
 @torch.no_grad()
 def joules_per_image(steps: Sequence[Step], batch_size: int = 1, seconds: float = 1.0) -> float | None:
-    """Energy of a route in joules for one image; None if the system does not count it.
+    """Energy of a route in joules for one image; None if the system does not count it, as on an accelerator.
 
     Other work of the processor at the same time is included.
 
@@ -343,5 +343,7 @@ def joules_per_image(steps: Sequence[Step], batch_size: int = 1, seconds: float 
         seconds: least time to repeat the run for.
     """
     x = _noise((batch_size, *steps[0].shape[1:]), _first_anchor(steps))
+    if x.device.type != "cpu":
+        return None
     energy = joules(partial(run_steps, x, steps), seconds)
     return None if energy is None else energy / batch_size

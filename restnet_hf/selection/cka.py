@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from restnet_hf.stitches.precision import in_full_precision
+
 
 ESTIMATORS = ("unbiased", "biased")
 KERNELS = ("linear", "rbf")
@@ -107,6 +109,7 @@ class HSIC:
         return np.ma.masked_array(values.numpy(), undefined.numpy())
 
 
+@in_full_precision
 def gram(feature: Tensor, kernel: str = "linear") -> Tensor:
     """Gram matrix (N, N) in float64 of features that are flattened and centred over the batch.
 

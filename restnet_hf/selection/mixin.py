@@ -29,6 +29,7 @@ from restnet_hf.selection.selectors import SELECTORS, Method, compare, find_sele
 from restnet_hf.steps import Step
 from restnet_hf.stitches.adding import add_stitches
 from restnet_hf.stitches.layers import BRANCH, Stitch, StitchConfig
+from restnet_hf.stitches.precision import autocast_dtype
 from restnet_hf.stitches.pruning import prunable
 
 
@@ -74,7 +75,7 @@ class SelectionMixin:
         finish = {name: self.finish(name) for name in anchors}
 
         def read(start: int, batch: Mapping[str, Tensor]) -> SelectionBatch:
-            images = batch["pixel_values"].to(self.device)
+            images = batch["pixel_values"].to(self.device, non_blocking=True)
             inputs = {name: self.images_for(name, images) for name in anchors}
             return SelectionBatch(start, inputs, anchors, finish, batch.get("labels"))
 
@@ -195,7 +196,9 @@ class SelectionMixin:
         keys = ("name", "fingerprint", "preprocessing", "granularity")
         anchors = [{key: entry[key] for key in keys} for entry in entries]
         heads = {key: value for key, value in self.weights_sha256(entries).items() if key.startswith("heads.")}
-        return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype)}
+        autocast = autocast_dtype(self.device)
+        precision = {} if autocast is None else {"autocast": str(autocast)}
+        return {"anchors": anchors, "heads": heads, "dtype": str(self.dtype), **precision}
 
     def family(
         self, kind: str = "nearest", pairs: str = "adjacent", directions: str = "up", **options: Any
@@ -369,7 +372,7 @@ class SelectionMixin:
 
         def converted(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             self.preprocessing.check(batch["pixel_values"])
-            images = batch["pixel_values"].to(self.device, self.dtype)
+            images = batch["pixel_values"].to(self.device, self.dtype, non_blocking=True)
             return {name: self.images_for(name, images) for name in self.anchors}
 
         own = shared_batches(data, batch_size, name)

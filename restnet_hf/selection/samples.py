@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
+from torch.nn.functional import cross_entropy, linear, log_softmax, one_hot, softmax
 
 from restnet_hf.anchors.anchor import Anchor, largest_anchor
 from restnet_hf.distributed import own_items, share_jobs
 from restnet_hf.progress import progress_bar
 from restnet_hf.stitches.layers import Problem, Stitch, StitchConfig, make_stitch
-from restnet_hf.stitches.precision import trained_dtype
+from restnet_hf.stitches.precision import in_full_precision, trained_dtype
 
 
 POSITIONS = 4  # of every map, drawn at random for each image
@@ -375,7 +375,7 @@ class Samples:
             x = (x - x[~held].mean(0)) / x[~held].std(0).clamp_min(1e-6)
             weight, bias = _softmax_regression(x[~held].to(targets.device), targets[~held], weight_decay)
             bar.update()
-            return log_softmax(x[held] @ weight + bias, dim=-1)
+            return log_softmax(in_full_precision(linear)(x[held], weight.T, bias), dim=-1)
 
         with progress_bar(desc=f"probes of {anchor.name}", total=len(list(own_items(_cuts(anchor))))) as bar:
             self.store.probes[anchor.name, weight_decay] = share_jobs(probe, anchor.depth)
@@ -393,11 +393,13 @@ def not_finite(anchor: Anchor, cut: int) -> ValueError:
 
 
 def _finite(x: Tensor, anchor: Anchor, cut: int) -> Tensor:
+    x = x.float().cpu()
     if not x.isfinite().all():
         raise not_finite(anchor, cut)
-    return x.float().cpu()
+    return x
 
 
+@in_full_precision
 def _regress(x: Tensor, ys: list[Tensor], held: Tensor, ridge: float) -> list[Solution]:
     """Affine regression of each of several rows (N, P, D) on rows (N, P, C), with R² on the held-out images."""
     (fit, test), c = (x[mask].flatten(0, 1).double() for mask in (~held, held)), x.shape[2]
@@ -432,6 +434,7 @@ def _ridge(x: Tensor, y: Tensor, ridge: float) -> Tensor:
     return x.T @ torch.cholesky_solve(y, factor) if wide else torch.cholesky_solve(x.T @ y, factor)
 
 
+@in_full_precision
 def _softmax_regression(x: Tensor, targets: Tensor, weight_decay: float) -> tuple[Tensor, Tensor]:
     """Weight (C, classes) and bias of multinomial logistic regression on (soft) targets (N, classes)."""
     weight = x.new_zeros(x.shape[1], targets.shape[1], requires_grad=True)

@@ -232,16 +232,17 @@ class FittedAccuracy(Selector):
         """Values (front cuts, end cuts), masked where undefined."""
         cuts = self.samples.own_cuts
         stitches = self.samples.stitches(self.ridge, cuts)
-        right = torch.zeros(self.pair.front.depth, self.pair.end.depth, dtype=torch.float64)
+        shape, device = (self.pair.front.depth, self.pair.end.depth), next(self.pair.end.parameters()).device
+        right = torch.zeros(shape, dtype=torch.float64, device=device)  # counted there: nothing waits for a result
         batches = list(self.samples.held_out()) if cuts else []
         with progress_bar(desc="routes", total=len(batches) * len(stitches)) as bar:
             for images, targets in batches:
                 activations = self.pair.front.capture(images, cuts)
                 for (i, j), stitch in stitches.items():
                     logits = self.pair.finish(self.pair.end(run_in_own_type(stitch, activations[i]), j))
-                    right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum().item()
+                    right[i - 1, j - 1] += (logits.argmax(-1) == targets).sum()
                     bar.update()
-        total = add_up(right)
+        total = add_up(right).cpu()
         return np.ma.masked_array((total / int(self.samples.held.sum())).numpy())
 
     def settings(self) -> dict[str, Any]:

@@ -299,6 +299,7 @@ def _fit(
     for job, (weight, bias, explained) in zip(jobs, solutions, strict=True):
         job.problem.assign(weight, bias)
         r2.setdefault(job.name, explained)
+    torch.clear_autocast_cache()  # which may hold the weights that the stitches had
     return r2, count
 
 

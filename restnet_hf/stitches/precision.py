@@ -1,9 +1,14 @@
 """Float32 weights that train beside anchors in half precision: activations are cast where they enter and leave."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def trained_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -13,6 +18,30 @@ def trained_dtype(dtype: torch.dtype) -> torch.dtype:
         dtype: type of the anchors' weights.
     """
     return torch.promote_types(dtype, torch.float32)
+
+
+def in_full_precision(function: Function) -> Function:
+    """A function that computes in the types of its tensors, also where ``torch.autocast`` is on around it.
+
+    Args:
+        function: function whose first argument is a tensor on the device that it computes on.
+    """
+
+    @wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return cast("Function", run)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type of ``torch.autocast`` on a device; None where it is off.
+
+    Args:
+        device: device that computes.
+    """
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype | None:

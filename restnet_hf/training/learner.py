@@ -351,7 +351,7 @@ class Learner:
         plain = [route for route, metric in zip(routes, metrics, strict=True) if metric != "loss"]
         outputs, images = batch, batch.get("pixel_values")
         if images is not None:
-            images = images.to(self.model.device, self.model.dtype)
+            images = images.to(self.model.device, self.model.dtype, non_blocking=True)
             names = {self.frozen.front(route) for route in plain}
             names |= {self.teacher.output} if self.teacher is not None and "agreement" in metrics else set()
             names |= self._needed([route for route in routes if route not in plain], matching)
@@ -389,9 +389,10 @@ class Learner:
         logits = run_steps(start, self.rest[route]).float()
         if metric == "accuracy":
             assert labels is not None
-            known = labels != IGNORED
-            right = logits.argmax(-1)[known] == labels[known]
-            return right, cross_entropy(logits[known], labels[known], reduction="none")
+            known = outputs["labels"] != IGNORED
+            if not known.all():  # labels of a loader are not on an accelerator, and nothing waits for it
+                logits, labels = (each[known.to(each.device)] for each in (logits, labels))
+            return logits.argmax(-1) == labels, cross_entropy(logits, labels, reduction="none")
         teacher = None if self.teacher is None else outputs.get(self.teacher.output)
         teacher = None if teacher is None else teacher.to(logits.device).float()
         if metric == "agreement":

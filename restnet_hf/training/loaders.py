@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from restnet_hf.data.datasets import Batch, batches, data_fingerprint, to_batch
+from restnet_hf.data.datasets import Batch, batches, data_fingerprint, pins_memory, to_batch
 from restnet_hf.data.shares import OwnBatch, SeededItems, in_order, is_repeatable, own_batches, shared_batches
 from restnet_hf.distributed import Own, this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -94,12 +94,13 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
     """
     if isinstance(train_set, DataLoader):
         return train_set
-    options: dict[str, Any] = {"batch_size": args.batch_size, "num_workers": args.dataloader_num_workers}
+    options: dict[str, Any] = {"batch_size": args.batch_size, "pin_memory": pins_memory()}
+    options["num_workers"] = args.dataloader_num_workers
     if is_stream(train_set):
         return DataLoader(train_set, **options)
     rows = train_set
     if isinstance(rows, FeatureRows):
-        options = {"batch_size": args.batch_size, "collate_fn": rows.collate}
+        options |= {"num_workers": 0, "collate_fn": rows.collate}
     elif data_fingerprint(rows) is None and not _cached(rows):
         rows = SeededItems(rows, args.seed)
     return DataLoader(rows, shuffle=True, **options)
@@ -119,12 +120,13 @@ def evaluation_loader(rows: Any, args: TrainArgs) -> Any:
     if isinstance(rows, Batches | DataLoader):
         return rows
     if is_stream(rows):
-        return DataLoader(rows, batch_size=args.batch_size)
+        return DataLoader(rows, batch_size=args.batch_size, pin_memory=pins_memory())
     collate = rows.collate if isinstance(rows, FeatureRows) else None
     workers = 0 if collate or _cached(rows) else args.dataloader_num_workers
     if collate is None and data_fingerprint(rows) is None and not _cached(rows):
         rows = SeededItems(rows, args.seed)  # images that are augmented at random are the same each time
-    return DataLoader(rows, batch_size=args.batch_size, num_workers=workers, collate_fn=collate)
+    options: dict[str, Any] = {"batch_size": args.batch_size, "pin_memory": pins_memory()}
+    return DataLoader(rows, num_workers=workers, collate_fn=collate, **options)
 
 
 def compute_features(
@@ -149,7 +151,8 @@ def compute_features(
     names, parts = frozen.names(frozen.walks, matching=False), list[tuple[int, dict[str, Tensor]]]()
     for number, _, batch in progress_bar(own_batches(images), "features"):
         with autocast():
-            outputs = frozen.compute(batch["pixel_values"].to(model.device, model.dtype), names)
+            x = batch["pixel_values"].to(model.device, model.dtype, non_blocking=True)
+            outputs = frozen.compute(x, names)
         every = outputs | {"labels": batch["labels"]}
         parts.append((number, {name: value.cpu() for name, value in every.items()}))
     tensors = dict[str, Tensor]()

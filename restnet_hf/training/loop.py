@@ -205,7 +205,7 @@ def start_accelerator(model: StitchedModelForImageClassification, args: TrainArg
         mixed_precision=args.mixed_precision,
         log_with=trackers(args.log_with, args.output_dir),
         project_dir=args.output_dir,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, non_blocking=True),
     )
     set_seed(args.seed)
     model.to(accelerator.device)  # before the optimizer gets the parameters
@@ -563,13 +563,6 @@ class Training:
         if accelerator.num_processes > 1:
             losses = accelerator.reduce(losses, "mean")
             self._reduce_gradients()
-        for route, loss in zip(drawn, losses.tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of route '{route}' is {loss} at step {self.step}; {self._cause()}. The model has the "
-                    "weights that it had before training, and checkpoints written so far are valid"
-                )
-            self.losses[route].append(loss)
         accelerator.unscale_gradients()
         if type(self.sampler).update is not Sampler.update:
             saliency = {route: self.learner.saliency(route) for route in drawn}
@@ -578,9 +571,21 @@ class Training:
         for module in self.learner.modules.values():
             torch.nn.utils.clip_grad_norm_(module.parameters(), self.args.max_grad_norm)
         self.optimizer.step()
+        torch.clear_autocast_cache()  # else an autocast around all of the training would go on with the first weights
         self.pace.update(self.step + 1)  # the rate of the next step
         self.schedule.step()
         self.optimizer.zero_grad()
+        self._record(drawn, losses)  # waits for an accelerator, which has the whole step to do by now
+
+    def _record(self, drawn: Sequence[Route], losses: Tensor) -> None:
+        """Record the losses of a step; raises ValueError where one is not finite."""
+        for route, loss in zip(drawn, losses.tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of route '{route}' is {loss} at step {self.step}; {self._cause()}. The model has the "
+                    "weights that it had before training, and checkpoints written so far are valid"
+                )
+            self.losses[route].append(loss)
 
     def _cause(self) -> str:
         """What to do about a loss that is not finite."""

@@ -349,6 +349,7 @@ class _Group:
     def restore(self) -> None:
         for name, tensor in self._tensors() if self.state else ():
             tensor.copy_(self.state[name])
+        torch.clear_autocast_cache()
 
     def result(self, route: Route, metric: str) -> RouteScores:
         start, best, last = (_value(scores[route], metric) for scores in (self.start, self.best, self.last))

@@ -1,5 +1,6 @@
 """Latency tables add up to what whole routes take; the clocks count work, so a busy machine changes nothing."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -396,6 +397,8 @@ def test_energy_of_a_route(pair, tmp_path, monkeypatch):
     )
     assert joules_per_image(steps, batch_size=4, seconds=0.0) == pytest.approx(15e-6)
     spent.remove()
+    elsewhere = copy.deepcopy(pair).to("meta")
+    assert joules_per_image(elsewhere.steps(elsewhere.active_route)) is None  # the counters are the processor's
     (domain / "energy_uj").unlink()
     (domain / "energy_uj").mkdir()  # cannot be read
     assert joules_per_image(steps) is None

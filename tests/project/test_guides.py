@@ -32,7 +32,8 @@ EXTENDED = (AUGMENTATIONS, FAMILIES, RUNTIMES, SAMPLERS, SELECTORS, STITCHES)
 COMMANDS = typer.main.get_command(app).commands
 PARAMETERS = [parameter for command in COMMANDS.values() for parameter in command.params]
 OPTIONS = {option for parameter in PARAMETERS for option in (*parameter.opts, *parameter.secondary_opts)}
-BENCHMARKS = "".join(path.read_text() for path in (ROOT / "recipes" / "benchmarks").glob("*.py"))
+SCRIPTS = [*(ROOT / "recipes" / "benchmarks").glob("*.py"), *(ROOT / "recipes").glob("*.py")]
+BENCHMARKS = "".join(path.read_text() for path in SCRIPTS)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 on_every_page = pytest.mark.parametrize("page", PAGES)
 
@@ -70,8 +71,8 @@ def tables():
 
 def test_there_is_a_guide_for_each_task():
     assert [*GUIDES] == [
-        *("adapt", "app", "assistants", "choose", "compare", "contribute", "data", "export", "extend", "share"),
-        "train",
+        *("adapt", "app", "assistants", "choose", "compare", "contribute", "cost", "data", "export", "extend"),
+        *("share", "train"),
     ]
     for page in ("README", *GUIDES):
         linked = {Path(link).stem for link in re.findall(r"\]\(([\w/]+\.md)\)", PAGES[page].read_text())}
@@ -79,7 +80,7 @@ def test_there_is_a_guide_for_each_task():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", sorted({*GUIDES} - {"app", "share", "compare", "contribute"}))
+@pytest.mark.parametrize("page", sorted({*GUIDES} - {"app", "share", "compare", "contribute", "cost"}))
 def test_code_runs(page, tmp_path, monkeypatch, tables):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "MAX_SPREAD", float("inf"))  # other tests run beside this one
@@ -121,6 +122,7 @@ def test_code_runs_with_a_hub(tmp_path, monkeypatch):
 def test_no_other_page_has_code():
     assert PAGES["README"].read_text().count("```python") == 1  # which runs in test_readme
     assert not code_of("recipes", "python") and not code_of("contribute", "python")
+    assert not code_of("cost", "python")
 
 
 @on_every_page

@@ -164,6 +164,9 @@ def test_remembered(noise, monkeypatch):
     monkeypatch.setitem(SELECTORS, "mine", Mine)
     build().compare(noise, ["mine"]), build().compare(noise, ["mine", "cka"])
     assert runs[8:] == [{"mine": {}}, {"mine": {}}]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = build().compare(noise, ["cka"])["cka"][0].values
+    assert runs[10:] == [{"cka": {}}] and not np.array_equal(half, first["cka"][0].values)
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no zip", b"\x93NUMPY"])

@@ -6,8 +6,9 @@ import torch
 from conftest import CLASSES, make_anchor
 from formulas import biased_formula, unbiased_formula
 from torch import nn
+from waiting import Waits
 
-from restnet_hf.selection.cka import ESTIMATORS
+from restnet_hf.selection.cka import ESTIMATORS, gram
 from restnet_hf.selection.samples import Pair, Samples, SampleStore, SelectionBatch
 from restnet_hf.selection.selectors import FEATURES, SELECTORS, TOKENS, ProbeKL, compare
 
@@ -29,6 +30,16 @@ def seen(anchors, images=IMAGES, labels=None, batch=COUNT):
 def one(front, end, method, images=IMAGES, labels=None, batch=COUNT, **options):
     pair = Pair(front, end, nn.Identity())
     return compare([pair], lambda: seen((front, end), images, labels, batch), {method: options})[method][0]
+
+
+def ready(front, end, method, images=IMAGES, batch=COUNT):
+    """A selector that has read all batches."""
+    samples = Samples(Pair(front, end, nn.Identity()))
+    selector = SELECTORS[method](samples.pair, samples)
+    for each in seen((front, end), images, batch=batch):
+        each.run(lambda *args, seen=each: samples.read(*args, seen))
+        samples.update(each)
+    return selector
 
 
 def hooked(anchor):
@@ -294,3 +305,35 @@ def test_no_more_images_run_than_are_used(anchors, method, runs):
     compare([Pair(front, end, nn.Identity())], lambda: seen((front, end), batch=8), {method: {}}, kept_images=16)
     stop()
     assert calls == {"resnet": runs, "vit": runs}
+
+
+def test_fitted_accuracy_waits_for_no_pair_of_cuts():
+    """Three times the batches that routes are tested on, and a device would be waited for as often."""
+    front, end, counts = make_anchor("resnet"), make_anchor("vit"), []
+    for images in (128, 384):  # half of which are tests, 64 at a time
+        noise = torch.randn(images, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        selector = ready(front, end, "fitted_accuracy", noise, 64)
+        with torch.no_grad(), Waits() as waits:
+            selector.values()
+        counts.append(waits.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", ["lstsq", "kl_probe"])
+def test_fits_are_exact_under_autocast(anchors, name):
+    """Networks compute in half precision there, what is fitted to them does not."""
+    values = {}
+    for half in (False, True):
+        selector = ready(anchors["resnet"], anchors["vit"], name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            values[half] = selector.values()
+    assert np.abs(values[True] - values[False]).max() < 1e-6
+
+
+def test_similarity_of_long_features_under_autocast():
+    """Blocks of more than 4,096 columns are multiplied in float32, also there."""
+    feature = torch.randn(8, 6000, generator=torch.Generator().manual_seed(0)) + 5
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gram(feature)
+    centred = feature.double() - feature.double().mean(0)
+    assert (found - centred @ centred.T).abs().max() < 1e-2 < 1e-5 * found.abs().max()

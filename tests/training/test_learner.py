@@ -8,8 +8,10 @@ import torch
 from conftest import CLASSES, make_anchor
 from torch.utils.data import DataLoader
 from trainings import FAST, ROUTES, build, data, trained
+from waiting import waits
 
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train
+from restnet_hf.data.datasets import IGNORED
 from restnet_hf.routes.route import TunedKey
 from restnet_hf.steps import first_segment
 from restnet_hf.stitches.layers import STITCHES, StitchConfig
@@ -365,3 +367,43 @@ def test_routes_without_norms_train_their_stitches(caplog):
     assert [*model.tuned] == [str(tuned_keys(routes[0])[-1][-1])]
     with pytest.raises(ValueError, match="no route has anything of kind 'norm' behind its last stitch"):
         train(model, data(), TrainArgs(**FAST, tuning="norm"), routes[1])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_step_waits_for_no_route(missing):
+    """Losses of a step, and the scores of held-out images, are on the device until all is queued."""
+    model = build()
+    args, rows = TrainArgs(num_train_epochs=1, distillation=0.0), data(6)
+    learner = Learner(model, ROUTES, args)
+    batch = {"pixel_values": rows.tensors[0], "labels": rows.tensors[1].clone()}
+    if missing:
+        batch["labels"][0] = IGNORED
+
+    def step():
+        for loss in learner.losses(batch, learner.routes, False, False, nullcontext):
+            loss.backward()
+
+    @torch.no_grad()
+    def scores():
+        return [right for _, right, _ in learner.evaluate(batch, learner.routes, False, nullcontext)]
+
+    assert waits(step) == 0
+    labels_alone = len(ROUTES)  # whether any is missing, which is read where the labels are: on the processor
+    assert waits(scores) == labels_alone + 2 * missing * len(ROUTES)
+    assert all(len(right) == 6 - missing for right in scores())
+
+
+def test_autocast_around_everything(images):
+    """What is fitted and trained inside one ``torch.autocast`` runs there with its new weights, not those cached."""
+    model, rows = build(), data()
+    args = {"batch_size": len(rows), "learning_rate": 0.05, "warmup_ratio": 0.0, "distillation": 0.0, "keep": "last"}
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(images, route=ROUTES[0]).logits
+        model.fit_stitches(rows.tensors[0])
+        fitted = model(images, route=ROUTES[0]).logits
+        first, last = (
+            train(copy.deepcopy(model), rows, TrainArgs(num_train_epochs=epochs, **args)).losses for epochs in (1, 4)
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(images, route=ROUTES[0]).logits, fitted) and not torch.equal(before, fitted)
+    assert all(last[route] < first[route] - 0.01 for route in ROUTES)
