@@ -20,6 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from restnet_hf.caching import PUT, TURN, WRITING, Use
 from restnet_hf.files import atomic_file
 
 
@@ -28,13 +29,15 @@ DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 logger = logging.getLogger(__name__)
 MARGIN = 1.05  # free space that is required, in multiples of the size of the files
+LARGE = 1e9  # bytes from which on the size of a cache is shown to every user, and not only logged
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
     """Rows of named tensors on disk, one file per name, memory-mapped; item i is ``{name: tensor}``.
 
     ``folder/<12 hex digits of the SHA-256 of the identity>`` holds ``NAME.bin``, the rows one after another, and
-    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type.
+    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type. From the
+    first turn, write or read on, the cache is marked as used, so that ``restnet-hf cache prune`` leaves it alone.
 
     Args:
         folder: folder of the caches of all identities.
@@ -54,6 +57,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         self.folder = Path(folder).absolute() / hashlib.sha256(_text(identity).encode()).hexdigest()[:12]
         self._selected: tuple[str, ...] | None = None
         self._maps: dict[str, tuple[np.ndarray, Spec]] = {}
+        self._use: Use | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -111,7 +115,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return items
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_maps": {}}  # another process maps the files itself
+        return vars(self) | {"_maps": {}, "_use": None}  # another process maps the files itself
 
     def verify(self) -> None:
         """Read all rows and compare checksums.
@@ -141,7 +145,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         Raises:
             OSError: something is missing, and nothing can be written into the folder.
         """
-        lock = self.folder / ".turn"
+        lock = self.folder / TURN
+        self._mark_used()
         with ExitStack() as stack, _then(barrier):
             with _then(barrier):
                 if main and self.missing(specs):  # a complete folder may be read-only
@@ -177,6 +182,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             ValueError: a name, shape or type is not allowed; at the end: images were not put.
         """
         self.nbytes(specs)
+        self._mark_used()
         with _then(barrier), ExitStack() as owner, _then(barrier):
             with _then(barrier):
                 if main:
@@ -210,13 +216,17 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             total += self.images * _row_bytes(shape, dtype)
         return total
 
+    def _mark_used(self) -> None:
+        if self._use is None:
+            self._use = Use(self.folder)
+
     @contextmanager
     def _own(self, specs: Mapping[str, Spec]) -> Iterator[None]:
         """Make the files before they are filled, and check them afterwards, while no other run may write here."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(WeakFileLock(self.folder / ".lock", timeout=0.5))
+                stack.enter_context(WeakFileLock(self.folder / WRITING, timeout=0.5))
             except TimeoutError:
                 raise BlockingIOError(
                     errno.EAGAIN,
@@ -244,12 +254,14 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             if not self._json(file.name.removesuffix(".bin")).exists():
                 file.unlink()
         needed, free = self.nbytes(specs), shutil.disk_usage(self.folder).free
+        sizes = f"{self.images} images take {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free in {self.folder}"
         advice = (
-            f"{self.images} images take {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free in {self.folder}; give "
-            "another cache_dir, take fewer cuts or images, or work without a cache"
+            f"{sizes}; give another cache_dir, take fewer cuts or images, remove caches that are not used any more "
+            "(restnet-hf cache prune), or work without a cache"
         )
         if needed * MARGIN > free:
             raise OSError(errno.ENOSPC, advice)
+        logger.log(logging.WARNING if needed >= LARGE else logging.INFO, "writing %s: %s", list(specs), sizes)
         try:
             for name, (shape, dtype) in specs.items():
                 _allocate(self._bin(name), self.images * _row_bytes(shape, dtype))
@@ -301,6 +313,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         does not allow.
         """
         if not self._maps:
+            if self.names:
+                self._mark_used()
             for name in self.names:
                 about = self._about(name)
                 if about is None:
@@ -322,7 +336,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
     @property
     def _put(self) -> Path:  # a byte for each image, 1 once it was put
-        return self.folder / ".put"
+        return self.folder / PUT
 
     def _named(self) -> list[str]:
         names = (file.name.removesuffix(".json") for file in sorted(self.folder.glob("*.json")))

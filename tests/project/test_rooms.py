@@ -10,6 +10,7 @@ import pytest
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
     "ground": [
+        "caching",
         "distributed",
         "errors",
         "files",
@@ -57,11 +58,12 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("programs", "sensitivity", "torch_program", "verification"),
     ],
     "demo": ["model", "paths"],
-    "top": ["comparing", "recipe_checks", "reports", "recipe", "auto_classes"],
+    "top": ["caches", "comparing", "recipe_checks", "reports", "recipe", "auto_classes"],
     "app": ["build", "device_tab", "entries", "share_tab", "start", "stitch_tab", "svg", "tradeoff_tab", "try_tab"],
     "cli": [
         "__main__",
         "base",
+        "cache",
         "commands",
         "device",
         "pages",
@@ -78,7 +80,7 @@ FOLDERLESS = ("ground", "middle", "model", "top")  # their files lie in the pack
 PLACES = {file if room in FOLDERLESS else f"{room}.{file}": room for room, files in ROOMS.items() for file in files}
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 WITHOUT_TORCH = [
-    *("errors", "files", "limits"),
+    *("caches", "caching", "errors", "files", "limits"),
     *(name for name, room in PLACES.items() if room in ("routes", "runtime")),
     *("hub.cards", "hub.repository"),
 ]
