@@ -1,9 +1,10 @@
 """Images as batches: from tensors, loaders, datasets, folders, parquet files and the Hub."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -12,6 +13,7 @@ from datasets import Image as ImageColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from restnet_hf.data.ahead import can_read_ahead, read_ahead
 from restnet_hf.data.columns import (
     LABEL_COLUMNS,
     Rows,
@@ -39,6 +41,8 @@ MIXED_FILES = 10  # of a stream, from which a subset takes images in turn
 def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = True) -> Iterator[Batch]:
     """Batches with ``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,).
 
+    Pictures of a data set or stream are decoded by a thread, while the caller works on the batch before.
+
     Args:
         data: tensor of images; map-style dataset whose items are dicts with ``pixel_values`` and ``labels``, pairs or
             image tensors; or iterable of such batches, such as a DataLoader.
@@ -60,8 +64,13 @@ def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = 
         source = data
     else:
         source = DataLoader(data, batch_size=batch_size)
+    total = None
+    with suppress(TypeError):  # a stream has no length
+        total = len(cast(Any, source))
+    if can_read_ahead(source):
+        source = read_ahead(source)
     empty = True
-    for item in progress_bar(source, name, shown=progress):
+    for item in progress_bar(source, name, total=total, shown=progress):
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False

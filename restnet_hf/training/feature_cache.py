@@ -25,7 +25,9 @@ from restnet_hf.files import atomic_file
 
 
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape of a row, and the type in which it is stored
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.int64)}
+DTYPES = {
+    str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.int8)
+}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 logger = logging.getLogger(__name__)
 MARGIN = 1.05  # free space that is required, in multiples of the size of the files
@@ -36,8 +38,11 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     """Rows of named tensors on disk, one file per name, memory-mapped; item i is ``{name: tensor}``.
 
     ``folder/<12 hex digits of the SHA-256 of the identity>`` holds ``NAME.bin``, the rows one after another, and
-    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type. From the
-    first turn, write or read on, the cache is marked as used, so that ``restnet-hf cache prune`` leaves it alone.
+    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type. The type
+    int8 is for floats: each entry along the first axis of a row, a channel of a map or a token, is stored as whole
+    numbers from -127 to 127 with a scale in float32 of its own, and comes back in float32; the scales of a row lie
+    before its numbers. From the first turn, write or read on, the cache is marked as used, so that ``restnet-hf cache
+    prune`` leaves it alone.
 
     Args:
         folder: folder of the caches of all identities.
@@ -109,7 +114,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         places = np.asarray(indices, np.intp)
         order = places.argsort()
         for name, (rows, (shape, dtype)) in self._open().items():
-            read = torch.from_numpy(rows[places[order]]).view(dtype).view(len(items), *shape)
+            read = _unpack(torch.from_numpy(rows[places[order]]), shape, dtype)
             for place, row in zip(order.tolist(), read.unbind(), strict=True):
                 items[place][name] = row
         return items
@@ -367,26 +372,53 @@ class RowWriter:
         counts = sorted({len(tensor) for tensor in rows.values()})
         if len(counts) != 1 or start < 0 or start + counts[0] > self._images:
             raise ValueError(f"rows of {counts} images came for place {start} of {self._images}; they must fit")
-        kept = {name: _cast(name, tensor, *self._specs[name]) for name, tensor in rows.items()}
-        for name, tensor in kept.items():
+        packed = {name: _pack(name, tensor, *self._specs[name]) for name, tensor in rows.items()}
+        for name, tensor in packed.items():
             self._files[name].seek(start * _row_bytes(*self._specs[name]))
-            self._files[name].write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            self._files[name].write(tensor.numpy().data)
             self._files[name].flush()
         self._put.seek(start)
         self._put.write(b"\1" * counts[0])
         self._put.flush()
 
 
-def _cast(name: str, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if tuple(rows.shape[1:]) != tuple(shape) or rows.is_floating_point() != dtype.is_floating_point:
+def _pack(name: str, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows (n, *shape) as the bytes (n, m) that are stored."""
+    floats = dtype.is_floating_point or dtype == torch.int8
+    if tuple(rows.shape[1:]) != tuple(shape) or rows.is_floating_point() != floats:
         raise ValueError(f"rows of '{name}' are {tuple(rows.shape[1:])} {rows.dtype}, not {tuple(shape)} {dtype}")
-    kept = rows.detach().to(dtype)
-    if dtype.is_floating_point and not kept.isfinite().all():
+    kept = rows.detach().to(torch.float32 if dtype == torch.int8 else dtype)
+    if floats and not kept.isfinite().all():
         raise ValueError(
-            f"'{name}' has values that are not finite in {dtype}: the largest is {rows.abs().max():g}, and that type "
-            f"ends at {torch.finfo(dtype).max:g}. Store it as bfloat16; if it is inf or nan already, check the network"
+            f"'{name}' has values that are not finite in {kept.dtype}: the largest is {rows.abs().max():g}, and that "
+            f"type ends at {torch.finfo(kept.dtype).max:g}. Store it as bfloat16; if it is inf or nan already, check "
+            "the network"
         )
-    return kept.cpu().contiguous()
+    if dtype != torch.int8:
+        return _bytes(kept.cpu())
+    parts = kept.reshape(len(kept), _scales(shape), -1)
+    scales = parts.abs().amax(-1, keepdim=True) / 127
+    numbers = (parts / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    return torch.cat([_bytes(scales.cpu()), _bytes(numbers.cpu())], dim=1)
+
+
+def _unpack(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows (n, *shape) of the bytes (n, m) that are stored."""
+    if dtype != torch.int8:
+        return data.view(dtype).view(len(data), *shape)
+    count = _scales(shape)
+    scales = data[:, : 4 * count].reshape(-1).view(torch.float32).view(len(data), count, 1)
+    numbers = data[:, 4 * count :].view(torch.int8).view(len(data), count, -1)
+    return (numbers * scales).view(len(data), *shape)
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(len(rows), -1).view(torch.uint8)
+
+
+def _scales(shape: tuple[int, ...]) -> int:
+    """Number of scales of a row in int8."""
+    return shape[0] if len(shape) > 1 else 1
 
 
 def _allocate(file: Path, size: int) -> None:
@@ -404,7 +436,7 @@ def _sha256(file: Path) -> str:
 
 
 def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize + (4 * _scales(shape) if dtype == torch.int8 else 0)
 
 
 def _text(data: Mapping[str, Any]) -> str:

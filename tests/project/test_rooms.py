@@ -27,7 +27,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("pictures", "processor", "resident", "runners", "sustained", "targets", "torch_archives"),
     ],
     "data": [
-        *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
+        *("ahead", "augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
         *("preprocessing", "targets"),
     ],
     "anchors": [
