@@ -4,11 +4,11 @@
 
 JPEGs of coloured 1/f noise, whose spectrum is that of photographs, as an imagefolder, as parquet files and as a
 webdataset, streamed through `profile`, `compare`, `fit_stitches` and `train` of two tiny networks of timm with random
-weights, so that decoding is the slower part of most steps; `--height` makes the networks slower. The limit of a step is the smaller of two rates: pictures decoded and prepared by hand, by as many threads as there are processors,
-and images of a tensor in memory through the same step. Where both need the same processors no reader can reach it, so
-the processor time of the two by hand over that of the stream is reported besides, which other work on the machine does not
-change. Each format runs in a process of its own; memory
-is of data, without mapped files: the peak over all images less the peak over the first 2,000.
+weights on one thread; `--height` makes the networks slower. The limit of a step is the smaller of two rates: pictures
+decoded and prepared by hand, by as many threads as there are processors, and images of a tensor in memory through the
+same step. Where both need the same processors no reader can reach it, so the processor time of the two by hand over
+that of the stream is reported besides, which other work on the machine changes less. Each format runs in a process of
+its own. Memory is of data, without mapped files: the peak over all images less the peak over the first 2,000.
 """
 
 import sys
@@ -16,11 +16,15 @@ import sys
 
 sys.path.pop(0)  # this folder: a benchmark in it has the name of a module of Python's
 
+import os
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, for all threads and processes
+
 import gc
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import tarfile
 import tempfile

@@ -12,6 +12,7 @@ from restnet_hf.data.pixel_values import PixelValues, prepared_by
 
 
 T = TypeVar("T")
+Ready = queue.Queue[tuple[Any, BaseException | None]]
 AHEAD = 2  # items, beside the one in use and the one that is being read
 END = object()
 
@@ -30,7 +31,7 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
     for first in source:
         yield first
         break
-    ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(count)
+    ready: Ready = queue.Queue(count)
     stop = threading.Event()
     thread = threading.Thread(target=_read, args=(source, ready, stop), daemon=True)
     thread.start()
@@ -55,9 +56,7 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
             close()
 
 
-def _read(
-    source: Iterator[Any], ready: "queue.Queue[tuple[Any, BaseException | None]]", stop: threading.Event
-) -> None:
+def _read(source: Iterator[Any], ready: Ready, stop: threading.Event) -> None:
     try:
         for item in source:
             if stop.is_set():
