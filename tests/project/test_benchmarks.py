@@ -1,6 +1,7 @@
 """The arithmetic by which benchmarks judge; the benchmarks themselves are run by hand."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -185,7 +186,7 @@ def test_amplitudes_fall_with_frequency(streamed):
     spectrum = np.abs(np.fft.fft2(picture - picture.mean()))
     frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256)[None])
     octaves = [spectrum[(frequency >= low) & (frequency < 2 * low)].mean() for low in (1 / 64, 1 / 32, 1 / 16, 1 / 8)]
-    falls = [earlier / later for earlier, later in zip(octaves, octaves[1:], strict=False)]
+    falls = [earlier / later for earlier, later in itertools.pairwise(octaves)]
     assert falls == pytest.approx([2, 2, 2], rel=0.15)
 
 
