@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig
 from restnet_hf.anchors.cut import Cut, CutTensor, Leaf, OutputSpec
 from restnet_hf.anchors.discovery import MIN_CUTS, Cuts
 from restnet_hf.anchors.layouts import layout_from_dict
+from restnet_hf.caching import CUTS, assets_folder, note_use
 from restnet_hf.files import atomic_file
 from restnet_hf.hashing import software_sha256
 
@@ -56,18 +56,19 @@ def cached_cuts(model: nn.Module, image_size: tuple[int, int], granularity: str,
     if key is None:
         return find()
     try:
-        file = cached_assets_path("restnet_hf", "cuts") / f"{key}.safetensors"
+        file = assets_folder(CUTS) / f"{key}.safetensors"
     except (OSError, ValueError) as error:  # a file in the way is a ValueError there
         logger.info("cuts cannot be cached: %s", error)
         return find()
     cached = _read(file)
     if cached is not None:
+        note_use(file)
         return cached
     cuts = find()
     if cuts.rejected or len(cuts.cuts) < MIN_CUTS:
         return cuts  # other weights may give other cuts
     try:
-        _write(file, cuts)
+        _write(file, cuts, f"{type(model).__name__}, {image_size[0]} x {image_size[1]} px")
     except (OSError, NotImplementedError, TypeError, ValueError) as error:
         logger.info("cuts of %s cannot be cached: %s", type(model).__name__, error)
     return cuts
@@ -105,8 +106,10 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN_TYPES)
 
 
-def _write(file: Path, result: Cuts) -> None:
+def _write(file: Path, result: Cuts, of: str) -> None:
     """Write cuts as a safetensors file: structure as JSON in its header, values of constants as its tensors.
+
+    ``of`` is what ``restnet-hf cache list`` shows beside the file.
 
     Raises:
         NotImplementedError, TypeError: an output has a structure that JSON cannot hold.
@@ -135,7 +138,7 @@ def _write(file: Path, result: Cuts) -> None:
     rest = {"classes": result.classes, "classifier": result.classifier, "features": result.features}
     text = json.dumps({"specs": specs, "cuts": cuts, "rejected": result.rejected, **rest})
     with atomic_file(file) as temporary:
-        save_file(values, temporary, {"cuts": text})
+        save_file(values, temporary, {"cuts": text, "of": of})
 
 
 def _is_known(tree: dict[str, Any]) -> bool:

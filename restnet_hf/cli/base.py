@@ -51,12 +51,14 @@ def main(
             os.environ.setdefault(name, "1")
 
 
-def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(example: str, group: typer.Typer | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command to the app; its documented errors end the process with status 1 and a line on standard error.
 
     Args:
         example: arguments of a call, for the help of the command.
+        group: group of commands that it belongs to; by default the app itself.
     """
+    to, path = (app, "") if group is None else (group, f"{group.info.name} ")
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
@@ -70,7 +72,8 @@ def command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]
             except (ValueError, OSError, RuntimeError, ImportError) as error:
                 _fail(error, inspect.signature(function).parameters, sources)
 
-        app.command(epilog=f"Example: restnet-hf {function.__name__} {example}")(run)
+        name = function.__name__.removesuffix("_")  # list_, as list is a name of Python's
+        to.command(name, epilog=f"Example: restnet-hf {path}{name} {example}".rstrip())(run)
         return run
 
     return add

@@ -1,7 +1,10 @@
 """What commands print: tables that fit the terminal without cutting anything, and lines."""
 
+import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -15,6 +18,7 @@ from restnet_hf.routes.fronts import describe_gap
 
 if TYPE_CHECKING:
     from restnet_hf.adaptation.adapt import AdaptResult
+    from restnet_hf.caches import CacheEntry
     from restnet_hf.hub.repository import FoundAdapter
     from restnet_hf.profiling.latency import LatencyTable
     from restnet_hf.routes.profile import AnyProfiled, Budget, Profile
@@ -26,15 +30,9 @@ if TYPE_CHECKING:
 
 console = Console()
 errors = Console(stderr=True)
-TEXTS = (
-    "adapter",
-    "because",
-    "best within the budget",
-    "candidate",
-    "pair",
-    "rejected",
-    "route",
-)  # columns of text, which continue in the next line
+TEXTS = (  # columns of text, which continue in the next line
+    *("adapter", "because", "best within the budget", "candidate", "of", "pair", "rejected", "route", "where"),
+)
 LEAST_TEXT = 16  # characters of a column of text, however narrow the terminal is
 MOST_PAIRS = 12  # that are printed
 FEW = 100  # images, below which a comparison is mostly chance
@@ -242,6 +240,36 @@ def show_sustained(result: "SustainedLatency") -> None:
         f"median of the first {result.window_s:.0f} s {result.first_ms:.2f} ms, of the last {result.last_ms:.2f} ms: "
         f"{result.slowdown:.2f} times"
     )
+
+
+def show_caches(entries: "Sequence[CacheEntry]") -> None:
+    """Print caches: what they are of, their size, the time since the last use, and where they lie."""
+    now, rows = time.time(), list[list[str]]()
+    for entry in entries:
+        of = f"{entry.of} (in use)" if entry.in_use else entry.of
+        home, where = str(Path.home()), str(entry.path)
+        where = f"~{where.removeprefix(home)}" if where.startswith(f"{home}{os.sep}") else where
+        rows.append([entry.type, size_text(entry.size), _span(now - entry.accessed), of, where])
+    total = size_text(sum(entry.size for entry in entries))
+    title = f"{len(entries)} cache{'' if len(entries) == 1 else 's'}, {total}"
+    show_table(title, ("type", "size", "unused for", "of", "where"), rows)
+
+
+def size_text(size: float) -> str:
+    """A size in bytes as text, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _span(seconds: float) -> str:
+    """A time span in its largest whole unit."""
+    for unit, length_s in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length_s:
+            return f"{seconds / length_s:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 def show_memory(memory: Mapping[str, Mapping[str, float]]) -> None:

@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset
 
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")  # the last one in webdatasets
 Rows: TypeAlias = Dataset | IterableDataset
 
 

@@ -1,9 +1,10 @@
 """Images as batches: from tensors, loaders, datasets, folders, parquet files and the Hub."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -12,6 +13,7 @@ from datasets import Image as ImageColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from restnet_hf.data.ahead import can_read_ahead, read_ahead
 from restnet_hf.data.columns import (
     LABEL_COLUMNS,
     Rows,
@@ -40,6 +42,8 @@ MIXED_FILES = 10  # of a stream, from which a subset takes images in turn
 def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = True) -> Iterator[Batch]:
     """Batches with ``pixel_values`` (N, 3, H, W) and, where there are any, ``labels`` (N,).
 
+    Pictures of a data set or stream are decoded by a thread, while the caller works on the batch before.
+
     Args:
         data: tensor of images; map-style dataset whose items are dicts with ``pixel_values`` and ``labels``, pairs or
             image tensors; or iterable of such batches, such as a DataLoader.
@@ -52,7 +56,7 @@ def batches(data: Any, batch_size: int, name: str = "data", *, progress: bool = 
         TypeError: a batch has another type.
     """
     empty = True
-    for item in progress_bar(batch_source(data, batch_size, name), name, shown=progress):
+    for item in read_source(batch_source(data, batch_size, name), name, progress=progress):
         batch = to_batch(item, name)
         if len(batch["pixel_values"]):
             empty = False
@@ -81,6 +85,21 @@ def batch_source(data: Any, batch_size: int, name: str = "data") -> Iterable[Any
     if isinstance(data, DataLoader | list | tuple) or not hasattr(data, "__getitem__"):
         return data
     return DataLoader(data, batch_size=batch_size, pin_memory=pins_memory())
+
+
+def read_source(source: Iterable[Any], name: str, *, progress: bool = True) -> Iterable[Any]:
+    """The items of a source of batches under a progress bar; pictures are decoded by a thread that is ahead.
+
+    Args:
+        source: what `batch_source` returned, or another loader.
+        name: name on the progress bar.
+        progress: whether to show the progress bar.
+    """
+    total = None
+    with suppress(TypeError):  # a stream has no length
+        total = len(cast(Any, source))
+    items = read_ahead(source) if can_read_ahead(source) else source
+    return cast("Iterable[Any]", progress_bar(items, name, total=total, shown=progress))
 
 
 def empty_error(name: str) -> ValueError:

@@ -1,7 +1,10 @@
 """with_pixel_values: the images and labels of a data set, prepared for a model as they are read."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from datasets import Image as ImageColumn
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from restnet_hf.data.augment import Augment, augment_images, make_augmentation
@@ -21,6 +25,7 @@ from restnet_hf.errors import PictureError
 Batch = dict[str, Tensor]
 
 ROWS = 32  # of a stream, prepared at a time
+MOST_THREADS = 16  # that decode pictures
 ON_ERROR = ("raise", "skip")
 logger = logging.get_logger(__name__)
 
@@ -81,9 +86,10 @@ class PixelValues:
     def _open(self, pictures: Sequence[Any], indices: Sequence[int] | None) -> list[Image.Image | None]:
         """The pictures as RGB images; None for those that are skipped."""
         images: list[Image.Image | None] = []
-        for position, picture in enumerate(pictures):
+        names = [f"picture {index}" for index in indices] if indices else ["a picture"] * len(pictures)
+        for picture, decode in zip(pictures, _decoders(pictures, names), strict=True):
             try:
-                images.append(open_picture(picture, f"picture {indices[position]}" if indices else "a picture"))
+                images.append(decode())
             except PictureError as error:
                 if not self.skip:
                     if indices is None and picture_path(picture) is None:
@@ -110,6 +116,25 @@ class PixelValues:
         if order is None:
             return torch.as_tensor(labels)
         return torch.tensor([label if label < 0 else order[label] for label in labels])
+
+
+def _decoders(pictures: Sequence[Any], names: Sequence[str]) -> Iterator[Callable[[], Image.Image]]:
+    """For each picture a function that returns its RGB image; encoded ones are decoded in threads, all at once.
+
+    Workers of a loader decode without threads, since there are several of them already.
+    """
+    encoded = len(pictures) > 1 and not any(isinstance(picture, Image.Image) for picture in pictures)
+    threads = min(MOST_THREADS, len(pictures), _processors())
+    if not encoded or threads < 2 or get_worker_info() is not None:
+        yield from (partial(open_picture, *each) for each in zip(pictures, names, strict=True))
+        return
+    with ThreadPoolExecutor(threads) as pool:  # for these pictures only: threads of a pool do not outlive a fork
+        yield from [pool.submit(open_picture, *each).result for each in zip(pictures, names, strict=True)]
+
+
+def _processors() -> int:
+    """Number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def with_pixel_values(

@@ -11,10 +11,17 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from restnet_hf.data.datasets import Batch, batch_source, empty_error, labelled_part, no_labels_error, to_batch
+from restnet_hf.data.datasets import (
+    Batch,
+    batch_source,
+    empty_error,
+    labelled_part,
+    no_labels_error,
+    read_source,
+    to_batch,
+)
 from restnet_hf.data.pixel_values import prepared_by
 from restnet_hf.distributed import Own, from_main, gather, own_items, this_process
-from restnet_hf.progress import progress_bar
 
 
 class OwnBatch(NamedTuple):
@@ -216,7 +223,7 @@ def own_of_loader(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _read_own(source: _OwnLoader, name: str) -> Iterator[OwnBatch]:
     state = this_process()
-    for turn, item in enumerate(progress_bar(source.loader, name)):
+    for turn, item in enumerate(read_source(source.loader, name)):
         batch, number = to_batch(item, name), state.process_index + turn * state.num_processes
         if len(batch["pixel_values"]):
             yield OwnBatch(number, number * source.size, batch)
@@ -241,7 +248,7 @@ def _use_equal_rng(data: Any) -> None:
 
 def _limited(data: Any, batch_size: int, name: str, limit: float) -> Iterator[Batch]:
     left, empty = limit, True
-    for item in progress_bar(batch_source(data, batch_size), name):
+    for item in read_source(batch_source(data, batch_size), name):
         batch = to_batch(item, name)
         if left < len(batch["pixel_values"]):
             batch = {key: values[: int(left)] for key, values in batch.items()}

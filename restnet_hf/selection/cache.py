@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from huggingface_hub import cached_assets_path
 
+from restnet_hf.caching import SIMILARITIES, assets_folder, note_use
 from restnet_hf.files import atomic_file
 from restnet_hf.hashing import software_sha256
 from restnet_hf.selection.ranking import Similarity
@@ -31,7 +31,7 @@ def cache_file(dependencies: Mapping[str, Any]) -> Path | None:
     key = json.dumps(dependencies, sort_keys=True, default=str) + software_sha256(LIBRARIES, CODE)
     name = hashlib.sha256(key.encode()).hexdigest()
     try:
-        return cached_assets_path("restnet_hf", "similarities") / f"{name}.npz"
+        return assets_folder(SIMILARITIES) / f"{name}.npz"
     except (OSError, ValueError) as error:  # a file in the way is a ValueError there
         logger.info("similarities cannot be cached: %s", error)
         return None
@@ -50,6 +50,7 @@ def read_similarity(file: Path | None, front: str, end: str) -> Similarity | Non
             return None
         with file.open("rb") as raw, np.load(raw, allow_pickle=False) as data:
             settings = json.loads(str(data["settings"]))
+            note_use(file)
             return Similarity(front, end, np.ma.masked_array(data["values"], data["mask"]), settings)
     except Exception as error:  # whatever is wrong with the file, the similarity is computed again
         logger.info("%s cannot be read: %s", file, error)
@@ -69,6 +70,7 @@ def write_similarity(similarity: Similarity, path: Path) -> None:
             values=values.filled(np.nan),
             mask=np.ma.getmaskarray(values),
             settings=json.dumps(dict(similarity.settings)),
+            of=f"{similarity.front}, {similarity.end}",
         )
 
 

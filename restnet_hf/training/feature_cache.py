@@ -20,21 +20,29 @@ from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from restnet_hf.caching import PUT, TURN, WRITING, Use
 from restnet_hf.files import atomic_file
 
 
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape of a row, and the type in which it is stored
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.int64)}
+DTYPES = {
+    str(t).removeprefix("torch."): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.int8)
+}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 logger = logging.getLogger(__name__)
 MARGIN = 1.05  # free space that is required, in multiples of the size of the files
+LARGE = 1e9  # bytes from which on the size of a cache is shown to every user, and not only logged
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
     """Rows of named tensors on disk, one file per name, memory-mapped; item i is ``{name: tensor}``.
 
     ``folder/<12 hex digits of the SHA-256 of the identity>`` holds ``NAME.bin``, the rows one after another, and
-    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type.
+    ``NAME.json``, which is written last: rows without it are incomplete. Items are copies in the stored type. The type
+    int8 is for floats: each entry along the first axis of a row, a channel of a map or a token, is stored as whole
+    numbers from -127 to 127 with a scale in float32 of its own, and comes back in float32; the scales of a row lie
+    before its numbers. From the first turn, write or read on, the cache is marked as used, so that ``restnet-hf cache
+    prune`` leaves it alone.
 
     Args:
         folder: folder of the caches of all identities.
@@ -56,6 +64,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         self.folder = Path(folder).absolute() / hashlib.sha256(_text(identity).encode()).hexdigest()[:12]
         self._selected: tuple[str, ...] | None = None
         self._maps: dict[str, tuple[np.ndarray, Spec]] = {}
+        self._use: Use | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,7 +116,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         places = np.asarray(indices, np.intp)
         order = places.argsort()
         for name, (rows, (shape, dtype)) in self._open().items():
-            read = torch.from_numpy(rows[places[order]]).view(dtype).view(len(items), *shape)
+            read = _unpack(torch.from_numpy(rows[places[order]]), shape, dtype)
             for place, row in zip(order.tolist(), read.unbind(), strict=True):
                 items[place][name] = row
         return items
@@ -125,7 +134,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return torch.from_numpy(rows.copy()).view(dtype).view(self.images, *shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_maps": {}}  # another process maps the files itself
+        return vars(self) | {"_maps": {}, "_use": None}  # another process maps the files itself
 
     def verify(self) -> None:
         """Read all rows and compare checksums.
@@ -155,7 +164,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         Raises:
             OSError: something is missing, and nothing can be written into the folder.
         """
-        lock = self.folder / ".turn"
+        lock = self.folder / TURN
+        self._mark_used()
         with ExitStack() as stack, _then(barrier):
             with _then(barrier):
                 if main and self.missing(specs):  # a complete folder may be read-only
@@ -191,6 +201,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             ValueError: a name, shape or type is not allowed; at the end: images were not put.
         """
         self.nbytes(specs)
+        self._mark_used()
         with _then(barrier), ExitStack() as owner, _then(barrier):
             with _then(barrier):
                 if main:
@@ -224,13 +235,17 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             total += self.images * _row_bytes(shape, dtype)
         return total
 
+    def _mark_used(self) -> None:
+        if self._use is None:
+            self._use = Use(self.folder)
+
     @contextmanager
     def _own(self, specs: Mapping[str, Spec]) -> Iterator[None]:
         """Make the files before they are filled, and check them afterwards, while no other run may write here."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(WeakFileLock(self.folder / ".lock", timeout=0.5))
+                stack.enter_context(WeakFileLock(self.folder / WRITING, timeout=0.5))
             except TimeoutError:
                 raise BlockingIOError(
                     errno.EAGAIN,
@@ -258,12 +273,14 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             if not self._json(file.name.removesuffix(".bin")).exists():
                 file.unlink()
         needed, free = self.nbytes(specs), shutil.disk_usage(self.folder).free
+        sizes = f"{self.images} images take {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free in {self.folder}"
         advice = (
-            f"{self.images} images take {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free in {self.folder}; give "
-            "another cache_dir, take fewer cuts or images, or work without a cache"
+            f"{sizes}; give another cache_dir, take fewer cuts or images, remove caches that are not used any more "
+            "(restnet-hf cache prune), or work without a cache"
         )
         if needed * MARGIN > free:
             raise OSError(errno.ENOSPC, advice)
+        logger.log(logging.WARNING if needed >= LARGE else logging.INFO, "writing %s: %s", list(specs), sizes)
         try:
             for name, (shape, dtype) in specs.items():
                 _allocate(self._bin(name), self.images * _row_bytes(shape, dtype))
@@ -315,6 +332,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         does not allow.
         """
         if not self._maps:
+            if self.names:
+                self._mark_used()
             for name in self.names:
                 about = self._about(name)
                 if about is None:
@@ -336,7 +355,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
     @property
     def _put(self) -> Path:  # a byte for each image, 1 once it was put
-        return self.folder / ".put"
+        return self.folder / PUT
 
     def _named(self) -> list[str]:
         names = (file.name.removesuffix(".json") for file in sorted(self.folder.glob("*.json")))
@@ -367,26 +386,53 @@ class RowWriter:
         counts = sorted({len(tensor) for tensor in rows.values()})
         if len(counts) != 1 or start < 0 or start + counts[0] > self._images:
             raise ValueError(f"rows of {counts} images came for place {start} of {self._images}; they must fit")
-        kept = {name: _cast(name, tensor, *self._specs[name]) for name, tensor in rows.items()}
-        for name, tensor in kept.items():
+        packed = {name: _pack(name, tensor, *self._specs[name]) for name, tensor in rows.items()}
+        for name, tensor in packed.items():
             self._files[name].seek(start * _row_bytes(*self._specs[name]))
-            self._files[name].write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            self._files[name].write(tensor.numpy().data)
             self._files[name].flush()
         self._put.seek(start)
         self._put.write(b"\1" * counts[0])
         self._put.flush()
 
 
-def _cast(name: str, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if tuple(rows.shape[1:]) != tuple(shape) or rows.is_floating_point() != dtype.is_floating_point:
+def _pack(name: str, rows: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows (n, *shape) as the bytes (n, m) that are stored."""
+    floats = dtype.is_floating_point or dtype == torch.int8
+    if tuple(rows.shape[1:]) != tuple(shape) or rows.is_floating_point() != floats:
         raise ValueError(f"rows of '{name}' are {tuple(rows.shape[1:])} {rows.dtype}, not {tuple(shape)} {dtype}")
-    kept = rows.detach().to(dtype)
-    if dtype.is_floating_point and not kept.isfinite().all():
+    kept = rows.detach().to(torch.float32 if dtype == torch.int8 else dtype)
+    if floats and not kept.isfinite().all():
         raise ValueError(
-            f"'{name}' has values that are not finite in {dtype}: the largest is {rows.abs().max():g}, and that type "
-            f"ends at {torch.finfo(dtype).max:g}. Store it as bfloat16; if it is inf or nan already, check the network"
+            f"'{name}' has values that are not finite in {kept.dtype}: the largest is {rows.abs().max():g}, and that "
+            f"type ends at {torch.finfo(kept.dtype).max:g}. Store it as bfloat16; if it is inf or nan already, check "
+            "the network"
         )
-    return kept.cpu().contiguous()
+    if dtype != torch.int8:
+        return _bytes(kept.cpu())
+    parts = kept.reshape(len(kept), _scales(shape), -1)
+    scales = parts.abs().amax(-1, keepdim=True) / 127
+    numbers = (parts / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    return torch.cat([_bytes(scales.cpu()), _bytes(numbers.cpu())], dim=1)
+
+
+def _unpack(data: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Rows (n, *shape) of the bytes (n, m) that are stored."""
+    if dtype != torch.int8:
+        return data.view(dtype).view(len(data), *shape)
+    count = _scales(shape)
+    scales = data[:, : 4 * count].reshape(-1).view(torch.float32).view(len(data), count, 1)
+    numbers = data[:, 4 * count :].view(torch.int8).view(len(data), count, -1)
+    return (numbers * scales).view(len(data), *shape)
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    return rows.contiguous().view(len(rows), -1).view(torch.uint8)
+
+
+def _scales(shape: tuple[int, ...]) -> int:
+    """Number of scales of a row in int8."""
+    return shape[0] if len(shape) > 1 else 1
 
 
 def _allocate(file: Path, size: int) -> None:
@@ -404,7 +450,7 @@ def _sha256(file: Path) -> str:
 
 
 def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+    return math.prod(shape) * dtype.itemsize + (4 * _scales(shape) if dtype == torch.int8 else 0)
 
 
 def _text(data: Mapping[str, Any]) -> str:

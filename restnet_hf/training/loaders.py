@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from restnet_hf.caching import record_folder
 from restnet_hf.data.datasets import Batch, batches, data_fingerprint, pins_memory, to_batch
 from restnet_hf.data.shares import OwnBatch, SeededItems, in_order, is_repeatable, own_batches, shared_batches
 from restnet_hf.distributed import Own, this_process
@@ -170,7 +171,8 @@ def cache_features(
     """Compute the outputs of the frozen networks for a data set, and cache them in ``args.cache_dir``.
 
     Outputs that are on disk already, from an earlier run or for other routes, are not computed again. Several
-    processes on one machine share the work.
+    processes on one machine share the work, and a run that finds another one writing waits for it. The size is logged
+    before anything is written, from a gigabyte on as a warning. ``restnet-hf cache list`` lists all caches.
 
     Args:
         model: model of the frozen networks.
@@ -184,7 +186,7 @@ def cache_features(
     Raises:
         ValueError: the images have no fingerprint, because they are augmented for example, so the cache could not tell
             them from others.
-        OSError: the disk is too small.
+        OSError: the disk is too small, which is checked before anything is computed or written.
     """
     images = data_fingerprint(train_set)
     if images is None:
@@ -203,6 +205,8 @@ def cache_features(
         "dtype": args.cache_dtype,
     }
     cache = FeatureCache(args.cache_dir or "", identity, len(train_set))
+    if state.is_main_process:
+        record_folder(cache.folder.parent)
     state.wait_for_everyone()
     run: dict[str, Any] = {"main": state.is_main_process, "barrier": state.wait_for_everyone}
     with cache.turn(specs, **run) as missing:

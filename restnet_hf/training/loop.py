@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from restnet_hf.data.ahead import can_read_ahead, read_ahead
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
 from restnet_hf.data.shares import SeededItems
 from restnet_hf.distributed import Own, catch_sigterm
@@ -522,7 +523,8 @@ class Training:
         loader = self.accelerator.skip_first_batches(self.loader, self.done) if self.done else self.loader
         if hasattr(loader, "set_epoch"):  # a loader that skips begins at epoch 0 before accelerate 1.15
             loader.set_epoch(self.epoch)
-        for item in loader:
+        alone = self.accelerator.num_processes == 1  # with others, loaders exchange batches in an order of their own
+        for item in read_ahead(loader) if alone and can_read_ahead(self.loader) else loader:
             yield self.check_batch(item)
 
     def check_batch(self, item: Any) -> Batch:

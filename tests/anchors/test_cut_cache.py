@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from restnet_hf import StitchConfig, StitchedModelForImageClassification
+from restnet_hf import StitchConfig, StitchedModelForImageClassification, caching
 from restnet_hf.anchors import cut_cache
 from restnet_hf.anchors.anchor import Anchor
 from restnet_hf.anchors.discovery import find_cuts
@@ -30,8 +30,8 @@ LIBRARY_MODELS = [name for name in MODELS if name != "plain"]
 @pytest.fixture(autouse=True)
 def folder(monkeypatch, tmp_path):
     """Where the client of the Hub keeps this package's files, in a place of the test's own."""
-    monkeypatch.setattr(cut_cache, "cached_assets_path", partial(cached_assets_path, assets_dir=tmp_path))
-    return cut_cache.cached_assets_path("restnet_hf", "cuts")
+    monkeypatch.setattr(caching, "cached_assets_path", partial(cached_assets_path, assets_dir=tmp_path))
+    return caching.assets_folder(caching.CUTS)
 
 
 def anchor(name, seed=0, size=SIZE):
@@ -146,7 +146,7 @@ def test_values_from_weights_are_not_kept(folder):
     found = find_cuts(Scaled(), (16, 16))
     assert len(found.cuts) == 3
     with pytest.raises(ValueError, match="may depend on weights"):
-        cut_cache._write(folder / "cuts.safetensors", found)
+        cut_cache._write(folder / "cuts.safetensors", found, "scaled")
     assert not list(folder.iterdir())
 
 
@@ -274,5 +274,5 @@ def test_a_disk_that_takes_nothing(folder, options):
 
 def test_a_place_that_cannot_be_read(folder, monkeypatch):
     """Its name is too long for the file system, which is only known when it is looked for."""
-    monkeypatch.setattr(cut_cache, "cached_assets_path", lambda *names: folder / ("x" * 300))
+    monkeypatch.setattr(caching, "cached_assets_path", lambda *names: folder / ("x" * 300))
     assert ran(anchor("vit")) and anchor("vit").depth == 3

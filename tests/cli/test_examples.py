@@ -17,9 +17,11 @@ from restnet_hf.data.datasets import load_images
 from restnet_hf.demo.paths import DATA, END, FRONT
 
 
+GROUPS = {"": app, **{f"{group.name} ": group.typer_instance for group in app.registered_groups}}
 EXAMPLES = {
-    command.callback.__name__: shlex.split(command.epilog.removeprefix("Example: "))
-    for command in app.registered_commands
+    f"{path}{command.name}": shlex.split(command.epilog.removeprefix("Example: "))
+    for path, group in GROUPS.items()
+    for command in group.registered_commands
 }
 HUB = ("find", "push")  # run in tests/hub/test_repository.py
 SERVES = "app"  # until it is ended
@@ -69,9 +71,10 @@ def place(tmp_path_factory):
 
 
 def test_every_command_has_one():
-    assert EXAMPLES and all(words[:2] == ["restnet-hf", name] for name, words in EXAMPLES.items())
+    assert all(words[: 1 + len(name.split())] == ["restnet-hf", *name.split()] for name, words in EXAMPLES.items())
+    assert {"demo", "cache list", "cache prune"} <= {*EXAMPLES}
     for name in EXAMPLES:
-        printed = " ".join(CliRunner().invoke(app, [name, "--help"]).output.split())
+        printed = " ".join(CliRunner().invoke(app, [*name.split(), "--help"]).output.split())
         assert "Example: restnet-hf" in printed
 
 

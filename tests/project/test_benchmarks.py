@@ -1,6 +1,7 @@
 """The arithmetic by which benchmarks judge; the benchmarks themselves are run by hand."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -171,3 +172,30 @@ def test_ten_epochs_out_of_steps(training):
         "10 epochs, full fine-tuning over stitch-only: time (of minima)": 3 / 1.1,
     })  # fmt: skip
     assert all(any(name.endswith(limit) for name in found) for limit in training.LIMITS)
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return benchmark("data", monkeypatch)
+
+
+def test_amplitudes_fall_with_frequency(streamed):
+    """As one over the frequency, which is what photographs have."""
+    picture = streamed.noise(256, np.random.default_rng(0)).mean(-1)
+    spectrum = np.abs(np.fft.fft2(picture - picture.mean()))
+    frequency = np.hypot(np.fft.fftfreq(256)[:, None], np.fft.fftfreq(256)[None])
+    octaves = [spectrum[(frequency >= low) & (frequency < 2 * low)].mean() for low in (1 / 64, 1 / 32, 1 / 16, 1 / 8)]
+    falls = [earlier / later for earlier, later in itertools.pairwise(octaves)]
+    assert falls == pytest.approx([2, 2, 2], rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "parquet", "webdataset"])
+def test_every_format_holds_the_same_pictures(streamed, kind, tmp_path):
+    write, read = streamed.FORMATS[kind]
+    write(tmp_path, streamed.jpegs(12, 16))
+    model = streamed.build(32)
+    rows = [*model.prepare_data(read(tmp_path))]
+    images = streamed.decode_by_hand([data for data, _ in streamed.jpegs(12, 16)], model.image_processor)
+    found = {(int(row["labels"]), row["pixel_values"].numpy().tobytes()) for row in rows}
+    assert len(rows) == 12 and found == {(i % 10, image.numpy().tobytes()) for i, image in enumerate(images)}

@@ -30,7 +30,8 @@ PAGES = {"README": ROOT / "README.md", "recipes": ROOT / "recipes" / "README.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 EXTENDED = (AUGMENTATIONS, FAMILIES, RUNTIMES, SAMPLERS, SELECTORS, STITCHES)
 COMMANDS = typer.main.get_command(app).commands
-PARAMETERS = [parameter for command in COMMANDS.values() for parameter in command.params]
+GROUPED = [command for group in COMMANDS.values() for command in getattr(group, "commands", {}).values()]
+PARAMETERS = [parameter for command in (*COMMANDS.values(), *GROUPED) for parameter in command.params]
 OPTIONS = {option for parameter in PARAMETERS for option in (*parameter.opts, *parameter.secondary_opts)}
 SCRIPTS = [*(ROOT / "recipes" / "benchmarks").glob("*.py"), *(ROOT / "recipes").glob("*.py")]
 BENCHMARKS = "".join(path.read_text() for path in SCRIPTS)
@@ -132,7 +133,10 @@ def test_commands_exist(page):
         for command in line.split("&&"):
             program, *words = shlex.split(command)
             if Path(program).name == "restnet-hf":
-                COMMANDS[words[0]].make_context(words[0], words[1:])
+                named = COMMANDS[words.pop(0)]
+                while hasattr(named, "commands"):
+                    named = named.commands[words.pop(0)]
+                named.make_context(named.name, words)
             elif Path(program).name == "pip":
                 extras = re.findall(r"\[(.*?)\]", command)
                 assert "install" in words and {*extras} <= {*PROJECT["optional-dependencies"]}

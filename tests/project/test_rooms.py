@@ -10,6 +10,7 @@ import pytest
 
 ROOMS = {  # from the ground up: a room, and what lies in it; a file imports from its own room and those before it
     "ground": [
+        "caching",
         "distributed",
         "errors",
         "files",
@@ -27,7 +28,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         "torch_archives",
     ],
     "data": [
-        *("augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
+        *("ahead", "augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
         *("preprocessing", "shares", "targets"),
     ],
     "anchors": [
@@ -59,13 +60,14 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     ],
     "demo": ["model", "paths"],
     "top": [
-        *("comparing", "recipe_checks", "reports", "recipe", "auto_classes"),
+        *("caches", "comparing", "recipe_checks", "reports", "recipe", "auto_classes"),
         *("anchor_passes", "scout_pairs", "scout_results", "scouting"),
     ],
     "app": ["build", "device_tab", "entries", "share_tab", "start", "stitch_tab", "svg", "tradeoff_tab", "try_tab"],
     "cli": [
         "__main__",
         "base",
+        "cache",
         "commands",
         "device",
         "pages",
@@ -82,7 +84,7 @@ FOLDERLESS = ("ground", "middle", "model", "top")  # their files lie in the pack
 PLACES = {file if room in FOLDERLESS else f"{room}.{file}": room for room, files in ROOMS.items() for file in files}
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 WITHOUT_TORCH = [
-    *("errors", "files", "limits"),
+    *("caches", "caching", "errors", "files", "limits"),
     *(name for name, room in PLACES.items() if room in ("routes", "runtime")),
     *("hub.cards", "hub.latency_tables", "hub.repository"),
 ]

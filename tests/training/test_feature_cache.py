@@ -27,6 +27,7 @@ IDENTITY = {"network": "float32:5f70", "size": [32, 32]}
 SPECS = {
     "stage-1.2": ((3, 4, 2), torch.float16),
     "tokens": ((5, 6), torch.bfloat16),
+    "small": ((3, 4, 2), torch.int8),
     "logits": ((10,), torch.float32),
     "labels": ((), torch.int64),
 }
@@ -58,7 +59,24 @@ def bfloat16_bits(numbers):
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
+def int8_bytes(numbers):
+    """The largest value of each channel is 127, ties to even; the scales of an image lie before its numbers."""
+    scales = np.abs(numbers).max((2, 3)) / np.float32(127)
+    whole = np.rint(numbers / scales[:, :, None, None]).astype(np.int8)
+    return np.concatenate([scales.view(np.uint8).reshape(IMAGES, -1), whole.view(np.uint8).reshape(IMAGES, -1)], 1)
+
+
+def expected_row(name, index):
+    """What an item holds of a tensor."""
+    value = values()[name][index]
+    if SPECS[name][1] != torch.int8:
+        return value.to(SPECS[name][1])
+    scales = value.abs().amax((1, 2), keepdim=True) / 127
+    return (value / scales).round() * scales
+
+
 CASTS = {
+    "int8": int8_bytes,
     "float16": lambda x: x.astype(np.float16).view(np.uint16),
     "bfloat16": bfloat16_bits,
     "float32": lambda x: x,
@@ -82,7 +100,32 @@ def test_files_hold_the_values_cast(cache, name):
     }
     for index in (0, 7, -1):
         row = cache[index][name]
-        assert row.dtype == dtype and torch.equal(row, values()[name][index].to(dtype))
+        assert row.dtype == (torch.float32 if dtype == torch.int8 else dtype)
+        assert torch.equal(row, expected_row(name, index))
+
+
+def test_int8_of_zeros_and_of_few_axes(tmp_path):
+    """A channel of zeros stays so, rows of one axis or none have one scale, and the error is half a step at most."""
+    specs = {"map": ((2, 3, 3), torch.int8), "features": ((7,), torch.int8), "number": ((), torch.int8)}
+    generator = torch.Generator().manual_seed(0)
+    rows = {name: 100 * torch.randn(2, *shape, generator=generator) for name, (shape, _) in specs.items()}
+    rows["map"][0, 1] = 0
+    cache = FeatureCache(tmp_path, IDENTITY, 2)
+    assert cache.nbytes(specs) == 2 * (18 + 2 * 4 + 7 + 4 + 1 + 4)
+    with cache.write(specs) as writer:
+        writer.put(0, {name: value.half() if name == "features" else value for name, value in rows.items()})
+    for index in range(2):
+        row = cache[index]
+        assert row["map"].shape == (2, 3, 3) and torch.equal(row["number"], rows["number"][index])
+        largest = rows["map"][index].abs().amax((1, 2), keepdim=True)
+        assert ((row["map"] - rows["map"][index]).abs() <= largest / 254 * 1.0001).all()
+        features = rows["features"][index].half().float()
+        assert (row["features"] - features).abs().max() <= features.abs().max() / 254 * 1.0001
+    assert not cache[0]["map"][1].any()
+    with pytest.raises(ValueError, match=r"are \(7,\) torch.int64, not \(7,\) torch.int8"):
+        fill(FeatureCache(tmp_path, {}, 4), {"x": torch.zeros(4, 7).long()}, {"x": specs["features"]}, (0,))
+    with pytest.raises(ValueError, match="not finite in torch.float32"):
+        fill(FeatureCache(tmp_path, {}, 4), {"x": torch.full((4, 7), torch.inf)}, {"x": specs["features"]}, (0,))
 
 
 def test_types():
@@ -149,7 +192,7 @@ def test_next_run_finds_it(cache, tmp_path):
         "tokens",
         "logits",
     ]
-    with pytest.raises(FileExistsError, match=r"\['labels', 'logits', 'stage-1.2', 'tokens'\] are complete"):
+    with pytest.raises(FileExistsError, match=r"\['labels', 'logits', 'small', 'stage-1.2', 'tokens'\] are complete"):
         fill(again)
     again.verify()
 

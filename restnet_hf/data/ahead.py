@@ -1,0 +1,100 @@
+"""Batches of pictures read ahead in a thread, so that they are decoded while a network runs."""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Subset
+
+from restnet_hf.data.pixel_values import PixelValues, prepared_by
+
+
+T = TypeVar("T")
+Ready = queue.Queue[tuple[Any, BaseException | None]]
+AHEAD = 2  # items, beside the one in use and the one that is being read
+END = object()
+
+
+def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
+    """The same items, read by a thread that is up to ``count`` of them ahead.
+
+    The first item is read by the caller, with whatever random numbers its reader draws when it begins. An error of
+    the reader is raised where its item would come. The thread ends when the iterator is closed or deleted.
+
+    Args:
+        items: items to read.
+        count: number of items that wait at most.
+    """
+    source = iter(items)
+    for first in source:
+        yield first
+        break
+    ready: Ready = queue.Queue(count)
+    stop = threading.Event()
+    thread = threading.Thread(target=_read, args=(source, ready, stop), daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is END:
+                return
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():  # it may wait for room
+            try:
+                ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        thread.join()
+        close = getattr(source, "close", None)
+        if close is not None:
+            close()
+
+
+def _read(source: Iterator[Any], ready: Ready, stop: threading.Event) -> None:
+    try:
+        for item in source:
+            if stop.is_set():
+                return
+            ready.put((item, None))
+            if stop.is_set():
+                return
+        ready.put((END, None))
+    except BaseException as error:  # whatever it is, it belongs to the caller
+        ready.put((None, error))
+
+
+def can_read_ahead(data: Any) -> bool:
+    """Whether data are pictures that are decoded in this process, and draw no random numbers when they are read.
+
+    Those of a data set of yours may be augmented by torch's global generator, from which training draws too.
+
+    Args:
+        data: data set, stream, or a loader of one.
+    """
+    if isinstance(data, DataLoader):
+        if data.num_workers:
+            return False
+        data = data.dataset
+    while isinstance(data, Subset):
+        data = data.dataset
+    if isinstance(data, Dataset):
+        prepared = prepared_by(data)
+        return prepared is not None and prepared.augment is None
+    return isinstance(data, IterableDataset) and _is_steady(data)
+
+
+def _is_steady(stream: IterableDataset) -> bool:
+    """Whether pictures are decoded by us, and nothing else computes anything in a stream."""
+    layer: Any = stream._ex_iterable
+    functions = []
+    while layer is not None:
+        if (function := getattr(layer, "function", None)) is not None:
+            functions.append(function)
+        layer = getattr(layer, "ex_iterable", None)
+    return len(functions) == 1 and isinstance(functions[0], PixelValues) and functions[0].augment is None
