@@ -62,7 +62,7 @@ TOLERANCES = {  # largest differences from the processor's float32: in float32, 
 }
 ROUTES = ("resnet50[:3] + deit_small_patch16_224[2:]", "resnet50[:7] + deit_small_patch16_224[6:]")
 DEMO_ROUTES = ("resnet_fashion[:3] + vit_fashion[5:]", "resnet_fashion[:5] + vit_fashion[6:]")
-LIMIT = 280  # seconds of one process
+LIMIT = 600  # seconds after which a process of this script counts as hung
 SPEED = "speed"  # the job that times; the others are precisions of Accelerate
 
 
