@@ -313,6 +313,7 @@ def test_by_command(world, measured, shelf):
 
 
 EXPORTED = """
+from dataclasses import replace
 from restnet_hf import DeviceTable, ExportedModel, export_routes, push_latency
 from restnet_hf.cli import app
 model = Model.from_pretrained("me/adapter")
@@ -327,7 +328,11 @@ export_routes(model, "changed", model.all_routes[:3], runtime="onnx")
 try:
     push_latency(DeviceTable.of_export(ExportedModel("changed").profiled))
 except ValueError as error:
-    print(json.dumps([told, str(error)]))
+    message = str(error)
+table = DeviceTable.of_export(board.profiled)
+push_latency(replace(table, device="Board", routes={"small-vit[:]": 1.0, "big-resnet[:]": 9.0}))
+app(["export", "me/adapter", "--out", "there", "--budget", "latency_ms=5", "--device", "Board"], standalone_mode=False)
+print(json.dumps([told, message, *map(str, ExportedModel("there").routes)]))
 """
 
 
@@ -335,13 +340,13 @@ except ValueError as error:
 @pytest.mark.slow
 def test_what_was_exported_has_a_table_too(world, shelf):
     """It names its adapter; its routes alone are then offered; a folder of other weights is not published."""
-    told, message = world.run(EXPORTED, "exporter")
-    assert told and "ran other weights here than those in me/adapter" in message
+    told, message, route = world.run(EXPORTED, "exporter")
+    assert told and route == "small-vit[:]" and "ran other weights here than those in me/adapter" in message
     files = world.hub.repos["me/adapter"].commits[-1][1]
     (table,) = (
         DeviceTable.from_dict(json.loads(data))
         for path, data in files.items()
-        if path.startswith(FOLDER) and json.loads(data)["runtime"] == "onnx"
+        if path.startswith(FOLDER) and json.loads(data)["runtime"] == "onnx" and json.loads(data)["device"] != "Board"
     )
     assert (table.precision, table.threads, table.batch_size) == ("fp32", 1, 1) and table.version and table.machine
     asked = {"device": f"{table.device}, onnx", "budget": {"latency_ms": 1e6}}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from exports import ABSENT
 from typer.testing import CliRunner
 from versions import needs_export
 
-from restnet_hf import ExportedModel, Profile, export_routes
+from restnet_hf import DeviceTable, ExportedModel, Profile, export_routes, push_latency
 from restnet_hf.cli import app
 from restnet_hf.runtime import processor
 from restnet_hf.runtime.measuring import time_parts
+from restnet_hf.runtime.runners import installed_version
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
 
 
@@ -213,3 +215,27 @@ def test_options_that_do_not_fit(folder, tmp_path):
 
 def test_a_period_knows_what_was_not_reported():
     assert Period(5.0, 1.0) == Period(5.0, 1.0, None, None)
+
+
+@needs_export
+def test_what_is_published_of_a_folder(folder):
+    """Its latencies here, those of each stage of a cascade, and the adapter's weights; a lost entry is an error."""
+    model = ExportedModel(folder, threads=1)
+    profile = model.measure_latency(seconds=0.1, repeats=5)
+    table = DeviceTable.of_export(profile)
+    assert dict(table.routes) == {text: profile[text].costs["latency_ms"] for text in ROUTES}
+    assert table.cascades[CASCADE] == profile[CASCADE].stage_costs["latency_ms"]
+    assert {"anchors.resnet", "anchors.vit"} < {*table.weights} and not table.stale_routes(table.weights)
+    assert table.add_to(profile)[CASCADE].costs["latency_ms"] == pytest.approx(profile[CASCADE].costs["latency_ms"])
+    assert (table.runtime, table.version, table.threads) == ("onnx", installed_version("onnx"), 1)
+    with pytest.raises(ValueError, match="name its repository, as in repo_id="):
+        push_latency(table)
+    for change, message in (({"adapter": 3}, "export it again"), ({"sustained": {"periods": []}}, "sustained")):
+        with pytest.raises(ValueError, match=message):
+            DeviceTable.of_export(replace(profile, metadata={**profile.metadata, **change}))
+
+
+def test_versions_of_runtimes():
+    here = installed_version("torch")
+    assert here == installed_version("torch eager") and here.partition("+")[0] == torch.__version__.partition("+")[0]
+    assert installed_version("../torch") is None and installed_version("") is None
