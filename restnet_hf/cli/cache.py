@@ -18,7 +18,7 @@ cache = typer.Typer(
     help="Caches on disk: features of trainings, similarities and cuts of networks.",
     no_args_is_help=True,
 )
-app.add_typer(cache)
+app.add_typer(cache, name="cache")
 CacheDirs = Annotated[
     list[str] | None,
     typer.Option(
