@@ -103,7 +103,7 @@ def delete_caches(entries: Iterable[CacheEntry]) -> tuple[list[CacheEntry], list
     """Delete caches, except those that a job uses.
 
     Args:
-        entries: entries of `scan_caches`.
+        entries: caches that `scan_caches` returned.
 
     Returns:
         The entries that were deleted, and those that were not.
@@ -119,7 +119,7 @@ def filter_caches(entries: Iterable[CacheEntry], filters: Iterable[str]) -> list
     """The entries that pass all filters, written as those of ``hf cache list``.
 
     Args:
-        entries: entries of `scan_caches`.
+        entries: caches that `scan_caches` returned.
         filters: texts such as ``size>1GB``, ``accessed>30d`` (not used for 30 days), ``modified<2h`` and
             ``type=features``.
 
@@ -137,7 +137,7 @@ def sort_caches(entries: Iterable[CacheEntry], sort: str = "size") -> list[Cache
     """The entries in an order, written as those of ``hf cache list``.
 
     Args:
-        entries: entries of `scan_caches`.
+        entries: caches that `scan_caches` returned.
         sort: ``accessed``, ``modified`` or ``size``, the newest or largest first, or ``name``; ``:asc`` or ``:desc``
             behind it sets the direction.
 
@@ -154,7 +154,7 @@ def beyond_size(entries: Iterable[CacheEntry], limit: str) -> list[CacheEntry]:
     """The entries to delete so that all others together take at most ``limit``, the longest unused ones first.
 
     Args:
-        entries: entries of `scan_caches`.
+        entries: caches that `scan_caches` returned.
         limit: size such as ``50GB``.
 
     Raises:

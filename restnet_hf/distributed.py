@@ -112,7 +112,7 @@ def share_jobs(function: Callable[[int], T], count: int) -> list[T]:
 
     Args:
         function: function of the number of a job, whose result can be pickled.
-        count: number of jobs.
+        count: number of jobs in all.
     """
     own = {number: function(number) for number in own_items(range(count))}
     every = {number: result for each in gather(own) for number, result in each.items()}

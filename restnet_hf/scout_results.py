@@ -253,6 +253,6 @@ def plain_costs(budget: Budget) -> list[str]:
     """The costs of single routes that a budget limits, in order: ``macs`` for ``mean_macs``.
 
     Args:
-        budget: limits on costs.
+        budget: limits on the costs of an entry.
     """
     return sorted({"macs", *(MEANS.get(cost, cost) for cost in budget.limits)})

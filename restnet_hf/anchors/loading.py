@@ -160,7 +160,7 @@ def resolve_commit(repo_id: str, revision: str | None, hub_kwargs: Mapping[str, 
     Args:
         repo_id: Hub id or local folder.
         revision: branch, tag or commit.
-        hub_kwargs: options of huggingface_hub.
+        hub_kwargs: options of huggingface_hub for the request.
     """
     if os.path.exists(repo_id):
         return None

@@ -29,7 +29,7 @@ def add_device_tab(app: AppModel) -> None:
     """Add the contents of the tab.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
     """
     gr.Markdown(f"This device: {device_name(app.model.device)}", elem_id="device")
     with gr.Row():
@@ -69,7 +69,7 @@ def measure(app: AppModel) -> Iterator[tuple[str, list[list[Any]]]]:
     """Measure the offered routes, round by round.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
 
     Yields:
         What is being done, and a row for each route.
@@ -133,9 +133,9 @@ def follow(app: AppModel, followed: Followed | None, budget_ms: float, load: flo
     """Run the controller's route, tell it the latency under a load, and draw what happened so far.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         followed: what is followed; None where nothing is.
-        budget_ms: budget in milliseconds.
+        budget_ms: latency budget in milliseconds.
         load: factor on the measured latency.
     """
     if followed is None:

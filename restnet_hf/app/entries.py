@@ -71,7 +71,7 @@ class AppModel:
     """A model as the app shows it. Nothing of a visitor is stored here, so many can use it at once.
 
     Args:
-        model: profiled model.
+        model: model with a profile.
         images: images, labelled or not, for comparisons of cuts; None for none.
         examples: paths of pictures to try.
         busy: held while something runs that measures time or takes long.
@@ -211,7 +211,7 @@ def first_entry(model: StitchedModelForImageClassification) -> str:
     """The entry that a visitor sees first: the active one, as the author of the adapter left it.
 
     Args:
-        model: profiled model.
+        model: model with a profile.
     """
     assert model.profiled is not None
     active = str(model.active_cascade or model.active_route)

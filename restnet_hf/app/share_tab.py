@@ -31,9 +31,9 @@ def add_share_tab(app: AppModel, chosen: gr.State, tab: gr.Tab) -> None:
     """Add the contents of the tab, which are written when somebody looks at it.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         chosen: the entry that a visitor looks at, as text.
-        tab: the tab itself.
+        tab: tab that holds the components.
     """
     name = gr.Textbox(NAME, label="Name on the Hub", elem_id="repo", max_lines=1)
     code = gr.Code(language="python", label="Load and push it", interactive=False, elem_id="code")
@@ -53,7 +53,7 @@ def write_texts(app: AppModel, name: str, entry: str) -> tuple[str, str]:
     """Code that loads the adapter, and its card.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         name: name on the Hub.
         entry: route or cascade as text.
     """
@@ -75,9 +75,9 @@ def export(app: AppModel, entry: str, runtime: str) -> tuple[str, str]:
     """Export an entry.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         entry: route or cascade as text.
-        runtime: key of `RUNTIMES`.
+        runtime: one of the keys of `RUNTIMES`.
 
     Returns:
         What was written, and the path of a zip file.

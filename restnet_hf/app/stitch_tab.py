@@ -23,7 +23,7 @@ def add_stitch_tab(app: AppModel) -> None:
     """Add the contents of the tab.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
     """
     if len(app.model.anchors) < 2 or app.images is None:
         gr.Markdown("Open the page with images (`restnet-hf app ADAPTER --data DIR`) to compare cuts of two anchors.")
@@ -60,7 +60,7 @@ def draw_maps(app: AppModel, similarities: list[Similarity]) -> str:
     """Heat maps as SVG, with a mark for each cell.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         similarities: values of each selector.
     """
     marks = {}
@@ -77,7 +77,7 @@ def describe_cell(app: AppModel, similarities: list[Similarity], fits: Similarit
     """The route of a cell with its values and costs, as Markdown.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         similarities: values of each selector.
         fits: R² of least squares.
         mark: id of the cell.

@@ -34,7 +34,7 @@ def as_svg(figure: Figure, description: str, marks: Mapping[str, str] | None = N
     """A figure as SVG text, as wide as its place. All text in it is escaped.
 
     Args:
-        figure: figure to show.
+        figure: figure of matplotlib to convert.
         description: text for those who do not see it.
         marks: for the SVG id of each mark that can be pressed, its description, which is also shown on hover.
     """

@@ -13,9 +13,9 @@ def add_tradeoff_tab(app: AppModel, chosen: gr.State, tab: gr.Tab) -> None:
     """Add the contents of the tab, which are drawn when somebody looks at it.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         chosen: the entry that a visitor looks at, as text.
-        tab: the tab itself.
+        tab: tab that holds the components.
     """
     scores = [name for name in ("accuracy", "agreement") if all(name in row.scores for row in app.profile.routes)]
     costs = [each.cost for each in cost_ranges(app.profile)]
@@ -50,7 +50,7 @@ def draw_tradeoff(app: AppModel, cost: str, score: str, current: str) -> str:
     """The chart as SVG, with a mark for each entry.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         cost: name of the cost.
         score: name of the score.
         current: entry that is marked.

@@ -25,7 +25,7 @@ def add_try_tab(app: AppModel, chosen: gr.State) -> list[tuple[Any, Any, Any]]:
     """Add the contents of the tab.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         chosen: the entry that a visitor looks at, as text.
 
     Returns:
@@ -96,7 +96,7 @@ def show_entry(app: AppModel, entry: str, path: str | None) -> tuple[str, str, d
     """What the tab shows of an entry: a line of Markdown, the drawing, and probabilities.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         entry: route or cascade as text.
         path: file of the picture; None for none.
     """
@@ -114,7 +114,7 @@ def compare_entries(app: AppModel, path: str | None) -> list[list[Any]]:
     """A row for each entry that is offered, with its answer for a picture; none without a picture.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         path: file of the picture; None for none.
     """
     if path is None:
@@ -134,7 +134,7 @@ def checked_upload(app: AppModel, value: Any, uploads: Path) -> str | None:
     """The path of an uploaded picture that can be read; None where there is none.
 
     Args:
-        app: model to show.
+        app: model that the page shows.
         value: what the browser sent: a mapping with ``path``.
         uploads: folder of uploaded files.
 

@@ -155,9 +155,7 @@ def scout(
     image_size: Annotated[
         int | None, typer.Option(help="Height and width of images in pixels; by default the candidates' own.", min=1)
     ] = None,
-    order: Annotated[str, typer.Option(help="Directions to join a pair: given (larger first), or auto for both.")] = (
-        "given"
-    ),
+    order: Annotated[str, typer.Option(help="Directions to join: given (the larger first) or auto (both).")] = "given",
     new_head: Annotated[
         bool | None,
         typer.Option(

@@ -24,7 +24,7 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
     the reader is raised where its item would come. The thread ends when the iterator is closed or deleted.
 
     Args:
-        items: items to read.
+        items: items that the thread reads.
         count: number of items that wait at most.
     """
     source = iter(items)

@@ -68,7 +68,7 @@ def is_repeatable(rows: Any) -> bool:
     Data sets of ours have an attribute ``repeatable``.
 
     Args:
-        rows: map-style data set.
+        rows: map-style data set of images.
     """
     while type(rows) is Subset:
         rows = rows.dataset

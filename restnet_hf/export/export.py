@@ -114,17 +114,24 @@ def export_routes(
     """
     exporter, target = _checked_exporter(runtime, precision, data, with_preprocessing), resolve_target(target)
     accept = Acceptance.of(min_agreement, max_accuracy_drop)
-    if calibration_images < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"{calibration_images=} and {batch_size=} must be at least 1")
     chosen, chains = _chosen(model, routes, cascades)
+    _check_options(calibration_images, batch_size, chains, with_preprocessing)
     data = None if data is None else model.prepare_data(data, on_error=on_error)
-    if chains and with_preprocessing:
-        raise ValueError("with_preprocessing is for routes; the parts of a cascade take what earlier parts return")
     options = data, calibration_images, accept, target, batch_size, threads, with_preprocessing
     with atomic_folder(out, PROFILE) as folder:
         profile = _Job(model, chosen, chains, exporter, precision, *options).write(folder)
     _record(model, profile)
     return ExportedModel(out, threads, trust_remote_code=True)  # the code is ours
+
+
+def _check_options(
+    calibration_images: int, batch_size: int | None, cascades: Sequence[Cascade], with_preprocessing: bool
+) -> None:
+    """Raise ValueError where an option is out of range, or two do not go together."""
+    if calibration_images < 1 or (batch_size is not None and batch_size < 1):
+        raise ValueError(f"{calibration_images=} and {batch_size=} must be at least 1")
+    if cascades and with_preprocessing:
+        raise ValueError("with_preprocessing is for routes; the parts of a cascade take what earlier parts return")
 
 
 def _record(model: StitchedModelForImageClassification, profile: Profile) -> None:

@@ -228,8 +228,8 @@ def compute_reference(
 
     Args:
         model: model of the routes.
-        routes: routes to run.
-        cascades: cascades to run.
+        routes: routes to run on the images.
+        cascades: cascades to run on the images.
         source: prepared images, labelled or not.
         skip: number of first images that are left out, as they calibrate.
 

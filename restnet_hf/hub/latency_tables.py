@@ -47,7 +47,7 @@ def push_latency(
     An earlier table of the same device, runtime, precision, threads and batch size is replaced.
 
     Args:
-        table: ``model.device_table(model.measure_latency())``, or ``DeviceTable.of_export(exported.profiled)``.
+        table: table to publish, from ``model.device_table(model.measure_latency())`` or ``DeviceTable.of_export``.
         repo_id: repository of the adapter; by default the one that the table names.
         create_pr: whether to open a pull request in place of a commit; None where the user may not write.
         revision: branch to commit to.
@@ -84,7 +84,7 @@ def check_latency(
     """The repository that a table is of, after a check that all of its routes are in the adapter, with these weights.
 
     Args:
-        table: table to publish.
+        table: table of a device to publish.
         repo_id: repository of the adapter; by default the one that the table names.
         revision: branch, tag or commit of the adapter.
         token: access token of the Hub, or whether to use the stored one.

@@ -347,7 +347,7 @@ class AdapterHubMixin:
         """The latencies of all routes and profiled cascades on a device, for `push_latency`.
 
         Args:
-            latency: result of `measure_latency`.
+            latency: table that `measure_latency` returned.
 
         Raises:
             ValueError: a piece of a route was not measured.

@@ -91,7 +91,7 @@ def add_latency(profile: Profile, steps: Callable[[Route], Sequence[Step]], late
     Args:
         profile: profile of a model.
         steps: function that returns the steps of a route.
-        latency: result of ``model.measure_latency``.
+        latency: table that ``model.measure_latency`` returned.
 
     Raises:
         ValueError: a piece of a route was not measured.

@@ -28,11 +28,11 @@ def make_device_table(
     """The table of some routes and cascades on the device of their pieces.
 
     Args:
-        latency: result of ``model.measure_latency``.
+        latency: table that ``model.measure_latency`` returned.
         routes: routes of the model.
         cascades: cascades of these routes, with thresholds.
         steps: function that returns the steps of a route.
-        identity: result of ``model.adapter_identity()``.
+        identity: weights and repository that ``model.adapter_identity`` returned.
 
     Raises:
         ValueError: a piece of a route was not measured, or the table is not one of ``model.measure_latency``.

@@ -32,8 +32,8 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure in the style of all plots, readable at a width of 300 pixels too.
 
     Args:
-        width: width in inches.
-        height: height in inches.
+        width: width of the figure in inches.
+        height: height of the figure in inches.
     """
     from matplotlib.figure import Figure
 

@@ -62,7 +62,7 @@ def draw_route(axes: Axes, steps: Sequence[Step], title: str, colors: Mapping[st
     Args:
         axes: axes to draw in.
         steps: steps of the route.
-        title: line above it.
+        title: line of text above the route.
         colors: colour of the boxes of each anchor.
         table: table of MACs, which counts each block once.
     """

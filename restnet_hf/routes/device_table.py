@@ -253,7 +253,7 @@ def summarise_sustained(sustained: Mapping[str, Any]) -> dict[str, float]:
     """What a table holds of the result of ``measure_sustained``.
 
     Args:
-        sustained: ``SustainedLatency.to_dict()``.
+        sustained: JSON values of a `SustainedLatency`.
 
     Raises:
         ValueError: it is something else.

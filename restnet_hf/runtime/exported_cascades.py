@@ -68,7 +68,7 @@ def run_stages(
         run: function that runs a part.
         images: images (N, 3, H, W) as they are prepared for the folder.
         stages: stages of the cascade.
-        cascade: cascade with thresholds.
+        cascade: cascade of exported routes, with thresholds.
 
     Returns:
         Logits (N, classes) of the route that answered each image, in the order of the images, and the number of that
@@ -109,7 +109,7 @@ def script_lines(stages: Sequence[ExportedStage], cascade: Cascade, expressions:
 
     Args:
         stages: stages of the cascade.
-        cascade: cascade with thresholds.
+        cascade: cascade of exported routes, with thresholds.
         expressions: for each part, an expression from ``x`` to its output for one image.
 
     Raises:

@@ -22,7 +22,7 @@ def made_images(how: Mapping[str, Any]) -> np.ndarray:
     """Pictures of a pattern, as images (N, 3, H, W).
 
     Args:
-        how: settings in ``preprocessing.json``.
+        how: settings that ``preprocessing.json`` holds.
 
     Raises:
         ValueError: the size of prepared images depends on the picture.

@@ -39,7 +39,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The type of ``torch.autocast`` on a device; None where it is off.
 
     Args:
-        device: device that computes.
+        device: device on which tensors are computed.
     """
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
