@@ -248,16 +248,15 @@ class _Scouting:
             about = {"anchor": entries[name], "images": pictures.identity, "args": asdict(HEAD_ARGS)}
             key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
             file = self.work / "heads" / f"{name}-{key}.safetensors"
-            if file.exists():
-                model.heads[name].load_state_dict(load_file(file))
-                record_trained(model, {f"heads.{name}": model.heads[name]})
-            else:
+            if not file.exists():
                 train_heads(model, pictures, anchors=[name])
                 if state.is_main_process:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     with atomic_file(file) as temporary:
                         save_file(model.heads[name].state_dict(), temporary)
             state.wait_for_everyone()
+            model.heads[name].load_state_dict(load_file(file))  # those of processes differ by rounding
+            record_trained(model, {f"heads.{name}": model.heads[name]})
 
     def _pass(self, model: StitchedModelForImageClassification, pictures: FeatureCache) -> AnchorPasses:
         """Run each anchor over the images, once; each process runs some of them."""

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -360,6 +362,24 @@ def test_by_command(place, tmp_path):
     assert none.exit_code == 1 and "nothing fits macs<=1" in none.stderr
     typo = CliRunner().invoke(app, ["scout", str(place / "resnt"), str(place / "vit"), *map(str, common[2:])])
     assert typo.exit_code == 2 and "budget" in typo.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(place, tmp_path):
+    """Heads, passes and races by two processes give what one gives."""
+    arguments = ["scout", *candidates(place, "resnet", "vit", "numbered"), "--dataset", place / "data"]
+    arguments += ["--budget", "macs=1e9", "--images", 40, "--head-images", 30]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "restnet_hf.cli"]
+    done = subprocess.run(
+        [*run, *map(str, arguments), "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 pairs, best first") == 1
+    one = CliRunner().invoke(app, [*map(str, arguments), "--out", str(tmp_path / "one")])
+    assert one.exit_code == 0, one.output
+    two, one = (ScoutResult.load(tmp_path / name) for name in ("two", "one"))
+    assert two.new_head and two.pairs == one.pairs and two.sources == one.sources
 
 
 def test_a_missing_folder_is_named(place, tmp_path):
