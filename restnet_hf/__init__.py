@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from restnet_hf.runtime.exported_model import ExportedModel
     from restnet_hf.runtime.runners import MissingRuntimeError
     from restnet_hf.runtime.torch_archives import UntrustedProgramError
-    from restnet_hf.scout_results import ScoutResult
-    from restnet_hf.scouting import scout
+    from restnet_hf.scouting.results import ScoutResult
+    from restnet_hf.scouting.scout import scout
     from restnet_hf.stitches.layers import StitchConfig
     from restnet_hf.training.args import TrainArgs
     from restnet_hf.training.loop import train, train_heads
@@ -55,7 +55,7 @@ MODULES = {
     "ProfiledRoute": "routes.profile",
     "RestNetConfig": "configuration_restnet",
     "Route": "routes.route",
-    "ScoutResult": "scout_results",
+    "ScoutResult": "scouting.results",
     "Segment": "routes.route",
     "StitchConfig": "stitches.layers",
     "StitchedModelForImageClassification": "modeling_restnet",
@@ -69,7 +69,7 @@ MODULES = {
     "load_anchor": "anchors.loading",
     "load_images": "data.datasets",
     "push_latency": "hub.latency_tables",
-    "scout": "scouting",
+    "scout": "scouting.scout",
     "train": "training.loop",
     "train_heads": "training.loop",
     "with_pixel_values": "data.pixel_values",

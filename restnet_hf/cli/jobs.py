@@ -177,7 +177,7 @@ def scout(
 
     import restnet_hf.modeling_restnet  # noqa: F401  as above
     from restnet_hf.distributed import this_process
-    from restnet_hf.scouting import scout as run
+    from restnet_hf.scouting.scout import scout as run
 
     if overwrite:
         remove_outputs(out, SCOUTED)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from restnet_hf.routes.route import Route
     from restnet_hf.runtime.exported_model import ExportedModel
     from restnet_hf.runtime.sustained import Period, SustainedLatency
-    from restnet_hf.scout_results import ScoutResult
+    from restnet_hf.scouting.results import ScoutResult
     from restnet_hf.selection.ranking import RankedRoute
 
 console = Console()

@@ -58,10 +58,10 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("coreml", "device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino"),
         *("parts", "programs", "sensitivity", "torch_program", "verification"),
     ],
+    "scouting": ["pairs", "passes", "results", "scout"],
     "demo": ["model", "paths"],
     "top": [
         *("caches", "comparing", "recipe_checks", "reports", "recipe", "auto_classes"),
-        *("anchor_passes", "scout_pairs", "scout_results", "scouting"),
     ],
     "app": ["build", "device_tab", "entries", "share_tab", "start", "stitch_tab", "svg", "tradeoff_tab", "try_tab"],
     "cli": [

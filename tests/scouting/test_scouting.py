@@ -23,18 +23,18 @@ from restnet_hf import (
     StitchedModelForImageClassification,
     load_anchor,
     scout,
-    scout_pairs,
-    scouting,
 )
-from restnet_hf import anchor_passes as passes_file
-from restnet_hf.anchor_passes import AnchorPasses, cache_pictures
 from restnet_hf.cli import app
 from restnet_hf.data.datasets import load_images, with_pixel_values
 from restnet_hf.data.pixel_values import PixelValues
 from restnet_hf.demo.paths import DATA, END, FRONT
 from restnet_hf.recipe import load_recipe
 from restnet_hf.routes.route import Route
-from restnet_hf.scout_pairs import PairJudge
+from restnet_hf.scouting import pairs as scout_pairs
+from restnet_hf.scouting import passes as passes_file
+from restnet_hf.scouting import scout as scouting
+from restnet_hf.scouting.pairs import PairJudge
+from restnet_hf.scouting.passes import AnchorPasses, cache_pictures
 from restnet_hf.selection.samples import SelectionBatch
 from restnet_hf.selection.selectors import FittedAccuracy
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from restnet_hf.anchor_passes import AnchorPasses
 from restnet_hf.hashing import software_sha256
 from restnet_hf.profiling.cascade_rows import profile_cascades
 from restnet_hf.profiling.cascades import LEAST_IMAGES, observe_logits
 from restnet_hf.profiling.costs import CostTable
 from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Segment
+from restnet_hf.scouting.passes import AnchorPasses
 from restnet_hf.selection.cache import read_similarity, write_similarity
 from restnet_hf.selection.racing import race_routes
 from restnet_hf.selection.ranking import Similarity
@@ -25,7 +25,7 @@ from restnet_hf.selection.selectors import RIDGE
 from restnet_hf.steps import Walk
 
 
-CODE = ("anchor_passes.py", "scout_pairs.py", "profiling", "selection")  # that a race depends on besides samples
+CODE = ("scouting", "profiling", "selection")  # that a race depends on besides samples
 ERROR = 0.01  # largest probability that the race of a pair stops a route that is the best at its cost
 
 

@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 
-from restnet_hf.anchor_passes import AnchorPasses, cache_pictures
 from restnet_hf.anchors.anchor import Anchor, make_names_unique
 from restnet_hf.anchors.config_entry import know_classes
 from restnet_hf.anchors.loading import load_anchor
@@ -28,8 +27,9 @@ from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.profile import MEANS, Budget, BudgetLike
 from restnet_hf.routes.tables import short_number
-from restnet_hf.scout_pairs import PairJudge
-from restnet_hf.scout_results import RESULT, ScoutedPair, ScoutResult, plain_costs
+from restnet_hf.scouting.pairs import PairJudge
+from restnet_hf.scouting.passes import AnchorPasses, cache_pictures
+from restnet_hf.scouting.results import RESULT, ScoutedPair, ScoutResult, plain_costs
 from restnet_hf.selection.pairs import ORDERS
 from restnet_hf.training.feature_cache import FeatureCache
 from restnet_hf.training.heads import HEAD_ARGS, record_trained
@@ -58,13 +58,11 @@ def scout(
 ) -> ScoutResult:
     """Find the two of many classifiers that are best stitched for a budget, and write a recipe that does it.
 
-    Images are read once, and each candidate runs over them once; what its pairs need is kept on disk meanwhile. For
-    each pair of candidates the accuracy of every stitched route that costs fewer MACs than its larger anchor is
-    predicted as by the selector ``fitted_accuracy``, in a race that stops routes which one that costs no more beats,
-    and cascades of its two anchors are calibrated on the anchors' logits. The pair whose best route or cascade within
-    the budget has the highest predicted accuracy wins; see `ScoutResult.ranked`. Nothing is trained but new heads.
-
-    Files in ``out``: ``scout.json``, ``pairs.csv``, ``tradeoff.png`` and ``recipe.yaml``, a recipe for the best pair.
+    Images are read once, and each candidate runs over them once. For each pair the accuracy of every stitched route
+    that costs less than the larger anchor is predicted as by the selector ``fitted_accuracy``, in a race, and cascades
+    of the two are calibrated on their logits; see `PairJudge`. The best route or cascade within the budget decides
+    (`ScoutResult.ranked`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``,
+    ``tradeoff.png`` and ``recipe.yaml``, a recipe for the best pair.
 
     Args:
         candidates: classifiers to choose from: Hub ids or local folders, at least two.
@@ -77,8 +75,7 @@ def scout(
         head_images: largest number of further images of ``split`` that new heads train on.
         image_size: height and width of images in pixels; None for the anchors' own.
         order: ``given`` joins the candidate with more parameters to the other one, ``auto`` both ways.
-        new_head: whether all candidates get new heads; by default where one of them does not know the data set's
-            classes. With False those that do not are left out.
+        new_head: whether all get new heads; by default where one has other classes. With False that one is left out.
         resume: whether to go on with an earlier run in ``out``, of which no pass is repeated; one that has finished
             is read, and ranked anew where only the budget differs.
 
