@@ -1,7 +1,7 @@
 """Which two of twenty: seconds of `restnet-hf scout`, and what its choice gives on images that it has not seen.
 
     python recipes/benchmarks/scouting.py OUT [--dataset DIR] [--epochs 2] [--train-images 6000] [--budget 3e6]
-        [--images 1000] [--few 4]
+        [--images 2000] [--few 4]
 
 Makes twenty small classifiers of seven kinds in OUT/anchors (timm and transformers, 28 px, some training images of
 Fashion-MNIST; those that are there stay), and runs scout over all of them. Then:
@@ -213,7 +213,7 @@ def main(
     epochs: int = 2,
     train_images: int = 6000,
     budget: float = 3e6,
-    images: int = 1000,
+    images: int = 2000,
     few: int = 4,
 ) -> None:
     """Make the candidates, scout, and compare with images that scout did not see and with a search by hand."""

@@ -148,7 +148,7 @@ def scout(
     ] = "test",
     images: Annotated[
         int, typer.Option(help="Number of images, chosen at random, half from each split.", min=8)
-    ] = 1000,
+    ] = 2000,
     head_images: Annotated[
         int, typer.Option(help="Largest number of further images that new heads train on.", min=1)
     ] = 2000,

@@ -49,7 +49,7 @@ def scout(
     *,
     split: str = "train",
     eval_split: str = "test",
-    images: int = 1000,
+    images: int = 2000,
     head_images: int = 2000,
     image_size: int | None = None,
     order: str = "given",
