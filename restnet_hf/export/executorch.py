@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from restnet_hf.export.exporter import Exporter, Quantization, UnsupportedExportError, file_names
+from restnet_hf.export.folding import module_of
 from restnet_hf.export.parts import RouteOrPart
 from restnet_hf.export.programs import Program
 
@@ -34,8 +35,8 @@ class ExecuTorchExporter(Exporter):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
-        for layer in how.keep:
-            quantizer.set_module_name(layer, None)
+        kept = {*how.keep}
+        quantizer.set_filter_function(lambda node: module_of(node) not in kept)
         observed = prepare_pt2e(model.exported.module(), quantizer)
         batch = len(model.example)
         for image in images:

@@ -122,7 +122,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return items
 
     def rows(self, name: str) -> Tensor:
-        """All rows (images, *shape) of one tensor, in the stored type.
+        """All rows (images, *shape) of one tensor, in the stored type, or in float32 where that is int8.
 
         Args:
             name: name of the tensor.
@@ -131,7 +131,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             ValueError: the tensor is not complete on disk.
         """
         rows, (shape, dtype) = self.select([name])._open()[name]
-        return torch.from_numpy(rows.copy()).view(dtype).view(self.images, *shape)
+        return _unpack(torch.from_numpy(rows.copy()), shape, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_maps": {}, "_use": None}  # another process maps the files itself

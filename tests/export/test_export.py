@@ -425,6 +425,21 @@ def test_layers_that_litert_keeps(model):
     assert sizes == sorted(set(sizes)) and sizes[0] < 0.7 * len(whole)
 
 
+@pytest.mark.slow
+def test_layers_that_executorch_keeps(model):
+    """What is kept has no weight in eight bits; all others of its kind have."""
+    needs_runtime("executorch")
+    exporter, program = load_exporter("executorch"), trace_route(model.route(ROUTES[0]), model.steps(ROUTES[0]), 1)
+    images = [image[None].numpy() for image in noise(8)]
+    counts = []
+    for layers in ((), program.first_kept[0], tuple(program.layers)):
+        quantized = exporter.quantize(program, images, Quantization("int8", keep=layers)).exported
+        weights = [value for value in quantized.state_dict.values() if value.dtype == torch.int8]
+        weights += [value for value in quantized.constants.values() if getattr(value, "dtype", None) == torch.int8]
+        counts.append(len(weights))
+    assert counts == [len(program.layers), len(program.layers) - len(program.first_kept[0]), 0]
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_missing_package(model, tmp_path, monkeypatch, runtime):
     """What is not installed is named, with the extra that brings it."""
