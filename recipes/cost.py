@@ -215,8 +215,9 @@ class Work:
         flops64: FLOP in float64 on accelerators, of moments.
         written: bytes that are written to disks.
         read: bytes that are read from disks.
-        solved32: FLOP in float32 on the processor of each process, which all do the same.
-        solved64: FLOP in float64 on each accelerator, which all do the same.
+        solved32: FLOP in float32 on processors, in jobs that processes divide.
+        solved64: FLOP in float64 on accelerators, in jobs that processes divide.
+        jobs: number of these jobs, which are taken to be equal.
     """
 
     decoded: float = 0
@@ -227,6 +228,7 @@ class Work:
     read: float = 0
     solved32: float = 0
     solved64: float = 0
+    jobs: int = 1
 
 
 def seconds(work: Work, gpus: int, setting: Setting) -> dict[str, float]:
@@ -236,7 +238,8 @@ def seconds(work: Work, gpus: int, setting: Setting) -> dict[str, float]:
     compute = work.flops / (gpu.bf16 * setting.utilisation * gpus)
     traffic = work.traffic / (gpu.bandwidth * setting.bandwidth * gpus)
     moments = work.flops64 / (gpu.fp64 * setting.utilisation * gpus)
-    solve = work.solved32 / (measured.solve32 * gpu.cores) + work.solved64 / (gpu.fp64 * setting.utilisation)
+    alone = work.solved32 / (measured.solve32 * gpu.cores) + work.solved64 / (gpu.fp64 * setting.utilisation)
+    solve = alone * -(-work.jobs // gpus) / work.jobs  # of the process that has most jobs
     return {
         "decode": work.decoded / (measured.decode * gpu.cores * gpus),
         "products": compute if compute >= traffic else 0.0,
@@ -283,7 +286,8 @@ def select_work(counted: Counted, routes: list[tuple[int, int]]) -> Work:
     for inputs in counted.channels[0]:  # by the smaller of the two systems, see `restnet_hf.selection.samples`
         small, large = sorted((rows, inputs))
         solved += 2 * large * small**2 + small**3 / 3 + 2 * small**2 * outputs + 2 * rows * inputs * outputs
-    return Work(decoded=KEPT, flops=2 * macs, traffic=TRAFFIC * elements, solved32=solved)
+    jobs = len(counted.channels[0])  # one for each cut of the front
+    return Work(decoded=KEPT, flops=2 * macs, traffic=TRAFFIC * elements, solved32=solved, jobs=jobs)
 
 
 def fit_work(counted: Counted, routes: list[tuple[int, int]], images: int) -> Work:
@@ -298,7 +302,7 @@ def fit_work(counted: Counted, routes: list[tuple[int, int]], images: int) -> Wo
         moments += 2 * rows * inputs * (inputs + outputs)
         solved += (len(RIDGES) + 1) * (inputs**3 / 3 + 2 * inputs**2 * outputs)
     traffic = TRAFFIC * elements * images
-    return Work(images, 2 * macs * images, traffic, flops64=moments * images, solved64=solved)
+    return Work(images, 2 * macs * images, traffic, flops64=moments * images, solved64=solved, jobs=len(routes))
 
 
 def cache_work(counted: Counted, routes: list[tuple[int, int]], images: int) -> Work:
@@ -328,7 +332,7 @@ def uncached_work(counted: Counted, routes: list[tuple[int, int]], images: int) 
 
 def times(work: Work, factor: float) -> Work:
     """So many times the work."""
-    return Work(**{name: factor * value for name, value in asdict(work).items()})
+    return Work(**{name: factor * value for name, value in asdict(work).items() if name != "jobs"}, jobs=work.jobs)
 
 
 def steps_of(pair: str, counted: Counted, setting: Setting) -> dict[str, Work]:

@@ -88,11 +88,11 @@ def scan_caches(cache_dirs: Iterable[str | os.PathLike[str]] = ()) -> list[Cache
         NotADirectoryError: one of ``cache_dirs`` is no folder.
     """
     entries = [entry for kind in ENDINGS for entry in _files(kind)]
-    given = [Path(folder).absolute() for folder in cache_dirs]
+    given = [Path(folder).resolve() for folder in cache_dirs]
     for folder in given:
         if not folder.is_dir():
             raise NotADirectoryError(f"there is no folder {folder}; give the cache_dir of a training")
-    for folder in dict.fromkeys([*given, *recorded_folders()]):
+    for folder in dict.fromkeys([*given, *(each.resolve() for each in recorded_folders())]):
         for place in sorted(folder.iterdir()):
             if IDENTITY.fullmatch(place.name) and _is_own(place, stat.S_ISDIR):
                 entries += _features(place)

@@ -117,11 +117,16 @@ def unused(folder: Path) -> Iterator[bool]:
     Args:
         folder: folder of the cache.
     """
+    gate = FileLock(folder.parent / GATE, timeout=GATE_SECONDS)
     try:
-        with FileLock(folder.parent / GATE, timeout=GATE_SECONDS):
-            yield not is_used(folder)
-    except Timeout:
+        gate.acquire()
+    except (OSError, Timeout):  # OSError where nothing can be written
         yield False
+        return
+    try:
+        yield not is_used(folder)
+    finally:
+        gate.release()
 
 
 def _locks(folder: Path) -> list[Path]:

@@ -44,7 +44,7 @@ from restnet_hf.export.exporter import load_exporter
 from restnet_hf.export.programs import trace_route
 from restnet_hf.profiling.macs import count_macs
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.runners import RUNTIMES
+from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError
 
 
 PAIRS = [  # front, its cut, end, its cut
@@ -108,7 +108,7 @@ def exported(
     options["threads"] = torch.get_num_threads()
     try:
         found = export_routes(model, folder, [route], runtime=runtime, precision=precision, **options)
-    except ValueError as error:
+    except (ValueError, MissingRuntimeError) as error:
         print(f"{runtime} {precision}: {error}")
         return None
     return partial(found, x.numpy())
@@ -206,7 +206,7 @@ def bench_quality(model: StitchedModelForImageClassification, dataset: str, case
         export = partial(export_routes, model, place, [route], runtime=runtime, precision=precision, **options)
         try:
             profile = export().profiled
-        except ValueError as error:
+        except (ValueError, MissingRuntimeError) as error:
             print(f"{runtime} {precision}: {error}")
             if not isinstance(error, DisagreementError):
                 continue

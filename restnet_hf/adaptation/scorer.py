@@ -11,7 +11,7 @@ from restnet_hf.adaptation.search import Predictor, Rejected
 from restnet_hf.anchors.anchor import largest_anchor
 from restnet_hf.data.datasets import Batch, batches, drop_unlabelled
 from restnet_hf.data.shares import OwnBatch, in_order, shared_batches
-from restnet_hf.distributed import Own
+from restnet_hf.distributed import Own, this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
 from restnet_hf.profiling.cascades import Observations, check_images, observe_routes
@@ -99,7 +99,12 @@ class Scorer:
         return [(route, self.model.steps(route)) for route in routes]
 
     def _run_within_memory(self, run: Callable[[], Any]) -> Any:
-        """Call a function with a batch size that memory allows; returns its result."""
+        """Call a function with a batch size that memory allows; returns its result.
+
+        Several processes share the batches, which must have one size: there a batch that is too large is an error.
+        """
+        if this_process().num_processes > 1:
+            return run()
 
         def run_with(batch_size: int) -> Any:
             self.batch_size = batch_size

@@ -68,7 +68,10 @@ def prune(
     filter: Filters = None,
     max_size: Annotated[
         str | None,
-        typer.Option(help="Size that all caches together may have, such as 50GB; the longest unused are removed."),
+        typer.Option(
+            help="Size that all caches, or those of --filter, may have together, such as 50GB; the longest unused are "
+            "removed."
+        ),
     ] = None,
     cache_dir: CacheDirs = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Skip the confirmation prompt.")] = False,

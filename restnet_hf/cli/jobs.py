@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from restnet_hf.recipe import Recipe
 
 WRITTEN = ("adapter", "report.json", "similarity.png", "tradeoff.png", "training")  # by a run of a recipe
-SCOUTED = ("scout.json", "pairs.csv", "tradeoff.png", "recipe.yaml", "training")  # by a run of scout
+SCOUTED = ("scout.json", "pairs.csv", "tradeoff.png", "recipe.yaml", ".scout")  # by a run of scout
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoints of an earlier run in --out.")]
 
 
@@ -169,9 +169,9 @@ def scout(
     """Find the two of many classifiers that are best stitched for a budget, and write a recipe for them."""
     if resume and overwrite:
         raise typer.BadParameter("give --resume to go on with the run in --out or --overwrite to replace it, not both")
-    limits, written = parse_budget(budget), Written(out, hidden={"training"})
+    limits, written = parse_budget(budget), Written(out, hidden={".scout"})
     if not resume:
-        stopped = (out / "training").exists()
+        stopped = (out / ".scout").exists()
         check_output(out, overwrite, "--resume to go on with the run in it, " if stopped else "")
     warn_of_few(images // 2, "the comparison of pairs")
 

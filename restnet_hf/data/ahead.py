@@ -5,8 +5,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, IterableDataset
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, default_collate
 
 from restnet_hf.data.pixel_values import PixelValues, prepared_by
 
@@ -78,7 +79,7 @@ def can_read_ahead(data: Any) -> bool:
         data: data set, stream, or a loader of one.
     """
     if isinstance(data, DataLoader):
-        if data.num_workers:
+        if data.num_workers or data.collate_fn is not default_collate or not _has_known_order(data):
             return False
         data = data.dataset
     while isinstance(data, Subset):
@@ -89,11 +90,22 @@ def can_read_ahead(data: Any) -> bool:
     return isinstance(data, IterableDataset) and _is_steady(data)
 
 
+def _has_known_order(loader: DataLoader) -> bool:
+    """Whether the order of a loader draws random numbers only when it begins."""
+    batches: Any = loader.batch_sampler
+    if batches is None or isinstance(batches, list):
+        return True
+    kinds = SequentialSampler, RandomSampler, SeedableRandomSampler
+    return type(batches) is BatchSampler and (isinstance(batches.sampler, list) or type(batches.sampler) in kinds)
+
+
 def _is_steady(stream: IterableDataset) -> bool:
     """Whether pictures are decoded by us, and nothing else computes anything in a stream."""
     layer: Any = stream._ex_iterable
     functions = []
     while layer is not None:
+        if hasattr(layer, "ex_iterables"):  # several streams in one, each with functions of its own
+            return False
         if (function := getattr(layer, "function", None)) is not None:
             functions.append(function)
         layer = getattr(layer, "ex_iterable", None)

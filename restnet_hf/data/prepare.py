@@ -61,11 +61,11 @@ class Pictures(TorchDataset):
 
     @property
     def repeatable(self) -> bool:
-        """Whether a picture is the same each time; not where items are transformed as they are read, as torchvision's.
+        """Whether a picture is known to be the same each time: items of a list, but not of another data set.
 
         See `restnet_hf.data.shares.is_repeatable`.
         """
-        return getattr(self.items, "transform", None) is None
+        return isinstance(self.items, list | tuple)
 
     @property
     def aligned(self) -> bool:

@@ -10,6 +10,7 @@ from restnet_hf.data.preprocessing import Preprocessing, prepare_images
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
 from restnet_hf.runtime.exported_model import prepare_image
 from restnet_hf.runtime.golden import CHECK, IMAGES, MOST, PICTURE, made_images
+from restnet_hf.runtime.pixels import SMALLEST
 from restnet_hf.runtime.runners import RUNTIMES
 
 
@@ -111,7 +112,7 @@ def run_script(
         *(f"    {line}{many}" if line.startswith("return") else f"    {line}" for line in prepare),
         "def run(x):",
         *(f"    {line}" for line in run),
-        "    return np.log(np.maximum(logits, 1e-37))" if with_preprocessing else "    return logits",
+        f"    return np.log(np.maximum(logits, {float(SMALLEST)!r}))" if with_preprocessing else "    return logits",
         *_check_lines(active, how),
         'image = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")',
         f"image = image.resize({size}, Image.Resampling.{how['resample'].upper()})",

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +48,7 @@ from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Routes, each_route
 from restnet_hf.runtime.exported_cascades import run_stages, script_lines
 from restnet_hf.runtime.exported_files import EXAMPLE, LABELS, PREPROCESSING, PROFILE
-from restnet_hf.runtime.exported_model import ExportedModel, run_in_batches
+from restnet_hf.runtime.exported_model import ExportedModel
 from restnet_hf.runtime.golden import CHECK, golden
 from restnet_hf.runtime.measuring import part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run, normalise
@@ -288,6 +287,8 @@ class _Job:
 
     def _describe(self, route: RouteOrPart) -> dict[str, str]:
         """The metadata of a route's file, in formats that have metadata: the route, and other values as JSON."""
+        if self.with_preprocessing:
+            return {"route": str(route), "labels": json.dumps(self.labels), INPUT: PIXELS}
         values = {"labels": self.labels, **{key: self.preprocessing[key] for key in ("mean", "std")}}
         return {"route": str(route), **{key: json.dumps(value) for key, value in values.items()}}
 
@@ -302,7 +303,7 @@ class _Job:
             model = self._finish(self.exporter.quantize(converted, numpy_batches(images), how))
             place = Path(tempfile.mkdtemp(dir=folder))  # files of an earlier attempt may still be mapped
             entry = self.exporter.save({route: model}, place)[route]
-            result = self.reference.compare(route, self._load(place, entry))
+            result = self._compare(route, self._load(place, entry))
             logger.info("%s, %s: %s", route, how, self.accept.explain(result))
             if self.accept.accepts(result):
                 made.clear()
@@ -340,16 +341,22 @@ class _Job:
             yield replace(how, keep=tuple(dict.fromkeys((*first, *layers[-count - 1 :]))))
             count *= 2
 
+    def _compare(self, route: Route | Cascade, run: Run) -> Comparison:
+        """Compare an export with the original; UnsupportedExportError where what verifies it lacks an operation."""
+        try:
+            return self.reference.compare(route, run)
+        except NotImplementedError as error:
+            raise UnsupportedExportError(f"'{route}' cannot run in {self.exporter.runtime} here: {error}") from error
+
     def _load(self, folder: Path, entry: Mapping[str, str]) -> Run:
         """Load an exported route in its runtime."""
         try:
             how = self.preprocessing if self.with_preprocessing else None
-            run = load_run(self.exporter.runtime, folder, entry, self.threads, True, how)
+            return load_run(self.exporter.runtime, folder, entry, self.threads, True, how, self.batch_size)
         except RuntimeError as error:  # errors of OpenVINO and ONNX Runtime derive from it, and from nothing narrower
             raise UnsupportedExportError(
                 f"{self.exporter.runtime} cannot load what was exported to it: {error}"
             ) from error
-        return run if self.batch_size is None else partial(run_in_batches, run, batch_size=self.batch_size)
 
     def _profile(
         self, folder: Path, entries: Mapping[RouteOrPart, Mapping[str, str]], kept: Mapping[str, list[str]]
@@ -436,7 +443,7 @@ class _Job:
             answered.append(numbers)
             return logits
 
-        result = self.reference.compare(cascade, run)
+        result = self._compare(cascade, run)
         if not self.accept.accepts(result):
             raise DisagreementError(
                 f"'{cascade}' for {self.exporter.runtime} in {self.precision} {self.accept.explain(result)}; nothing "
@@ -448,7 +455,7 @@ class _Job:
 
     def _verify(self, route: Route, run: Run) -> Comparison:
         """Compare an exported route with the route; DisagreementError where limits do not hold."""
-        result = self.reference.compare(route, run)
+        result = self._compare(route, run)
         off = self.precision == "fp32" and result.logit_error > MAX_LOGIT_ERROR
         if off or not self.accept.accepts(result):
             raise DisagreementError(

@@ -13,7 +13,7 @@ from restnet_hf.data.datasets import IGNORED, batches
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.route import Route
-from restnet_hf.runtime.pixels import normalise, to_pixels
+from restnet_hf.runtime.pixels import normalise, to_logits, to_pixels
 from restnet_hf.runtime.runners import Run
 from restnet_hf.steps import split_at_shared_cuts, walk_tree
 
@@ -194,12 +194,12 @@ class Reference:
 
     def of_probabilities(self) -> "Reference":
         """The reference of exports that return probabilities: logarithms of the softmax in place of logits."""
-        logits = {
-            route: (each - each.max(1, keepdims=True))
-            - np.log(np.exp(each - each.max(1, keepdims=True)).sum(1))[:, None]
-            for route, each in self.logits.items()
-        }
-        return replace(self, logits=logits)
+
+        def softmax(logits: np.ndarray) -> np.ndarray:
+            exponentials = np.exp(logits - logits.max(1, keepdims=True))
+            return exponentials / exponentials.sum(1, keepdims=True)
+
+        return replace(self, logits={route: to_logits(softmax(each)) for route, each in self.logits.items()})
 
     def compare(self, route: Route | Cascade, run: Run) -> Comparison:
         """Compare an exported route or cascade with the original.

@@ -17,7 +17,7 @@ from restnet_hf.configuration_restnet import RestNetConfig, read_config
 from restnet_hf.errors import quote
 from restnet_hf.files import read_folder
 from restnet_hf.hashing import FLOATS, weights_sha256
-from restnet_hf.hub.latency_tables import find_table, own_devices, table_names
+from restnet_hf.hub.latency_tables import find_table, is_own_device, table_names
 from restnet_hf.hub.loading_options import (
     STATE_DICT,
     Mismatched,
@@ -259,6 +259,7 @@ class Checkpoint(NamedTuple):
     profile: Profile | None
     weights: dict[str, Tensor]
     standalone: bool
+    own_profile: Profile | None = None
 
 
 def read_checkpoint(
@@ -297,9 +298,8 @@ def read_checkpoint(
         weights = read_state_dict(state_dict, config, where)
     standalone = config.standalone if state_dict is None else holds_anchors(weights)
     config.check()
-    if device is not None:
-        profile = profile_of_device(where, device, config, profile, weights, at)
-    return Checkpoint(where, config, profile, weights, standalone)
+    of_device = profile if device is None else profile_of_device(where, device, config, profile, weights, at)
+    return Checkpoint(where, config, of_device, weights, standalone, None if device is None else profile)
 
 
 def profile_of_device(
@@ -332,7 +332,7 @@ def profile_of_device(
     table = find_table(where, device, digests, at)
     if table is not None:
         return table.add_to(profile)
-    if device in own_devices(profile):
+    if is_own_device(profile, device):
         return profile
     names = table_names(where, at)
     there = f"only of {quote(names, MAX_NAMES)}: name one of these, or" if names else "and of no other one:"
@@ -366,13 +366,15 @@ def build_model(
         WeightsError: the tensors do not fit the config.
         ValueError: an anchor is not the one the adapter was made for.
     """
-    where, config, profile, weights, standalone = checkpoint
+    where, config, profile, weights, standalone, own_profile = checkpoint
     dtype = resolve_dtype(config.dtype if dtype in (None, "auto") else dtype)
     adapter = {k: v for k, v in weights.items() if not (standalone and k.startswith("anchors."))}
     parts = Parts(adapter, config.part_names(), where)  # before any network is made
     loaded = load_anchors(config, weights, anchors, dtype, options, routes, where, standalone)
     model = model_class(config, loaded, unchecked if ignore_mismatched_sizes else parts.check)
     model.profiled = profile
+    if own_profile is not None:
+        model.saved_profile = profile, own_profile
     mismatched = load_weights(model, parts.weights, where, ignore_mismatched_sizes)
     if where != STATE_DICT:
         model.config.name_or_path = model.name_or_path = where

@@ -99,8 +99,11 @@ def check_latency(
     at = {"revision": revision, "token": token}
     try:
         profile = Profile.load(_fetch(repo_id, PROFILE, at))
-    except EntryNotFoundError:
-        return repo_id  # nothing to compare with: those who load the table compare it with the weights themselves
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"{repo_id} has no {PROFILE}, so there is no adapter to which latencies belong; profile the adapter and "
+            "push it first"
+        ) from error
     if stale := table.stale_routes(published_weights(repo_id, profile, at)):
         raise ValueError(
             f"{quote(stale)} ran other weights here than those in {repo_id}, or are not there: load the adapter from "
@@ -158,16 +161,21 @@ def find_table(where: str, device: str, weights: Mapping[str, str], at: Mapping[
     if here is not None and not _same_version(here, table.version):
         logger.warning(
             "the latencies of '%s' are of %s %s, and %s is installed here: other versions are faster or slower",
-            table.name, table.runtime, table.version or "of an unknown version", here,
+            table.name, table.runtime, table.version or "(version unknown)", here,
         )  # fmt: skip
     return table
 
 
-def own_devices(profile: Profile) -> list[str]:
-    """The names of the device that a profile's own costs were measured on: of the model, and of its latencies."""
+def is_own_device(profile: Profile, device: str) -> bool:
+    """Whether a profile's own latencies are of a device.
+
+    Args:
+        profile: profile of the adapter.
+        device: name of the device, or its beginning up to a comma.
+    """
     latency = profile.metadata.get("latency")
-    names = profile.metadata.get("device"), latency.get("device") if isinstance(latency, Mapping) else None
-    return [name for name in names if isinstance(name, str)]
+    name = (latency if isinstance(latency, Mapping) else profile.metadata).get("device")
+    return isinstance(name, str) and f"{name}, ".startswith(f"{device}, ")
 
 
 def table_names(where: str, at: Mapping[str, Any]) -> list[str]:
@@ -251,7 +259,7 @@ def _fetch(where: str, name: str, at: Mapping[str, Any], most: int = MAX_BYTES) 
     """The path of a file of an adapter on this machine; ValueError where it has more than ``most`` bytes."""
     folder = _local_folder(where, at)
     if folder is not None:
-        return checked_path((folder / name).parent, Path(name).name)
+        return checked_path(folder, name)
     options: dict[str, Any] = {key: at[key] for key in OF_FILES if at.get(key) is not None}
     options |= {"subfolder": at.get("subfolder") or None, "revision": at.get("revision")}
     with hub_errors():

@@ -71,6 +71,7 @@ class AdapterHubMixin:
     active_cascade: Cascade | None
     unfitted: set[str]
     profiled: Profile | None
+    saved_profile: tuple[Profile | None, Profile] | None = None  # of `from_pretrained(device=)`: the device's, the own
     weight_files: WeightFiles | None
     steps: Callable[[Route], Sequence[Step]]
     image_processor: Any
@@ -400,11 +401,14 @@ class AdapterHubMixin:
         Args:
             entries: the anchors' entries of config.json, if they were computed before.
         """
-        if self.profiled is None:
+        profile = self.profiled
+        if self.saved_profile is not None and profile is self.saved_profile[0]:
+            profile = self.saved_profile[1]  # latencies of a device stay with this model
+        if profile is None:
             return None
-        then, now = self.profiled.metadata.get("weights"), self.weights_sha256(entries)
+        then, now = profile.metadata.get("weights"), self.weights_sha256(entries)
         if not isinstance(then, Mapping):
-            return self.profiled
+            return profile
         changed = {key for key in {*now, *then} if then.get(key) != now.get(key)}
 
         def uses(route: Route) -> set[str]:
@@ -413,11 +417,11 @@ class AdapterHubMixin:
             stitches = {f"stitches.{point.name}" for point in route.stitch_points}
             return {f"heads.{route.head}"} | anchors | stitches | tuned
 
-        rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in self.profiled.routes]
+        rows = [replace(row, scores={}) if uses(row.route) & changed else row for row in profile.routes]
         cascades = tuple(
-            row for row in self.profiled.cascades if not any(uses(route) & changed for route in row.route.routes)
+            row for row in profile.cascades if not any(uses(route) & changed for route in row.route.routes)
         )
-        metadata = {**self.profiled.metadata, "weights": now}
+        metadata = {**profile.metadata, "weights": now}
         if changed and "runtimes" in metadata:  # the exported routes have other weights
             del metadata["runtimes"]
         return Profile(tuple(rows), metadata, cascades)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Remo
 from restnet_hf.errors import BudgetError, http_error, hub_errors
 from restnet_hf.files import COMMIT
 from restnet_hf.hub.cards import MARK, TAG, eval_results, filter_tags, is_hub_id, make_card
-from restnet_hf.hub.latency_tables import may_be_of, own_devices, published_weights, read_tables, table_files
+from restnet_hf.hub.latency_tables import is_own_device, may_be_of, published_weights, read_tables, table_files
 from restnet_hf.limits import MAX_BYTES
 from restnet_hf.routes.device_table import TIMES, DeviceTable
 from restnet_hf.routes.profile import AnyProfiled, Budget, BudgetLike, Profile
@@ -317,7 +317,7 @@ def _adapter(info: ModelInfo, budget: Budget | None, api: HfApi, device: str | N
     except RemoteEntryNotFoundError:
         return None
     measured: list[tuple[Profile, DeviceTable | None]] = []
-    if device is None or device in own_devices(profile):
+    if device is None or is_own_device(profile, device):
         measured.append((profile, None))
     if device is not None:
         measured += [(table.add_to(profile), table) for table in _tables(info, profile, device, api)]
@@ -357,7 +357,12 @@ def _tables(info: ModelInfo, profile: Profile, device: str, api: HfApi) -> list[
             current.append(table.current(weights))
         except ValueError as error:
             logger.warning("latencies of %s were left out: %s", info.id, error)
-    return [table for table in current if profiled & table.routes.keys()]
+    current = [table for table in current if profiled & table.routes.keys()]
+    if len(current) > 1:
+        names = [table.name for table in current]
+        logger.warning("%s was left out: it has several tables of '%s'; name one of %s", info.id, device, names)
+        return []
+    return current
 
 
 def _accuracy(row: AnyProfiled) -> float:

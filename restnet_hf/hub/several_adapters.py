@@ -14,7 +14,7 @@ from restnet_hf.anchors.layouts import layout_from_dict
 from restnet_hf.configuration_restnet import RestNetConfig
 from restnet_hf.data.preprocessing import Preprocessing
 from restnet_hf.hub.adapter_files import PartCheck, Parts
-from restnet_hf.routes.profile import Profile, ProfiledRoute
+from restnet_hf.routes.profile import RUNTIME_KEYS, Profile, ProfiledRoute
 from restnet_hf.routes.route import ANCHOR_NAME, HeadKey, Route, Segment
 from restnet_hf.stitches.branches import stitch_that_fits
 from restnet_hf.stitches.precision import match_stored_types
@@ -201,6 +201,12 @@ def _check_task(own: RestNetConfig, other: RestNetConfig, where: str) -> None:
         raise ValueError(f"{where} takes images prepared by {taken}, this model by {wanted}")
 
 
+def _latency_place(profile: Profile) -> list[Any]:
+    """What the latencies of a profile were measured on."""
+    latency = profile.metadata.get("latency")
+    return [latency.get(key) for key in RUNTIME_KEYS] if isinstance(latency, Mapping) else []
+
+
 def _merge_profiles(
     own: Profile | None, other: Profile | None, rename: Callable[[Route], Route], renamed: Mapping[str, str]
 ) -> Profile | None:
@@ -214,7 +220,8 @@ def _merge_profiles(
     def equal(*keys: str) -> bool:
         return all(own.metadata.get(key) == other.metadata.get(key) for key in keys)
 
-    device, data = equal("device", "machine"), equal("dataset", "images")
+    device = equal("device", "machine") and _latency_place(own) == _latency_place(other)
+    data = equal("dataset", "images")
     rows = [
         ProfiledRoute(
             rename(row.route),

@@ -174,7 +174,8 @@ class LatencyTable:
             raise ValueError(f"the table of {self.device} has no sustained latency; measure it with minutes")
         slowdown = SustainedLatency.from_dict(self.facts["sustained"]).slowdown
         entries = {name: Timing(each.ms * slowdown, each.spread_ms * slowdown) for name, each in self.entries.items()}
-        return replace(self, entries=entries)
+        facts = {key: value for key, value in self.facts.items() if key != "sustained"}
+        return replace(self, entries=entries, facts={**facts, "slowdown": slowdown})
 
     def metadata(self) -> dict[str, Any]:
         """Device, runtime and facts, for the metadata of a profile."""

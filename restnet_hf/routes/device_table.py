@@ -157,7 +157,7 @@ class DeviceTable:
         return replace(self, routes=routes, cascades=cascades)
 
     def add_to(self, profile: Profile) -> Profile:
-        """A profile with these latencies in place of its own, as ``metadata["latency"]`` then says.
+        """A profile with these latencies in place of its own, as ``metadata["latency"]`` then reports.
 
         Routes and cascades that were not measured are left out, so that every row has a latency. Where a route ran for
         minutes, latencies are those of the warm device.
@@ -228,7 +228,8 @@ class DeviceTable:
             profile: ``profiled`` of an `ExportedModel`, after its ``measure_latency`` on this device.
 
         Raises:
-            ValueError: an earlier version exported the folder, which does not name the adapter's weights.
+            ValueError: the folder was not measured on a device, or an earlier version exported it, so that it does not
+                name the adapter's weights.
         """
         metadata = profile.metadata
         adapter, sustained = metadata.get("adapter"), metadata.get("sustained")
@@ -237,7 +238,11 @@ class DeviceTable:
                 "the exported folder does not name the adapter that it was made of, or the version of its runtime; "
                 "export it again with this version of restnet_hf"
             )
+        if not all("latency_ms" in row.costs for row in profile.routes):
+            raise ValueError("the exported routes have no latencies; measure them on the device first")
         data = {key: metadata.get(key) for key in ("device", "machine", "runtime", "precision", "threads", "date")}
+        if "input" in metadata:  # files that also prepare images, which takes time
+            data["precision"] = f"{data['precision']} of {metadata['input']}"
         data |= {"format": FORMAT, "version": metadata["runtime_version"] or ""}
         data |= {"batch_size": metadata.get("batch_size") or 1}
         data |= {"weights": adapter.get("weights"), "versions": metadata.get("versions", {})}

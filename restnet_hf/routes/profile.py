@@ -20,7 +20,7 @@ from restnet_hf.routes.route import Route
 from restnet_hf.routes.tables import profile_table
 
 
-RUNTIME_KEYS = ("device", "runtime", "precision", "threads")  # what a latency depends on
+RUNTIME_KEYS = ("device", "runtime", "precision", "threads", "input")  # what a latency depends on
 DEFAULT_SCORES = ("accuracy", "agreement")  # what routes are compared by, the first that was measured
 MEANS = {"mean_macs": "macs", "mean_latency_ms": "latency_ms"}  # over images, with the most that one can take
 MAX_NESTING = 32  # levels of metadata; ours has 4, and writing it again must not reach Python's recursion limit

@@ -22,7 +22,7 @@ from restnet_hf.runtime.runners import RUNTIMES, MissingRuntimeError
 
 PROFILE, LABELS, PREPROCESSING, EXAMPLE = "profile.json", "labels.json", "preprocessing.json", "run.py"
 MAX_BATCH = 4096  # images in a run; programs for any number of images take up to 1,024
-MAX_NAME = 255  # bytes of a file's name on the usual file systems, and here of its path in the folder
+MAX_NAME = 255  # bytes of a file's name on the usual file systems
 MAX_MESSAGE = 500  # characters of what a file or a runtime adds to an error
 
 
@@ -53,7 +53,8 @@ def checked_path(folder: Path, name: Any) -> Path:
         FileNotFoundError: there is no such file.
         ValueError: the name leads out of the folder, or is not that of a file.
     """
-    if not isinstance(name, str) or len(name.encode()) > MAX_NAME or not PLAIN_NAME.fullmatch(name):
+    plain = isinstance(name, str) and PLAIN_NAME.fullmatch(name)
+    if not plain or any(len(part.encode()) > MAX_NAME for part in name.split("/")):
         raise ValueError(f"{folder} names the file {quote(name)}, which is not in the folder")
     path = folder / name
     if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would not end

@@ -41,7 +41,7 @@ from restnet_hf.runtime.exported_files import (
 from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
 from restnet_hf.runtime.measuring import measure_memory, part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
-from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run
+from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run, run_in_batches
 from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run, installed_version
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
@@ -76,13 +76,6 @@ def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
         image = image.crop((left, top, left + width, top + height))
     pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def run_in_batches(run: Run, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Logits (N, classes) from a function that only takes batches of one size; the last batch is padded."""
-    padded = np.concatenate([images, images[-1:].repeat(-len(images) % batch_size, 0)])
-    logits = [run(padded[start : start + batch_size]) for start in range(0, len(padded), batch_size)]
-    return np.concatenate(logits)[: len(images)]
 
 
 class ExportedModel:
@@ -269,7 +262,9 @@ class ExportedModel:
         here = {"device": processor_name(), "threads": threads, "date": datetime.date.today().isoformat()}
         here |= {"machine": platform.machine(), "runtime_version": installed_version(self.runtime)}
         measured = with_latencies(self.profiled, latencies, self._stages)
-        return self._record(replace(measured, metadata={**measured.metadata, **here}), save)
+        others = {"sustained", "memory"}  # of an earlier measurement, perhaps on another device
+        kept = {key: value for key, value in measured.metadata.items() if key not in others}
+        return self._record(replace(measured, metadata={**kept, **here}), save)
 
     def measure_sustained(
         self,

@@ -1,7 +1,6 @@
 """RUNTIMES: how routes are exported to each runtime, and run as functions from images to logits. No torch here."""
 
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from packaging.version import Version
 
+from restnet_hf.limits import read_json
 from restnet_hf.routes.device_table import EAGER
 from restnet_hf.runtime.mil import WEIGHTS, MilProgram, only, weight_files
 from restnet_hf.runtime.torch_archives import UntrustedProgramError, safe_archive
@@ -209,7 +209,7 @@ def read_mil(folder: Path, entry: Mapping[str, str]) -> Any:
         ValueError: the files are not those of one package, or the package is not of one ML program.
     """
     package = Path(entry["file"]).parent
-    items = json.loads((folder / entry["file"]).read_bytes())["itemInfoEntries"].values()
+    items = read_json(folder / entry["file"])["itemInfoEntries"].values()
     listed = {f"{package}/Data/{item['path']}" for item in items}
     graph, weights = (f"{package}/Data/com.apple.CoreML/{name}" for name in ("model.mlmodel", "weights"))
     named = {entry["graph"], entry.get("weights", f"{weights}/weight.bin")}

@@ -1,10 +1,9 @@
 """One pass of each of many anchors over the same images, with samples in caches on disk that all pairs share."""
 
 import hashlib
-import math
 import os
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from restnet_hf.anchors.anchor import Anchor
-from restnet_hf.data.datasets import Batch, batches, data_fingerprint
+from restnet_hf.data.datasets import data_fingerprint
+from restnet_hf.data.shares import shared_batches
 from restnet_hf.distributed import this_process
 from restnet_hf.hashing import software_sha256
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -54,6 +54,7 @@ class AnchorPasses(SampleStore):
         super().__init__(len(pictures))
         self.model, self.pictures, self.folder = model, pictures, Path(folder)
         self._identities = self._identify_anchors()
+        self._caches: dict[str, FeatureCache] = {}
         by_size = sorted(model.anchors, key=lambda name: -model.anchors[name].num_parameters())
         self.pairs: dict[tuple[str, str], Samples] = {}
         for front, end in choose_pairs(by_size, order=order):
@@ -66,7 +67,8 @@ class AnchorPasses(SampleStore):
         identity = self.model.identity()
         own = {entry["name"]: entry for entry in identity["anchors"]}
         heads = {name: identity["heads"].get(f"heads.{name}") for name in own}
-        rest = {"images": self.pictures.identity, "dtype": identity["dtype"]}
+        rest = {key: value for key, value in identity.items() if key not in ("anchors", "heads")}
+        rest |= {"images": self.pictures.identity}
         order = list(self.model.config.id2label.values())
         return {name: {"anchor": own[name], "head": heads[name], "classes": order, **rest} for name in own}
 
@@ -76,7 +78,9 @@ class AnchorPasses(SampleStore):
         Args:
             anchor: name of the anchor.
         """
-        return FeatureCache(self.folder, self._identities[anchor], self.images)
+        if anchor not in self._caches:
+            self._caches[anchor] = FeatureCache(self.folder, self._identities[anchor], self.images)
+        return self._caches[anchor]
 
     def needed(self, anchor: str) -> dict[Hashable, str]:
         """The names in the cache of all samples that the pairs need of an anchor, by key.
@@ -194,33 +198,8 @@ def cache_pictures(
     with cache.turn(specs, **run) as missing:
         if missing:
             with cache.write({name: specs[name] for name in missing}, **run) as rows:
-                for start, batch in _own_batches(data):
+                for _, start, batch in shared_batches(data, BATCH_SIZE, "images"):
+                    if LABELS not in batch:
+                        raise ValueError("the images have no labels, and accuracy decides between pairs; give some")
                     rows.put(start, {name: batch[name] for name in missing})
     return cache.select(specs)
-
-
-def _own_batches(data: Dataset) -> Iterator[tuple[int, Batch]]:
-    """The batches that this process reads, with the number of the first image."""
-    state = this_process()
-    count = math.ceil(len(data) / state.num_processes)
-    own = range(state.process_index * count, min((state.process_index + 1) * count, len(data)))
-    start = own.start
-    for batch in batches(data.select(own), BATCH_SIZE, "images") if own else ():
-        if LABELS not in batch:
-            raise ValueError("the images have no labels, and accuracy decides between pairs; give some")
-        yield start, batch
-        start += len(batch[IMAGES])
-
-
-def interleave(fitted: Dataset, held: Dataset) -> Dataset:
-    """Images of two data sets of the same classes in turn, so that those of odd number are the second's.
-
-    Args:
-        fitted: images to fit on.
-        held: as many images, which are held out.
-    """
-    from datasets import concatenate_datasets
-
-    count = len(fitted)
-    order: Sequence[int] = [number // 2 + number % 2 * count for number in range(2 * count)]
-    return concatenate_datasets([fitted, held]).select(order)

@@ -38,7 +38,7 @@ from restnet_hf.training.loop import train_heads
 
 COSTS = ("macs", "mean_macs", "params", "memory_mb")  # that are known without a measurement
 LEAST_IMAGES = 8  # half to fit stitches on, half to test them
-WORK = "training"  # folder in ``out`` of what a run needs to go on after an interruption
+WORK = ".scout"  # folder in ``out`` of what a run needs to go on after an interruption
 
 
 def scout(
@@ -85,7 +85,7 @@ def scout(
             not fit.
         OSError: the data set cannot be loaded, or the disk is too small.
     """
-    limits = _check(candidates, budget, images, head_images, order)
+    limits = _check(candidates, budget, images, head_images, order, split, eval_split)
     job: dict[str, Any] = {
         "candidates": [os.fspath(each) for each in candidates], "dataset": os.fspath(dataset), "split": split,
         "eval_split": eval_split, "images": images, "head_images": head_images, "image_size": image_size,
@@ -103,7 +103,15 @@ def scout(
     return result
 
 
-def _check(candidates: Sequence[Any], budget: BudgetLike, images: int, head_images: int, order: str) -> Budget:
+def _check(
+    candidates: Sequence[Any],
+    budget: BudgetLike,
+    images: int,
+    head_images: int,
+    order: str,
+    split: str,
+    eval_split: str,
+) -> Budget:
     """The budget, after a check of the options."""
     limits, names = Budget.of(budget), [os.fspath(each) for each in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -115,6 +123,8 @@ def _check(candidates: Sequence[Any], budget: BudgetLike, images: int, head_imag
             f"the budget limits {unknown}, which would have to be measured for every pair; limit one of {COSTS}, and "
             "measure the pair that wins"
         )
+    if split == eval_split:
+        raise ValueError(f"split and eval_split are both {split!r}; stitches need images of their own to be fitted on")
     if images < LEAST_IMAGES or head_images < 1:
         raise ValueError(f"images={images} must be at least {LEAST_IMAGES}, and head_images={head_images} at least 1")
     if order not in ORDERS:
@@ -240,9 +250,11 @@ class _Scouting:
 
     def _train_heads(self, model: StitchedModelForImageClassification, pictures: FeatureCache) -> None:
         """Train the new head of each anchor, or read the one that an earlier run trained."""
-        state, entries = this_process(), {entry["name"]: entry for entry in model.identity()["anchors"]}
+        state, identity = this_process(), model.identity()
+        entries = {entry["name"]: entry for entry in identity["anchors"]}
+        rest = {key: value for key, value in identity.items() if key not in ("anchors", "heads")}
         for name in progress_bar(model.anchors, "heads"):
-            about = {"anchor": entries[name], "images": pictures.identity, "args": asdict(HEAD_ARGS)}
+            about = {"anchor": entries[name], "images": pictures.identity, "args": asdict(HEAD_ARGS), **rest}
             key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
             file = self.work / "heads" / f"{name}-{key}.safetensors"
             if not file.exists():

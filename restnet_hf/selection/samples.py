@@ -170,7 +170,7 @@ class SampleStore:
         for name in sorted(self.fronts):
             images = batch.images[name][:n]
             mask = (chunk["number"] % 2 == 1).to(images.device)
-            chunk["images", name] = held.setdefault(images.data_ptr(), images[mask])
+            chunk["images", name] = held.setdefault(images.data_ptr(), images[mask].cpu())
         self.chunks.append(chunk)
 
     def state(self) -> list[dict[Any, Tensor]]:
@@ -321,8 +321,9 @@ class Samples:
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the held-out images, in the front's preprocessing, and their right classes (N,)."""
         images, held, right = self.store.all(("images", self.pair.front.name)), self.held, self._right()
+        device = next(self.pair.end.parameters()).device
         for batch, answers in zip(images.split(TEST_BATCH), right[held].split(TEST_BATCH), strict=True):
-            yield batch, answers.to(batch.device)
+            yield batch.to(device, non_blocking=True), answers.to(device)
 
     def accuracy(self, anchor: Anchor) -> float:
         """Accuracy of an anchor alone on the held-out images, from 0 to 1.

@@ -89,7 +89,7 @@ class TrainArgs:
         cache_dir: folder in which the outputs of frozen networks for each image are cached, so that these run once;
             and the images, where a tuned anchor trains from the first block on.
         cache_dtype: type of cached activations; ``int8`` takes half the space of the others, with a scale for each
-            channel of a map or each token of an image.
+            channel of a map (C, H, W), each token of an image, or each line of a map (H, W, C).
         save_steps: steps between checkpoints; None for one at the end of each epoch.
         resume_from_checkpoint: whether to go on from the last checkpoint in ``output_dir``, if there is one.
         logging_steps: steps between entries for the trackers.

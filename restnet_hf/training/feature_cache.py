@@ -97,7 +97,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             ValueError: a tensor is not complete on disk.
         """
         view = copy.copy(self)
-        view._selected, view._maps = tuple(names), {}
+        view._selected, view._maps, view._use = tuple(names), {}, self._use
         if missing := self.missing(view._selected):
             raise ValueError(
                 f"{self.folder} has no complete {missing}; there are {list(self.names)}. Write them first"
@@ -130,6 +130,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         Raises:
             ValueError: the tensor is not complete on disk.
         """
+        self._mark_used()
         rows, (shape, dtype) = self.select([name])._open()[name]
         return _unpack(torch.from_numpy(rows.copy()), shape, dtype)
 

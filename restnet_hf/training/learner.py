@@ -225,7 +225,7 @@ class Learner:
                         partial(last.module, stop=start),
                     ]
                     parts = map(own_rows, images())
-                    pairs = ((partial(run_steps, x, own), partial(run_steps, x, front), any_) for x, any_ in parts)
+                    pairs = ((partial(run_steps, x, own), partial(run_steps, x, front), counts) for x, counts in parts)
                     tensors = tuned.tensors(last.module, start)
                     recalibrate(tensors, last.module, start, pairs)
                     tuned.assign(tensors)

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, Features, interleave_datasets
 from datasets import Image as ImageColumn
 from PIL import Image
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, WeightedRandomSampler
 from transformers import ViTImageProcessor
 
 from restnet_hf.data import pixel_values
@@ -88,6 +88,9 @@ def test_what_draws_random_numbers_is_not_read_by_a_thread():
         with_pixel_values(greys(4).to_iterable_dataset(), processor(), augment="flip"),
         with_pixel_values(theirs, processor()),
         DataLoader(stream, batch_size=2, num_workers=1),
+        DataLoader(rows, batch_size=2, collate_fn=lambda items: items),
+        DataLoader(rows, batch_size=2, sampler=WeightedRandomSampler([1.0] * 4, 4)),
+        interleave_datasets([stream, with_pixel_values(theirs, processor())]),
         TensorDataset(torch.zeros(2, 3, 8, 8)),
         greys(4),
     ]

@@ -4,11 +4,15 @@ from itertools import chain
 
 import pytest
 import torch
+from PIL import Image
 from several_processes import run_in_processes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from transformers import ViTImageProcessor
 
 from restnet_hf.data.datasets import batches
+from restnet_hf.data.pixel_values import PixelValues
+from restnet_hf.data.prepare import Pictures
 from restnet_hf.data.shares import SeededItems, is_repeatable, own_batches, shared_batches
 from restnet_hf.distributed import Own, divide_jobs
 
@@ -117,6 +121,9 @@ def test_nothing_to_share():
 def test_repeatable():
     assert is_repeatable(rows()) and is_repeatable(Subset(rows(), [1])) and is_repeatable(SeededItems(Noisy(), 0))
     assert not is_repeatable(Noisy()) and not is_repeatable(Subset(Noisy(), [1]))
+    prepared = PixelValues(ViTImageProcessor())
+    assert is_repeatable(Pictures([Image.new("RGB", (4, 4))], prepared))
+    assert not is_repeatable(Pictures(Noisy(), prepared)), "what a data set of yours does is not known"
 
 
 def test_one_process_does_all_jobs():

@@ -114,6 +114,28 @@ def test_without_images_of_your_own(model, tmp_path):
     assert exported.profiled.metadata["logit_error"][ROUTES[0]] < 1e-3
 
 
+def test_sure_networks_are_as_good(tmp_path):
+    """Logits whose probabilities are too small for float32 are no disagreement."""
+    anchors = [
+        Anchor(make_model(name, seed), name, Preprocessing((SIZE, SIZE), HOW["mean"], HOW["std"]))
+        for seed, name in enumerate(("resnet", "vit"))
+    ]
+    with torch.no_grad():
+        anchors[1].model.classifier.weight.mul_(200.0)
+    model = StitchedModelForImageClassification.from_anchors(*anchors, order="given")
+    with torch.no_grad():
+        assert model(prepared(pictures(8)), route="vit[:]").logits.std() > 87
+    exported = export_routes(model, tmp_path / "out", "vit[:]", with_preprocessing=True)
+    assert exported.profiled.metadata["logit_error"]["vit[:]"] < 1e-3 and max(exported.check().values()) < 1e-3
+
+
+def test_a_file_says_what_it_takes(model, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    export_routes(model, tmp_path / "out", ROUTES[0], with_preprocessing=True)
+    told = {each.key: each.value for each in onnx.load(tmp_path / "out" / "model.onnx").metadata_props}
+    assert told["input"] == "pixels" and not {"mean", "std"} & told.keys()
+
+
 def test_every_pixel_survives():
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     assert (to_pixels(normalise(pixels, HOW), HOW) == pixels).all()

@@ -8,6 +8,7 @@ from versions import needs_export
 
 from restnet_hf.hub.latency_tables import FILE_NAME, FOLDER, MAX_TABLE_BYTES, list_tables, table_files
 from restnet_hf.routes.device_table import DeviceTable
+from restnet_hf.routes.profile import Profile
 
 
 PUSH = """
@@ -237,12 +238,20 @@ def test_tables_in_a_local_folder(saved, tmp_path):
     (folder / FOLDER / table.file_name).write_text(json.dumps(table.to_dict()))
     loaded = type(model).from_pretrained(folder, device="Board", budget={"latency_ms": 4})
     assert str(loaded.active_route) == "vit[:]" and len(loaded.profiled) == 1
+    loaded.save_pretrained(tmp_path / "saved")
+    own, again = (Profile.load(place / "profile.json") for place in (folder, tmp_path / "saved"))
+    assert again == own and len(own) > 1, "the adapter keeps what it measured of all routes"
     (folder / FOLDER / table.file_name).rename(tmp_path / table.file_name)
     (folder / FOLDER / table.file_name).symlink_to(tmp_path / table.file_name)
     assert list_tables(str(folder), {}) == [table.file_name]
     with pytest.raises(ValueError, match="not in the folder"):
         type(model).from_pretrained(folder, device="Board")
     (folder / FOLDER / table.file_name).unlink()
+    (folder / FOLDER).rmdir()
+    (folder / FOLDER).symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="not in the folder"):
+        type(model).from_pretrained(folder, device="Board")
+    (folder / FOLDER).unlink()
     with pytest.raises(ValueError, match="has no latencies of device='Board', and of no other one"):
         type(model).from_pretrained(folder, device="Board")
 

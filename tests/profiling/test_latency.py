@@ -350,6 +350,7 @@ def test_a_warm_device(pair):
     steps = pair.steps(pair.active_route)
     assert warm.latency_ms(steps) == pytest.approx(1.5 * table.latency_ms(steps))
     assert pair.profile(latency=warm).routes[0].costs["latency_ms"] > 0
+    assert "sustained" not in warm.facts, "else what is published would be slowed down twice"
 
 
 def test_device(tmp_path, monkeypatch):

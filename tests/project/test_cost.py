@@ -38,7 +38,9 @@ def test_seconds():
     assert cost.elapsed(many) == 2.5 and cost.bound(many) in ("products", "float64")
     wide = cost.seconds(cost.Work(flops=1e11, traffic=1e9, solved32=2e11, solved64=1e11), 2, SETTING)
     assert wide["products"] == 0 and wide["GPU memory"] == 2
-    assert wide["solve"] == 10 + 2  # on ten cores, and on one GPU: no process spares another's
+    assert wide["solve"] == 10 + 2  # on ten cores, and on one GPU: one job is not divided
+    jobs = cost.Work(solved32=2e11, solved64=1e11, jobs=3)
+    assert cost.seconds(jobs, 2, SETTING)["solve"] == 12 * 2 / 3  # one process has two of three
     assert cost.elapsed(wide) == 14 and cost.bound(wide) == "solve"
     assert cost.core_seconds(work, MEASURED) == 1000 + 10000 + 1000
 

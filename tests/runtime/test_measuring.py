@@ -230,9 +230,21 @@ def test_what_is_published_of_a_folder(folder):
     assert (table.runtime, table.version, table.threads) == ("onnx", installed_version("onnx"), 1)
     with pytest.raises(ValueError, match="name its repository, as in repo_id="):
         push_latency(table)
+    pixels = DeviceTable.of_export(replace(profile, metadata={**profile.metadata, "input": "pixels"}))
+    assert pixels.precision == "fp32 of pixels" and pixels.file_name != table.file_name
     for change, message in (({"adapter": 3}, "export it again"), ({"sustained": {"periods": []}}, "sustained")):
         with pytest.raises(ValueError, match=message):
             DeviceTable.of_export(replace(profile, metadata={**profile.metadata, **change}))
+
+
+@needs_export
+def test_what_was_measured_elsewhere_is_forgotten(folder):
+    """A new measurement says nothing of how much another device slowed down, or of its memory."""
+    model = ExportedModel(folder, threads=1)
+    model.measure_sustained(0.005)
+    assert "sustained" in model.profiled.metadata
+    measured = model.measure_latency(seconds=0.1, repeats=5)
+    assert not {"sustained", "memory"} & measured.metadata.keys() and "device" in measured.metadata
 
 
 def test_versions_of_runtimes():

@@ -179,7 +179,7 @@ def test_it_goes_on_where_it_stopped(place, runs, tmp_path, monkeypatch):
     assert len(runs["races"]) == 4 and runs["races"][1] == runs["races"][2], (
         "only the race that did not end runs again"
     )
-    assert result.pairs == expected.pairs and not (tmp_path / "out" / "training").exists()
+    assert result.pairs == expected.pairs and not (tmp_path / "out" / ".scout").exists()
     again = scout(three, place / "data", LOOSE, tmp_path / "out", **FEW, resume=True)
     assert again == result and len(runs["races"]) == 4
 
@@ -239,6 +239,7 @@ def no_pass(*args, **options):
         ({"budget": {"maccs": 1}}, ValueError, r"\['maccs'\], which are no costs"),
         ({"order": "up"}, ValueError, r"order='up' is not one of"),
         ({"images": 2}, ValueError, r"images=2 must be at least 8"),
+        ({"eval_split": "train"}, ValueError, "split and eval_split are both 'train'"),
         ({"eval_split": "validation"}, ValueError, r"validation.parquet"),
         ({"flavour": 1}, TypeError, "flavour"),
     ],
