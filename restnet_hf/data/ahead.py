@@ -93,7 +93,7 @@ def can_read_ahead(data: Any) -> bool:
 def _has_known_order(loader: DataLoader) -> bool:
     """Whether the order of a loader draws random numbers only when it begins."""
     batches: Any = loader.batch_sampler
-    if batches is None or isinstance(batches, list):
+    if batches is None or isinstance(batches, list) or isinstance(loader.dataset, IterableDataset):
         return True
     kinds = SequentialSampler, RandomSampler, SeedableRandomSampler
     return type(batches) is BatchSampler and (isinstance(batches.sampler, list) or type(batches.sampler) in kinds)

@@ -90,7 +90,7 @@ def test_what_draws_random_numbers_is_not_read_by_a_thread():
         DataLoader(stream, batch_size=2, num_workers=1),
         DataLoader(rows, batch_size=2, collate_fn=lambda items: items),
         DataLoader(rows, batch_size=2, sampler=WeightedRandomSampler([1.0] * 4, 4)),
-        interleave_datasets([stream, with_pixel_values(theirs, processor())]),
+        with_pixel_values(interleave_datasets([greys(4).to_iterable_dataset(), theirs]), processor()),
         TensorDataset(torch.zeros(2, 3, 8, 8)),
         greys(4),
     ]
