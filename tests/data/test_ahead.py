@@ -83,7 +83,7 @@ def test_what_draws_random_numbers_is_not_read_by_a_thread():
     stream = with_pixel_values(greys(4).to_iterable_dataset(), processor())
     loader = DataLoader(stream, batch_size=2)
     assert all(map(can_read_ahead, (rows, stream, loader, stream.take(2), stream.skip(1), Subset(rows, [1]))))
-    theirs = greys(4).to_iterable_dataset().map(lambda row: row)
+    theirs = greys(4).to_iterable_dataset().map(lambda row: row, features=greys(4).features)
     others = [
         with_pixel_values(greys(4).to_iterable_dataset(), processor(), augment="flip"),
         with_pixel_values(theirs, processor()),
