@@ -38,6 +38,7 @@ from restnet_hf.training.loop import train_heads
 
 COSTS = ("macs", "mean_macs", "params", "memory_mb")  # that are known without a measurement
 LEAST_IMAGES = 8  # half to fit stitches on, half to test them
+SEED = 0  # of new heads
 WORK = ".scout"  # folder in ``out`` of what a run needs to go on after an interruption
 
 
@@ -172,9 +173,11 @@ class _Scouting:
         if class_names_of(fitted) != names:
             raise ValueError(f"the splits {self.job['split']!r} and {self.job['eval_split']!r} name other classes")
         anchors, new_head = self._load(names)
-        model = StitchedModelForImageClassification.from_anchors(
-            *anchors.values(), order="given", id2label=dict(enumerate(names)) if new_head else None
-        )
+        with torch.random.fork_rng(devices=()):  # new heads begin the same on every process and in every run
+            torch.default_generator.manual_seed(SEED)
+            model = StitchedModelForImageClassification.from_anchors(
+                *anchors.values(), order="given", id2label=dict(enumerate(names)) if new_head else None
+            )
         model.to(this_process().device)
         _check_cheapest(model, self.limits)
         self._lap("load")

@@ -139,10 +139,13 @@ def convolutional(*layers):
     return nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+torch.manual_seed(0)  # of the weights below
 MODULES = {
     "many": Many(),
     "attention": Attention(),
-    "norms": convolutional(nn.BatchNorm2d(12), nn.ReLU6(), nn.GroupNorm(3, 12), nn.InstanceNorm2d(12, affine=True)),
+    "norms": convolutional(
+        nn.BatchNorm2d(12), nn.ReLU6(), nn.GroupNorm(3, 12), nn.InstanceNorm2d(12, affine=True), nn.ReLU()
+    ),
     "a norm before": nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 5)),
     "activations": convolutional(
         nn.SiLU(), nn.GELU(approximate="tanh"), nn.Hardswish(), nn.PReLU(12), nn.Hardsigmoid()
