@@ -22,6 +22,7 @@ GATE = ".restnet_hf.lock"  # in a folder of feature caches; held while one of th
 USE = ".use-"  # prefix of the files that jobs hold locked in the caches that they use
 USED = ".used"  # file in a feature cache whose time of modification is that of the last use
 TURN, WRITING, PUT = ".turn", ".lock", ".put"  # locks of `FeatureCache.turn` and `.write`, and the images put so far
+FORKED: list[FileLock] = []  # of `Use` objects that a fork copied
 GATE_SECONDS = 60.0  # a mark takes no time, and a deletion seconds
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,9 @@ class Use:
 
 
 def _release(lock: FileLock, file: Path, process: int) -> None:
-    if process == os.getpid() and lock.is_locked:  # a forked process has the object, but not the lock
+    if process != os.getpid():  # a forked process has the object, but not the lock
+        FORKED.append(lock)  # its end would release the lock of the other process, with filelock below 4
+    elif lock.is_locked:
         with suppress(OSError):
             file.unlink()
         lock.release()

@@ -606,7 +606,7 @@ def test_half_anchors_train_in_float32(tuning, dtype, images):
     single = build()
     train(single, data(), args)
     logits = [each(images, route=ROUTES[1]).logits for each in (model, single)]
-    most = 0.7 if older(transformers="5.17") else 0.2  # there the random networks are others
+    most = 0.9 if older(transformers="5.17") else 0.2  # there the random networks are others, and processors differ
     assert logits[0].dtype == dtype and (logits[0] - logits[1]).abs().max() < most * logits[1].std()
     assert torch.equal(model.bake(ROUTES[1])(images.to(dtype)), logits[0])
 
