@@ -30,5 +30,8 @@ needs_mixed_streams = needs(not older(datasets="5.0"), "parts of streams need da
 needs_saved_modules = needs(
     not older(transformers="5.23", peft="0.21"), "modules_to_save in from_pretrained need transformers 5.23, peft 0.21"
 )
+needs_safe_locks = needs(
+    not older(filelock="4.0"), "before filelock 4 two processes may hold one lock whose file a third one removes"
+)
 needs_new_names = needs(not older(transformers="5.9"), "before transformers 5.9 the layers of ViT have other names")
 needs_tensor_format = needs(_formats_tensors(), "datasets 4 formats no tensors with a torchvision without VideoReader")

@@ -13,6 +13,7 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from versions import needs_safe_locks
 
 from restnet_hf.files import SHA256, atomic_file, atomic_folder, checksums, complete_folder, read_folder
 
@@ -183,6 +184,7 @@ def read_many(out, stop):
     return mixed, total
 
 
+@needs_safe_locks
 def test_two_writers_and_two_readers(tmp_path):
     """In processes of their own: no save fails, no read fails, none is of two saves."""
     out = tmp_path / "out"
