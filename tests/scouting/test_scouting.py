@@ -380,14 +380,7 @@ def test_two_processes_share_the_work(place, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("3 pairs, best first") == 1
     two, one = (ScoutResult.load(tmp_path / name) for name in ("two", "one"))
-    assert two.new_head and two.sources == one.sources and len(two.pairs) == 3
-    alone = [{pair.front, pair.end} for pair in one.pairs]
-    for pair in two.pairs:
-        same = one.pairs[alone.index({pair.front, pair.end})]
-        for row in (row for row in pair.profile.routes if row.route.is_anchor):
-            other = same.profile[row.route]
-            assert row.costs == other.costs
-            assert row.scores["accuracy"] == pytest.approx(other.scores["accuracy"], abs=0.051), "one image of 20"
+    assert two.new_head and two.pairs == one.pairs and two.sources == one.sources
 
 
 def test_a_missing_folder_is_named(place, tmp_path):

@@ -587,10 +587,18 @@ def own_types(model):
     return {tensor.dtype for tensor in model.adapter_state_dict().values()}
 
 
+BFLOAT16 = pytest.mark.xfail(
+    older(transformers="5.17"),
+    reason="on processors with bfloat16 the networks of older versions are 0.77 off",
+    strict=False,
+)
+
+
 @pytest.mark.parametrize(
     ("tuning", "dtype"),
     [
-        *(("stitch", torch.float16), ("norm", torch.float16), ("lora", torch.bfloat16), ("full", torch.bfloat16)),
+        *(("stitch", torch.float16), ("norm", torch.float16), ("full", torch.bfloat16)),
+        pytest.param("lora", torch.bfloat16, marks=BFLOAT16),
         *(pytest.param(tuning, torch.float16, marks=pytest.mark.slow) for tuning in ("lora", "full")),
     ],
 )
@@ -606,7 +614,7 @@ def test_half_anchors_train_in_float32(tuning, dtype, images):
     single = build()
     train(single, data(), args)
     logits = [each(images, route=ROUTES[1]).logits for each in (model, single)]
-    most = 0.9 if older(transformers="5.17") else 0.2  # there the random networks are others, and processors differ
+    most = 0.7 if older(transformers="5.17") else 0.2  # there the random networks are others
     assert logits[0].dtype == dtype and (logits[0] - logits[1]).abs().max() < most * logits[1].std()
     assert torch.equal(model.bake(ROUTES[1])(images.to(dtype)), logits[0])
 
