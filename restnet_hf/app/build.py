@@ -41,7 +41,7 @@ def build(model: StitchedModelForImageClassification, images: Any = None, exampl
     """
     check_model(model)
     app = AppModel(model, None if images is None else model.prepare_data(images), [*examples])
-    Thread(target=app.draw_ahead, daemon=True).start()  # some seconds, in which a visitor still looks around
+    Thread(target=app.draw_ahead).start()  # some seconds, in which a visitor still looks around
     with gr.Blocks(title="restnet-hf", analytics_enabled=False, delete_cache=KEPT_S) as page:
         chosen = gr.State(first_entry(model))
         gr.Markdown(f"# {TITLE}\n{' + '.join(f'`{name}`' for name in model.anchors)}")

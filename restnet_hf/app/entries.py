@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock
+from threading import Lock, main_thread
 from typing import Any
 
 import torch
@@ -101,8 +101,13 @@ class AppModel:
         return self.drawings[entry]
 
     def draw_ahead(self) -> None:
-        """Draw what is offered before somebody asks for it."""
+        """Draw what is offered before somebody asks for it, as long as the program runs.
+
+        A thread that still draws when the interpreter is gone, as a daemon may, takes the process down.
+        """
         for entry in offered_entries(self.profile):
+            if not main_thread().is_alive():
+                return
             self.draw(entry)
 
     def run(self, path: str, entries: Sequence[str]) -> list["Answer"]:

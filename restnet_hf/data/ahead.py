@@ -1,8 +1,10 @@
 """Batches of pictures read ahead in a thread, so that they are decoded while a network runs."""
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from accelerate.data_loader import SeedableRandomSampler
@@ -36,6 +38,8 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
     stop = threading.Event()
     thread = threading.Thread(target=_read, args=(source, ready, stop), daemon=True)
     thread.start()
+    close = partial(_close, source, ready, stop, thread)
+    atexit.register(close)  # a thread that still decodes when the interpreter is gone takes the process down
     try:
         while True:
             item, error = ready.get()
@@ -45,16 +49,21 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
                 return
             yield item
     finally:
-        stop.set()
-        while thread.is_alive():  # it may wait for room
-            try:
-                ready.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        thread.join()
-        close = getattr(source, "close", None)
-        if close is not None:
-            close()
+        atexit.unregister(close)
+        close()
+
+
+def _close(source: Iterator[Any], ready: Ready, stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    while thread.is_alive():  # it may wait for room
+        try:
+            ready.get(timeout=0.05)
+        except queue.Empty:
+            continue
+    thread.join()
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
 
 
 def _read(source: Iterator[Any], ready: Ready, stop: threading.Event) -> None:

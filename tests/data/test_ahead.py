@@ -1,5 +1,7 @@
 """Batches that a thread reads ahead: the same ones, in order, with errors in their place, and no thread that stays."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -95,6 +97,20 @@ def test_what_draws_random_numbers_is_not_read_by_a_thread():
         greys(4),
     ]
     assert not any(map(can_read_ahead, (augmented, *others)))
+
+
+LEFT_OPEN = """
+import torch
+from restnet_hf.data.ahead import read_ahead
+items = read_ahead((torch.randn(300, 300) @ torch.randn(300, 300) for _ in iter(int, 1)), 10**6)
+next(items), next(items)
+"""
+
+
+def test_a_program_may_end_while_items_are_read():
+    """A thread inside of torch, when the interpreter is gone, would end it by SIGABRT."""
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("streaming", [False, True])
