@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -118,6 +119,30 @@ class PixelValues:
         return torch.tensor([label if label < 0 else order[label] for label in labels])
 
 
+class StreamSource(NamedTuple):
+    """What a prepared stream is made of, so that a reader can leave pictures that it does not need undecoded.
+
+    Args:
+        rows: the stream of pictures and labels, before they are prepared.
+        prepared: how its rows are prepared, several at once.
+    """
+
+    rows: IterableDataset
+    prepared: PixelValues
+
+
+_SOURCES: "WeakKeyDictionary[IterableDataset, StreamSource]" = WeakKeyDictionary()
+
+
+def source_of(stream: IterableDataset) -> StreamSource | None:
+    """What `with_pixel_values` made a stream of; None for others, such as one that was shuffled or cut afterwards.
+
+    Args:
+        stream: stream of images.
+    """
+    return _SOURCES.get(stream)
+
+
 def _decoders(pictures: Sequence[Any], names: Sequence[str]) -> Iterator[Callable[[], Image.Image]]:
     """For each picture a function that returns its RGB image; encoded ones are decoded in threads, all at once.
 
@@ -179,7 +204,10 @@ def with_pixel_values(
     if isinstance(image, ImageColumn) and image.mode is None:  # the pictures are decoded here, where errors name them
         dataset = dataset.cast_column(image_column, ImageColumn(decode=False))
     if isinstance(dataset, IterableDataset):
-        return dataset.map(prepared, batched=True, batch_size=ROWS, with_indices=True, remove_columns=columns)
+        options: dict[str, Any] = {"batched": True, "batch_size": ROWS, "with_indices": True}
+        stream = dataset.map(prepared, remove_columns=columns, **options)
+        _SOURCES[stream] = StreamSource(dataset, prepared)
+        return stream
     dataset = replace_column(replace_column(dataset, image_column, "pixel_values"), label_column, "labels")
     dataset = dataset.with_format(None)
     if skip:

@@ -7,10 +7,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from datasets import Dataset
+from datasets import IterableDataset as Stream
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 from torch.utils.data import Dataset as TorchDataset
 
+from restnet_hf.data.ahead import can_read_ahead, read_ahead
 from restnet_hf.data.datasets import (
     Batch,
     batch_source,
@@ -20,8 +30,9 @@ from restnet_hf.data.datasets import (
     read_source,
     to_batch,
 )
-from restnet_hf.data.pixel_values import prepared_by
+from restnet_hf.data.pixel_values import StreamSource, prepared_by, source_of
 from restnet_hf.distributed import Own, from_main, gather, own_items, this_process
+from restnet_hf.progress import progress_bar
 
 
 class OwnBatch(NamedTuple):
@@ -116,9 +127,10 @@ def shared_batches(
     """The batches of this process; those of all processes together are those of `batches`.
 
     Where the data has indices, each process reads its own images alone: every n-th batch, n being the number of
-    processes. Random augmentation then depends on a number that is drawn at the start, and on the index. Streams, and
-    loaders with an order of their own, are read by every process, with the random numbers of the main process, so that
-    the order is the same on each.
+    processes. Random augmentation then depends on a number that is drawn at the start, and on the index. Of a stream
+    that `with_pixel_values` prepared without augmentation, each process reads all rows and decodes its own pictures
+    alone. Other streams, and loaders with an order of their own, are read by every process, with the random numbers of
+    the main process, so that the order is the same on each.
 
     Args:
         data: images in any form that `batches` takes, the same on every process; or what this function returned.
@@ -155,6 +167,9 @@ def _own_part(data: Any, batch_size: int, name: str, limit: int | None) -> Own[O
         if not count:
             raise empty_error(name)
         return Own(_read_own(source, name))
+    stream = _of_stream(data, batch_size)
+    if stream is not None:
+        return Own(_read_stream(stream, name, limit))
     return Own(_read_all(data, batch_size, name, limit))
 
 
@@ -206,6 +221,57 @@ def _of_loader(data: DataLoader, limit: int | None) -> tuple[_OwnLoader | None, 
     options = {name: getattr(data, name) for name in names}
     loader = DataLoader(data.dataset, batch_sampler=list(_every_nth(sampler)), **options)
     return _OwnLoader(loader, sampler.batch_size), len(data)
+
+
+class _OwnStream(NamedTuple):
+    """A prepared stream, what it is made of, and the batches in which it is read."""
+
+    stream: Stream
+    source: StreamSource
+    size: int
+    drop_last: bool = False
+
+
+def _of_stream(data: Any, batch_size: int) -> _OwnStream | None:
+    """A stream, or a loader of one, whose pictures only need to be decoded where they are used; else None."""
+    size, drop_last = batch_size, False
+    if isinstance(data, DataLoader):
+        if data.num_workers or data.collate_fn is not default_collate or not data.batch_size:
+            return None
+        data, size, drop_last = data.dataset, data.batch_size, data.drop_last
+    source = source_of(data) if isinstance(data, Stream) else None
+    if source is None or source.prepared.augment is not None or data.epoch != source.rows.epoch:
+        return None
+    if getattr(data, "_starting_state_dict", None) is not None:  # one that goes on within an epoch
+        return None
+    return _OwnStream(data, source, size, drop_last)
+
+
+def _read_stream(of: _OwnStream, name: str, limit: int | None) -> Iterator[OwnBatch]:
+    """Read all rows of a stream, and decode the pictures of this process's batches, ahead of their use."""
+    own = _decode_own(of, name, limit)
+    empty = True
+    for each in progress_bar(read_ahead(own) if can_read_ahead(of.stream) else own, name):
+        if len(each.batch["pixel_values"]):
+            empty = False
+            yield each
+    if empty and this_process().num_processes == 1:  # with others, this one may have no batch
+        raise empty_error(name)
+
+
+def _decode_own(of: _OwnStream, name: str, limit: int | None) -> Iterator[OwnBatch]:
+    state, start = this_process(), 0
+    for number, rows in enumerate(of.source.rows.iter(of.size, drop_last_batch=of.drop_last)):
+        left = None if limit is None else limit - start
+        rows = {column: values[:left] for column, values in rows.items()}
+        end = start + len(next(iter(rows.values())))
+        if number % state.num_processes == state.process_index:
+            yield OwnBatch(number, start, to_batch(of.source.prepared(rows, range(start, end))))
+        start = end
+        if start == limit:
+            return
+    if not start:
+        raise empty_error(name)
 
 
 def own_of_loader(loader: Iterable[Any]) -> Iterator[Any]:

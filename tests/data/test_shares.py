@@ -1,7 +1,10 @@
 """Batches that processes share: each image once over all of them, whatever form the data has, in its place."""
 
+from io import BytesIO
 from itertools import chain
+from typing import Any
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -10,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from transformers import ViTImageProcessor
 
+from restnet_hf.data import pixel_values
 from restnet_hf.data.datasets import batches
-from restnet_hf.data.pixel_values import PixelValues
+from restnet_hf.data.pixel_values import PixelValues, with_pixel_values
 from restnet_hf.data.prepare import Pictures
 from restnet_hf.data.shares import SeededItems, is_repeatable, own_batches, shared_batches
 from restnet_hf.distributed import Own, divide_jobs
+from restnet_hf.errors import PictureError
 
 
 COUNT = 23
@@ -43,7 +48,33 @@ def rows(labels: Tensor = LABELS) -> TensorDataset:
     return TensorDataset(PIXELS, labels)
 
 
-SOURCES = {
+def pictures(broken: int | None = None, **options: str) -> datasets.IterableDataset:
+    """The same rows as a stream of pictures, each of one grey, of which one may be broken."""
+    greys = [{"bytes": png(index) if index != broken else b"none", "path": None} for index in range(COUNT)]
+    columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=COUNT)})
+    rows = datasets.Dataset.from_dict({"image": greys, "label": [*range(COUNT)]}, features=columns)
+    processor = ViTImageProcessor(size={"height": 2, "width": 2}, do_normalize=False, rescale_factor=1.0)
+    return with_pixel_values(rows.to_iterable_dataset(num_shards=3), processor, **options)
+
+
+def skipping(broken: int) -> datasets.IterableDataset:
+    return pictures(broken, on_error="skip")
+
+
+def png(grey: int) -> bytes:
+    file = BytesIO()
+    Image.new("L", (4, 4), grey).save(file, "PNG")
+    return file.getvalue()
+
+
+PICTURES = {
+    "pictures": pictures,
+    "loader of pictures": lambda: DataLoader(pictures(), batch_size=5),
+    "loader of pictures without its end": lambda: DataLoader(pictures(), batch_size=5, drop_last=True),
+}
+SOURCES = PICTURES | {
+    "pictures mixed afterwards": lambda: pictures().shuffle(seed=1, buffer_size=8),
+    "some of the pictures": lambda: pictures().skip(2).take(17),
     "tensor": lambda: PIXELS,
     "tensors": rows,
     "noisy": Noisy,
@@ -96,11 +127,34 @@ def test_augmentation_can_be_repeated():
     assert not torch.equal(again[0], other[0])
 
 
-@pytest.mark.parametrize("name", ["tensors", "noisy", "loader", "stream", "list", "mapping"])
+@pytest.mark.parametrize("name", ["tensors", "noisy", "loader", "stream", "list", "mapping", *PICTURES])
 @pytest.mark.parametrize("limit", [1, 10, 12, 99])
 def test_a_limit(name, limit):
     images = [*chain.from_iterable(values for *_, values in read(name, limit=limit))]
-    assert [int(value) for value in images] == list(range(min(limit, COUNT)))
+    assert [int(value) for value in images] == list(range(min(limit, 20 if "without" in name else COUNT)))
+
+
+def test_a_stream_that_goes_on_in_its_middle():
+    data = pictures()
+    row = next(iter(data))
+    data.load_state_dict(data.state_dict())
+    images = torch.cat([batch["pixel_values"][:, 0, 0, 0] for *_, batch in shared_batches(data, 5)])
+    assert images.tolist() == list(range(int(row["pixel_values"][0, 0, 0]) + 1, COUNT))
+
+
+def test_broken_pictures_of_a_stream():
+    with pytest.raises(PictureError, match="picture 7 cannot be read"):
+        list(shared_batches(pictures(7), 5))
+    found = [(number, start, len(batch["pixel_values"])) for number, start, batch in shared_batches(skipping(7), 5)]
+    assert found == [(0, 0, 5), (1, 5, 4), (2, 10, 5), (3, 15, 5), (4, 20, 3)]
+    processor = ViTImageProcessor(size={"height": 2, "width": 2})
+    broken = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"none", "path": None}] * 2}, features=datasets.Features({"image": datasets.Image()})
+    )
+    with pytest.raises(ValueError, match="pictures is empty"):
+        list(
+            shared_batches(with_pixel_values(broken.to_iterable_dataset(), processor, on_error="skip"), 1, "pictures")
+        )
 
 
 def test_what_was_shared_stays(images):
@@ -135,7 +189,11 @@ import json
 import torch
 from test_shares import SOURCES, read
 from restnet_hf.distributed import divide_jobs, from_main, gather, this_process
+from test_shares import PICTURES, counted, skipping
+from restnet_hf.data.shares import shared_batches
 
+decoded = {name: gather(counted(PICTURES[name]())) for name in PICTURES}
+decoded["broken"] = gather(counted(skipping(7)))
 found = {name: gather([state for state in read(name)]) for name in SOURCES}
 found |= {f"limit {name}": gather(read(name, limit=12)) for name in ("tensors", "noisy", "stream")}
 jobs = [divide_jobs([5.0, 1.0, 4.0, 2.0, 2.0]), from_main(lambda: this_process().process_index)]
@@ -144,8 +202,19 @@ try:
 except ZeroDivisionError as error:
     jobs.append(str(error))
 if this_process().is_main_process:
-    print(json.dumps([found, jobs]))
+    print(json.dumps([found, jobs, decoded]))
 """
+
+
+def counted(data: Any) -> int:
+    """The number of pictures that this process decodes for its part of a stream."""
+    found, decode = [], pixel_values.open_picture
+    pixel_values.open_picture = lambda *args: found.append(args) or decode(*args)
+    try:
+        list(shared_batches(data, 5))
+    finally:
+        pixel_values.open_picture = decode
+    return len(found)
 
 
 @pytest.mark.slow
@@ -153,12 +222,15 @@ def test_each_image_once(tmp_path):
     """All processes together get the batches of one, in their places; of one batch, one process alone gets any."""
     results = run_in_processes(SHARES, tmp_path)
     for name, (expected,) in results[0][0].items():
-        for found, _ in results[1:]:
+        for found, *_ in results[1:]:
             together = sorted(chain.from_iterable(found[name]))
             assert together == expected, name
             sizes = [len(part) for part in found[name]]
             assert max(sizes) - min(sizes) <= (2 if name == "no labels in parts" else 1), name
-    assert [jobs for _, jobs in results] == [
+    for name in ("pictures", "loader of pictures", "broken"):
+        assert [decoded[name] for *_, decoded in results] == [[23], [13, 10], [10, 8, 5]], name
+    assert [decoded["loader of pictures without its end"] for *_, decoded in results] == [[20], [10, 10], [10, 5, 5]]
+    assert [jobs for _, jobs, _ in results] == [
         [[0, 0, 0, 0, 0], 0, "division by zero"],
         [[0, 1, 1, 1, 0], 0, "division by zero"],
         [[0, 1, 1, 2, 2], 0, "division by zero"],
