@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -226,18 +227,21 @@ def check_on_error(on_error: str) -> None:
 
 
 def readable_positions(pictures: Iterable[Any]) -> list[int]:
-    """Positions of the pictures that can be decoded, with a warning that counts the others.
+    """Positions of the pictures that can be decoded, with a warning that counts the others; several threads decode.
 
     Raises:
         ValueError: none can be decoded.
     """
     kept, errors = [], []
-    for position, picture in enumerate(pictures):
-        try:
-            open_picture(picture, f"picture {position}")
-            kept.append(position)
-        except PictureError as error:
-            errors.append(str(error).partition(". Repair")[0])
+    every = iter(enumerate(pictures))
+    for some in iter(lambda: [*islice(every, ROWS)], []):
+        names = [f"picture {position}" for position, _ in some]
+        for (position, _), decode in zip(some, _decoders([each for _, each in some], names), strict=True):
+            try:
+                decode()
+                kept.append(position)
+            except PictureError as error:
+                errors.append(str(error).partition(". Repair")[0])
     if errors:
         more = f", and {len(errors) - 3} more" if len(errors) > 3 else ""
         text = f"skipped {len(errors)} of {len(errors) + len(kept)} pictures: {'; '.join(errors[:3])}{more}"
