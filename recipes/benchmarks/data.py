@@ -53,10 +53,11 @@ from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassificatio
 
 CLASSES, BATCH, SHARD = 10, 64, 1000
 FEW = 2000  # images, after which memory must not grow
+FEWER = 500  # images of a second run from memory, which tells what each image takes, without the start
 NETWORKS = "test_resnet", "test_vit"  # of timm; the front and the end
 STEPS: dict[str, Callable[[StitchedModelForImageClassification, Any, int], Any]] = {
     "profile": lambda model, data, _: model.profile(data, batch_size=BATCH),
-    "select": lambda model, data, _: model.compare(data, ["cka"], batch_size=BATCH),
+    "select": lambda model, data, _: model.compare(data, ["cka"], batch_size=BATCH, max_images=None),
     "fit": lambda model, data, _: model.fit_stitches(data, batch_size=BATCH),
     "train": lambda model, data, images: train(
         model, data, TrainArgs(max_steps=images // BATCH, num_train_epochs=1, keep="last", distillation=0.0)
@@ -193,22 +194,32 @@ def timed(act: Callable[[], Any]) -> tuple[float, float]:
 
 def limits(size: int, height: int, steps: list[str], repeats: int) -> dict[str, tuple[float, float]]:
     """Seconds of an image by hand: decoded, and through each step from memory; the best of some repeats."""
-    model, data = build(height), [data for data, _ in jpegs(FEW, size)]
-    images = decode_by_hand(data, model.image_processor)
-    tensors = TensorDataset(images, torch.arange(FEW) % CLASSES)
-    seconds = {"decode": min(timed(lambda: decode_by_hand(data, model.image_processor)) for _ in range(repeats))}
+    data = [data for data, _ in jpegs(FEW, size)]
+    processor = build(height).image_processor
+    images, labels = decode_by_hand(data, processor), torch.arange(FEW) % CLASSES
+    taken = [timed(lambda: decode_by_hand(data, processor)) for _ in range(repeats)]
+    seconds = {"decode": (min(taken)[0] / FEW, min(taken)[1] / FEW)}
     for step in steps:
-        seconds[step] = min(timed(lambda: STEPS[step](model, tensors, FEW)) for _ in range(repeats))  # noqa: B023
-    return {name: (clock / FEW, used / FEW) for name, (clock, used) in seconds.items()}
+
+        def run(count: int, step: str = step) -> tuple[float, float]:
+            model = build(height)  # which remembers no comparison
+            return timed(lambda: STEPS[step](model, TensorDataset(images[:count], labels[:count]), count))
+
+        run(FEWER)
+        few, fewer = (min(run(count) for _ in range(repeats)) for count in (FEW, FEWER))
+        seconds[step] = (few[0] - fewer[0]) / (FEW - FEWER), (few[1] - fewer[1]) / (FEW - FEWER)
+    return seconds
 
 
-def stream(folder: Path, kind: str, height: int, steps: list[str], images: int, repeats: int) -> dict[str, Any]:
+def stream(
+    folder: Path, kind: str, height: int, steps: list[str], images: int, few: int, repeats: int
+) -> dict[str, Any]:
     """Images a second of a stream through each step, and the growth of memory; in a process of its own."""
     model, source = build(height), FORMATS[kind][1](folder)
     first: dict[str, float] = {}
     for step in steps:  # also warms up
         with peak_mb() as peak:
-            STEPS[step](model, model.prepare_data(source.take(FEW)), FEW)
+            STEPS[step](model, model.prepare_data(source.take(few)), few)
         first[step] = peak[0]
     found: dict[str, Any] = {}
     for step in steps:
@@ -224,8 +235,8 @@ def stream(folder: Path, kind: str, height: int, steps: list[str], images: int, 
 def main(
     quick: bool = False,
     images: int = 50_000,
-    size: int = 160,
-    height: int = 32,
+    size: int = 400,
+    height: int = 96,
     formats: list[str] = list(FORMATS),  # noqa: B006  typer reads it
     steps: list[str] = list(STEPS),  # noqa: B006
     repeats: int = 1,
@@ -234,7 +245,7 @@ def main(
     """Measure, print and write ratios.
 
     Args:
-        quick: whether to take few images.
+        quick: whether to take few and small images.
         images: number of images.
         size: height and width of a picture.
         height: height and width of the images that the networks take.
@@ -243,7 +254,8 @@ def main(
         repeats: number of runs, the best of which counts.
         out: file for the result.
     """
-    images = FEW + BATCH if quick else images
+    few = FEWER if quick else FEW
+    images, size, height = (2 * FEWER, 160, 32) if quick else (images, size, height)
     ratios: dict[str, float] = {}
     rates: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -253,22 +265,25 @@ def main(
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 return pool.submit(function, *args).result()
 
+        limit = apart(limits, size, height, steps, 1 if quick else max(repeats, 2))
+        decode = limit.pop("decode")
+        rates |= {"limit of decoding": 1 / decode[0]}
+        rates |= {f"limit of {step}": 1 / clock for step, (clock, _) in limit.items()}
         for kind in formats:
             folder = Path(temporary) / kind
             folder.mkdir()
             FORMATS[kind][0](folder, jpegs(images, size))
-            limit = apart(limits, size, height, steps, max(repeats, 2))
-            found = apart(stream, folder, kind, height, steps, images, repeats)
+            found = apart(stream, folder, kind, height, steps, images, few, repeats)
             shutil.rmtree(folder)
-            decode = limit.pop("decode")
-            rates[f"{kind}, limit of decoding"] = 1 / decode[0]
             for step, each in found.items():
                 name, (clock, used) = f"{kind}, {step}", limit[step]
-                rates |= {f"{name}: limit": 1 / clock, name: 1 / each["clock"]}
+                rates |= {name: 1 / each["clock"]}
                 ratios[f"{name}: images/s over min(decode, {step})"] = max(decode[0], clock) / each["clock"]
                 ratios[f"{name}: processor time by hand over streamed"] = (decode[1] + used) / each["used"]
                 ratios[f"{name}: growth of memory, MB"] = each["growth_mb"]
-            shown = {name: round(value, 2) for name, value in (rates | ratios).items() if kind in name}
+            shown = {
+                name: round(value, 2) for name, value in (rates | ratios).items() if name.startswith((kind, "limit"))
+            }
             print(json.dumps(shown, indent=1), flush=True)
     if out is not None:
         settings = {
