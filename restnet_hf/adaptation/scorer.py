@@ -11,7 +11,7 @@ from restnet_hf.adaptation.search import Predictor, Rejected
 from restnet_hf.anchors.anchor import largest_anchor
 from restnet_hf.data.datasets import Batch, batches, drop_unlabelled
 from restnet_hf.data.shares import OwnBatch, in_order, shared_batches
-from restnet_hf.distributed import Own, this_process
+from restnet_hf.distributed import Own, add_up, this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
 from restnet_hf.profiling.cascades import Observations, check_images, observe_routes
@@ -80,20 +80,23 @@ class Scorer:
         """The batches of this process, with labels."""
         return Own(each._replace(batch=self._with_labels(each.start, each.batch)) for each in self._own_batches())
 
-    def _sample(self, every: int) -> Iterator[Batch]:
-        """One of every so many images, in batches of the usual size."""
+    def _sample(self, every: int) -> Own[OwnBatch]:
+        """One of every so many images, in batches of the usual size; each process reads its own part."""
+        return Own(self._own_sample(every))
+
+    def _own_sample(self, every: int) -> Iterator[OwnBatch]:
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.images = 0
-        for each in self._batches():
-            batch = self._with_labels(self.images, each)
-            chosen = slice(every - 1 - self.images % every, None, every)
+        read = number = 0
+        for number, start, batch in self._labelled():
+            chosen = slice(every - 1 - start % every, None, every)
             kept += zip(batch["pixel_values"][chosen], batch["labels"][chosen], strict=True)
-            self.images += len(batch["pixel_values"])
+            read += len(batch["pixel_values"])
             while len(kept) >= self.batch_size:
-                yield _stack(kept[: self.batch_size])
+                yield OwnBatch(number, start, _stack(kept[: self.batch_size]))
                 del kept[: self.batch_size]
         if kept:
-            yield _stack(kept)
+            yield OwnBatch(number, 0, _stack(kept))
+        self.images = int(add_up(torch.tensor(read)))
 
     def _walks(self, routes: Iterable[Route]) -> list[Walk]:
         return [(route, self.model.steps(route)) for route in routes]

@@ -14,6 +14,8 @@ from conftest import CLASSES, make_anchor
 from trainings import Noisy, data
 from restnet_hf import StitchedModelForImageClassification, TrainArgs, train, train_heads
 from restnet_hf.adaptation.adapt import adapt
+from restnet_hf.adaptation.scorer import Scorer
+from restnet_hf.distributed import gather
 
 COMMON = {"batch_size": 12, "num_train_epochs": 1, "learning_rate": 1e-3}
 
@@ -49,6 +51,13 @@ for labels in (data(48), data(48).tensors[0]):
     adapted = adapt(model, labels, {"macs": 1e12}, batch_size=5, state=None)
     rejected = [[str(row.route), row.why, row.detail] for row in adapted.rejected]
     scores[f"adapt {adapted.score}"] = [str(adapted.best.route), dict(adapted.best.scores), rejected]
+read = []
+scorer = Scorer(model, data(25), 5, exact=True)
+scorer.fits = model.routes
+prepared, scorer._prepared = scorer._prepared, lambda batch: read.append(len(batch["labels"])) or prepared(batch)
+predict, spent = scorer.make_predictor("few_images", 8)
+found["few images"] = {str(route): [predict(route)] for route in scorer.fits}
+scores["few images"] = [scorer.images, spent, sum(gather(sum(read)))]
 if PartialState().is_main_process:
     print(json.dumps([PartialState().num_processes, found, scores]))
 """
