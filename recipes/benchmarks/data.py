@@ -3,12 +3,13 @@
     python recipes/benchmarks/data.py [--quick] [--images 50000] [--formats parquet ...] [--out FILE.json]
 
 JPEGs of coloured 1/f noise, whose spectrum is that of photographs, as an imagefolder, as parquet files and as a
-webdataset, streamed through `profile`, `compare`, `fit_stitches` and `train` of two tiny networks of timm with random
-weights on one thread; `--height` makes the networks slower. The limit of a step is the smaller of two rates: pictures
-decoded and prepared by hand, by as many threads as there are processors, and images of a tensor in memory through the
-same step. Where both need the same processors no reader can reach it, so the processor time of the two by hand over
-that of the stream is reported besides, which other work on the machine changes less. Each format runs in a process of
-its own. Memory is of data, without mapped files: the peak over all images less the peak over the first 2,000.
+webdataset, streamed through `profile`, `compare`, `fit_stitches`, cascades, `adapt` and `train` of two small networks
+of timm with random weights on one thread; `--height` makes the networks slower. The limit of a step is the smaller of
+two rates: pictures decoded and prepared by hand, by as many threads as there are processors, and images of a tensor in
+memory through the same step. Where both need the same processors no reader can reach it, so the processor time of the
+two by hand over that of the stream is reported besides, which other work on the machine changes less. Each format runs
+in a process of its own. Memory is of data, without mapped files: the peak over all images less the peak over the first
+2,000.
 """
 
 import sys
@@ -48,7 +49,7 @@ from PIL import Image
 from pyarrow import parquet
 from torch.utils.data import TensorDataset
 
-from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, TrainArgs, load_images, train
+from restnet_hf import Anchor, Preprocessing, StitchedModelForImageClassification, TrainArgs, adapt, load_images, train
 
 
 CLASSES, BATCH, SHARD = 10, 64, 1000
@@ -59,6 +60,8 @@ STEPS: dict[str, Callable[[StitchedModelForImageClassification, Any, int], Any]]
     "profile": lambda model, data, _: model.profile(data, batch_size=BATCH),
     "select": lambda model, data, _: model.compare(data, ["cka"], batch_size=BATCH, max_images=None),
     "fit": lambda model, data, _: model.fit_stitches(data, batch_size=BATCH),
+    "cascades": lambda model, data, _: model.profile(data, batch_size=BATCH, cascades=True),
+    "adapt": lambda model, data, _: adapt(model, data, {"macs": 1e15}, batch_size=BATCH, exact=True),
     "train": lambda model, data, images: train(
         model, data, TrainArgs(max_steps=images // BATCH, num_train_epochs=1, keep="last", distillation=0.0)
     ),
