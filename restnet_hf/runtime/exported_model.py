@@ -41,7 +41,7 @@ from restnet_hf.runtime.exported_files import (
 from restnet_hf.runtime.golden import CHECK, difference, made_images, read_golden
 from restnet_hf.runtime.measuring import measure_memory, part_inputs, time_parts, with_latencies
 from restnet_hf.runtime.pictures import is_one_picture, open_pictures
-from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run, run_in_batches
+from restnet_hf.runtime.pixels import INPUT, PIXELS, load_run, normalise, run_in_batches
 from restnet_hf.runtime.processor import processor_name
 from restnet_hf.runtime.runners import RUNTIMES, Run, installed_version
 from restnet_hf.runtime.sustained import Period, SustainedLatency, measure_sustained
@@ -74,8 +74,7 @@ def prepare_image(image: Image.Image, how: Mapping[str, Any]) -> np.ndarray:
         height, width = how["crop"]
         top, left = (image.height - height) // 2, (image.width - width) // 2
         image = image.crop((left, top, left + width, top + height))
-    pixels = (np.asarray(image, np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return normalise(np.asarray(image)[None], how)[0]
 
 
 class ExportedModel:

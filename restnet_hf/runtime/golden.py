@@ -8,6 +8,7 @@ import numpy as np
 
 from restnet_hf.errors import quote
 from restnet_hf.runtime.exported_files import image_size, read_json
+from restnet_hf.runtime.pixels import normalise
 
 
 CHECK = "check.json"
@@ -35,8 +36,7 @@ def made_images(how: Mapping[str, Any]) -> np.ndarray:
     height, width = size
     y, x, c = np.ogrid[:height, :width, :3]
     pictures = np.stack([(y * (3 + k) + x * (5 - k) + 40 * c + y * x // 8) % 256 for k in range(IMAGES)])
-    images = (pictures.astype(np.float32) / 255 - np.float32(how["mean"])) / np.float32(how["std"])
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return normalise(pictures, how)
 
 
 def golden(logits: Mapping[str, np.ndarray], precision: str) -> dict[str, Any]:
