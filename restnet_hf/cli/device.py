@@ -1,6 +1,6 @@
 """Commands that fit an adapter to a device: measure, adapt and export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,6 +97,8 @@ def measure(
     file = out or Path("latency.json")
     check_output(file, overwrite, "which keeps the tables of other devices and runtimes, ")
     model = load_here(adapter, threads)
+    if push:
+        publisher.check(model.all_routes, model.adapter_identity())
     table = _measure_adapter(model, adapter, file, batch_size, seconds, minutes)
     publisher.push(lambda: model.device_table(table))
 
@@ -115,12 +117,16 @@ class _Publisher:
     repo_id: str | None
     create_pr: bool | None
 
-    def check(self, make: "Callable[[], DeviceTable]") -> None:
-        """Raise an error before a long measurement where its table could not be published."""
-        if self.wanted:
-            from restnet_hf.hub.latency_tables import check_latency
+    def check(self, routes: Iterable[object], adapter: Mapping[str, Any]) -> None:
+        """Raise an error, before a long measurement, where its table could not be published.
 
-            check_latency(make(), self.repo_id)
+        Args:
+            routes: routes to measure.
+            adapter: ``weights`` and ``repo_id`` of the adapter, as `adapter_identity` returns them.
+        """
+        from restnet_hf.hub.latency_tables import check_latency
+
+        check_latency(map(str, routes), adapter["weights"], self.repo_id or adapter["repo_id"])
 
     def push(self, make: "Callable[[], DeviceTable]") -> None:
         """Publish the table, and print where."""
@@ -168,12 +174,12 @@ def _measure_exported(
     publisher: _Publisher,
 ) -> None:
     """Measure exported routes on this device, and keep the result in their folder."""
-    from restnet_hf.routes.device_table import DeviceTable
+    from restnet_hf.routes.device_table import DeviceTable, exported_adapter
     from restnet_hf.runtime.exported_model import ExportedModel
 
     model = ExportedModel(folder, threads)
-    if all("latency_ms" in row.costs for row in model.profiled.routes):  # of where it was exported
-        publisher.check(lambda: DeviceTable.of_export(model.profiled))
+    if publisher.wanted:
+        publisher.check((row.route for row in model.profiled.routes), exported_adapter(model.profiled))
     show_profile(model.measure_latency(seconds=seconds, save=True))
     if minutes is not None:
         with minutes_bar(minutes) as report:

@@ -15,7 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from restnet_hf.errors import http_error, hub_errors, quote, shorten
 from restnet_hf.limits import MAX_BYTES, read_json
-from restnet_hf.routes.device_table import DeviceTable, slug
+from restnet_hf.routes.device_table import DeviceTable, slug, stale_routes
 from restnet_hf.routes.profile import Profile
 from restnet_hf.runtime.exported_files import PROFILE, checked_path
 from restnet_hf.runtime.runners import installed_version
@@ -61,7 +61,7 @@ def push_latency(
         OSError: the Hub cannot be reached, or does not let the user write.
         ValueError: the repository is not known, or its adapter has other weights.
     """
-    repo_id = check_latency(table, repo_id, revision=revision, token=token)
+    repo_id = check_latency(table.routes, table.weights, repo_id or table.repo_id, revision=revision, token=token)
     content = json.dumps(table.to_dict(), indent=2) + "\n"
     options: dict[str, Any] = {
         "path_or_fileobj": content.encode(), "path_in_repo": f"{FOLDER}/{table.file_name}", "repo_id": repo_id,
@@ -79,13 +79,19 @@ def push_latency(
 
 @hub_errors()
 def check_latency(
-    table: DeviceTable, repo_id: str | None = None, *, revision: str | None = None, token: str | bool | None = None
+    routes: Iterable[str],
+    weights: Mapping[str, str],
+    repo_id: str | None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> str:
-    """The repository that a table is of, after a check that all of its routes are in the adapter, with these weights.
+    """The repository of an adapter, after a check that all of some routes are in it, with these weights.
 
     Args:
-        table: table of a device to publish.
-        repo_id: repository of the adapter; by default the one that the table names.
+        routes: routes as text, whose latencies are to be published.
+        weights: SHA-256 of the adapter's parts and fingerprints of its anchors, as in ``weights`` of a table.
+        repo_id: repository of the adapter; None where it is not known.
         revision: branch, tag or commit of the adapter.
         token: access token of the Hub, or whether to use the stored one.
 
@@ -93,7 +99,6 @@ def check_latency(
         OSError: the Hub cannot be reached.
         ValueError: the repository is not known, or its adapter has other weights.
     """
-    repo_id = repo_id or table.repo_id
     if repo_id is None:
         raise ValueError("the adapter was not loaded from the Hub: name its repository, as in repo_id='me/adapter'")
     at = {"revision": revision, "token": token}
@@ -104,7 +109,7 @@ def check_latency(
             f"{repo_id} has no {PROFILE}, so there is no adapter to which latencies belong; profile the adapter and "
             "push it first"
         ) from error
-    if stale := table.stale_routes(published_weights(repo_id, profile, at)):
+    if stale := stale_routes(routes, weights, published_weights(repo_id, profile, at)):
         raise ValueError(
             f"{quote(stale)} ran other weights here than those in {repo_id}, or are not there: load the adapter from "
             "there and measure it, or push this adapter first"

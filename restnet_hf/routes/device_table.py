@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -120,17 +120,7 @@ class DeviceTable:
         Args:
             weights: SHA-256 of the adapter's parts and fingerprints of its anchors, as in ``weights`` of a table.
         """
-        known = self.weights.keys() & weights.keys()
-        changed = {part for part in {*self.weights, *weights} if self.weights.get(part) != weights.get(part)}
-        tuned = any(part.startswith("tuned.") for part in changed)  # anchors alone never run these
-        stale = []
-        for text in self.routes:
-            route = Route.parse(text)
-            used = {*_parts(route)}
-            other = changed & {*used, f"heads.{route.head}"}
-            if other or not used <= known or (tuned and not route.is_anchor):
-                stale.append(text)
-        return stale
+        return stale_routes(self.routes, self.weights, weights)
 
     def current(self, weights: Mapping[str, str]) -> "DeviceTable":
         """The table without routes that run other weights in an adapter, and without cascades of such routes.
@@ -231,13 +221,8 @@ class DeviceTable:
             ValueError: the folder was not measured on a device, or an earlier version exported it, so that it does not
                 name the adapter's weights.
         """
-        metadata = profile.metadata
-        adapter, sustained = metadata.get("adapter"), metadata.get("sustained")
-        if not isinstance(adapter, Mapping) or "runtime_version" not in metadata:
-            raise ValueError(
-                "the exported folder does not name the adapter that it was made of, or the version of its runtime; "
-                "export it again with this version of restnet_hf"
-            )
+        metadata, adapter = profile.metadata, exported_adapter(profile)
+        sustained = metadata.get("sustained")
         if not all("latency_ms" in row.costs for row in profile.routes):
             raise ValueError("the exported routes have no latencies; measure them on the device first")
         data = {key: metadata.get(key) for key in ("device", "machine", "runtime", "precision", "threads", "date")}
@@ -245,13 +230,34 @@ class DeviceTable:
             data["precision"] = f"{data['precision']} of {metadata['input']}"
         data |= {"format": FORMAT, "version": metadata["runtime_version"] or ""}
         data |= {"batch_size": metadata.get("batch_size") or 1}
-        data |= {"weights": adapter.get("weights"), "versions": metadata.get("versions", {})}
+        data |= {"weights": adapter["weights"], "versions": metadata.get("versions", {})}
         data["routes"] = {str(row.route): row.costs.get("latency_ms") for row in profile.routes}
         data["cascades"] = {str(row.route): list(row.stage_costs.get("latency_ms", ())) for row in profile.cascades}
         if isinstance(sustained, Mapping):
             data["sustained"] = summarise_sustained(sustained)
-        repo_id = adapter.get("repo_id")
-        return cls.from_dict(data, repo_id if isinstance(repo_id, str) else None)
+        return cls.from_dict(data, adapter["repo_id"])
+
+
+def exported_adapter(profile: Profile) -> dict[str, Any]:
+    """``weights`` and ``repo_id`` of the adapter that routes were exported from, as `adapter_identity` returns them.
+
+    Args:
+        profile: ``profiled`` of an `ExportedModel`.
+
+    Raises:
+        ValueError: an earlier version exported the routes, so that the adapter or the runtime is not named; or what
+            names it is malformed.
+    """
+    adapter = profile.metadata.get("adapter")
+    if not isinstance(adapter, Mapping) or "runtime_version" not in profile.metadata:
+        raise ValueError(
+            "the exported folder does not name the adapter that it was made of, or the version of its runtime; "
+            "export it again with this version of restnet_hf"
+        )
+    weights, repo_id = adapter.get("weights"), adapter.get("repo_id")
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"the exported folder names no weights of its adapter, but {quote(weights)}")
+    return {"weights": _digests(weights), "repo_id": repo_id if isinstance(repo_id, str) else None}
 
 
 def summarise_sustained(sustained: Mapping[str, Any]) -> dict[str, float]:
@@ -268,6 +274,27 @@ def summarise_sustained(sustained: Mapping[str, Any]) -> dict[str, float]:
         return {"minutes": minutes, "first_ms": sustained["first_ms"], "last_ms": sustained["last_ms"]}
     except (IndexError, KeyError, TypeError) as error:
         raise ValueError(f"not a sustained latency: {quote(error)}") from None
+
+
+def stale_routes(routes: Iterable[str], own: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
+    """The routes, as text, that an adapter does not have, or that run other weights in it.
+
+    Args:
+        routes: routes as text.
+        own: SHA-256 of the parts and fingerprints of the anchors of the adapter that has these routes.
+        others: the same of the adapter to compare.
+    """
+    known = own.keys() & others.keys()
+    changed = {part for part in {*own, *others} if own.get(part) != others.get(part)}
+    tuned = any(part.startswith("tuned.") for part in changed)  # anchors alone never run these
+    stale = []
+    for text in routes:
+        route = Route.parse(text)
+        used = {*_parts(route)}
+        other = changed & {*used, f"heads.{route.head}"}
+        if other or not used <= known or (tuned and not route.is_anchor):
+            stale.append(text)
+    return stale
 
 
 def _parts(route: Route) -> Iterator[str]:

@@ -303,6 +303,14 @@ run("find", "--device", sys.argv[2], "--latency-ms", "1e6")
 Model.from_pretrained("me/adapter").save_pretrained("mine")
 run("measure", "mine", "--push")
 run("measure", "mine", "--create-pr")
+other = Model.from_pretrained("me/adapter")
+with torch.no_grad():
+    next(iter(other.stitches.parameters())).add_(1)
+other.save_pretrained("other")
+sys.stderr = sys.stdout
+for to in ("me/adapter", "me/nothing"):
+    run("measure", "other", "--push", "--repo-id", to, "--out", "other.json")
+print("measured", Path("other.json").exists())
 print(json.dumps(1))
 """
 
@@ -319,6 +327,8 @@ def test_by_command(world, measured, shelf):
     assert "1 thread, batch 1' is published: " in printed and "/me/adapter/discussions/1" in printed
     assert "latency," in printed and f"latencies: {table.name} (torch eager {table.version}, " in printed
     assert "name the repository of the adapter with --repo-id" in printed and "are for --push" in printed
+    assert "ran other weights here than those in me/adapter" in printed and "me/nothing" in printed
+    assert "measured False" in printed, "what could not be published is refused before it is measured"
 
 
 EXPORTED = """
