@@ -242,7 +242,7 @@ def _of_stream(data: Any, batch_size: int) -> _OwnStream | None:
     source = source_of(data) if isinstance(data, Stream) else None
     if source is None or source.prepared.augment is not None or data.epoch != source.rows.epoch:
         return None
-    if getattr(data, "_starting_state_dict", None) is not None:  # one that goes on within an epoch
+    if getattr(data, "_starting_state_dict", None):  # it goes on within an epoch
         return None
     return _OwnStream(data, source, size, drop_last)
 
