@@ -9,8 +9,9 @@ from accelerate.utils import find_executable_batch_size
 
 from restnet_hf.adaptation.search import Predictor, Rejected
 from restnet_hf.anchors.anchor import largest_anchor
+from restnet_hf.data.collected import RowsInOrder
 from restnet_hf.data.datasets import Batch, batches, drop_unlabelled
-from restnet_hf.data.shares import OwnBatch, in_order, shared_batches
+from restnet_hf.data.shares import OwnBatch, shared_batches
 from restnet_hf.distributed import Own, add_up, this_process
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.profiling.accuracy import mean_probabilities
@@ -65,10 +66,10 @@ class Scorer:
     def _teacher_predictions(self) -> torch.Tensor:
         """Classes (images,) that the largest anchor predicts; processes share the images."""
         steps = self.model.steps(Route.alone(largest_anchor(self.model.anchors.values()).name))
-        chunks = []
+        rows = RowsInOrder()
         for number, _, batch in self._own_batches():
-            chunks.append((number, run_steps(batch["pixel_values"].to(self.model.device), steps).argmax(-1).cpu()))
-        return torch.cat([classes for _, classes in in_order(chunks)])
+            rows.put(number, {"classes": run_steps(batch["pixel_values"].to(self.model.device), steps).argmax(-1)})
+        return rows.all()["classes"]
 
     def _with_labels(self, start: int, batch: Batch) -> Batch:
         """A batch with the teacher's classes where there are no labels, so that no image is left out before it."""

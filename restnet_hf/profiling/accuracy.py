@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from restnet_hf.data.collected import RowsInOrder
 from restnet_hf.data.datasets import Batch, no_labels_error
-from restnet_hf.data.shares import OwnBatch, in_order, own_batches
+from restnet_hf.data.shares import OwnBatch, own_batches
 from restnet_hf.distributed import Own
 from restnet_hf.routes.route import Route
 from restnet_hf.steps import Walk, split_at_shared_cuts, walk_tree
@@ -28,19 +29,17 @@ def predict_routes(
     Raises:
         ValueError: a batch has no labels, or no image of any process has one.
     """
-    shared = split_at_shared_cuts(walks)
-    chunks: list[tuple[int, Tensor, dict[Route, Tensor]]] = []
+    shared, rows = split_at_shared_cuts(walks), RowsInOrder()
     for number, _, batch in own_batches(batches):
         if "labels" not in batch:
             raise ValueError("accuracy needs labels: batches must hold 'labels' beside 'pixel_values'")
         logits = walk_tree(batch["pixel_values"].to(device, non_blocking=True), shared)
         found = [(route, each.argmax(-1)) for route, each in logits]  # all are queued before the first is read
-        chunks.append((number, batch["labels"].cpu(), {route: each.cpu() for route, each in found}))
-    ordered = in_order(chunks)
-    if not ordered:
+        rows.put(number, {"labels": batch["labels"], **{str(route): each for route, each in found}})
+    every = rows.all()
+    if not every:
         raise no_labels_error()
-    predictions = {route: torch.cat([chunk[2][route] for chunk in ordered]) for route, _ in walks}
-    return predictions, torch.cat([chunk[1] for chunk in ordered])
+    return {route: every[str(route)] for route, _ in walks}, every["labels"]
 
 
 def score_routes(
@@ -78,10 +77,10 @@ def mean_probabilities(
             without any, the result is empty.
         device: device to run on.
     """
-    shared, chunks = split_at_shared_cuts(walks), list[tuple[int, dict[Route, Tensor]]]()
+    shared, rows = split_at_shared_cuts(walks), RowsInOrder()
     for number, _, batch in own_batches(batches):
         labels = batch["labels"].to(device)[:, None]
         logits = walk_tree(batch["pixel_values"].to(device), shared)
-        chunks.append((number, {route: x.float().softmax(-1).gather(1, labels).cpu() for route, x in logits}))
-    ordered = in_order(chunks)
-    return {r: torch.cat([chunk[r] for _, chunk in ordered]).mean().item() for r, _ in walks if ordered}
+        rows.put(number, {str(route): x.float().softmax(-1).gather(1, labels) for route, x in logits})
+    every = rows.all()
+    return {route: every[str(route)].mean().item() for route, _ in walks if every}

@@ -11,6 +11,7 @@ import torch
 from numpy import ndarray
 
 from restnet_hf.cascading import count_shared_steps
+from restnet_hf.data.collected import RowsInOrder
 from restnet_hf.data.datasets import Batch, no_labels_error
 from restnet_hf.data.shares import OwnBatch, in_order, own_batches
 from restnet_hf.distributed import Own, from_main, share_jobs, this_process
@@ -141,15 +142,15 @@ def observe_routes(
         logits, classes = np.concatenate([c[2] for c in whole], 1), np.concatenate([true_classes(c) for c in whole])
         fitted = share_jobs(lambda at: round(fit_temperature(logits[at], classes), 2), len(routes))
         temperatures = tuple(fitted)
-    rows = []
+    rows = RowsInOrder()
     for chunk in itertools.chain(first, chunks):
         found, true = chunk[2].argmax(-1), true_classes(chunk)
         sure, after = _confidences(chunk[2], found, confidence, temperatures)
-        rows.append((chunk[0], found, found == true, sure, after))
-    rows = in_order(rows)
-    found, right, sure = (np.concatenate([row[part] for row in rows], axis=-1) for part in (1, 2, 3))
-    agreement = None if rows[0][4] is None else np.concatenate([row[4] for row in rows], axis=-1)
-    return Observations(routes, confidence, temperatures, found, right, sure, agreement)
+        columns = {"classes": found, "right": found == true, "sure": sure}
+        columns |= {} if after is None else {"agreement": after}
+        rows.put(chunk[0], {name: torch.from_numpy(np.moveaxis(each, -1, 0)) for name, each in columns.items()})
+    every = {name: np.ascontiguousarray(np.moveaxis(each.numpy(), 0, -1)) for name, each in rows.all().items()}
+    return Observations(routes, confidence, temperatures, **every)
 
 
 def observe_logits(

@@ -28,8 +28,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         "torch_archives",
     ],
     "data": [
-        *("ahead", "augment", "columns", "datasets", "folders", "labels", "pictures", "pixel_values", "prepare"),
-        *("preprocessing", "shares", "targets"),
+        *("ahead", "augment", "collected", "columns", "datasets", "folders", "labels", "pictures", "pixel_values"),
+        *("prepare", "preprocessing", "shares", "targets"),
     ],
     "anchors": [
         *("anchor", "attention", "config_entry", "cut", "cut_cache", "discovery", "layouts", "loading", "runs"),
