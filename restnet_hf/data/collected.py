@@ -46,11 +46,14 @@ class RowsInOrder:
             larger[: self.count] = column[: self.count]
         return larger
 
+    def own(self) -> dict[str, Tensor]:
+        """The rows of this process by name, in the order in which they came."""
+        return {name: column[: self.count] for name, column in self.columns.items()}
+
     def all(self) -> dict[str, Tensor]:
         """The rows of all processes by name, in the order of the batches; none where there was no batch."""
         parts, columns = [], list[dict[str, Tensor]]()
-        own = {name: column[: self.count] for name, column in self.columns.items()}
-        for process, (places, found) in enumerate(gather((self.places, own))):
+        for process, (places, found) in enumerate(gather((self.places, self.own()))):
             columns.append(found)
             start = 0
             for number, size in places:

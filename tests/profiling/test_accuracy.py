@@ -162,9 +162,31 @@ def test_a_race_hardly_ever_stops_the_best():
     assert lost <= 2
 
 
-@pytest.mark.parametrize(("more", "less"), [(0, 0), (5, 5), (8, 1), (30, 12), (0, 7)])
+@pytest.mark.parametrize(("more", "less"), [(0, 0), (5, 5), (8, 1), (30, 12), (0, 7), (580, 420), (990, 10)])
 def test_sign_test(more, less):
-    chances = np.ones(1)
-    for _ in range(more + less):
-        chances = np.convolve(chances, [0.5, 0.5])  # of so many heads
-    assert _sign_test(more, less) == pytest.approx(chances[more:].sum())
+    assert _sign_test(more, less) == pytest.approx(chances(more + less)[more:].sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize(("more", "less"), [(501, 500), (560, 441), (1100, 900), (1140, 860)])
+def test_sign_test_of_many(more, less):
+    """By the normal law, which stops no route too early: it is never below, and above by a tenth at most."""
+    exact = chances(more + less)[more:].sum()
+    assert exact <= _sign_test(more, less) * (1 + 1e-6) and _sign_test(more, less) <= 1.1 * exact
+
+
+def chances(coins):
+    """Probabilities of each number of heads."""
+    found = np.ones(1)
+    for _ in range(coins):
+        found = np.convolve(found, [0.5, 0.5])
+    return found
+
+
+def test_a_race_tells_on_which_images_routes_are_right():
+    rng = torch.Generator().manual_seed(0)
+    hits = torch.rand(500, 4, generator=rng) < torch.tensor([0.9, 0.88, 0.5, 0.2])
+    (best, near, *_), found, _ = race(hits, keep=True)
+    assert {route: each.tolist() for route, each in found.right.items()} == {
+        best: hits[:, 0].tolist(), near: hits[:, 1].tolist(),
+    }  # fmt: skip
+    assert not race(hits)[1].right
