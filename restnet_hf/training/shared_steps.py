@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -82,17 +82,25 @@ class IndexedSteps:
     Args:
         loader: loader with the batches of all processes.
         accelerator: Accelerate's state.
+
+    Raises:
+        ValueError: the loader makes no batches.
     """
 
     def __init__(self, loader: DataLoader, accelerator: Accelerator) -> None:
+        if loader.batch_sampler is None:
+            raise ValueError(
+                "train_set is a DataLoader with batch_size=None, whose data set has to make the batches: give it a "
+                "batch_size or a batch_sampler"
+            )
         self.dataset: Any = loader.dataset
         self.ahead = can_read_ahead(loader)
         self.own: OwnIndices | None = None
         if accelerator.num_processes > 1:
             self.own = OwnIndices(loader.batch_sampler, accelerator.process_index, accelerator.num_processes)
             loader = loader_like(loader, loader.dataset, batch_size=1, drop_last=False, batch_sampler=self.own)
-        options: dict[str, Any] = {"num_processes": 1, "process_index": 0, "put_on_device": True}
-        options |= {"split_batches": True, "use_seedable_sampler": True, "non_blocking": True}
+        options: dict[str, Any] = {"num_processes": 1, "process_index": 0, "put_on_device": True}  # own ones already
+        options |= {"use_seedable_sampler": True, "non_blocking": True}
         self.loader = prepare_data_loader(loader, accelerator.device, **options)
 
     def __len__(self) -> int:
@@ -189,8 +197,8 @@ class StreamSteps:
         """
         if place is not None and not (isinstance(place, Mapping) and isinstance(place.get("sha256"), str)):
             raise OSError(
-                "the checkpoint is damaged: its place in the stream has no SHA-256. Delete it to go on from "
-                "the one before"
+                "the last checkpoint is damaged: its place in the stream has no SHA-256; delete it to go on from the "
+                "one before"
             )
         self.resumed = place if self.record else None
 
@@ -201,7 +209,7 @@ class StreamSteps:
         if items is None:
             items = self._from(None)
             last = next(islice(items, done - 1, None), None) if done else None
-            if done and place and (last is None or weights_sha256(last[0]) != place.get("sha256")):
+            if done and place and (last is None or weights_sha256(last[0]) != place["sha256"]):
                 raise ValueError(
                     f"train_set is not the stream that the checkpoint was written with: its batch {done} has other "
                     "images. Give the same images in the same order, or choose another output_dir"
@@ -217,12 +225,10 @@ class StreamSteps:
             return None
         rng = torch.get_rng_state()
         items = self._from(place["state"])
-        try:
-            item, _ = next(items)
-            if weights_sha256(item) == place.get("sha256"):
+        with suppress(Exception):  # whatever the state of another stream leads to
+            if weights_sha256(next(items)[0]) == place["sha256"]:
                 return items
-        except Exception:  # whatever the state of another stream leads to
-            items.close()
+        items.close()
         torch.set_rng_state(rng)  # a loader that begins draws from it
         return None
 

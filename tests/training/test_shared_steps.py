@@ -6,20 +6,25 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import CLASSES, SIZE
 from datasets import ClassLabel, Dataset, Features, load_dataset
 from datasets import Image as ImageColumn
 from PIL import Image
 from several_processes import run_in_processes
-from trainings import FAST, build, trained
+from torch.utils.data import DataLoader, IterableDataset
+from trainings import FAST, build, data, trained
 
 from restnet_hf import TrainArgs, train, with_pixel_values
 from restnet_hf.data import pixel_values
 from restnet_hf.data.pixel_values import ROWS
 from restnet_hf.training.checkpoints import Checkpoints
+from restnet_hf.training.loop import Training
+from restnet_hf.training.shared_steps import make_steps
 
 
 COUNT, BATCH = 96, 8
+SLOW_BUFFER = pytest.param("buffer", marks=pytest.mark.slow)  # datasets waits 5 seconds at the end of each pass
 STREAMED = {**FAST, "batch_size": BATCH, "teacher": "resnet", "save_steps": 1}
 
 
@@ -88,7 +93,7 @@ def stopped_and_resumed(watch, make, out, steps, stop_after, **options):
 
 # 96 pictures in batches of 8: the stop is in the first epoch and in the second, where the order of files is another
 @pytest.mark.parametrize("stop_after", [9, 21])
-@pytest.mark.parametrize("kind", ["parquet", "imagefolder", "buffer", "augmented", "mapped"])
+@pytest.mark.parametrize("kind", ["parquet", "imagefolder", SLOW_BUFFER, "augmented", "mapped"])
 def test_a_stream_goes_on_where_it_stopped(kind, stop_after, tmp_path, monkeypatch):
     """To the last bit, and without decoding what was done, unless a buffer or random augmentation needs it."""
     folder, watch = pictures(tmp_path), Watch(monkeypatch)
@@ -138,6 +143,31 @@ def test_held_out_images_of_a_stream_stay_held_out(tmp_path, monkeypatch):
     )
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
     assert decoded < 2 * COUNT + ROWS  # 100 that are held out, and the rest after 48 of 92
+
+
+class Numbered(IterableDataset):
+    """Images that hold their number."""
+
+    def __iter__(self):
+        yield from ({"pixel_values": torch.full((3, SIZE, SIZE), float(i)), "labels": i % CLASSES} for i in range(300))
+
+
+def test_held_out_batches_of_a_loader_of_a_stream_do_not_train(monkeypatch):
+    seen, update = [], Training.update
+
+    def record(job, batch, *rest):
+        seen.extend(batch["pixel_values"][:, 0, 0, 0].tolist())
+        update(job, batch, *rest)
+
+    monkeypatch.setattr(Training, "update", record)
+    loader = DataLoader(Numbered(), batch_size=8)
+    result = train(build(), loader, TrainArgs(batch_size=8, max_steps=30, teacher="resnet"))
+    assert result.held_out_images == 104 and set(seen) == set(map(float, range(104, 300)))
+
+
+def test_a_loader_without_batches_is_an_error():
+    with pytest.raises(ValueError, match="DataLoader with batch_size=None, whose data set has to make the batches"):
+        make_steps(DataLoader(data(), batch_size=None), Accelerator())
 
 
 UNEVEN = """
@@ -204,3 +234,78 @@ def test_steps_whose_images_do_not_divide(tmp_path):
             for key, values in tensors.items():
                 assert np.allclose(found[name][key], values, rtol=0, atol=2e-6), f"{name}: {key}"
                 assert key not in start or not np.allclose(start[key].double().flatten(), values, atol=2e-5), name
+
+
+SHARED_STREAM = """
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from test_shared_steps import STREAMED, build, stream_of, train, trained, TrainArgs
+from restnet_hf.data import pixel_values
+from restnet_hf.distributed import gather
+from restnet_hf.training.checkpoints import Checkpoints
+
+decoded, stop = [0], [None]
+opened, save = pixel_values.open_picture, Checkpoints.save
+
+
+def open_counted(*args):
+    decoded[0] += 1
+    return opened(*args)
+
+
+def save_and_stop(checkpoints, step, *args):
+    save(checkpoints, step, *args)
+    if step == stop[0]:
+        os.kill(os.getpid(), signal.SIGTERM)  # of the main process: all stop after the next step
+
+
+pixel_values.open_picture, Checkpoints.save = open_counted, save_and_stop
+folder, found = Path(sys.argv[1]), {}
+for kind in ("parquet", "imagefolder", "buffer", "augmented"):
+    whole, again, model = build(), build(), build()
+    args = {**STREAMED, "max_steps": 24}
+    train(whole, stream_of(folder, kind, model), TrainArgs(**{**args, "save_steps": None}))
+    saved = {**args, "output_dir": f"{kind}{PartialState().num_processes}"}
+    stop[0] = 19
+    try:
+        train(build(), stream_of(folder, kind, model), TrainArgs(**saved))
+        raise AssertionError("it was to stop")
+    except SystemExit:
+        decoded[0], stop[0] = 0, None
+    train(again, stream_of(folder, kind, model), TrainArgs(**saved, resume_from_checkpoint=True))
+    same = all(torch.equal(value, trained(again)[key]) for key, value in trained(whole).items())
+    weights = {key: value.double().flatten().tolist() for key, value in trained(whole).items()}
+    found[kind] = [gather([same, decoded[0]]), weights]
+if PartialState().is_main_process:
+    next(folder.glob("folder/LABEL_3/*.png")).write_bytes(b"broken")
+PartialState().wait_for_everyone()
+try:
+    train(build(), stream_of(folder, "imagefolder", build()), TrainArgs(**{**args, "save_steps": None}))
+except Exception as error:
+    found["broken"] = gather(type(error).__name__)
+if PartialState().is_main_process:
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_processes_go_on_with_a_stream_where_it_stopped(tmp_path):
+    """To the last bit; the main process alone decodes, all learn what one learns, and an error there is one of all."""
+    results = []
+    for count in (1, 2):
+        folder = pictures(tmp_path / str(count))
+        results += run_in_processes(SHARED_STREAM, folder, (count,), [str(folder)])
+    for count, found in enumerate(results, 1):
+        assert found.pop("broken") == ["PictureError"] * count
+        for kind, (resumed, weights) in found.items():
+            same, decoded = zip(*resumed, strict=True)
+            assert same == (True,) * count and decoded[1:] == (0,) * (count - 1), kind
+            left = 24 * BATCH - 19 * BATCH
+            assert decoded[0] <= left + ROWS if kind in ("parquet", "imagefolder") else decoded[0] >= COUNT, kind
+            expected = results[0][kind][1]
+            assert all(np.allclose(values, expected[key], rtol=0, atol=2e-6) for key, values in weights.items()), kind
