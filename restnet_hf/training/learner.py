@@ -263,6 +263,7 @@ class Learner:
         matching: bool,
         in_place: bool,
         autocast: Callable[[], AbstractContextManager],
+        labelled: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """The loss of each route in turn; the outputs of frozen networks are computed once, without gradients.
 
@@ -272,6 +273,7 @@ class Learner:
             matching: whether the routes match features, or learn the task.
             in_place: whether the first route teaches the others.
             autocast: context manager of mixed precision.
+            labelled: number of labels that the cross-entropy is divided by; see `task_loss`.
         """
         outputs = batch
         if "pixel_values" in batch:
@@ -287,7 +289,7 @@ class Learner:
                 else:
                     logits = run_steps(start, self.rest[route]).float()
                     weight, temperature = self.args.distillation, self.args.temperature
-                    loss = task_loss(logits, batch.get("labels"), teacher_logits, weight, temperature)
+                    loss = task_loss(logits, batch.get("labels"), teacher_logits, weight, temperature, labelled)
                     if index == 0 and in_place and self.args.distillation:
                         teacher_logits = logits.detach()
             yield loss

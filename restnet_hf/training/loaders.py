@@ -107,6 +107,20 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
     return DataLoader(rows, shuffle=True, **options)
 
 
+def loader_like(loader: DataLoader, rows: Any, **changes: Any) -> DataLoader:
+    """A loader of other rows with the options of a given one, but for some.
+
+    Args:
+        loader: loader that has the options.
+        rows: data set of the new loader.
+        changes: options that differ.
+    """
+    names = ["batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator", "timeout"]
+    names += ["worker_init_fn", "multiprocessing_context"]
+    names += ["persistent_workers", "prefetch_factor"] if loader.num_workers else []
+    return DataLoader(rows, **{name: getattr(loader, name) for name in names} | changes)
+
+
 def _cached(rows: Any) -> bool:
     return isinstance(rows.dataset if isinstance(rows, Subset) else rows, FeatureCache)
 

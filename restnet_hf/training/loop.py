@@ -18,10 +18,8 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from restnet_hf.data.ahead import can_read_ahead, read_ahead
 from restnet_hf.data.datasets import MULTI_LABEL, Batch, check_labels, to_batch
-from restnet_hf.data.shares import SeededItems
-from restnet_hf.distributed import Own, catch_sigterm
+from restnet_hf.distributed import Own, add_up, catch_sigterm
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.route import Route, Routes
@@ -41,10 +39,12 @@ from restnet_hf.training.loaders import (
     make_loader,
     own_first_images,
 )
+from restnet_hf.training.losses import count_labels
 from restnet_hf.training.outside import ready_teacher
 from restnet_hf.training.pace import Pace
 from restnet_hf.training.restoring import restored_on_error
 from restnet_hf.training.samplers import SAMPLERS, Sampler
+from restnet_hf.training.shared_steps import make_steps
 from restnet_hf.training.teachers import Teacher, load_teacher, make_teacher
 from restnet_hf.training.tracking import trackers
 from restnet_hf.training.validation import BestStates, HeldOut, Split, split_held_out
@@ -267,8 +267,8 @@ class Training:
         rows, held_out = self._frozen_rows(split, in_memory)
         self.sampler = self._make_sampler()
         optimizer = self._make_optimizer()
-        self.loader: Any = accelerator.prepare(make_loader(rows, args))
-        self.per_epoch = None if is_stream(self.loader) else len(self.loader)
+        self.steps = make_steps(make_loader(rows, args), accelerator, record=args.output_dir is not None)
+        self.per_epoch = None if is_stream(self.steps.dataset) else len(self.steps)
         epochs = args.matching_epochs + args.num_train_epochs
         self.total = min(count for count in (self.per_epoch and epochs * self.per_epoch, args.max_steps) if count)
         seconds = None if args.max_minutes is None else 60 * args.max_minutes
@@ -433,7 +433,7 @@ class Training:
             scores: scores of routes on held-out images.
             held_out: number of held-out images.
         """
-        images = None if is_stream(self.loader) else len(self.loader.dataset)
+        images = None if is_stream(self.steps.dataset) else len(self.steps.dataset)
         stage = "heads" if all(route.is_anchor for route in self.learner.routes) else "training"
         done: dict[str, Any] = {"images": images, "routes": len(self.learner.routes), "steps": self.step}
         if scores:
@@ -488,8 +488,8 @@ class Training:
         with progress_bar(desc="training", total=self.total, initial=self.step) as bar:
             while not self.pace.over:
                 self.losses |= {route: [] for route in self.sampler.routes}  # of those that left, the last ones stay
-                for batch in self.epoch_batches():
-                    self._do_step(batch, bar)
+                for batch, counts in self.epoch_batches():
+                    self._do_step(batch, counts, bar)
                     stop = asked()
                     ended = self.pace.over or self.done == self.per_epoch
                     every = self.args.save_steps
@@ -503,9 +503,9 @@ class Training:
                     raise ValueError("train_set gives no images")
                 self.epoch, self.done = self.epoch + 1, 0
 
-    def _do_step(self, batch: Batch, bar: Any) -> None:
+    def _do_step(self, batch: Batch, counts: bool, bar: Any) -> None:
         due = self.pace.evaluation_number
-        self.update(batch)
+        self.update(batch, counts)
         self.step += 1
         self.done += 1
         bar.update()
@@ -515,17 +515,11 @@ class Training:
         if self.pace.over or (self.step % every == 0 if every else self.pace.evaluation_number > due):
             self._score()
 
-    def epoch_batches(self) -> Iterator[Batch]:
-        """The remaining batches of this epoch."""
+    def epoch_batches(self) -> Iterator[tuple[Batch, bool]]:
+        """The remaining batches of this epoch, each with whether its images count; see `OwnItem`."""
         set_seed(self.args.seed + self.epoch)  # random augmentation is the same for a run that was resumed
-        if isinstance(self.loader.dataset, SeededItems):
-            self.loader.dataset.epoch = self.epoch
-        loader = self.accelerator.skip_first_batches(self.loader, self.done) if self.done else self.loader
-        if hasattr(loader, "set_epoch"):  # a loader that skips begins at epoch 0 before accelerate 1.15
-            loader.set_epoch(self.epoch)
-        alone = self.accelerator.num_processes == 1  # with others, loaders exchange batches in an order of their own
-        for item in read_ahead(loader) if alone and can_read_ahead(self.loader) else loader:
-            yield self.check_batch(item)
+        for item, counts in self.steps.epoch(self.epoch, self.done):
+            yield self.check_batch(item), counts
 
     def check_batch(self, item: Any) -> Batch:
         """An item of the loader as a batch, after a check of its images and labels.
@@ -550,20 +544,23 @@ class Training:
             check_labels(labels, self.model.config.num_labels)  # labels of two dimensions are probabilities of classes
         return batch
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: Batch, counts: bool = True) -> None:
         """Do one step of the optimizer on the routes that the sampler draws.
 
+        The gradient is that of the mean loss over the images of all processes.
+
         Args:
-            batch: a batch that `check_batch` returned.
+            batch: a batch that `check_batch` returned, of this process.
+            counts: whether its images count.
 
         Raises:
             ValueError: a loss is not finite.
         """
         accelerator, drawn = self.accelerator, self.sampler.draw(self.step)
         self.drawn.update(drawn)
-        losses = self._backward(batch, drawn)
+        losses = self._backward(batch, drawn, *self._share_of(batch, counts))
         if accelerator.num_processes > 1:
-            losses = accelerator.reduce(losses, "mean")
+            losses = accelerator.reduce(losses, "sum")
             self._reduce_gradients()
         accelerator.unscale_gradients()
         if type(self.sampler).update is not Sampler.update:
@@ -598,15 +595,32 @@ class Training:
             )
         return "lower the learning rate"
 
-    def _backward(self, batch: Batch, drawn: Sequence[Route]) -> Tensor:
-        """Compute the gradients of the mean loss of each route over a batch; returns these losses."""
-        size = len(next(iter(batch.values())))
-        if not self.args.auto_find_batch_size:
-            return self._backward_in_parts(math.ceil(size / self.args.gradient_accumulation_steps), batch, drawn)
-        part = self.part_size or math.ceil(size / self.args.gradient_accumulation_steps)
-        return find_executable_batch_size(self._backward_in_parts, starting_batch_size=part)(batch, drawn)
+    def _share_of(self, batch: Batch, counts: bool) -> tuple[Tensor | float, Tensor | None]:
+        """The share of this process in the images of a step, and the share of the step's labels that goes with it."""
+        labels, size = batch.get("labels"), len(next(iter(batch.values())))
+        labelled = None if labels is None or labels.dim() > 1 else count_labels(labels)
+        if self.accelerator.num_processes == 1:
+            return 1.0, None if labelled is None else labelled.clamp_min(1)
+        known = torch.tensor([size, 0.0], device=self.accelerator.device)
+        if labelled is not None:
+            known[1] = labelled
+        every = add_up(known * counts)
+        share = known[0] / every[0]
+        return share * counts, None if labelled is None else every[1].clamp_min(1) * share  # never divide by 0
 
-    def _backward_in_parts(self, batch_size: int, batch: Batch, drawn: Sequence[Route]) -> Tensor:
+    def _backward(
+        self, batch: Batch, drawn: Sequence[Route], share: Tensor | float, labelled: Tensor | None
+    ) -> Tensor:
+        """Compute the gradients of the mean loss of each route over a batch, times the share; returns these losses."""
+        size, rest = len(next(iter(batch.values()))), (batch, drawn, share, labelled)
+        if not self.args.auto_find_batch_size:
+            return self._backward_in_parts(math.ceil(size / self.args.gradient_accumulation_steps), *rest)
+        part = self.part_size or math.ceil(size / self.args.gradient_accumulation_steps)
+        return find_executable_batch_size(self._backward_in_parts, starting_batch_size=part)(*rest)
+
+    def _backward_in_parts(
+        self, batch_size: int, batch: Batch, drawn: Sequence[Route], share: Tensor | float, labelled: Tensor | None
+    ) -> Tensor:
         self.part_size = batch_size
         self.optimizer.zero_grad()
         size = len(next(iter(batch.values())))
@@ -614,18 +628,19 @@ class Training:
         sums = torch.zeros(len(drawn), device=self.accelerator.device)
         for start in range(0, size, batch_size):
             part = {name: values[start : start + batch_size] for name, values in batch.items()}
-            share = len(next(iter(part.values()))) / size
-            for index, loss in enumerate(self.learner.losses(part, drawn, *options)):
-                self.accelerator.backward(loss * share)
-                sums[index] += loss.detach() * share
+            of_part = len(next(iter(part.values()))) / size
+            labels, weight = None if labelled is None else labelled * of_part, of_part * share
+            for index, loss in enumerate(self.learner.losses(part, drawn, *options, labels)):
+                self.accelerator.backward(loss * weight)
+                sums[index] += loss.detach() * weight
         return sums
 
     def _reduce_gradients(self) -> None:
-        """Average the gradients over all processes, in one exchange."""
+        """Add up the gradients of all processes, in one exchange."""
         gradients = [p.grad for p in self.learner.parameters.values() if p.grad is not None]
-        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        flat = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
     def _log(self, bar: Any) -> None:
         recent = {f"loss/{route}": losses[-1] for route, losses in self.losses.items() if losses}
@@ -644,7 +659,7 @@ class Training:
         place |= {"keep": self.args.keep, "progress": self.pace.progress, "drawn": [*map(str, self.drawn)]}
         place |= {"left": [*map(str, self.sampler.routes)]}
         place |= {"metrics": {} if self.held_out is None else [*self.held_out.metrics.values()]}
-        place["teacher"] = self.teacher and self.teacher.state()
+        place |= {"teacher": self.teacher and self.teacher.state(), "stream": self.steps.place()}
         if self.accelerator.scaler is not None:
             place["scaler"] = self.accelerator.scaler.state_dict()
         learner = self.learner
@@ -675,5 +690,6 @@ class Training:
             self.accelerator.scaler.load_state_dict(place["scaler"])
         learner.scales = place["scales"]
         self.step, self.epoch, self.done = (place[key] for key in ("step", "epoch", "done"))
+        self.steps.resume(place.get("stream"))
         if self.done == self.per_epoch:
             self.epoch, self.done = self.epoch + 1, 0

@@ -10,7 +10,12 @@ from restnet_hf.data.datasets import IGNORED
 
 
 def task_loss(
-    logits: Tensor, labels: Tensor | None, teacher_logits: Tensor | None, distillation: float, temperature: float
+    logits: Tensor,
+    labels: Tensor | None,
+    teacher_logits: Tensor | None,
+    distillation: float,
+    temperature: float,
+    labelled: Tensor | None = None,
 ) -> Tensor:
     """``(1 - w)`` cross-entropy ``+ w T²`` KL divergence from the teacher (Hinton et al., arXiv 1503.02531).
 
@@ -20,16 +25,25 @@ def task_loss(
         teacher_logits: logits of the teacher, (N, classes), for w above 0.
         distillation: weight w of the distillation, from 0 to 1.
         temperature: temperature T of the distillation.
+        labelled: number of labels that the cross-entropy is divided by; by default those that are not -100. For a
+            part of a step it is the part's share of the step's.
     """
     loss = logits.new_zeros(())
     if distillation < 1 and labels is not None:
-        count = (labels != IGNORED).sum().clamp_min(1) if labels.dim() == 1 else len(labels)  # never divide by 0
+        count: Tensor | int = len(labels)
+        if labels.dim() == 1:
+            count = count_labels(labels).clamp_min(1) if labelled is None else labelled  # never 0
         loss = loss + (1 - distillation) * cross_entropy(logits, labels, reduction="sum") / count
     if teacher_logits is not None:
         target = softmax(teacher_logits.float() / temperature, dim=-1)
         divergence = kl_div(log_softmax(logits / temperature, dim=-1), target, reduction="batchmean")
         loss = loss + distillation * temperature**2 * divergence
     return loss
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """Number of labels (N,) that are not -100."""
+    return (labels != IGNORED).sum()
 
 
 def matching_loss(features: Mapping[str, Tensor], goals: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:

@@ -21,7 +21,7 @@ from restnet_hf.distributed import add_up, gather
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import RouteScores, TrainArgs
 from restnet_hf.training.learner import Learner
-from restnet_hf.training.loaders import Batches, FeatureRows, is_stream
+from restnet_hf.training.loaders import Batches, FeatureRows, is_stream, loader_like
 
 
 logger = logging.get_logger(__name__)
@@ -118,16 +118,8 @@ def split_held_out(train_set: Any, args: TrainArgs) -> Split:
             "ends with the last state; give validation=, or the data set itself"
         )
         return Split(train_set)
-    scored = _loader_like(train_set, _without_augmentation(held_out), drop_last=False, generator=None)
-    return Split(_loader_like(train_set, train, shuffle=plain), scored)
-
-
-def _loader_like(loader: DataLoader, rows: Any, **changes: Any) -> DataLoader:
-    """A loader of other rows with the options of a given one, but for some."""
-    names = ["batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator", "timeout"]
-    names += ["worker_init_fn", "multiprocessing_context"]
-    names += ["persistent_workers", "prefetch_factor"] if loader.num_workers else []
-    return DataLoader(rows, **{name: getattr(loader, name) for name in names} | changes)
+    scored = loader_like(train_set, _without_augmentation(held_out), drop_last=False, generator=None)
+    return Split(loader_like(train_set, train, shuffle=plain), scored)
 
 
 def select_rows(rows: Any, indices: Sequence[int]) -> Any:

@@ -51,7 +51,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "model": ["modeling_restnet"],
     "training": [
         *("args", "checkpoints", "feature_cache", "frozen", "heads", "learner", "loaders", "loop", "losses"),
-        *("outside", "pace", "restoring", "samplers", "teachers", "tracking", "validation"),
+        *("outside", "pace", "restoring", "samplers", "shared_steps", "teachers", "tracking"),
+        "validation",
     ],
     "adaptation": ["adapt", "calibration", "neighbours", "scorer", "search", "surrogate"],
     "export": [
