@@ -153,7 +153,11 @@ def observe_routes(
 
 
 def observe_logits(
-    routes: Sequence[Route], logits: ndarray, labels: ndarray, confidence: str = "probability"
+    routes: Sequence[Route],
+    logits: ndarray,
+    labels: ndarray,
+    confidence: str = "probability",
+    temperatures: Sequence[float] | None = None,
 ) -> Observations:
     """What routes answer on images, from logits that are there already; `observe_routes` runs the routes for them.
 
@@ -162,11 +166,26 @@ def observe_logits(
         logits: logits (routes, N, classes).
         labels: class (N,) of each image.
         confidence: key of `CONFIDENCES` by which routes are sure.
+        temperatures: temperature of each route; None to fit them, on up to 1,000 of the images.
     """
     classes, few = logits.argmax(-1), slice(TEMPERATURE_IMAGES)
-    temperatures = tuple(round(fit_temperature(each[few], labels[few]), 2) for each in logits)
+    if temperatures is None:
+        temperatures = tuple(round(fit_temperature(each[few], labels[few]), 2) for each in logits)
     sure, agreement = _confidences(logits, classes, confidence, temperatures)
-    return Observations(tuple(routes), confidence, temperatures, classes, classes == labels, sure, agreement)
+    right = classes == labels
+    return Observations(tuple(routes), confidence, tuple(temperatures), classes, right, sure, agreement)
+
+
+def join_observations(parts: Sequence[Observations]) -> Observations:
+    """The observations of several routes on the same images, each of which was observed by itself.
+
+    Args:
+        parts: observations of one route or more, by the same confidence, which is not ``agreement``.
+    """
+    routes = tuple(route for part in parts for route in part.routes)
+    temperatures = tuple(each for part in parts for each in part.temperatures)
+    classes, right, sure = (np.concatenate([getattr(p, n) for p in parts]) for n in ("classes", "right", "sure"))
+    return Observations(routes, parts[0].confidence, temperatures, classes, right, sure)
 
 
 def _fitting_batches(logits: ndarray) -> int:

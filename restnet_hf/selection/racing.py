@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ class RaceResult:
         scores: accuracy of each route that ran on all images.
         stopped: accuracy and number of images of each route that was stopped before.
         images: number of all images.
+        right: whether each route that ran on all images is right on each of them (N,).
     """
 
     scores: dict[Route, float]
     stopped: dict[Route, tuple[float, int]]
     images: int
+    right: dict[Route, np.ndarray] = field(default_factory=dict, compare=False)
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def race_routes(
     every = {route: np.concatenate(hits) for route, hits in right.items() if hits}
     scores = {route: float(every[route].mean()) for route, _ in alive}
     stopped = {route: (float(hits.mean()), len(hits)) for route, hits in every.items() if route not in scores}
-    return RaceResult(scores, stopped, images)
+    return RaceResult(scores, stopped, images, {route: every[route] for route in scores})
 
 
 class _HitsOfAll:

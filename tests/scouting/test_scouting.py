@@ -41,7 +41,7 @@ from restnet_hf.selection.selectors import FittedAccuracy
 
 NAMES = [f"class {number}" for number in range(CLASSES)]
 LOOSE = {"macs": 1e9}
-FEW = {"images": 40, "head_images": 30}
+FEW = {"images": 40, "eval_images": 20, "head_images": 30}
 
 
 def save_named(name, folder, seed=0, names=NAMES):
@@ -153,7 +153,7 @@ def test_it_goes_on_where_it_stopped(place, runs, tmp_path, monkeypatch):
 
     def stop_in_the_third(cache, specs, **options):
         begun.append(cache)
-        if len(begun) == 3:  # the first holds the images
+        if len(begun) == 4:  # the first holds the images, two the first anchor's samples and logits
             raise KeyboardInterrupt
         return write(cache, specs, **options)
 
@@ -194,7 +194,7 @@ def test_a_finished_run_is_ranked_for_another_budget(place, runs, tmp_path):
     with pytest.raises(BudgetError, match=r"nothing of any pair fits macs<=1; the cheapest is"):
         scout(two, place / "data", {"macs": 1}, tmp_path, **FEW, resume=True)
     with pytest.raises(ValueError, match="another images"):
-        scout(two, place / "data", LOOSE, tmp_path, images=30, head_images=30, resume=True)
+        scout(two, place / "data", LOOSE, tmp_path, images=30, eval_images=20, head_images=30, resume=True)
     with pytest.raises(ValueError, match="another budget"):
         scout(two, place / "data", {"params": 1e9}, tmp_path, **FEW, resume=True)
 
@@ -324,7 +324,8 @@ def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
         if "vit" in name:
             ViTImageProcessor(size={"height": 56, "width": 56}).save_pretrained(places[f"{name}_2"])
     budgets = (5.5e6, 10e6, 20e6, 40e6)
-    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", images=200)
+    few = {"images": 200, "eval_images": 100}
+    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", **few)
     fitted, held = (load_images(DATA, split) for split in ("train", "test"))
     order = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:100] for rows in (fitted, held)]
     fitted, held = (rows.select(each.tolist()) for rows, each in zip((fitted, held), order, strict=True))
@@ -348,11 +349,12 @@ def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
 def test_by_command(place, tmp_path):
     out = tmp_path / "scouted"
     common = [*candidates(place, "resnet", "vit"), "--dataset", place / "data", "--images", 40, "--out", out]
+    common += ["--eval-images", 20]
     result = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
     assert result.exit_code == 0, result.output
     assert "1 pairs" in result.stdout and "2 anchors, one pass over 40 images each" in result.stdout
     assert f"restnet-hf train {out / 'recipe.yaml'}" in " ".join(result.stdout.split())
-    assert "20 images are too few for the comparison of pairs" in result.stderr
+    assert "20 images are too few for the comparison of stitched routes" in result.stderr
     again = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
     assert again.exit_code == 1 and "exists already" in again.stderr
     for path in out.iterdir():
@@ -369,7 +371,7 @@ def test_by_command(place, tmp_path):
 def test_two_processes_share_the_work(place, tmp_path):
     """Heads, passes and races by two processes give what one gives."""
     arguments = ["scout", *candidates(place, "resnet", "vit", "numbered"), "--dataset", place / "data"]
-    arguments += ["--budget", "macs=1e9", "--images", 40, "--head-images", 30]
+    arguments += ["--budget", "macs=1e9", "--images", 40, "--eval-images", 20, "--head-images", 30]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, run in (("two", launch), ("one", [sys.executable])):
         done = subprocess.run(
