@@ -18,15 +18,15 @@ from restnet_hf.scouting.results import Check, ScoutedPair, ScoutResult
 
 DOUBT = 0.05  # probability that a pair as good as the winner is told to be worse
 DRAWS = 200  # of images with replacement, for the standard error of the gap
-MOST_LEADERS = 32  # stitched routes that are run on the other images
 
 
 def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
     """Look again at ranked pairs; the order changes where a stitched route leads by chance.
 
-    Stitched routes were raced on part of the images that choose. As long as one leads that was not run on the others,
-    up to 32 in all, it is, and pairs are ranked anew. Then pairs are marked that are not significantly worse than the
-    winner, and the winner is scored on the images that took no part in choosing.
+    Stitched routes were raced on part of the images that choose. As long as a pair leads by one that was not run on
+    the others, all its routes are that predict more than what was tried on all of them, and pairs are ranked anew.
+    Then pairs are marked that are not significantly worse than the winner, and the winner is scored on the images that
+    took no part in choosing.
 
     Args:
         result: pairs, ranked for the budget.
@@ -34,14 +34,23 @@ def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
     """
     hits: dict[Route, np.ndarray] = {}
     others = judge.chosen_on[len(judge.raced_on) :]
-    while others and len(hits) < MOST_LEADERS and _is_new(leader := _best(result, result.winner).route, hits):
-        assert isinstance(leader, Route)
-        (rest,) = judge.run([leader], others).values()
-        hits[leader] = np.concatenate([judge.raced(leader), rest])
-        winner = result.winner.with_accuracy(leader, hits[leader].mean().item())
+    while others and _is_new(_best(result, result.winner).route, hits):
+        leaders = _leaders(result, hits)
+        rest, winner = judge.run(leaders, others), result.winner
+        for route in leaders:
+            hits[route] = np.concatenate([judge.raced(route), rest[route]])
+            winner = winner.with_accuracy(route, hits[route].mean().item())
         result = replace(result, pairs=(winner, *result.pairs[1:])).ranked(result.budget)
     result = _mark_near(result, judge, hits)
     return replace(result, check=_check(result, judge) if judge.checked_on else None)
+
+
+def _leaders(result: ScoutResult, hits: Mapping[Route, np.ndarray]) -> list[Route]:
+    """Routes of the winner that were only raced, and predict at least what the best of all others does."""
+    within = [row for pair in result.pairs for row in pair.rows if result.budget.allows(row.costs)]
+    most = max((row.scores["accuracy"] for row in within if not _is_new(row.route, hits)), default=0.0)
+    rows = [row for row in result.winner.rows if row.scores["accuracy"] >= most and result.budget.allows(row.costs)]
+    return [row.route for row in rows if isinstance(row.route, Route) and _is_new(row.route, hits)]
 
 
 def _best(result: ScoutResult, pair: ScoutedPair) -> AnyProfiled:
@@ -120,7 +129,7 @@ def _check(result: ScoutResult, judge: PairJudge) -> Check:
 
 
 def _gap(rows: Sequence[AnyProfiled], right: np.ndarray) -> tuple[float | None, float | None]:
-    """The gap that rows close on some images, and its standard error by the bootstrap; None where there is none."""
+    """The gap that rows close on some images, and its error by the bootstrap; None where there is none."""
 
     def gap(accuracies: np.ndarray) -> float | None:
         scored: list[ProfiledRoute | ProfiledCascade] = [
@@ -132,4 +141,7 @@ def _gap(rows: Sequence[AnyProfiled], right: np.ndarray) -> tuple[float | None, 
     draws = rng.multinomial(count, np.full(count, 1 / count), DRAWS)
     gaps = [each for each in map(gap, draws @ right.T / count) if each is not None]
     measured = gap(right.mean(1))
-    return measured, float(np.std(gaps, ddof=1)) if measured is not None and len(gaps) > DRAWS // 2 else None
+    if measured is None or len(gaps) < DRAWS // 2:
+        return None if measured is None else float(measured), None
+    low, high = np.quantile(gaps, (0.1587, 0.8413))  # of a ratio, whose variance may be infinite
+    return float(measured), float(high - low) / 2
