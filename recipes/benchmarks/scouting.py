@@ -7,10 +7,10 @@ Makes twenty small classifiers of seven kinds in OUT/anchors (timm and transform
 Fashion-MNIST; those that are there stay), and runs scout over all of them, or all but those named --without, for each
 --budget of mean MACs; passes and races in OUT/work serve all budgets. Then:
 
-Regret: for every pair, the best anchor alone or cascade within the budget by cross-validation on all test images that
-scout used neither to choose nor to check; the best of all pairs minus that of the pair that scout chose, in points of
-accuracy, with the standard error of the paired difference. Stitched routes of other pairs are not tried there, the one
-that scout chose is. Beside it the accuracy of the entry that scout chose: predicted, checked, and on these images.
+Regret: for every pair, the best anchor alone or cascade within the budget on all test images that scout used neither
+to choose nor to check, with a threshold for these; the best of all pairs minus that of the pair that scout chose, in
+points of accuracy, with the standard error of the paired difference. Stitched routes of other pairs are not tried
+there, the one that scout chose is. Beside it the accuracy of the entry that scout chose: predicted, checked, and on these images.
 
 Brute force: for every pair of the first --few candidates, the selector fitted_accuracy without a race and cascades of
 the pair's own model on the same images, one pair after another; its seconds, and whether the best pair is the same.
@@ -51,10 +51,17 @@ from restnet_hf.data.datasets import load_images
 from restnet_hf.data.labels import class_names_of
 from restnet_hf.demo.paths import DATA
 from restnet_hf.files import atomic_file
-from restnet_hf.profiling.cascades import StageCosts, calibrate_cascades, join_observations, observe_logits, run_chain
+from restnet_hf.profiling.cascades import (
+    Observations,
+    StageCosts,
+    join_observations,
+    observe_logits,
+    run_chain,
+    search_cascades,
+)
 from restnet_hf.scouting.checks import answers
 from restnet_hf.scouting.pairs import PairJudge
-from restnet_hf.scouting.results import plain_costs
+from restnet_hf.scouting.results import ScoutedPair, plain_costs
 from restnet_hf.scouting.scout import Scouting
 from restnet_hf.selection.racing import race_routes
 from restnet_hf.selection.ranking import rank_routes
@@ -184,22 +191,19 @@ class Truth:
         for pair in result.pairs:
             macs |= {name: pair.alone(name).costs["macs"] for name in (pair.front, pair.end)}
         self.logits, self.labels = logits, labels
-        self.rows: dict[frozenset[str], list[tuple[float, float, np.ndarray]]] = {}
+        self.pairs: dict[frozenset[str], tuple[Observations, StageCosts]] = {}
         observed = {name: observe_logits([Route.alone(name)], logits[name][None], labels) for name in macs}
         for names in combinations(sorted(macs, key=macs.__getitem__), 2):
             both, costs = join_observations([observed[name] for name in names]), [macs[name] for name in names]
-            rows = [(cost, right.mean().item(), right) for cost, right in zip(costs, both.right, strict=True)]
-            for each in calibrate_cascades(both, StageCosts(costs, np.zeros((2, 2)))):
-                rows.append((each.mean_cost, each.score, run_chain(both, each.chain).right))
-            self.rows[frozenset(names)] = rows
+            self.pairs[frozenset(names)] = both, StageCosts(costs, np.zeros((2, 2)))
 
     def best(self, budget: float) -> dict[frozenset[str], tuple[float, np.ndarray]]:
         """Accuracy, and on which images it is right, of the best of each pair within a budget; the best pair first."""
-        none = (0.0, 0.0, np.zeros(len(self.labels), bool))
-        found = {
-            names: max((row for row in rows if row[0] <= budget), key=lambda row: row[1], default=none)[1:]
-            for names, rows in self.rows.items()
-        }
+        found = {}
+        for names, (both, costs) in self.pairs.items():
+            (chain,) = search_cascades(both, costs, np.array([budget])).chains
+            right = np.zeros(len(both), bool) if chain is None else run_chain(both, chain).right
+            found[names] = right.mean().item(), right
         return dict(sorted(found.items(), key=lambda item: -item[1][0]))
 
     def accuracy(self, entry: Route | Cascade) -> float:
@@ -209,6 +213,17 @@ class Truth:
         logits = np.stack([self.logits[str(route).removesuffix("[:]")] for route in routes])
         observed = observe_logits(routes, logits, self.labels, temperatures=temperatures)
         return answers(observed, entry)[0].mean().item()
+
+
+def _cheapest_near(result: ScoutResult, best: Mapping[frozenset[str], tuple[float, np.ndarray]]) -> float:
+    """Accuracy of the pair whose best takes the fewest mean MACs, of those not significantly worse than the winner."""
+
+    def mean_macs(pair: ScoutedPair) -> float:
+        row = pair.best(result.budget)
+        return float("inf") if row is None else row.costs["mean_macs"]
+
+    pair = min(result.near or result.pairs[:1], key=mean_macs)
+    return best[frozenset((pair.front, pair.end))][0]
 
 
 def judge_choice(
@@ -236,6 +251,7 @@ def judge_choice(
         "budget": budget, "chosen": sorted(winner), "entry": str(entry.route), "best": sorted(first),
         "place": 1 + sum(each > mine for each, _ in best.values()), "pairs": len(best), "regret": 100 * (most - mine),
         "regret_error": 100 * error, "near": len(result.near),
+        "regret_of_cheapest_near": 100 * (most - _cheapest_near(result, best)),
         "best_is_near": any({pair.front, pair.end} == first for pair in result.near),
         "best_accuracy": most, "median": float(np.median([each for each, _ in best.values()])),
         "predicted": entry.scores["accuracy"], "checked": None if check is None else check.accuracy,

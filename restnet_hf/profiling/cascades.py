@@ -302,7 +302,7 @@ class Best:
     """The best chain within each of several mean costs.
 
     Args:
-        budgets: mean costs, equally spaced.
+        budgets: mean costs, in rising order.
     """
 
     def __init__(self, budgets: ndarray) -> None:
@@ -339,7 +339,7 @@ def search_cascades(observed: Observations, costs: StageCosts, budgets: ndarray)
     Args:
         observed: what each route answers.
         costs: costs of the routes.
-        budgets: mean costs, equally spaced.
+        budgets: mean costs, in rising order.
     """
     best, order = Best(budgets), np.argsort(costs.alone, kind="stable").tolist()
     for route in order:
@@ -427,7 +427,9 @@ def check_images(count: int) -> None:
         )
 
 
-def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = FOLDS) -> list[Calibrated]:
+def calibrate_cascades(
+    observed: Observations, costs: StageCosts, folds: int = FOLDS, budgets: Sequence[float] = ()
+) -> list[Calibrated]:
     """The cascades that no route and no other cascade beats in mean cost and score, the cheapest first.
 
     Several processes share the folds.
@@ -436,18 +438,21 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
         observed: what each route answers on held-out images.
         costs: costs of the routes.
         folds: number of parts of the images for cross-validation.
+        budgets: further mean costs for each of which the best cascade is searched, and kept where nothing beats it.
 
     Raises:
         ValueError: there are too few images.
     """
     count = len(observed)
     check_images(count)
-    budgets = np.linspace(costs.alone.min(), costs.alone.max(), BUDGETS)
+    least, most = costs.alone.min(), costs.alone.max()
+    asked = [budget for budget in budgets if least <= budget <= most]
+    every = np.union1d(np.linspace(least, most, BUDGETS), asked)
     fold_of = np.random.default_rng(0).permutation(count) % folds
-    right, spent = np.zeros((BUDGETS, count)), np.zeros((BUDGETS, folds))
+    right, spent = np.zeros((len(every), count)), np.zeros((len(every), folds))
 
     def search(fold: int) -> list[Chain | None]:  # the last is on all images, of which none is of that fold
-        return search_cascades(observed.select_images(fold_of != fold), costs, budgets).chains
+        return search_cascades(observed.select_images(fold_of != fold), costs, every).chains
 
     found = share_jobs(search, folds + 1)
     for fold in range(folds):
@@ -469,7 +474,9 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
     kept = [each for each in chosen.values() if not any(c <= each.mean_cost and s >= each.score for c, s in rivals)]
     kept.sort(key=lambda each: (each.mean_cost, -each.score))
     front = [each for at, each in enumerate(kept) if all(each.score > before.score for before in kept[:at])]
-    return _few(front, MOST_CASCADES)
+    wanted = {found[folds][at] for at in np.searchsorted(every, asked)}
+    few = {each.chain for each in _few([*front], MOST_CASCADES)} | wanted
+    return [each for each in front if each.chain in few]
 
 
 def _few(front: list[Calibrated], most: int) -> list[Calibrated]:

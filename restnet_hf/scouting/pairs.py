@@ -27,6 +27,7 @@ from restnet_hf.steps import Walk
 
 
 CODE = ("scouting", "profiling", "selection")  # that a race depends on besides samples
+NEAR_BUDGET = (0.97, 0.98, 0.99, 1.0)  # shares of it for which cascades are searched: a mean over images varies
 ERROR = 0.01  # largest probability that the race of a pair stops a route that is the best at its cost
 
 
@@ -46,6 +47,7 @@ class PairJudge:
         error: largest probability that a race stops a route that is the best at its cost; with 0 all routes run on
             all images.
         checking: number of held-out images, the last ones, that take no part in choosing.
+        mean_macs: budget for which the best cascade of each pair is wanted, beside those of the whole range.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class PairJudge:
         costs: Collection[str] = ("macs",),
         error: float = ERROR,
         checking: int = 0,
+        mean_macs: float | None = None,
     ) -> None:
         self.passes, self.model, self.folder, self.error = passes, passes.model, Path(folder), error
         self.compared = sorted({"macs", *costs})
+        self.budgets = [] if mean_macs is None else [share * mean_macs for share in NEAR_BUDGET]
         self.table = CostTable(memory="memory_mb" in self.compared)
         self.alone = {name: self.table.costs(self.model.steps(Route.alone(name))) for name in self.model.anchors}
         self.software = software_sha256((), CODE)
@@ -192,7 +196,7 @@ class PairJudge:
             return ()
         walks = [(route, self.model.steps(route)) for route in map(Route.alone, names)]
         observed = self.observed.select_routes([self.observed.routes.index(route) for route, _ in walks])
-        return profile_cascades(observed, walks, self.table, "accuracy")
+        return profile_cascades(observed, walks, self.table, "accuracy", self.budgets)
 
     def _rivals(self, costs: Mapping[Route, Mapping[str, float]], anchors: Iterable[str]) -> dict[Route, list[Route]]:
         """For each route all others, and the anchors alone, that cost no more."""

@@ -206,7 +206,8 @@ class Scouting:
             self._train_heads(model, cache_pictures(model, ready[1], self.work / "images"))
             self._lap("heads")
         passes = self._pass(model, cache_pictures(model, ready[0], self.work / "images"), sampled)
-        self.judge = judge = PairJudge(passes, self.work / "pairs", self.job["costs"], checking=checking)
+        costs, limit = self.job["costs"], self.limits.mean_macs
+        self.judge = judge = PairJudge(passes, self.work / "pairs", costs, checking=checking, mean_macs=limit)
         pairs = self._judge(judge)
         sources, eval_images = dict(zip(model.anchors, anchors, strict=True)), len(data) - sampled // 2
         result = ScoutResult(
