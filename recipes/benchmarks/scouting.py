@@ -10,7 +10,8 @@ Fashion-MNIST; those that are there stay), and runs scout over all of them, or a
 Regret: for every pair, the best anchor alone or cascade within the budget on all test images that scout used neither
 to choose nor to check, with a threshold for these; the best of all pairs minus that of the pair that scout chose, in
 points of accuracy, with the standard error of the paired difference. Stitched routes of other pairs are not tried
-there, the one that scout chose is. Beside it the accuracy of the entry that scout chose: predicted, checked, and on these images.
+there, the one that scout chose is. Beside it the accuracy of the entry that scout chose: predicted, checked, and on
+these images.
 
 Brute force: for every pair of the first --few candidates, the selector fitted_accuracy without a race and cascades of
 the pair's own model on the same images, one pair after another; its seconds, and whether the best pair is the same.

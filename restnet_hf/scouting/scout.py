@@ -63,16 +63,13 @@ def scout(
 ) -> ScoutResult:
     """Find the two of many classifiers that are best stitched for a budget, and write a recipe that does it.
 
-    Images are read once, and each candidate runs over them once. For each pair the accuracy of every stitched route
-    that costs less than the larger anchor is predicted as by the selector ``fitted_accuracy``, in a race, and cascades
-    of the two are calibrated on their logits; see `PairJudge`. The best route or cascade within the budget decides
-    (`ScoutResult.ranked`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``,
+    Images are read once, and each candidate runs over them once. For each pair a race predicts the accuracy of every
+    stitched route that costs less than the larger anchor, as the selector ``fitted_accuracy`` does, and cascades of the
+    two are calibrated on logits (`PairJudge`). The best within the budget decides (`ScoutResult.ranked`). A third of
+    ``eval_images``, drawn with a fixed seed, takes no part: the winner is scored again on these, since the best of many
+    predictions is too high (`ScoutResult.check`); of fewer than 300 all choose. Pairs that are not significantly worse
+    are marked (`review`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``,
     ``tradeoff.png`` and ``recipe.yaml``, a recipe for the best pair.
-
-    A third of ``eval_images``, drawn with a fixed seed, takes no part in that: on these images the winner is scored
-    again, all else as it was chosen, since the best of many predictions is too high (`ScoutResult.check`). With fewer
-    than 300 images there is no check, and all of them choose. Pairs that are not significantly worse than the winner
-    (one-sided, 95 %, on the same images) are marked; see `review`.
 
     Args:
         candidates: classifiers to choose from: Hub ids or local folders, at least two.
@@ -107,12 +104,17 @@ def scout(
     if resume and (folder / RESULT).exists():
         return _finished(folder, job, limits)
     result = Scouting(job, limits, folder / WORK).run()
+    _finish(result, folder)
+    return result
+
+
+def _finish(result: ScoutResult, folder: Path) -> None:
+    """Write the result, and remove what the run needed to go on."""
     state = this_process()
     if state.is_main_process:
         result.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
     state.wait_for_everyone()
-    return result
 
 
 def _check(
