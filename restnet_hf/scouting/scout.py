@@ -64,12 +64,12 @@ def scout(
     """Find the two of many classifiers that are best stitched for a budget, and write a recipe that does it.
 
     Images are read once, and each candidate runs over them once. For each pair a race predicts the accuracy of every
-    stitched route that costs less than the larger anchor, as the selector ``fitted_accuracy`` does, and cascades of the
-    two are calibrated on logits (`PairJudge`). The best within the budget decides (`ScoutResult.ranked`). A third of
-    ``eval_images``, drawn with a fixed seed, takes no part: the winner is scored again on these, since the best of many
-    predictions is too high (`ScoutResult.check`); of fewer than 300 all choose. Pairs that are not significantly worse
-    are marked (`review`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``,
-    ``tradeoff.png`` and ``recipe.yaml``, a recipe for the best pair.
+    stitched route that costs less than the larger anchor, as the selector ``fitted_accuracy`` does, and cascades of
+    the two are calibrated on logits (`PairJudge`). The best within the budget decides (`ScoutResult.ranked`). A third
+    of ``eval_images``, drawn with a fixed seed, takes no part: the winner is scored again on these, since the best of
+    many predictions is too high (`ScoutResult.check`); of fewer than 300 all choose. Pairs not significantly worse are
+    marked (`review`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``, ``tradeoff.png``
+    and ``recipe.yaml``, a recipe for the best pair.
 
     Args:
         candidates: classifiers to choose from: Hub ids or local folders, at least two.
