@@ -14,7 +14,8 @@ there, the one that scout chose is. Beside it the accuracy of the entry that sco
 these images.
 
 Brute force: for every pair of the first --few candidates, the selector fitted_accuracy without a race and cascades of
-the pair's own model on the same images, one pair after another; its seconds, and whether the best pair is the same.
+the pair's own model, both on the half of --images that tests stitched routes, one pair after another; its seconds, and
+accuracies beside those that scout predicts, of anchors and cascades on more images.
 
 With --quick five candidates and 1,000 training images of the embedded demo; less than a minute.
 """
