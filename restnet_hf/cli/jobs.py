@@ -147,8 +147,17 @@ def scout(
         str, typer.Option(help="Split that accuracies are predicted on; no candidate may be trained on it.")
     ] = "test",
     images: Annotated[
-        int, typer.Option(help="Number of images, chosen at random, half from each split.", min=8)
+        int,
+        typer.Option(help="Number of images to fit and test stitched routes on, half from each split.", min=8),
     ] = 2000,
+    eval_images: Annotated[
+        int,
+        typer.Option(
+            help="Largest number of images of --eval-split that anchors and cascades are scored on; a third of them "
+            "only checks the winner.",
+            min=4,
+        ),
+    ] = 10_000,
     head_images: Annotated[
         int, typer.Option(help="Largest number of further images that new heads train on.", min=1)
     ] = 2000,
@@ -173,7 +182,7 @@ def scout(
     if not resume:
         stopped = (out / ".scout").exists()
         check_output(out, overwrite, "--resume to go on with the run in it, " if stopped else "")
-    warn_of_few(images // 2, "the comparison of pairs")
+    warn_of_few(images // 2, "the comparison of stitched routes")
 
     import restnet_hf.modeling_restnet  # noqa: F401  as above
     from restnet_hf.distributed import this_process
@@ -182,8 +191,8 @@ def scout(
     if overwrite:
         remove_outputs(out, SCOUTED)
     result = run(
-        candidates, dataset, limits, out, split=split, eval_split=eval_split, images=images, head_images=head_images,
-        image_size=image_size, order=order, new_head=new_head, resume=resume,
+        candidates, dataset, limits, out, split=split, eval_split=eval_split, images=images, eval_images=eval_images,
+        head_images=head_images, image_size=image_size, order=order, new_head=new_head, resume=resume,
     )  # fmt: skip
     state = this_process()
     if state.is_main_process:

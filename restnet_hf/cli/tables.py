@@ -35,6 +35,7 @@ TEXTS = (  # columns of text, which continue in the next line
 )
 LEAST_TEXT = 16  # characters of a column of text, however narrow the terminal is
 MOST_PAIRS = 12  # that are printed
+NEAR = {True: "~", False: "", None: ""}  # mark of a pair as good as the first
 FEW = 100  # images, below which a comparison is mostly chance
 STAR = "*: nothing else beats it"
 COSTS = {  # of a profile: heading, and the number that it is divided by
@@ -172,16 +173,42 @@ def show_scouted(result: "ScoutResult") -> None:
         found = ["", "", ""] if best is None else [
             str(best.route), number(best.costs["mean_macs"], 1, 1e-6), number(best.scores["accuracy"], 1, 100)
         ]  # fmt: skip
-        rows.append([f"{pair.front} + {pair.end}", *both, *found, number(pair.gap_closed, 2)])
+        rows.append([f"{pair.front} + {pair.end}", *both, *found, number(pair.gap_closed, 2), NEAR[pair.near_best]])
     more = "" if len(result.pairs) <= MOST_PAIRS else f", the first {MOST_PAIRS}"
-    columns = ("pair", "MACs, M", "accuracies, %", "best within the budget", "mean MACs, M", "predicted, %", "gap")
+    columns = ("pair", "MACs, M", "accuracies, %", "best within the budget", "mean MACs, M", "predicted, %", "gap", "")
     show_table(f"{len(result.pairs)} pairs, best first within {result.budget}{more}", columns, rows, [0])
+    _say_checked(result)
     if result.left_out:
         show_table("left out", ("candidate", "because"), [[*each] for each in result.left_out.items()])
     if result.new_head:
         say("all candidates got new heads, trained on the data set's classes")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    say(f"{result.passes} anchors, one pass over {result.images} images each; {spent}")
+    images = result.images if not result.eval_images else result.images // 2 + result.eval_images
+    say(f"{result.passes} anchors, one pass over {images} images each; {spent}")
+
+
+def _say_checked(result: "ScoutResult") -> None:
+    """Print how many pairs are as good as the first, and its score on images that chose nothing."""
+    check, best = result.check, result.winner.best(result.budget)
+    if result.winner.near_best is None:
+        say("near equals are not known, and the first pair is not checked: only a whole run for this budget does that")
+        return
+    say(f"~: {len(result.near)} of {len(result.pairs)} pairs are not significantly worse than the first (95 %)")
+    if check is None or best is None:
+        say(
+            f"the first pair is not checked: {result.eval_images} held-out images are too few to set a third of them "
+            "aside, so its predicted accuracy is too high; give 300 or more, better thousands"
+        )
+        return
+    gap = (
+        f", gap closed {number(check.gap_closed, 2)} ± {number(check.gap_error, 2)}"
+        if check.gap_closed is not None
+        else ""
+    )
+    say(
+        f"the first pair on {check.images} images that chose nothing: {number(check.accuracy, 1, 100)} ± "
+        f"{number(check.standard_error, 1, 100)} %{gap} ({number(best.scores['accuracy'], 1, 100)} % predicted)"
+    )
 
 
 def show_found(adapters: "Sequence[FoundAdapter]") -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from restnet_hf.data.datasets import IGNORED, batches
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
+from restnet_hf.profiling.bounds import drop_bound
 from restnet_hf.routes.cascade import Cascade
 from restnet_hf.routes.route import Route
 from restnet_hf.runtime.pixels import normalise, to_logits, to_pixels
@@ -22,7 +22,6 @@ BATCH_SIZE = 16  # images in a run while logits are compared
 MIN_AGREEMENT = 0.98  # where nothing else is asked for
 MAX_OFF_PIXELS = 0.02  # levels of 255 by which images may differ from pixels
 MAX_LOGIT_ERROR = 0.02  # largest error of logits in fp32, in standard deviations of the logits
-DOUBT = 0.025  # probability that a bound is too low; twice that for a search, see `choose_way`
 
 
 class DisagreementError(ValueError):
@@ -58,23 +57,6 @@ class Comparison:
     def max_drop(self) -> float:
         """The bound of the accuracy that is lost, see `drop_bound`; 100 where no image has a label."""
         return drop_bound(self.lost, self.won, self.labelled) if self.labelled else 100.0
-
-
-def drop_bound(lost: int, won: int, labelled: int) -> float:
-    """Upper bound of the accuracy that an export loses, in percentage points, with 97.5 % confidence on one side.
-
-    Both see the same images, so only those on which one of them is right count. The bound is Wald's for a paired
-    difference with half an image added to each of the four cells (Agresti and Min 2005, doi 10.1002/sim.1781,
-    section 3), which holds its level for few images too.
-
-    Args:
-        lost: number of images that only the original classifies correctly.
-        won: number of images that only the export classifies correctly.
-        labelled: number of images with a label.
-    """
-    difference = (lost - won) / (labelled + 2)
-    variance = (lost + won + 1) / (labelled + 2) ** 2 - difference**2 / (labelled + 2)
-    return 100 * min(1.0, difference + NormalDist().inv_cdf(1 - DOUBT) * math.sqrt(variance))
 
 
 @dataclass(frozen=True)

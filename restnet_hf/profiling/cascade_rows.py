@@ -21,7 +21,7 @@ from restnet_hf.steps import Step, Walk
 
 
 def profile_cascades(
-    observed: Observations, walks: Sequence[Walk], table: CostTable, score: str
+    observed: Observations, walks: Sequence[Walk], table: CostTable, score: str, budgets: Sequence[float] = ()
 ) -> tuple[ProfiledCascade, ...]:
     """Calibrate the cascades of some routes, of each adapter by itself, and compute what they cost.
 
@@ -30,6 +30,7 @@ def profile_cascades(
         walks: the routes with their steps.
         table: table that the routes' costs are from.
         score: name of the score.
+        budgets: mean MACs for which the best cascades are wanted beside those of the whole range.
 
     Returns:
         The rows, the cheapest first of each adapter.
@@ -44,7 +45,9 @@ def profile_cascades(
         few, kept = observed.select_routes(chosen), [walks[at] for at in chosen]
         macs = StageCosts.of(kept, table.macs)
         times = None if table.latency is None else StageCosts.of(kept, table.latency_ms)
-        rows += [_row(each, few, kept, macs, times, table, score) for each in calibrate_cascades(few, macs)]
+        rows += [
+            _row(each, few, kept, macs, times, table, score) for each in calibrate_cascades(few, macs, budgets=budgets)
+        ]
     return tuple({row.route: row for row in rows}.values())  # those of anchors alone come with every adapter
 
 

@@ -154,7 +154,11 @@ def observe_routes(
 
 
 def observe_logits(
-    routes: Sequence[Route], logits: ndarray, labels: ndarray, confidence: str = "probability"
+    routes: Sequence[Route],
+    logits: ndarray,
+    labels: ndarray,
+    confidence: str = "probability",
+    temperatures: Sequence[float] | None = None,
 ) -> Observations:
     """What routes answer on images, from logits that are there already; `observe_routes` runs the routes for them.
 
@@ -163,11 +167,26 @@ def observe_logits(
         logits: logits (routes, N, classes).
         labels: class (N,) of each image.
         confidence: key of `CONFIDENCES` by which routes are sure.
+        temperatures: temperature of each route; None to fit them, on up to 1,000 of the images.
     """
     classes, few = logits.argmax(-1), slice(TEMPERATURE_IMAGES)
-    temperatures = tuple(round(fit_temperature(each[few], labels[few]), 2) for each in logits)
+    if temperatures is None:
+        temperatures = tuple(round(fit_temperature(each[few], labels[few]), 2) for each in logits)
     sure, agreement = _confidences(logits, classes, confidence, temperatures)
-    return Observations(tuple(routes), confidence, temperatures, classes, classes == labels, sure, agreement)
+    right = classes == labels
+    return Observations(tuple(routes), confidence, tuple(temperatures), classes, right, sure, agreement)
+
+
+def join_observations(parts: Sequence[Observations]) -> Observations:
+    """The observations of several routes on the same images, each of which was observed by itself.
+
+    Args:
+        parts: observations of one route or more, by the same confidence, which is not ``agreement``.
+    """
+    routes = tuple(route for part in parts for route in part.routes)
+    temperatures = tuple(each for part in parts for each in part.temperatures)
+    classes, right, sure = (np.concatenate([getattr(p, n) for p in parts]) for n in ("classes", "right", "sure"))
+    return Observations(routes, parts[0].confidence, temperatures, classes, right, sure)
 
 
 def _fitting_batches(logits: ndarray) -> int:
@@ -284,7 +303,7 @@ class Best:
     """The best chain within each of several mean costs.
 
     Args:
-        budgets: mean costs, equally spaced.
+        budgets: mean costs, in rising order.
     """
 
     def __init__(self, budgets: ndarray) -> None:
@@ -321,7 +340,7 @@ def search_cascades(observed: Observations, costs: StageCosts, budgets: ndarray)
     Args:
         observed: what each route answers.
         costs: costs of the routes.
-        budgets: mean costs, equally spaced.
+        budgets: mean costs, in rising order.
     """
     best, order = Best(budgets), np.argsort(costs.alone, kind="stable").tolist()
     for route in order:
@@ -409,7 +428,9 @@ def check_images(count: int) -> None:
         )
 
 
-def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = FOLDS) -> list[Calibrated]:
+def calibrate_cascades(
+    observed: Observations, costs: StageCosts, folds: int = FOLDS, budgets: Sequence[float] = ()
+) -> list[Calibrated]:
     """The cascades that no route and no other cascade beats in mean cost and score, the cheapest first.
 
     Several processes share the folds.
@@ -418,18 +439,21 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
         observed: what each route answers on held-out images.
         costs: costs of the routes.
         folds: number of parts of the images for cross-validation.
+        budgets: further mean costs for each of which the best cascade is searched, and kept where nothing beats it.
 
     Raises:
         ValueError: there are too few images.
     """
     count = len(observed)
     check_images(count)
-    budgets = np.linspace(costs.alone.min(), costs.alone.max(), BUDGETS)
+    least, most = costs.alone.min(), costs.alone.max()
+    asked = [budget for budget in budgets if least <= budget <= most]
+    every = np.union1d(np.linspace(least, most, BUDGETS), asked)
     fold_of = np.random.default_rng(0).permutation(count) % folds
-    right, spent = np.zeros((BUDGETS, count)), np.zeros((BUDGETS, folds))
+    right, spent = np.zeros((len(every), count)), np.zeros((len(every), folds))
 
     def search(fold: int) -> list[Chain | None]:  # the last is on all images, of which none is of that fold
-        return search_cascades(observed.select_images(fold_of != fold), costs, budgets).chains
+        return search_cascades(observed.select_images(fold_of != fold), costs, every).chains
 
     found = share_jobs(search, folds + 1)
     for fold in range(folds):
@@ -451,7 +475,9 @@ def calibrate_cascades(observed: Observations, costs: StageCosts, folds: int = F
     kept = [each for each in chosen.values() if not any(c <= each.mean_cost and s >= each.score for c, s in rivals)]
     kept.sort(key=lambda each: (each.mean_cost, -each.score))
     front = [each for at, each in enumerate(kept) if all(each.score > before.score for before in kept[:at])]
-    return _few(front, MOST_CASCADES)
+    wanted = {found[folds][at] for at in np.searchsorted(every, asked)}
+    few = {each.chain for each in _few([*front], MOST_CASCADES)} | wanted
+    return [each for each in front if each.chain in few]
 
 
 def _few(front: list[Calibrated], most: int) -> list[Calibrated]:

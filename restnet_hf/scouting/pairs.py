@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from restnet_hf.hashing import software_sha256
 from restnet_hf.profiling.cascade_rows import profile_cascades
-from restnet_hf.profiling.cascades import LEAST_IMAGES, observe_logits
+from restnet_hf.profiling.cascades import LEAST_IMAGES, Observations, join_observations, observe_logits
 from restnet_hf.profiling.costs import CostTable
 from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Segment
@@ -26,16 +27,18 @@ from restnet_hf.steps import Walk
 
 
 CODE = ("scouting", "profiling", "selection")  # that a race depends on besides samples
+NEAR_BUDGET = (0.97, 0.98, 0.99, 1.0)  # shares of it for which cascades are searched: a mean over images varies
 ERROR = 0.01  # largest probability that the race of a pair stops a route that is the best at its cost
 
 
 class PairJudge:
     """Predicts accuracies of the routes and cascades of pairs of anchors, from samples and logits on disk.
 
-    Stitched routes are predicted as by the selector ``fitted_accuracy``: by the accuracy, on held-out images, of the
-    route with the stitch that least squares fits. Those of a pair run as a race, in which a route is stopped where
-    another one that costs no more, an anchor alone among them, is significantly better. Cascades of the two anchors
-    are calibrated on the logits of the same images.
+    Stitched routes are predicted as by the selector ``fitted_accuracy``: by the accuracy, on the held-out images that
+    samples were taken of, of the route with the stitch that least squares fits. Those of a pair run as a race, in
+    which a route is stopped where another one that costs no more, an anchor alone among them, is significantly better.
+    Anchors are scored, and cascades of two of them calibrated, on their logits of all held-out images but the last
+    ones, which take no part in choosing.
 
     Args:
         passes: samples of all anchors, each of which was run.
@@ -43,6 +46,8 @@ class PairJudge:
         costs: costs in which another route may not be worse to stop one, such as ``macs``.
         error: largest probability that a race stops a route that is the best at its cost; with 0 all routes run on
             all images.
+        checking: number of held-out images, the last ones, that take no part in choosing.
+        mean_macs: budget for which the best cascade of each pair is wanted, beside those of the whole range.
     """
 
     def __init__(
@@ -51,15 +56,45 @@ class PairJudge:
         folder: str | os.PathLike[str],
         costs: Collection[str] = ("macs",),
         error: float = ERROR,
+        checking: int = 0,
+        mean_macs: float | None = None,
     ) -> None:
         self.passes, self.model, self.folder, self.error = passes, passes.model, Path(folder), error
         self.compared = sorted({"macs", *costs})
+        self.budgets = [] if mean_macs is None else [share * mean_macs for share in NEAR_BUDGET]
         self.table = CostTable(memory="memory_mb" in self.compared)
         self.alone = {name: self.table.costs(self.model.steps(Route.alone(name))) for name in self.model.anchors}
         self.software = software_sha256((), CODE)
-        self.labels = passes.labels[1::2].numpy()
-        self.logits = {name: passes.all(("logits", name))[1::2].numpy() for name in self.model.anchors}
-        self.right = {name: each.argmax(-1) == self.labels for name, each in self.logits.items()}
+        held = passes.held_numbers
+        self.chosen_on, self.checked_on = held[: len(held) - checking], held[len(held) - checking :]
+        self.raced_on = held[: passes.images // 2]
+        self.observed = self._observe(self.chosen_on)
+        self.right = dict(zip(self.model.anchors, self.observed.right, strict=True))
+
+    def _observe(self, numbers: Sequence[int], temperatures: Sequence[float] | None = None) -> Observations:
+        """What all anchors answer on some images; temperatures are fitted unless they are given."""
+        labels = self.passes.labels[numbers].numpy()
+        parts = []
+        for at, name in enumerate(self.model.anchors):
+            logits = self.passes.logits(name)[numbers].numpy()[None]
+            fitted = None if temperatures is None else temperatures[at : at + 1]
+            parts.append(observe_logits([Route.alone(name)], logits, labels, temperatures=fitted))
+        return join_observations(parts)
+
+    @cached_property
+    def checked(self) -> Observations:
+        """What all anchors answer on the images that take no part in choosing, with the temperatures of the others."""
+        return self._observe(self.checked_on, self.observed.temperatures)
+
+    def effort(self, front: str, end: str) -> float:
+        """About the cost of a race, in any unit: what all routes from one anchor into another would take.
+
+        Args:
+            front: name of the front.
+            end: name of the end.
+        """
+        cuts = self.model.anchors[front].depth * self.model.anchors[end].depth
+        return cuts * (self.alone[front]["macs"] + self.alone[end]["macs"])
 
     def race(self, front: str, end: str) -> Similarity:
         """Predicted accuracy of the routes from one anchor into another, masked where the race stopped a route.
@@ -76,13 +111,15 @@ class PairJudge:
         most = max(self.alone[name]["macs"] for name in (front, end))
         walks = [walk for walk in self._walks(front, end) if self.table.macs(walk[1]) < most]
         costs = {route: self.table.costs(steps) for route, steps in walks}
-        scores = self._run(walks, self._rivals(costs, (front, end)))
+        right = self._run(walks, self._rivals(costs, (front, end)))
         values = np.full((self.model.anchors[front].depth, self.model.anchors[end].depth), np.nan)
-        for route, score in scores.items():
+        for route, each in right.items():
             (point,) = route.stitch_points
-            values[point.source_cut - 1, point.target_cut - 1] = score
-        settings = {"method": "fitted_accuracy", "held_out": len(self.labels), "ran": len(walks), "error": self.error}
-        settings["costs"] = {str(route): costs[route] for route in scores}
+            values[point.source_cut - 1, point.target_cut - 1] = each.mean()
+        held_out = len(self.raced_on)
+        settings = {"method": "fitted_accuracy", "held_out": held_out, "ran": len(walks), "error": self.error}
+        settings["costs"] = {str(route): costs[route] for route in right}
+        settings["right"] = {str(route): np.packbits(each).tobytes().hex() for route, each in right.items()}
         similarity = Similarity(front, end, np.ma.masked_invalid(values), settings)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_similarity(similarity, file)
@@ -94,14 +131,46 @@ class PairJudge:
             route = _route(front, end, *cuts)
             yield route, self.model.steps(route, {route.stitch_points[0].name: stitch})
 
-    def _run(self, walks: Sequence[Walk], rivals: Mapping[Route, Collection[Route]]) -> dict[Route, float]:
-        """Accuracy of the routes that the race did not stop."""
+    def _run(self, walks: Sequence[Walk], rivals: Mapping[Route, Collection[Route]]) -> dict[Route, np.ndarray]:
+        """On which images the routes that the race did not stop are right."""
         if not walks:
             return {}
-        known = {Route.alone(name): right for name, right in self.right.items()}
+        known = {Route.alone(name): right[: len(self.raced_on)] for name, right in self.right.items()}
         return race_routes(
-            walks, self._held(), self.model.device, error=self.error, known=known, beaten_by=rivals
-        ).scores
+            walks, self._held(), self.model.device, error=self.error, known=known, beaten_by=rivals, keep=True
+        ).right
+
+    def raced(self, route: Route) -> np.ndarray:
+        """Whether a stitched route that its race did not stop is right on each image of the race (N,).
+
+        Args:
+            route: route of one stitch.
+        """
+        (point,) = route.stitch_points
+        hits = bytes.fromhex(self.race(point.source, point.target).settings["right"][str(route)])
+        return np.unpackbits(np.frombuffer(hits, np.uint8), count=len(self.raced_on)).astype(bool)
+
+    def fit(self, route: Route) -> Walk:
+        """A route of one stitch, and its steps with the stitch that least squares fits.
+
+        Args:
+            route: route from one anchor into another, in a direction that was compared.
+        """
+        (point,) = route.stitch_points
+        cuts = point.source_cut, point.target_cut
+        stitch = self.passes.pairs[point.source, point.target].stitches(RIDGE, [cuts[0]])[cuts]
+        return route, self.model.steps(route, {point.name: stitch})
+
+    def run(self, routes: Sequence[Route], numbers: Sequence[int]) -> dict[Route, np.ndarray]:
+        """Whether stitched routes, with stitches that least squares fits, are right on each of some images (N,).
+
+        Args:
+            routes: routes of one stitch each.
+            numbers: numbers of the images.
+        """
+        walks = [self.fit(route) for route in routes]
+        images = self.passes.batches(numbers)
+        return race_routes(walks, images, self.model.device, error=0, keep=True).right if walks else {}
 
     def profile(self, front: str, end: str) -> Profile:
         """Costs and predicted accuracy of what a pair offers, in both directions where both were compared.
@@ -119,16 +188,16 @@ class PairJudge:
                     if np.isfinite(value):
                         route = _route(*pair, i + 1, j + 1)
                         rows.append(_row(route, found.settings["costs"][str(route)], float(value)))
-        metadata = {"images": len(self.labels), "predicted": True}
+        metadata = {"images": len(self.chosen_on), "images_of_stitched": len(self.raced_on), "predicted": True}
         return Profile(tuple(rows), metadata, self._cascades(names))
 
     def _cascades(self, names: list[str]) -> tuple[ProfiledCascade, ...]:
         """The cascades of two anchors, the cheaper first; none where the held-out images are too few."""
-        if len(self.labels) < LEAST_IMAGES:
+        if len(self.observed) < LEAST_IMAGES:
             return ()
-        routes = [Route.alone(name) for name in names]
-        observed = observe_logits(routes, np.stack([self.logits[name] for name in names]), self.labels)
-        return profile_cascades(observed, [(r, self.model.steps(r)) for r in routes], self.table, "accuracy")
+        walks = [(route, self.model.steps(route)) for route in map(Route.alone, names)]
+        observed = self.observed.select_routes([self.observed.routes.index(route) for route, _ in walks])
+        return profile_cascades(observed, walks, self.table, "accuracy", self.budgets)
 
     def _rivals(self, costs: Mapping[Route, Mapping[str, float]], anchors: Iterable[str]) -> dict[Route, list[Route]]:
         """For each route all others, and the anchors alone, that cost no more."""
@@ -141,7 +210,7 @@ class PairJudge:
 
     def _held(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of the held-out images and their labels."""
-        images, labels = self.passes.held_images, self.passes.labels[1::2]
+        images, labels = self.passes.held_images, self.passes.labels[self.raced_on]
         for start in range(0, len(labels), TEST_BATCH):
             part = slice(start, start + TEST_BATCH)
             yield {"pixel_values": images[part], "labels": labels[part]}

@@ -5,7 +5,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from restnet_hf.errors import BudgetError
 from restnet_hf.files import atomic_file
 from restnet_hf.profiling.plots import plot_tradeoff
+from restnet_hf.routes.fronts import front_rows
 from restnet_hf.routes.profile import (
     MEANS,
     AnyProfiled,
@@ -40,11 +41,14 @@ class ScoutedPair:
         end: name of the anchor whose late blocks run.
         profile: costs and predicted accuracies of the anchors alone, of the stitched routes that no cheaper one beats
             significantly, and of cascades of the two anchors.
+        near_best: whether its best within the budget is not significantly worse than that of the winner; None where
+            that was not tested for the budget.
     """
 
     front: str
     end: str
     profile: Profile
+    near_best: bool | None = None
 
     @property
     def rows(self) -> tuple[AnyProfiled, ...]:
@@ -55,6 +59,23 @@ class ScoutedPair:
     def gap_closed(self) -> float | None:
         """Predicted share of the gap between the two anchors that is closed; see `Profile.gap_closed`."""
         return self.profile.gap_closed()
+
+    def front_rows(self) -> tuple[AnyProfiled, ...]:
+        """The rows that no other beats in mean MACs and predicted accuracy, the cheapest first."""
+        return tuple(front_rows(self.rows, "mean_macs", "accuracy"))
+
+    def with_accuracy(self, route: Route, accuracy: float) -> "ScoutedPair":
+        """The pair with another predicted accuracy of a route.
+
+        Args:
+            route: route of the profile.
+            accuracy: accuracy, from 0 to 1.
+        """
+        routes = (
+            replace(row, scores={**row.scores, "accuracy": accuracy}) if row.route == route else row
+            for row in self.profile.routes
+        )
+        return replace(self, profile=replace(self.profile, routes=tuple(routes)))
 
     def alone(self, anchor: str) -> ProfiledRoute:
         """The row of one of the anchors alone: its costs, and its accuracy on the held-out images.
@@ -79,6 +100,29 @@ class ScoutedPair:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What the winner gives on images that took no part in calibrating or ranking; thresholds stay as chosen.
+
+    Args:
+        images: number of the images.
+        accuracy: accuracy of the best route or cascade within the budget, from 0 to 1.
+        standard_error: standard error of the accuracy.
+        mean_macs: MACs that it takes on these images, as a mean.
+        gap_closed: share of the gap between the two anchors that is closed by the entries that no other beats in
+            prediction, see `Profile.gap_closed`; None where it is not defined.
+        gap_error: standard error of the gap closed, half the width of the middle 68 % of 200 draws of the bootstrap
+            over images; None where it is not defined.
+    """
+
+    images: int
+    accuracy: float
+    standard_error: float
+    mean_macs: float
+    gap_closed: float | None = None
+    gap_error: float | None = None
+
+
+@dataclass(frozen=True)
 class ScoutResult:
     """Pairs of classifiers, the best for a budget first; `scout` returns it.
 
@@ -92,6 +136,10 @@ class ScoutResult:
         passes: number of anchors that ran over the images, each of them once.
         images: number of images, half of which stitches were fitted on and half held out.
         new_head: whether the anchors got new heads, for the classes of the data set.
+        eval_images: number of images of the split that was held out on which anchors ran, those that check the winner
+            among them; 0 in results of earlier versions.
+        check: score of the winner on images that chose nothing. The predicted one is of the luckiest of many, and so
+            too high. None where the images were too few, or the pairs were ranked for another budget later.
     """
 
     pairs: tuple[ScoutedPair, ...]
@@ -103,6 +151,13 @@ class ScoutResult:
     passes: int = 0
     images: int = 0
     new_head: bool = False
+    eval_images: int = 0
+    check: Check | None = None
+
+    @property
+    def near(self) -> tuple[ScoutedPair, ...]:
+        """The pairs that are not significantly worse than the winner (95 %, one-sided), the winner among them."""
+        return tuple(pair for pair in self.pairs if pair.near_best)
 
     @property
     def winner(self) -> ScoutedPair:
@@ -113,7 +168,8 @@ class ScoutResult:
         """The same pairs in the order of what they give within a budget.
 
         The pair whose best route or cascade within the budget has the highest predicted accuracy is first; of equals
-        the one that takes less of the budget for it, then the one that closes more of the gap between its anchors.
+        the one that takes less of the budget for it, then the one that closes more of the gap between its anchors. For
+        another budget than before nothing is checked, and no near equals are marked: `scout` does that.
 
         Args:
             budget: limits on costs that the profiles have.
@@ -135,7 +191,9 @@ class ScoutResult:
         pairs = tuple(sorted(self.pairs, key=order))
         if pairs[0].best(limits) is None:
             raise BudgetError(f"nothing of any pair fits {limits}; {describe_cheapest(rows, limits)}")
-        return replace(self, pairs=pairs, budget=limits)
+        if limits != self.budget:
+            pairs = tuple(replace(pair, near_best=None) for pair in pairs)
+        return replace(self, pairs=pairs, budget=limits, check=self.check if limits == self.budget else None)
 
     def recipe(self) -> dict[str, Any]:
         """The recipe that stitches the best pair, as `load_recipe` reads it."""
@@ -167,9 +225,9 @@ class ScoutResult:
         return plot_tradeoff(Profile(routes, {}, cascades), path, active=None if best is None else best.route)
 
     def table(self) -> tuple[list[str], list[list[Any]]]:
-        """Headings, and a row for each pair: its anchors, its best within the budget, and the gap that is closed."""
+        """Headings, and a row for each pair: anchors, best within the budget, gap closed, near the winner."""
         columns = ["front", "end", "front_macs", "end_macs", "front_accuracy", "end_accuracy", "best", "accuracy"]
-        columns += ["macs", "mean_macs", "gap_closed"]
+        columns += ["macs", "mean_macs", "gap_closed", "near_best"]
         rows = []
         for pair in self.pairs:
             names, best = (pair.front, pair.end), pair.best(self.budget)
@@ -178,7 +236,7 @@ class ScoutResult:
             row += ["", "", "", ""] if best is None else [
                 str(best.route), best.scores["accuracy"], best.costs["macs"], best.costs["mean_macs"]
             ]  # fmt: skip
-            rows.append([*row, "" if pair.gap_closed is None else pair.gap_closed])
+            rows.append([*row, *("" if each is None else each for each in (pair.gap_closed, pair.near_best))])
         return columns, rows
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -199,8 +257,12 @@ class ScoutResult:
         assert best is not None
         head = (
             f"# The best of {len(self.pairs)} pairs within {self.budget}: {best.scores['accuracy']:.1%} predicted\n"
-            f"# for {best.route}\n# restnet-hf train {RECIPE} --out DIR\n"
+            f"# for {best.route}\n"
         )
+        if (check := self.check) is not None:
+            error = f"standard error {check.standard_error:.1%}"
+            head += f"# {check.accuracy:.1%} ({error}) on {check.images} images that chose nothing\n"
+        head += f"# restnet-hf train {RECIPE} --out DIR\n"
         with atomic_file(place / RECIPE) as temporary:
             temporary.write_text(head + yaml.safe_dump(self.recipe(), sort_keys=False))
         with atomic_file(place / RESULT) as temporary:  # last: a run with this file has finished
@@ -208,11 +270,15 @@ class ScoutResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain JSON values."""
-        pairs = [{"front": p.front, "end": p.end, "profile": p.profile.to_dict()} for p in self.pairs]
+        pairs = [
+            {"front": p.front, "end": p.end, "near_best": p.near_best, "profile": p.profile.to_dict()}
+            for p in self.pairs
+        ]
         return {
             "pairs": pairs, "budget": self.budget.limits, "sources": dict(self.sources),
             "left_out": dict(self.left_out), "job": dict(self.job), "seconds": dict(self.seconds),
-            "passes": self.passes, "images": self.images, "new_head": self.new_head,
+            "passes": self.passes, "images": self.images, "new_head": self.new_head, "eval_images": self.eval_images,
+            "check": None if self.check is None else asdict(self.check),
         }  # fmt: skip
 
     @classmethod
@@ -229,10 +295,15 @@ class ScoutResult:
         file = Path(folder) / RESULT
         try:
             data = json.loads(file.read_text())
-            pairs = (ScoutedPair(p["front"], p["end"], Profile.from_dict(p["profile"])) for p in data["pairs"])
+            pairs = (
+                ScoutedPair(p["front"], p["end"], Profile.from_dict(p["profile"]), p.get("near_best"))
+                for p in data["pairs"]
+            )
             rest = {
                 key: data[key] for key in ("sources", "left_out", "job", "seconds", "passes", "images", "new_head")
             }
+            rest["eval_images"] = data.get("eval_images", 0)  # as "check" not in files of earlier versions
+            rest["check"] = None if data.get("check") is None else Check(**data["check"])
             return cls(tuple(pairs), Budget.of(data["budget"]), **rest)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is not the result of a run: {error!r}; choose another folder") from error

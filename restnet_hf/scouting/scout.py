@@ -6,9 +6,9 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -19,7 +19,7 @@ from restnet_hf.anchors.config_entry import know_classes
 from restnet_hf.anchors.loading import load_anchor
 from restnet_hf.data.datasets import load_images, with_pixel_values
 from restnet_hf.data.labels import class_names_of, label_order
-from restnet_hf.distributed import alone, own_items, this_process
+from restnet_hf.distributed import alone, divide_jobs, from_main, gather, this_process
 from restnet_hf.errors import BudgetError
 from restnet_hf.files import atomic_file
 from restnet_hf.modeling_restnet import StitchedModelForImageClassification
@@ -27,6 +27,7 @@ from restnet_hf.profiling.macs import MacsTable
 from restnet_hf.progress import progress_bar
 from restnet_hf.routes.profile import MEANS, Budget, BudgetLike
 from restnet_hf.routes.tables import short_number
+from restnet_hf.scouting.checks import review
 from restnet_hf.scouting.pairs import PairJudge
 from restnet_hf.scouting.passes import AnchorPasses, cache_pictures
 from restnet_hf.scouting.results import RESULT, ScoutedPair, ScoutResult, plain_costs
@@ -38,6 +39,8 @@ from restnet_hf.training.loop import train_heads
 
 COSTS = ("macs", "mean_macs", "params", "memory_mb")  # that are known without a measurement
 LEAST_IMAGES = 8  # half to fit stitches on, half to test them
+CHECKING = 3  # one in so many held-out images checks the winner
+LEAST_CHECKING = 100  # images that do; with fewer none, and all choose
 SEED = 0  # of new heads
 WORK = ".scout"  # folder in ``out`` of what a run needs to go on after an interruption
 
@@ -51,6 +54,7 @@ def scout(
     split: str = "train",
     eval_split: str = "test",
     images: int = 2000,
+    eval_images: int = 10_000,
     head_images: int = 2000,
     image_size: int | None = None,
     order: str = "given",
@@ -59,11 +63,13 @@ def scout(
 ) -> ScoutResult:
     """Find the two of many classifiers that are best stitched for a budget, and write a recipe that does it.
 
-    Images are read once, and each candidate runs over them once. For each pair the accuracy of every stitched route
-    that costs less than the larger anchor is predicted as by the selector ``fitted_accuracy``, in a race, and cascades
-    of the two are calibrated on their logits; see `PairJudge`. The best route or cascade within the budget decides
-    (`ScoutResult.ranked`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``,
-    ``tradeoff.png`` and ``recipe.yaml``, a recipe for the best pair.
+    Images are read once, and each candidate runs over them once. For each pair a race predicts the accuracy of every
+    stitched route that costs less than the larger anchor, as the selector ``fitted_accuracy`` does, and cascades of
+    the two are calibrated on logits (`PairJudge`). The best within the budget decides (`ScoutResult.ranked`). A third
+    of ``eval_images``, drawn with a fixed seed, takes no part: the winner is scored again on these, since the best of
+    many predictions is too high (`ScoutResult.check`); of fewer than 300 all choose. Pairs not significantly worse are
+    marked (`review`). Nothing is trained but new heads. ``out`` gets ``scout.json``, ``pairs.csv``, ``tradeoff.png``
+    and ``recipe.yaml``, a recipe for the best pair.
 
     Args:
         candidates: classifiers to choose from: Hub ids or local folders, at least two.
@@ -72,7 +78,9 @@ def scout(
         out: folder for the files.
         split: split that stitches are fitted on and new heads train on.
         eval_split: split that accuracies are predicted on, of images that no candidate was trained on.
-        images: number of images, chosen at random, half from each split.
+        images: number of images that stitched routes are fitted and tested on, chosen at random, half from each split.
+        eval_images: largest number of images of ``eval_split``, at least half of ``images``, which are among them. Of
+            all others only logits are taken, for anchors and cascades.
         head_images: largest number of further images of ``split`` that new heads train on.
         image_size: height and width of images in pixels; None for the anchors' own.
         order: ``given`` joins the candidate with more parameters to the other one, ``auto`` both ways.
@@ -86,28 +94,34 @@ def scout(
             not fit.
         OSError: the data set cannot be loaded, or the disk is too small.
     """
-    limits = _check(candidates, budget, images, head_images, order, split, eval_split)
+    limits = _check(candidates, budget, images, eval_images, head_images, order, split, eval_split)
     job: dict[str, Any] = {
         "candidates": [os.fspath(each) for each in candidates], "dataset": os.fspath(dataset), "split": split,
-        "eval_split": eval_split, "images": images, "head_images": head_images, "image_size": image_size,
-        "order": order, "new_head": new_head, "costs": plain_costs(limits),
+        "eval_split": eval_split, "images": images, "eval_images": eval_images, "head_images": head_images,
+        "image_size": image_size, "order": order, "new_head": new_head, "costs": plain_costs(limits),
     }  # fmt: skip
     folder = Path(out)
     if resume and (folder / RESULT).exists():
         return _finished(folder, job, limits)
-    result = _Scouting(job, limits, folder / WORK).run()
+    result = Scouting(job, limits, folder / WORK).run()
+    _finish(result, folder)
+    return result
+
+
+def _finish(result: ScoutResult, folder: Path) -> None:
+    """Write the result, and remove what the run needed to go on."""
     state = this_process()
     if state.is_main_process:
         result.save(folder)
         shutil.rmtree(folder / WORK, ignore_errors=True)
     state.wait_for_everyone()
-    return result
 
 
 def _check(
     candidates: Sequence[Any],
     budget: BudgetLike,
     images: int,
+    eval_images: int,
     head_images: int,
     order: str,
     split: str,
@@ -128,6 +142,11 @@ def _check(
         raise ValueError(f"split and eval_split are both {split!r}; stitches need images of their own to be fitted on")
     if images < LEAST_IMAGES or head_images < 1:
         raise ValueError(f"images={images} must be at least {LEAST_IMAGES}, and head_images={head_images} at least 1")
+    if eval_images < images // 2:
+        raise ValueError(
+            f"eval_images={eval_images} must be at least {images // 2}, half of images={images}: stitched routes are "
+            "tested on so many of them"
+        )
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not one of {ORDERS}")
     return limits
@@ -151,8 +170,8 @@ def _finished(folder: Path, job: dict[str, Any], limits: Budget) -> ScoutResult:
     return result
 
 
-class _Scouting:
-    """One run of `scout`.
+class Scouting:
+    """One run of `scout`, which leaves its folder as it is; after `run`, ``judge`` can try further routes.
 
     Args:
         job: arguments of the run.
@@ -181,21 +200,25 @@ class _Scouting:
         model.to(this_process().device)
         _check_cheapest(model, self.limits)
         self._lap("load")
-        data, others = self._draw(fitted, held, new_head)
+        data, others, sampled, checking = self._draw(fitted, held, new_head)
         plain = ([name.replace("_", " ") for name in each] for each in (names, model.config.id2label.values()))
         label_map = label_order(*plain)  # where each class of the data is in the model
         ready = [with_pixel_values(rows, model.image_processor, label_map) for rows in (data, others)]
         if new_head:
             self._train_heads(model, cache_pictures(model, ready[1], self.work / "images"))
             self._lap("heads")
-        passes = self._pass(model, cache_pictures(model, ready[0], self.work / "images"))
-        profiles = self._judge(passes)
-        sources = dict(zip(model.anchors, anchors, strict=True))
-        pairs = tuple(ScoutedPair(*names, profile) for names, profile in profiles.items())
+        passes = self._pass(model, cache_pictures(model, ready[0], self.work / "images"), sampled)
+        costs, limit = self.job["costs"], self.limits.mean_macs
+        self.judge = judge = PairJudge(passes, self.work / "pairs", costs, checking=checking, mean_macs=limit)
+        pairs = self._judge(judge)
+        sources, eval_images = dict(zip(model.anchors, anchors, strict=True)), len(data) - sampled // 2
         result = ScoutResult(
-            pairs, self.limits, sources, self.left_out, self.job, self.seconds, len(sources), len(data), new_head
-        )
-        return result.ranked(self.limits)
+            pairs, self.limits, sources, self.left_out, self.job, self.seconds, len(sources), sampled, new_head,
+            eval_images,
+        )  # fmt: skip
+        result = from_main(lambda: self._review(result.ranked(self.limits), judge))
+        self._lap("check")
+        return replace(result, seconds=self.seconds)
 
     def _lap(self, name: str) -> None:
         """Record the seconds since the last part ended."""
@@ -236,20 +259,28 @@ class _Scouting:
         first = sorted(usable, key=lambda source: -area[source][0] * area[source][1])
         return {source: usable[source] for source in first}, new_head
 
-    def _draw(self, fitted: Dataset, held: Dataset, new_head: bool) -> tuple[Dataset, Dataset]:
-        """Images to fit and to test on in turn, and images for new heads, which are others."""
+    def _draw(self, fitted: Dataset, held: Dataset, new_head: bool) -> tuple[Dataset, Dataset, int, int]:
+        """Images of a run, and other ones for new heads.
+
+        Returns:
+            Images: those to fit and to test stitches on in turn, and behind them further held-out ones; images for
+            heads; the number of those in turn; and the number of the last ones, which check the winner.
+        """
         fitted, held = (_shuffled(rows) for rows in (fitted, held))
         free = max(1, len(fitted) // 2) if new_head else len(fitted)
-        count = min(self.job["images"] // 2, len(held), free)
+        evaluated = min(self.job["eval_images"], len(held))
+        checking = evaluated // CHECKING if evaluated // CHECKING >= LEAST_CHECKING else 0
+        count = min(self.job["images"] // 2, evaluated - checking, free)
         if 2 * count < LEAST_IMAGES:
             raise ValueError(
                 f"{len(fitted)} images of {self.job['split']!r} and {len(held)} of {self.job['eval_split']!r} are too "
                 f"few: {LEAST_IMAGES // 2} of each are needed, better some hundreds"
             )
         in_turn = [number // 2 + number % 2 * count for number in range(2 * count)]
-        both = concatenate_datasets([fitted.select(range(count)), held.select(range(count))])
+        both = concatenate_datasets([fitted.select(range(count)), held.select(range(evaluated))])
+        both = both.select([*in_turn, *range(2 * count, count + evaluated)])
         rest = range(count, min(len(fitted), count + self.job["head_images"]))
-        return both.select(in_turn), fitted.select([*rest])
+        return both, fitted.select([*rest]), 2 * count, checking
 
     def _train_heads(self, model: StitchedModelForImageClassification, pictures: FeatureCache) -> None:
         """Train the new head of each anchor, or read the one that an earlier run trained."""
@@ -270,28 +301,48 @@ class _Scouting:
             model.heads[name].load_state_dict(load_file(file))  # those of processes differ by rounding
             record_trained(model, {f"heads.{name}": model.heads[name]})
 
-    def _pass(self, model: StitchedModelForImageClassification, pictures: FeatureCache) -> AnchorPasses:
+    def _pass(self, model: StitchedModelForImageClassification, pictures: FeatureCache, sampled: int) -> AnchorPasses:
         """Run each anchor over the images, once; each process runs some of them."""
-        state, passes = this_process(), AnchorPasses(model, pictures, self.work / "anchors", self.job["order"])
-        for name in progress_bar([*own_items(model.anchors)], "anchors"):
+        state = this_process()
+        passes = AnchorPasses(model, pictures, self.work / "anchors", self.job["order"], sampled)
+        table = MacsTable()
+        own = _own_jobs([*model.anchors], [sum(table.blocks(anchor)) for anchor in model.anchors.values()])
+        for name in progress_bar(own, "anchors"):
             with alone():
                 passes.run(name)
         state.wait_for_everyone()
         self._lap("passes")
         return passes
 
-    def _judge(self, passes: AnchorPasses) -> dict[tuple[str, str], Any]:
-        """The profile of each pair, the larger anchor in front; each process runs the races of some pairs."""
-        judge = PairJudge(passes, self.work / "pairs", self.job["costs"])
-        for pair in progress_bar([*own_items(passes.pairs)], "pairs"):
+    def _judge(self, judge: PairJudge) -> tuple[ScoutedPair, ...]:
+        """The profile of each pair, the larger anchor in front; each process judges some of the pairs."""
+        pairs = [*judge.passes.pairs]
+        for pair in progress_bar(_own_jobs(pairs, [judge.effort(*pair) for pair in pairs]), "pairs"):
             with alone():
                 judge.race(*pair)
         this_process().wait_for_everyone()
-        once = {frozenset(pair): pair for pair in reversed(passes.pairs)}.values()
-        with alone():
-            profiles = {pair: judge.profile(*pair) for pair in once}
+        once = list({frozenset(pair): pair for pair in reversed(pairs)}.values())
+        own = {}
+        for pair in progress_bar(_own_jobs(once, [1.0] * len(once)), "cascades"):
+            with alone():
+                own[pair] = judge.profile(*pair)
+        profiles = {pair: profile for each in gather(own) for pair, profile in each.items()}
         self._lap("pairs")
-        return profiles
+        return tuple(ScoutedPair(*pair, profiles[pair]) for pair in once)
+
+    @staticmethod
+    def _review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
+        with alone():
+            return review(result, judge)
+
+
+Job = TypeVar("Job")
+
+
+def _own_jobs(jobs: Sequence[Job], costs: Sequence[float]) -> list[Job]:
+    """The jobs of this process, of some that differ in cost."""
+    mine = this_process().process_index
+    return [job for job, owner in zip(jobs, divide_jobs(costs), strict=True) if owner == mine]
 
 
 def _labelled(dataset: str, split: str) -> Dataset:

@@ -71,9 +71,8 @@ def race_routes(
     """
     if not 0 <= error < 1:
         raise ValueError(f"error={error} must be at least 0 and below 1")
-    race = _Race(
-        [route for route, _ in walks], _groups_of([r for r, _ in walks], rivals, beaten_by), known or {}, keep
-    )
+    routes = [route for route, _ in walks]
+    race = _Race(routes, _groups_of(routes, rivals, beaten_by), known or {}, keep)
     alive, shared = list(walks), split_at_shared_cuts(walks)
     own, number = _HitsOfAll(own_batches(batches), device), 0
     while turn := own.next_turn(shared):

@@ -36,6 +36,7 @@ def test_the_bound_holds_as_often_as_it_claims(images, lost, won):
 def test_the_bound_by_hand():
     """Lost 30, won 20 of 998 images: a difference of 10 / 1000 with the variance (51 - 0.1) / 1000 ** 2."""
     assert drop_bound(30, 20, 998) == pytest.approx(100 * (0.01 + 1.959964 * np.sqrt(51 - 0.1) / 1000), abs=1e-6)
+    assert drop_bound(30, 20, 998, 0.05) == pytest.approx(100 * (0.01 + 1.644854 * np.sqrt(51 - 0.1) / 1000), abs=1e-6)
     assert drop_bound(0, 0, 10) > 0 and drop_bound(3, 0, 3) == 100
 
 

@@ -17,6 +17,8 @@ from restnet_hf.profiling.cascades import (
     calibrate_cascades,
     certify_cascade,
     images_for_promise,
+    join_observations,
+    observe_logits,
     run_chain,
     search_cascades,
 )
@@ -103,6 +105,35 @@ def test_cascades_beat_the_line_between_routes():
     found, alone = calibrate_cascades(observations(2000), costs()), observations(2000).right.mean(1)
     middle = [each for each in found if each.mean_cost < 5]
     assert max(each.score for each in middle) > alone[1] + 0.05
+
+
+def test_the_best_of_budgets_that_are_asked_for_are_kept():
+    """For each there is the cascade that a search finds for it alone; those of the whole range stay."""
+    observed, table, budgets = observations(2000, routes=2), costs(2), (3.33, 4.71, 0.5, 99.0)
+    plain, more = calibrate_cascades(observed, table), calibrate_cascades(observed, table, budgets=budgets)
+    alone = search_cascades(observed, table, np.array(budgets[:2])).chains
+    chains = [each.chain for each in more]
+    assert len(alone) == 2 and {*alone} <= {*chains} and not {*alone} & {each.chain for each in plain}
+    for chain, budget in zip(alone, budgets, strict=False):
+        assert more[chains.index(chain)].mean_cost == pytest.approx(budget, rel=0.03)
+    pairs = [(each.mean_cost, each.score) for each in more]
+    assert pairs == sorted(pairs) and len(more) <= 8 + 2
+
+
+@pytest.mark.parametrize("confidence", ["probability", "margin", "entropy"])
+def test_observations_of_single_routes_can_be_joined(confidence):
+    rng, routes = np.random.default_rng(0), [Route.alone(name) for name in ("a", "b")]
+    logits, labels = rng.standard_normal((2, 50, 4)), rng.integers(0, 4, 50)
+    whole = observe_logits(routes, logits, labels, confidence)
+    each = [observe_logits([r], logits[at : at + 1], labels, confidence) for at, r in enumerate(routes)]
+    joined = join_observations(each)
+    assert (joined.routes, joined.temperatures, joined.confidence) == (tuple(routes), whole.temperatures, confidence)
+    for name in ("classes", "right", "sure"):
+        assert np.array_equal(getattr(joined, name), getattr(whole, name))
+    given = observe_logits(routes, logits, labels, temperatures=(2.0, 0.5))
+    p = np.exp(logits / np.array([2.0, 0.5])[:, None, None])
+    assert given.temperatures == (2.0, 0.5)
+    assert given.sure == pytest.approx((p / p.sum(-1, keepdims=True)).max(-1), rel=1e-5)
 
 
 def test_too_few_images():

@@ -38,8 +38,8 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
     "stitches": ["adding", "branches", "layers", "least_squares", "norms", "precision", "pruning", "rates", "tuning"],
     "middle": ["cascading", "configuration_restnet", "prediction", "steps"],
     "profiling": [
-        *("accuracy", "cascade_rows", "cascades", "costs", "device", "device_tables", "latency", "macs", "memory"),
-        *("metric", "mixin", "plots", "route_plots", "timing"),
+        *("accuracy", "bounds", "cascade_rows", "cascades", "costs", "device", "device_tables", "latency", "macs"),
+        *("memory", "metric", "mixin", "plots", "route_plots", "timing"),
     ],
     "selection": [
         *("cache", "cka", "dropping", "mixin", "pairs", "plots", "racing", "ranking", "samples", "selectors"),
@@ -59,7 +59,7 @@ ROOMS = {  # from the ground up: a room, and what lies in it; a file imports fro
         *("coreml", "device_files", "executorch", "export", "exporter", "folding", "litert", "onnx", "openvino"),
         *("parts", "programs", "sensitivity", "torch_program", "verification"),
     ],
-    "scouting": ["pairs", "passes", "results", "scout"],
+    "scouting": ["checks", "pairs", "passes", "results", "scout"],
     "demo": ["model", "paths"],
     "top": [
         *("caches", "comparing", "recipe_checks", "reports", "recipe", "auto_classes"),

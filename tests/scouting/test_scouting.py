@@ -18,18 +18,22 @@ from transformers import ViTImageProcessor
 from typer.testing import CliRunner
 
 from restnet_hf import (
+    Budget,
     BudgetError,
+    Cascade,
     ScoutResult,
     StitchedModelForImageClassification,
     load_anchor,
     scout,
 )
 from restnet_hf.cli import app
-from restnet_hf.data.datasets import load_images, with_pixel_values
+from restnet_hf.data.datasets import batches, load_images, with_pixel_values
 from restnet_hf.data.pixel_values import PixelValues
 from restnet_hf.demo.paths import DATA, END, FRONT
+from restnet_hf.profiling.costs import CostTable
 from restnet_hf.recipe import load_recipe
 from restnet_hf.routes.route import Route
+from restnet_hf.scouting import checks
 from restnet_hf.scouting import pairs as scout_pairs
 from restnet_hf.scouting import passes as passes_file
 from restnet_hf.scouting import scout as scouting
@@ -37,11 +41,12 @@ from restnet_hf.scouting.pairs import PairJudge
 from restnet_hf.scouting.passes import AnchorPasses, cache_pictures
 from restnet_hf.selection.samples import SelectionBatch
 from restnet_hf.selection.selectors import FittedAccuracy
+from restnet_hf.steps import run_steps
 
 
 NAMES = [f"class {number}" for number in range(CLASSES)]
 LOOSE = {"macs": 1e9}
-FEW = {"images": 40, "head_images": 30}
+FEW = {"images": 40, "eval_images": 20, "head_images": 30}
 
 
 def save_named(name, folder, seed=0, names=NAMES):
@@ -153,7 +158,7 @@ def test_it_goes_on_where_it_stopped(place, runs, tmp_path, monkeypatch):
 
     def stop_in_the_third(cache, specs, **options):
         begun.append(cache)
-        if len(begun) == 3:  # the first holds the images
+        if len(begun) == 4:  # the first holds the images, two the first anchor's samples and logits
             raise KeyboardInterrupt
         return write(cache, specs, **options)
 
@@ -194,7 +199,7 @@ def test_a_finished_run_is_ranked_for_another_budget(place, runs, tmp_path):
     with pytest.raises(BudgetError, match=r"nothing of any pair fits macs<=1; the cheapest is"):
         scout(two, place / "data", {"macs": 1}, tmp_path, **FEW, resume=True)
     with pytest.raises(ValueError, match="another images"):
-        scout(two, place / "data", LOOSE, tmp_path, images=30, head_images=30, resume=True)
+        scout(two, place / "data", LOOSE, tmp_path, images=30, eval_images=20, head_images=30, resume=True)
     with pytest.raises(ValueError, match="another budget"):
         scout(two, place / "data", {"params": 1e9}, tmp_path, **FEW, resume=True)
 
@@ -239,6 +244,7 @@ def no_pass(*args, **options):
         ({"budget": {"maccs": 1}}, ValueError, r"\['maccs'\], which are no costs"),
         ({"order": "up"}, ValueError, r"order='up' is not one of"),
         ({"images": 2}, ValueError, r"images=2 must be at least 8"),
+        ({"images": 40, "eval_images": 19}, ValueError, r"eval_images=19 must be at least 20, half of images=40: "),
         ({"eval_split": "train"}, ValueError, "split and eval_split are both 'train'"),
         ({"eval_split": "validation"}, ValueError, r"validation.parquet"),
         ({"flavour": 1}, TypeError, "flavour"),
@@ -257,6 +263,171 @@ def test_wrong_options(place, tmp_path, monkeypatch, options, error, text):
 def test_two_candidates_are_needed(place, tmp_path, names):
     with pytest.raises(ValueError, match="at least two different candidates"):
         scout(candidates(place, *names), place / "data", LOOSE, tmp_path)
+
+
+def answers_by_hand(place, names):
+    """On which of the 60 test images, in the order of scout, candidates are right, by name."""
+    rows = load_images(place / "data", "test")
+    rows = rows.select(torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist())
+    right = {}
+    for name in names:
+        model = StitchedModelForImageClassification.from_anchors(place / name, dtype="float32")
+        data = with_pixel_values(rows, model.image_processor)
+        with torch.no_grad():
+            logits = model(torch.stack([row["pixel_values"] for row in data])).logits
+        right[name] = (logits.argmax(-1) == torch.tensor(rows["label"])).numpy()
+    return right
+
+
+def no_pixels(cache, name, read=passes_file.FeatureCache.rows):
+    assert name != "pixel_values", "all pictures at once"
+    return read(cache, name)
+
+
+def test_logits_of_more_images_choose_and_others_check(place, runs, tmp_path, monkeypatch):
+    """Of 60 held-out images 40 choose, 20 of them stitched routes too, and 20 only check; each anchor runs once."""
+    monkeypatch.setattr(scouting, "LEAST_CHECKING", 20)
+    monkeypatch.setattr(passes_file.FeatureCache, "rows", no_pixels)
+    three = candidates(place, "resnet", "vit", "swin")
+    result = scout(three, place / "data", LOOSE, tmp_path, images=40, eval_images=60)
+    assert runs["images"] == dict.fromkeys(("resnet", "vit", "swin"), 20 + 60) and runs["pictures"] == 80
+    assert (result.images, result.eval_images) == (40, 60)
+    right = answers_by_hand(place, ("resnet", "vit", "swin"))
+    for pair in result.pairs:
+        assert pair.profile.metadata["images"] == 40 and pair.profile.metadata["images_of_stitched"] == 20
+        for name in (pair.front, pair.end):
+            assert pair.alone(name).scores["accuracy"] == pytest.approx(right[name][:40].mean())
+    best = result.winner.best(LOOSE)
+    share = result.check.accuracy
+    assert result.check.images == 20 and result.check.mean_macs == best.costs["macs"]
+    assert result.check.standard_error == pytest.approx(np.sqrt(share * (1 - share) / 20))
+    (worse,) = (pair for pair in result.pairs if "resnet" not in (pair.front, pair.end))
+    assert not worse.near_best and len(result.near) == 2
+    assert ScoutResult.load(tmp_path) == result
+    with (tmp_path / "pairs.csv").open() as file:
+        assert [row["near_best"] for row in csv.DictReader(file)] == ["True", "True", "False"]
+    assert f"{share:.1%} (standard error" in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_earlier_results_and_other_budgets_are_not_checked(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(scouting, "LEAST_CHECKING", 20)
+    result = scout(candidates(place, "resnet", "vit"), place / "data", LOOSE, tmp_path, images=40, eval_images=60)
+    other = result.ranked({"macs": 2e9})
+    assert result.check and (other.check, other.near, other.winner.near_best) == (None, (), None)
+    assert result.ranked(LOOSE) == result
+    data = json.loads((tmp_path / "scout.json").read_text())
+    for name in ("check", "eval_images"):
+        del data[name]
+    del data["job"]["eval_images"], data["pairs"][0]["near_best"]
+    (tmp_path / "scout.json").write_text(json.dumps(data))
+    old = ScoutResult.load(tmp_path)
+    assert (old.check, old.eval_images, old.near) == (None, 0, ()) and old.winner.profile == result.winner.profile
+    again = scout(candidates(place, "resnet", "vit"), place / "data", LOOSE, tmp_path, images=40, resume=True)
+    assert again == old
+
+
+def run_by_hand(judge, route, data):
+    """On which images a stitched route is right, as scout fits it."""
+    with torch.no_grad():
+        logits = run_steps(torch.stack([row["pixel_values"] for row in data]), judge.fit(route)[1])
+    return (logits.argmax(-1) == torch.tensor([row["labels"] for row in data])).numpy()
+
+
+def test_a_stitched_route_that_leads_is_run_on_all_images_that_choose(place, tmp_path, monkeypatch):
+    """Within half the MACs of the ResNet stitched routes lead; what is reported of the winner is what it gives."""
+    monkeypatch.setattr(scouting, "LEAST_CHECKING", 20)
+    table = CostTable(memory=False)
+    model = StitchedModelForImageClassification.from_anchors(place / "resnet", dtype="float32")
+    limits = Budget(macs=0.9 * table.costs(model.steps("resnet[:]"))["macs"])
+    job = {
+        "candidates": candidates(place, "resnet", "swin"), "dataset": place / "data", "split": "train",
+        "eval_split": "test", "images": 40, "eval_images": 60, "head_images": 1, "image_size": None, "order": "auto",
+        "new_head": False, "costs": ["macs"],
+    }  # fmt: skip
+    run = scouting.Scouting(job, limits, tmp_path)
+    result = run.run()
+    best, rows = result.winner.best(limits), load_images(place / "data", "test")
+    assert best.route.stitch_points, "the test needs a stitched route that leads"
+    rows = rows.select(torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist())
+    right = run_by_hand(run.judge, best.route, with_pixel_values(rows, run.judge.model.image_processor))
+    assert best.scores["accuracy"] == pytest.approx(right[:40].mean())
+    assert np.array_equal(run.judge.raced(best.route), right[:20])
+    assert result.check.accuracy == pytest.approx(right[40:].mean())
+    assert best == max(
+        (row for row in result.winner.rows if limits.allows(row.costs)),
+        key=lambda row: (row.scores["accuracy"], -limits.usage(row.costs)),
+    )
+
+
+def test_missing_logits_or_samples_are_made_again(place, runs, tmp_path):
+    """Where logits are lost all images run, where samples are only those that samples are taken of."""
+    model = StitchedModelForImageClassification.from_anchors(*candidates(place, "resnet", "vit"), dtype="float32")
+    rows = with_pixel_values(load_images(place / "data", "test"), model.image_processor)
+    passes = AnchorPasses(model, cache_pictures(model, rows, tmp_path / "images"), tmp_path / "anchors", sampled=40)
+    assert passes.run("vit") and runs["images"].pop("vit") == 60
+    logits, name = passes.logits("vit"), next(iter(passes.needed("vit").values()))
+    assert logits.shape == (60, CLASSES) and len(passes.cache("vit").rows(name)) == 40
+    (passes.logits_cache("vit").folder / "logits.json").unlink()
+    assert passes.run("vit") and runs["images"].pop("vit") == 60 and torch.equal(passes.logits("vit"), logits)
+    (passes.cache("vit").folder / f"{name}.json").unlink()
+    assert passes.run("vit") and runs["images"].pop("vit") == 40 and not passes.run("vit")
+
+
+def test_near_equals_by_plain_arithmetic():
+    """One-sided at 95 %: Wald's bound of the paired difference with half an image in each cell."""
+    first = np.arange(1000) < 800
+    for count in range(0, 60, 3):
+        other = first.copy()
+        other[: count + 10], other[900:910] = False, True  # loses count + 10 images, gains 10
+        lost, won = count + 10, 10
+        variance = (lost + won + 1 - (lost - won) ** 2 / 1002) / 1002**2
+        worse = (lost - won) / 1002 - 1.6448536 * np.sqrt(variance) > 0
+        assert checks._is_near(other, first) != worse
+    assert checks._is_near(first[:30], first)
+
+
+@pytest.mark.slow
+def test_a_cascade_that_wins_is_checked(tmp_path):
+    """Its accuracy, mean MACs and the gap closed, with numpy from logits of the images that chose nothing."""
+    limit = {"mean_macs": 12e6}
+    result = scout([str(FRONT), str(END)], DATA, limit, tmp_path, images=200, eval_images=900)
+    best, check = result.winner.best(limit), result.check
+    assert isinstance(best.route, Cascade) and check.images == 300
+    rows = load_images(DATA, "test")
+    rows = rows.select(torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[600:900].tolist())
+    labels, logits = np.array(rows["label"]), {}
+    for source in (FRONT, END):
+        model = StitchedModelForImageClassification.from_anchors(source, dtype="float32")
+        data = with_pixel_values(rows, model.image_processor)
+        with torch.no_grad():
+            logits[f"{next(iter(model.anchors))}[:]"] = np.concatenate(
+                [model(batch["pixel_values"]).logits.numpy() for batch in batches(data, 100)]
+            )
+
+    def answer(row):
+        """Accuracy and mean MACs."""
+        if isinstance(row.route, Cascade):
+            small, large = (logits[str(route)] for route in row.route.routes)
+            scaled = small.astype(float) / (row.route.temperatures or (1.0,))[0]
+            p = np.exp(scaled - scaled.max(1, keepdims=True))
+            sure = (p / p.sum(1, keepdims=True)).max(1) >= row.route.thresholds[0]
+            stages = row.stage_costs["macs"]
+            right = np.where(sure, small.argmax(1) == labels, large.argmax(1) == labels)
+            return right.mean(), stages[0] + (~sure).mean() * stages[1]
+        return (logits[str(row.route)].argmax(1) == labels).mean(), row.costs["macs"]
+
+    assert (check.accuracy, check.mean_macs) == pytest.approx(answer(best))
+    assert check.standard_error == pytest.approx(np.sqrt(check.accuracy * (1 - check.accuracy) / 300))
+    front = result.winner.front_rows()
+    assert not any(isinstance(row.route, Route) and row.route.stitch_points for row in front), "for logits to do"
+    (small, low), (large, high) = sorted(
+        (cost, score) for score, cost in (answer(result.winner.alone(name)) for name in result.sources)
+    )
+    steps = sorted((cost, score) for score, cost in map(answer, front) if cost < large)
+    area, at, top = 0.0, small, low
+    for cost, score in [*steps, (large, high)]:
+        area, at, top = area + (cost - at) / (large - small) * (top - low) / (high - low), cost, max(top, score)
+    assert check.gap_closed == pytest.approx(area) and 0 < check.gap_error < 0.5
 
 
 @pytest.fixture
@@ -310,7 +481,7 @@ def by_hand(front, end, data, held):
 
 
 @pytest.mark.slow
-def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
+def test_the_winner_is_that_of_a_search_by_hand(tmp_path, monkeypatch):
     """Of four candidates, two of them disturbed copies of the demo's, at several budgets, in all six pairs."""
     places = {"resnet_fashion": FRONT, "vit_fashion": END}
     for name, source in [*places.items()]:
@@ -324,7 +495,9 @@ def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
         if "vit" in name:
             ViTImageProcessor(size={"height": 56, "width": 56}).save_pretrained(places[f"{name}_2"])
     budgets = (5.5e6, 10e6, 20e6, 40e6)
-    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", images=200)
+    monkeypatch.setattr(scout_pairs, "NEAR_BUDGET", ())  # a profile by hand has no cascades for a budget
+    few = {"images": 200, "eval_images": 100}
+    result = scout([*map(str, places.values())], DATA, {"mean_macs": budgets[0]}, tmp_path / "out", **few)
     fitted, held = (load_images(DATA, split) for split in ("train", "test"))
     order = [torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:100] for rows in (fitted, held)]
     fitted, held = (rows.select(each.tolist()) for rows, each in zip((fitted, held), order, strict=True))
@@ -345,14 +518,39 @@ def test_the_winner_is_that_of_a_search_by_hand(tmp_path):
         assert best[frozenset((ranked.winner.front, ranked.winner.end))] == max(best.values())
 
 
+def test_the_check_is_printed(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(scouting, "LEAST_CHECKING", 20)
+    common = [
+        *candidates(place, "resnet", "vit"),
+        "--dataset",
+        place / "data",
+        "--images",
+        40,
+        "--out",
+        tmp_path / "a",
+    ]
+    common += ["--eval-images", 60]
+    result = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
+    check, text = ScoutResult.load(tmp_path / "a").check, " ".join(result.stdout.split())
+    error = f"{100 * check.standard_error:.1f}"
+    assert f"the first pair on 20 images that chose nothing: {100 * check.accuracy:.1f} ± {error} %" in text
+    assert "2 anchors, one pass over 80 images each" in text
+    again = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=2e9", "--resume"])
+    assert "near equals are not known, and the first pair is not checked" in " ".join(again.stdout.split())
+
+
 def test_by_command(place, tmp_path):
     out = tmp_path / "scouted"
     common = [*candidates(place, "resnet", "vit"), "--dataset", place / "data", "--images", 40, "--out", out]
+    common += ["--eval-images", 20]
     result = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
     assert result.exit_code == 0, result.output
     assert "1 pairs" in result.stdout and "2 anchors, one pass over 40 images each" in result.stdout
     assert f"restnet-hf train {out / 'recipe.yaml'}" in " ".join(result.stdout.split())
-    assert "20 images are too few for the comparison of pairs" in result.stderr
+    assert "20 images are too few for the comparison of stitched routes" in result.stderr
+    text = " ".join(result.stdout.split())
+    assert "~: 1 of 1 pairs are not significantly worse than the first (95 %)" in text
+    assert "the first pair is not checked: 20 held-out images are too few" in text
     again = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=1e9"])
     assert again.exit_code == 1 and "exists already" in again.stderr
     for path in out.iterdir():
@@ -369,7 +567,7 @@ def test_by_command(place, tmp_path):
 def test_two_processes_share_the_work(place, tmp_path):
     """Heads, passes and races by two processes give what one gives."""
     arguments = ["scout", *candidates(place, "resnet", "vit", "numbered"), "--dataset", place / "data"]
-    arguments += ["--budget", "macs=1e9", "--images", 40, "--head-images", 30]
+    arguments += ["--budget", "macs=1e9", "--images", 40, "--eval-images", 20, "--head-images", 30]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, run in (("two", launch), ("one", [sys.executable])):
         done = subprocess.run(

@@ -1,0 +1,147 @@
+"""review: what is tried again once pairs are ranked: leading routes, near equals, and the winner on other images."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from restnet_hf.profiling.bounds import drop_bound
+from restnet_hf.profiling.cascades import Chain, Observations, run_chain
+from restnet_hf.routes.cascade import Cascade
+from restnet_hf.routes.fronts import measure_gap
+from restnet_hf.routes.profile import AnyProfiled, ProfiledCascade, ProfiledRoute
+from restnet_hf.routes.route import Route
+from restnet_hf.scouting.pairs import PairJudge
+from restnet_hf.scouting.results import Check, ScoutedPair, ScoutResult
+
+
+DOUBT = 0.05  # probability that a pair as good as the winner is told to be worse
+DRAWS = 200  # of images with replacement, for the standard error of the gap
+
+
+def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
+    """Look again at ranked pairs; the order changes where a stitched route leads by chance.
+
+    Stitched routes were raced on part of the images that choose. As long as a pair leads by one that was not run on
+    the others, all its routes are that predict more than what was tried on all of them, and pairs are ranked anew.
+    Then pairs are marked that are not significantly worse than the winner, and the winner is scored on the images that
+    took no part in choosing.
+
+    Args:
+        result: pairs, ranked for the budget.
+        judge: judge of the pairs.
+    """
+    hits: dict[Route, np.ndarray] = {}
+    others = judge.chosen_on[len(judge.raced_on) :]
+    while others and _is_new(_best(result, result.winner).route, hits):
+        leaders = _leaders(result, hits)
+        rest, winner = judge.run(leaders, others), result.winner
+        for route in leaders:
+            hits[route] = np.concatenate([judge.raced(route), rest[route]])
+            winner = winner.with_accuracy(route, hits[route].mean().item())
+        result = replace(result, pairs=(winner, *result.pairs[1:])).ranked(result.budget)
+    result = _mark_near(result, judge, hits)
+    return replace(result, check=_check(result, judge) if judge.checked_on else None)
+
+
+def _leaders(result: ScoutResult, hits: Mapping[Route, np.ndarray]) -> list[Route]:
+    """Routes of the winner that were only raced, and predict at least what the best of all others does."""
+    within = [row for pair in result.pairs for row in pair.rows if result.budget.allows(row.costs)]
+    most = max((row.scores["accuracy"] for row in within if not _is_new(row.route, hits)), default=0.0)
+    rows = [row for row in result.winner.rows if row.scores["accuracy"] >= most and result.budget.allows(row.costs)]
+    return [row.route for row in rows if isinstance(row.route, Route) and _is_new(row.route, hits)]
+
+
+def _best(result: ScoutResult, pair: ScoutedPair) -> AnyProfiled:
+    best = pair.best(result.budget)
+    assert best is not None
+    return best
+
+
+def _is_new(entry: Route | Cascade, hits: Mapping[Route, np.ndarray]) -> bool:
+    """Whether an entry is a stitched route that was not run on all images that choose."""
+    return isinstance(entry, Route) and bool(entry.stitch_points) and entry not in hits
+
+
+def answers(observed: Observations, entry: Route | Cascade) -> tuple[np.ndarray, float]:
+    """Whether an anchor alone or a cascade of anchors, its thresholds as they are, is right on each image (N,).
+
+    Args:
+        observed: what anchors answer.
+        entry: anchor alone, or cascade by the confidence and temperatures of the observations.
+
+    Returns:
+        Booleans (N,), and the share of the images that reach the second route, 0 for an anchor alone.
+    """
+    routes = entry.routes if isinstance(entry, Cascade) else (entry,)
+    chain = Chain(tuple(map(observed.routes.index, routes)), entry.thresholds if isinstance(entry, Cascade) else ())
+    outcome = run_chain(observed, chain)
+    return outcome.right, (outcome.reached[1] / len(observed) if chain.thresholds else 0.0)
+
+
+def _mark_near(result: ScoutResult, judge: PairJudge, hits: Mapping[Route, np.ndarray]) -> ScoutResult:
+    """The result with a mark at each pair that is not significantly worse than the winner on the same images."""
+    first = _right(_best(result, result.winner).route, judge, hits)
+    pairs = []
+    for pair in result.pairs:
+        best = pair.best(result.budget)
+        near = best is not None and _is_near(_right(best.route, judge, hits), first)
+        pairs.append(replace(pair, near_best=near))
+    return replace(result, pairs=tuple(pairs))
+
+
+def _right(entry: Route | Cascade, judge: PairJudge, hits: Mapping[Route, np.ndarray]) -> np.ndarray:
+    """Whether an entry is right on each image that chooses; of a route that was only raced, on those of the race."""
+    if isinstance(entry, Cascade) or entry.is_anchor:
+        return answers(judge.observed, entry)[0]
+    return hits[entry] if entry in hits else judge.raced(entry)
+
+
+def _is_near(right: np.ndarray, first: np.ndarray) -> bool:
+    """Whether answers are not significantly worse than the first ones, on the images that both were tried on."""
+    count = min(len(right), len(first))
+    mine, theirs = right[:count], first[:count]
+    return drop_bound(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), count, DOUBT) >= 0
+
+
+def _check(result: ScoutResult, judge: PairJudge) -> Check:
+    """The winner's score and gap closed on the images that took no part in choosing, all else as it was chosen."""
+    pair, best = result.winner, _best(result, result.winner)
+    anchors = [pair.alone(name) for name in (pair.front, pair.end)]
+    rows = list({row.route: row for row in (best, *anchors, *pair.front_rows())}.values())
+    stitched = [row.route for row in rows if isinstance(row.route, Route) and row.route.stitch_points]
+    right: dict[Route | Cascade, np.ndarray] = dict(judge.run(stitched, judge.checked_on).items())
+    checked = []
+    for row in rows:
+        costs = dict(row.costs)
+        if row.route not in right:
+            right[row.route], share = answers(judge.checked, row.route)
+            if isinstance(row, ProfiledCascade):
+                stages = row.stage_costs["macs"]
+                costs["mean_macs"] = stages[0] + share * stages[1]
+        checked.append(replace(row, costs=costs))
+    every = np.stack([right[row.route] for row in checked])
+    gap, error = _gap(checked, every)
+    accuracy, count = every[0].mean().item(), every.shape[1]
+    own = math.sqrt(accuracy * (1 - accuracy) / count)
+    return Check(count, accuracy, own, float(checked[0].costs["mean_macs"]), gap, error)
+
+
+def _gap(rows: Sequence[AnyProfiled], right: np.ndarray) -> tuple[float | None, float | None]:
+    """The gap that rows close on some images, and its error by the bootstrap; None where there is none."""
+
+    def gap(accuracies: np.ndarray) -> float | None:
+        scored: list[ProfiledRoute | ProfiledCascade] = [
+            replace(row, scores={"accuracy": each.item()}) for row, each in zip(rows, accuracies, strict=True)
+        ]
+        return measure_gap(scored, "mean_macs", "accuracy")[0]
+
+    rng, count = np.random.default_rng(0), right.shape[1]
+    draws = rng.multinomial(count, np.full(count, 1 / count), DRAWS)
+    gaps = [each for each in map(gap, draws @ right.T / count) if each is not None]
+    measured = gap(right.mean(1))
+    if measured is None or len(gaps) < DRAWS // 2:
+        return None if measured is None else float(measured), None
+    low, high = np.quantile(gaps, (0.1587, 0.8413))  # of a ratio, whose variance may be infinite
+    return float(measured), float(high - low) / 2
