@@ -90,7 +90,8 @@ class Scorer:
         read = number = 0
         for number, start, batch in self._labelled():
             chosen = slice(every - 1 - start % every, None, every)
-            kept += zip(batch["pixel_values"][chosen], batch["labels"][chosen], strict=True)
+            few = (batch[name][chosen].clone() for name in ("pixel_values", "labels"))  # the others are let go
+            kept += zip(*few, strict=True)
             read += len(batch["pixel_values"])
             while len(kept) >= self.batch_size:
                 yield OwnBatch(number, start, _stack(kept[: self.batch_size]))

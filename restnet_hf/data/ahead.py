@@ -1,9 +1,12 @@
 """Batches of pictures read ahead in a thread, so that they are decoded while a network runs."""
 
 import atexit
+import math
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,13 +14,14 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, IterableDataset
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, Subset, default_collate
 
-from restnet_hf.data.pixel_values import PixelValues, prepared_by
+from restnet_hf.data.pixel_values import PixelValues, layers_of, prepared_by
 
 
 T = TypeVar("T")
 Ready = queue.Queue[tuple[Any, BaseException | None]]
 AHEAD = 2  # items, beside the one in use and the one that is being read
 END = object()
+PATIENCE_S = 5.0  # for a thread at the end of the program
 
 
 def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
@@ -38,8 +42,8 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
     stop = threading.Event()
     thread = threading.Thread(target=_read, args=(source, ready, stop), daemon=True)
     thread.start()
-    close = partial(_close, source, ready, stop, thread)
-    atexit.register(close)  # a thread that still decodes when the interpreter is gone takes the process down
+    close = partial(_close, ready, stop, thread)
+    atexit.register(close, PATIENCE_S)  # a thread that still decodes without an interpreter takes the process down
     try:
         while True:
             item, error = ready.get()
@@ -51,19 +55,18 @@ def read_ahead(items: Iterable[T], count: int = AHEAD) -> Iterator[T]:
     finally:
         atexit.unregister(close)
         close()
+        end = getattr(source, "close", None)
+        if end is not None:
+            end()
 
 
-def _close(source: Iterator[Any], ready: Ready, stop: threading.Event, thread: threading.Thread) -> None:
+def _close(ready: Ready, stop: threading.Event, thread: threading.Thread, patience_s: float = math.inf) -> None:
+    """Wait until the thread ends; a source that does not answer, such as a server, is given up in the end."""
     stop.set()
-    while thread.is_alive():  # it may wait for room
-        try:
+    deadline = time.monotonic() + patience_s
+    while thread.is_alive() and time.monotonic() < deadline:  # it may wait for room
+        with suppress(queue.Empty):
             ready.get(timeout=0.05)
-        except queue.Empty:
-            continue
-    thread.join()
-    close = getattr(source, "close", None)
-    if close is not None:
-        close()
 
 
 def _read(source: Iterator[Any], ready: Ready, stop: threading.Event) -> None:
@@ -88,7 +91,7 @@ def can_read_ahead(data: Any) -> bool:
         data: data set, stream, or a loader of one.
     """
     if isinstance(data, DataLoader):
-        if data.num_workers or data.collate_fn is not default_collate or not _has_known_order(data):
+        if data.num_workers or data.collate_fn is not default_collate or not has_known_order(data):
             return False
         data = data.dataset
     while isinstance(data, Subset):
@@ -99,7 +102,7 @@ def can_read_ahead(data: Any) -> bool:
     return isinstance(data, IterableDataset) and _is_steady(data)
 
 
-def _has_known_order(loader: DataLoader) -> bool:
+def has_known_order(loader: DataLoader) -> bool:
     """Whether the order of a loader draws random numbers only when it begins."""
     batches: Any = loader.batch_sampler
     if batches is None or isinstance(batches, list) or isinstance(loader.dataset, IterableDataset):
@@ -110,12 +113,10 @@ def _has_known_order(loader: DataLoader) -> bool:
 
 def _is_steady(stream: IterableDataset) -> bool:
     """Whether pictures are decoded by us, and nothing else computes anything in a stream."""
-    layer: Any = stream._ex_iterable
-    functions = []
-    while layer is not None:
-        if hasattr(layer, "ex_iterables"):  # several streams in one, each with functions of its own
-            return False
-        if (function := getattr(layer, "function", None)) is not None:
-            functions.append(function)
-        layer = getattr(layer, "ex_iterable", None)
+    layers = [*layers_of(stream)]
+    if any(
+        hasattr(layer, "ex_iterables") for layer in layers
+    ):  # several streams in one, each with functions of its own
+        return False
+    functions = [each for layer in layers if (each := getattr(layer, "function", None)) is not None]
     return len(functions) == 1 and isinstance(functions[0], PixelValues) and functions[0].augment is None

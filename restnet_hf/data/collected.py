@@ -53,7 +53,8 @@ class RowsInOrder:
     def all(self) -> dict[str, Tensor]:
         """The rows of all processes by name, in the order of the batches; none where there was no batch."""
         parts, columns = [], list[dict[str, Tensor]]()
-        for process, (places, found) in enumerate(gather((self.places, self.own()))):
+        own = {name: rows.clone() for name, rows in self.own().items()}  # views would be sent with all of their room
+        for process, (places, found) in enumerate(gather((self.places, own))):
             columns.append(found)
             start = 0
             for number, size in places:

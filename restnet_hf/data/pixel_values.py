@@ -124,12 +124,14 @@ class StreamSource(NamedTuple):
     """What a prepared stream is made of, so that a reader can leave pictures that it does not need undecoded.
 
     Args:
-        rows: the stream of pictures and labels, before they are prepared.
+        rows: the stream of pictures and labels, before they are prepared; nobody else has it.
         prepared: how its rows are prepared, several at once.
+        encoded: whether its pictures are files, and not decoded yet.
     """
 
     rows: IterableDataset
     prepared: PixelValues
+    encoded: bool
 
 
 _SOURCES: "WeakKeyDictionary[IterableDataset, StreamSource]" = WeakKeyDictionary()
@@ -202,12 +204,13 @@ def with_pixel_values(
     skip = on_error == "skip"
     prepared = PixelValues(processor, order, make_augmentation(augment), names, image_column, label_column, skip)
     image = (features or {}).get(image_column)
-    if isinstance(image, ImageColumn) and image.mode is None:  # the pictures are decoded here, where errors name them
+    encoded = isinstance(image, ImageColumn) and (image.mode is None or not image.decode)
+    if encoded:  # the pictures are decoded here, where errors name them
         dataset = dataset.cast_column(image_column, ImageColumn(decode=False))
     if isinstance(dataset, IterableDataset):
         options: dict[str, Any] = {"batched": True, "batch_size": ROWS, "with_indices": True}
         stream = dataset.map(prepared, remove_columns=columns, **options)
-        _SOURCES[stream] = StreamSource(dataset, prepared)
+        _SOURCES[stream] = StreamSource(dataset, prepared, encoded)
         return stream
     dataset = replace_column(replace_column(dataset, image_column, "pixel_values"), label_column, "labels")
     dataset = dataset.with_format(None)
@@ -260,9 +263,17 @@ def prepared_by(data: Dataset | IterableDataset) -> PixelValues | None:
     if isinstance(data, Dataset):
         transform = data.format["format_kwargs"].get("transform")
         return transform if isinstance(transform, PixelValues) else None
-    layer = data._ex_iterable
+    functions = (getattr(layer, "function", None) for layer in layers_of(data))
+    return next((each for each in functions if isinstance(each, PixelValues)), None)
+
+
+def layers_of(stream: IterableDataset) -> Iterator[Any]:
+    """What a stream of datasets is made of, from the last step to the first; the library has no public way to tell.
+
+    Args:
+        stream: stream of images.
+    """
+    layer: Any = stream._ex_iterable
     while layer is not None:
-        if isinstance(transform := getattr(layer, "function", None), PixelValues):
-            return transform
+        yield layer
         layer = getattr(layer, "ex_iterable", None)
-    return None

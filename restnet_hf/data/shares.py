@@ -128,9 +128,12 @@ def shared_batches(
 
     Where the data has indices, each process reads its own images alone: every n-th batch, n being the number of
     processes. Random augmentation then depends on a number that is drawn at the start, and on the index. Of a stream
-    that `with_pixel_values` prepared without augmentation, each process reads all rows and decodes its own pictures
-    alone. Other streams, and loaders with an order of their own, are read by every process, with the random numbers of
-    the main process, so that the order is the same on each.
+    that `with_pixel_values` prepared, each process reads all rows and decodes its own pictures alone, unless pictures
+    are augmented at random, broken ones are skipped, or functions of yours run. Other streams, and loaders with an
+    order of their own, are read by every process, with the random numbers of the main process, so that the order is
+    the same on each.
+
+    Where one process has a broken picture, it alone raises an error. Its launcher then ends the others.
 
     Args:
         data: images in any form that `batches` takes, the same on every process; or what this function returned.
@@ -216,10 +219,8 @@ def _of_loader(data: DataLoader, limit: int | None) -> tuple[_OwnLoader | None, 
         return None, 0
     if this_process().num_processes == 1:
         return _OwnLoader(data, sampler.batch_size), len(data)
-    names = ["num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
-    names += ["persistent_workers", "prefetch_factor"] if data.num_workers else []
-    options = {name: getattr(data, name) for name in names}
-    loader = DataLoader(data.dataset, batch_sampler=list(_every_nth(sampler)), **options)
+    own = list(_every_nth(sampler))
+    loader = loader_like(data, data.dataset, batch_size=1, drop_last=False, generator=None, batch_sampler=own)
     return _OwnLoader(loader, sampler.batch_size), len(data)
 
 
@@ -240,23 +241,17 @@ def _of_stream(data: Any, batch_size: int) -> _OwnStream | None:
             return None
         data, size, drop_last = data.dataset, data.batch_size, data.drop_last
     source = source_of(data) if isinstance(data, Stream) else None
-    if source is None or source.prepared.augment is not None or data.epoch != source.rows.epoch:
+    if source is None or source.prepared.skip or not source.encoded or not can_read_ahead(data):
         return None
     if getattr(data, "_starting_state_dict", None):  # it goes on within an epoch
         return None
+    source.rows.set_epoch(data.epoch)
     return _OwnStream(data, source, size, drop_last)
 
 
 def _read_stream(of: _OwnStream, name: str, limit: int | None) -> Iterator[OwnBatch]:
     """Read all rows of a stream, and decode the pictures of this process's batches, ahead of their use."""
-    own = _decode_own(of, name, limit)
-    empty = True
-    for each in progress_bar(read_ahead(own) if can_read_ahead(of.stream) else own, name):
-        if len(each.batch["pixel_values"]):
-            empty = False
-            yield each
-    if empty and this_process().num_processes == 1:  # with others, this one may have no batch
-        raise empty_error(name)
+    return iter(progress_bar(read_ahead(_decode_own(of, name, limit)), name))
 
 
 def _decode_own(of: _OwnStream, name: str, limit: int | None) -> Iterator[OwnBatch]:
@@ -283,8 +278,25 @@ def own_of_loader(loader: Iterable[Any]) -> Iterator[Any]:
     source = _of_loader(loader, None)[0] if isinstance(loader, DataLoader) else None
     if source is not None:
         return iter(source.loader)
+    stream = _of_stream(loader, 0) if isinstance(loader, DataLoader) else None
+    if stream is not None:
+        return (each.batch for each in read_ahead(_decode_own(stream, "data", None)))
     _use_equal_rng(loader)
     return own_items(loader)
+
+
+def loader_like(loader: DataLoader, rows: Any, **changes: Any) -> DataLoader:
+    """A loader of other rows with the options of a given one, but for some.
+
+    Args:
+        loader: loader that has the options.
+        rows: data set of the new loader.
+        changes: options that differ.
+    """
+    names = ["batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator", "timeout"]
+    names += ["worker_init_fn", "multiprocessing_context"]
+    names += ["persistent_workers", "prefetch_factor"] if loader.num_workers else []
+    return DataLoader(rows, **{name: getattr(loader, name) for name in names} | changes)
 
 
 def _read_own(source: _OwnLoader, name: str) -> Iterator[OwnBatch]:

@@ -150,6 +150,8 @@ def observe_routes(
         columns |= {} if after is None else {"agreement": after}
         rows.put(chunk[0], {name: torch.from_numpy(np.moveaxis(each, -1, 0)) for name, each in columns.items()})
     every = {name: np.ascontiguousarray(np.moveaxis(each.numpy(), 0, -1)) for name, each in rows.all().items()}
+    if not every:
+        raise no_labels_error()
     return Observations(routes, confidence, temperatures, **every)
 
 

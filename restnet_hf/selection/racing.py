@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from restnet_hf.data.collected import RowsInOrder
-from restnet_hf.data.datasets import Batch
+from restnet_hf.data.datasets import Batch, no_labels_error
 from restnet_hf.data.shares import OwnBatch, in_order, own_batches
 from restnet_hf.distributed import Own
 from restnet_hf.routes.route import Route
@@ -159,6 +159,8 @@ class _Race:
         Args:
             routes: routes that were not stopped.
         """
+        if not self.images:
+            raise no_labels_error()
         shares = {route: (self.right[at] / n, int(n)) for route, at in self.at.items() if (n := self.seen[at])}
         scores = {route: float(shares[route][0]) for route in routes}
         stopped = {route: (float(share), n) for route, (share, n) in shares.items() if route not in scores}

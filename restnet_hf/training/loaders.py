@@ -107,20 +107,6 @@ def make_loader(train_set: Any, args: TrainArgs) -> DataLoader:
     return DataLoader(rows, shuffle=True, **options)
 
 
-def loader_like(loader: DataLoader, rows: Any, **changes: Any) -> DataLoader:
-    """A loader of other rows with the options of a given one, but for some.
-
-    Args:
-        loader: loader that has the options.
-        rows: data set of the new loader.
-        changes: options that differ.
-    """
-    names = ["batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "generator", "timeout"]
-    names += ["worker_init_fn", "multiprocessing_context"]
-    names += ["persistent_workers", "prefetch_factor"] if loader.num_workers else []
-    return DataLoader(rows, **{name: getattr(loader, name) for name in names} | changes)
-
-
 def _cached(rows: Any) -> bool:
     return isinstance(rows.dataset if isinstance(rows, Subset) else rows, FeatureCache)
 
@@ -269,12 +255,14 @@ def own_first_images(
         num_workers: number of worker processes, as in ``DataLoader``.
         spread: whether the images are spread evenly, as for `first_images`.
     """
-    if is_stream(train_set):
-        return shared_batches(first_images(train_set, count, batch_size, num_workers), batch_size, "train_set")
-    return shared_batches(_first_loader(train_set, count, batch_size, num_workers, spread), batch_size, "train_set")
+    loader = _first_loader(train_set, count, batch_size, num_workers, spread)
+    if not is_stream(train_set):
+        return shared_batches(loader, batch_size, "train_set")
+    size = loader.batch_size or batch_size
+    return shared_batches(loader, size, "train_set", limit=max(1, -(-count // size)) * size)
 
 
-def _first_loader(train_set: Any, count: int, batch_size: int, num_workers: int, spread: bool) -> Iterable[Any]:
+def _first_loader(train_set: Any, count: int, batch_size: int, num_workers: int, spread: bool) -> DataLoader:
     """A loader that begins with the images of `first_images`, which are the same each time if they have a length."""
     rows, options = train_set, dict[str, Any](batch_size=batch_size, num_workers=num_workers)
     if isinstance(train_set, DataLoader):

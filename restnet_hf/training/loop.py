@@ -267,7 +267,8 @@ class Training:
         rows, held_out = self._frozen_rows(split, in_memory)
         self.sampler = self._make_sampler()
         optimizer = self._make_optimizer()
-        self.steps = make_steps(make_loader(rows, args), accelerator, record=args.output_dir is not None)
+        loader, record = make_loader(rows, args), args.output_dir is not None
+        self.steps = make_steps(loader, accelerator, self.check_batch, record)
         self.per_epoch = None if is_stream(self.steps.dataset) else len(self.steps)
         epochs = args.matching_epochs + args.num_train_epochs
         self.total = min(count for count in (self.per_epoch and epochs * self.per_epoch, args.max_steps) if count)
@@ -516,10 +517,9 @@ class Training:
             self._score()
 
     def epoch_batches(self) -> Iterator[tuple[Batch, bool]]:
-        """The remaining batches of this epoch, each with whether its images count; see `OwnItem`."""
+        """The remaining batches of this epoch, each with whether its images count; see `OwnPart`."""
         set_seed(self.args.seed + self.epoch)  # random augmentation is the same for a run that was resumed
-        for item, counts in self.steps.epoch(self.epoch, self.done):
-            yield self.check_batch(item), counts
+        yield from self.steps.epoch(self.epoch, self.done)
 
     def check_batch(self, item: Any) -> Batch:
         """An item of the loader as a batch, after a check of its images and labels.

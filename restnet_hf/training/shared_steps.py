@@ -1,7 +1,7 @@
 """The batches of an epoch: several processes share the images of each, and a stream goes on where it stopped."""
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from itertools import islice
 from typing import Any, NamedTuple
@@ -13,27 +13,28 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.utils import broadcast
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from restnet_hf.data.ahead import can_read_ahead, read_ahead
+from restnet_hf.data.ahead import can_read_ahead, has_known_order, read_ahead
 from restnet_hf.data.datasets import Batch, to_batch
-from restnet_hf.data.shares import SeededItems
+from restnet_hf.data.pixel_values import layers_of
+from restnet_hf.data.shares import SeededItems, loader_like
 from restnet_hf.distributed import from_main
 from restnet_hf.hashing import weights_sha256
-from restnet_hf.training.loaders import loader_like
 
 
+Check = Callable[[Any], Batch]
 Pairs = Generator[tuple[Any, Any], None, None]
 
 
-class OwnItem(NamedTuple):
+class OwnPart(NamedTuple):
     """What a process has of the batch of a step.
 
     Args:
-        item: item of a loader.
+        batch: batch that was checked.
         counts: whether its images belong to this process. Where a step has too few for all processes, one of others
             stands in, so that all do the same; it must not count.
     """
 
-    item: Any
+    batch: Batch
     counts: bool
 
 
@@ -57,9 +58,11 @@ class OwnIndices(BatchSampler):
         batches: batch sampler of all processes.
         index: index of this process.
         processes: number of processes.
+        asks: whether each batch of indices is that of the main process, as others might draw another one.
     """
 
-    def __init__(self, batches: Any, index: int, processes: int) -> None:
+    def __init__(self, batches: Any, index: int, processes: int, asks: bool) -> None:
+        self.asks = asks
         self.batch_sampler, self.index, self.processes = batches, index, processes
         self.sampler = getattr(batches, "sampler", None)  # type: ignore[assignment]  # Accelerate seeds it
         self.batch_size, self.drop_last = getattr(batches, "batch_size", 1), False
@@ -70,10 +73,15 @@ class OwnIndices(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         self.sizes.clear()
-        for batch in self.batch_sampler:
+        for batch in self._of_main() if self.asks else self.batch_sampler:
             own = batch[own_span(len(batch), self.index, self.processes)]
             self.sizes.append(len(own))
             yield own or batch[:1]
+
+    def _of_main(self) -> Iterator[list[int]]:
+        batches = iter(self.batch_sampler)
+        while (batch := from_main(lambda: next(batches, None))) is not None:
+            yield batch
 
 
 class IndexedSteps:
@@ -82,12 +90,14 @@ class IndexedSteps:
     Args:
         loader: loader with the batches of all processes.
         accelerator: Accelerate's state.
+        check: function that checks a batch and returns it.
 
     Raises:
         ValueError: the loader makes no batches.
     """
 
-    def __init__(self, loader: DataLoader, accelerator: Accelerator) -> None:
+    def __init__(self, loader: DataLoader, accelerator: Accelerator, check: Check) -> None:
+        self.check = check
         if loader.batch_sampler is None:
             raise ValueError(
                 "train_set is a DataLoader with batch_size=None, whose data set has to make the batches: give it a "
@@ -97,7 +107,9 @@ class IndexedSteps:
         self.ahead = can_read_ahead(loader)
         self.own: OwnIndices | None = None
         if accelerator.num_processes > 1:
-            self.own = OwnIndices(loader.batch_sampler, accelerator.process_index, accelerator.num_processes)
+            sampler = getattr(loader.batch_sampler, "sampler", None)
+            asks = not has_known_order(loader) or getattr(sampler, "generator", None) is not None
+            self.own = OwnIndices(loader.batch_sampler, accelerator.process_index, accelerator.num_processes, asks)
             loader = loader_like(loader, loader.dataset, batch_size=1, drop_last=False, batch_sampler=self.own)
         options: dict[str, Any] = {"num_processes": 1, "process_index": 0, "put_on_device": True}  # own ones already
         options |= {"use_seedable_sampler": True, "non_blocking": True}
@@ -106,7 +118,7 @@ class IndexedSteps:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int, done: int) -> Iterator[OwnItem]:
+    def epoch(self, epoch: int, done: int) -> Iterator[OwnPart]:
         """The remaining items of an epoch.
 
         Args:
@@ -119,7 +131,7 @@ class IndexedSteps:
         if hasattr(loader, "set_epoch"):  # a loader that skips begins at epoch 0 before accelerate 1.15
             loader.set_epoch(epoch)
         for number, item in enumerate(read_ahead(loader) if self.ahead else loader, done):
-            yield OwnItem(item, self.own is None or self.own.sizes[number] > 0)
+            yield OwnPart(self.check(item), self.own is None or self.own.sizes[number] > 0)
 
     def place(self) -> None:
         """Nothing but the number of batches is needed to go on."""
@@ -138,11 +150,12 @@ class StreamSteps:
     Args:
         loader: loader with the batches of all processes.
         accelerator: Accelerate's state.
+        check: function that checks a batch and returns it.
         record: whether `place` is needed.
     """
 
-    def __init__(self, loader: DataLoader, accelerator: Accelerator, record: bool = False) -> None:
-        self.loader, self.accelerator = loader, accelerator
+    def __init__(self, loader: DataLoader, accelerator: Accelerator, check: Check, record: bool = False) -> None:
+        self.loader, self.accelerator, self.check = loader, accelerator, check
         self.dataset: Any = loader.dataset
         self.ahead = can_read_ahead(loader)  # then it is a stream of datasets, which draws no random numbers
         self.record = record and self.ahead and type(loader) is DataLoader
@@ -152,7 +165,7 @@ class StreamSteps:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int, done: int) -> Iterator[OwnItem]:
+    def epoch(self, epoch: int, done: int) -> Iterator[OwnPart]:
         """The remaining items of an epoch.
 
         Args:
@@ -245,7 +258,7 @@ class StreamSteps:
             if loaded:
                 self.dataset.load_state_dict({})  # later passes begin at the beginning
 
-    def _share(self, source: Iterator[tuple[Any, Any]]) -> OwnItem | None:
+    def _share(self, source: Iterator[tuple[Any, Any]]) -> OwnPart | None:
         """This process's part of the next batch, on the device; None after the last one."""
         read: list[tuple[Any, Any]] = []  # by the main process
 
@@ -261,33 +274,32 @@ class StreamSteps:
             batch = batch or {key: torch.empty(spec[0], dtype=spec[1], device=device) for key, spec in specs.items()}
             batch = broadcast({key: value.contiguous() for key, value in batch.items()})
         self.last = (read[0][1], read[0][0]) if self.record and read else None
+        batch = self.check(batch)  # all of it, so that every process raises the same error
         span = own_span(len(batch["pixel_values"]), self.accelerator.process_index, self.accelerator.num_processes)
         counts = span.start < span.stop
-        return OwnItem({key: value[span if counts else slice(1)] for key, value in batch.items()}, counts)
+        return OwnPart({key: value[span if counts else slice(1)] for key, value in batch.items()}, counts)
 
 
 def _has_buffer(stream: datasets.IterableDataset) -> bool:
     """Whether a stream shuffles in a buffer."""
-    layer: Any = stream._ex_iterable
-    while layer is not None:
-        if hasattr(layer, "buffer_size"):
-            return True
-        layer = getattr(layer, "ex_iterable", None)
-    return False
+    return any(hasattr(layer, "buffer_size") for layer in layers_of(stream))
 
 
 def _batch_of(read: list[tuple[Any, Any]]) -> Batch:
     return to_batch(read[0][0], "train_set") if read else {}
 
 
-def make_steps(loader: DataLoader, accelerator: Accelerator, record: bool = False) -> IndexedSteps | StreamSteps:
+def make_steps(
+    loader: DataLoader, accelerator: Accelerator, check: Check, record: bool = False
+) -> IndexedSteps | StreamSteps:
     """The batches of a loader, which the processes share.
 
     Args:
         loader: loader with the batches of all processes.
         accelerator: Accelerate's state.
+        check: function that checks an item of the loader, or a batch, and returns it as a batch.
         record: whether ``place`` is needed, for checkpoints.
     """
     if isinstance(loader.dataset, IterableDataset):
-        return StreamSteps(loader, accelerator, record)
-    return IndexedSteps(loader, accelerator)
+        return StreamSteps(loader, accelerator, check, record)
+    return IndexedSteps(loader, accelerator, check)

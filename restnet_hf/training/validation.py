@@ -16,12 +16,12 @@ from transformers.utils import logging
 
 from restnet_hf.data.datasets import Batch, to_batch
 from restnet_hf.data.pixel_values import prepared_by
-from restnet_hf.data.shares import own_of_loader
+from restnet_hf.data.shares import loader_like, own_of_loader
 from restnet_hf.distributed import add_up, gather
 from restnet_hf.routes.route import Route
 from restnet_hf.training.args import RouteScores, TrainArgs
 from restnet_hf.training.learner import Learner
-from restnet_hf.training.loaders import Batches, FeatureRows, is_stream, loader_like
+from restnet_hf.training.loaders import Batches, FeatureRows, is_stream
 
 
 logger = logging.get_logger(__name__)

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import typer
+from datasets import Dataset, Image
 from typer.testing import CliRunner
 
-from restnet_hf import Anchor, Budget, BudgetError, Cascade, Route, StitchedModelForImageClassification
+from restnet_hf import Anchor, Budget, BudgetError, Cascade, Route, StitchedModelForImageClassification, load_images
 from restnet_hf.adaptation import scorer
 from restnet_hf.adaptation.adapt import adapt, adapt_to
 from restnet_hf.adaptation.scorer import Scorer
@@ -21,6 +22,7 @@ from restnet_hf.profiling import timing as timing_module
 from restnet_hf.profiling.latency import LatencyTable
 
 
+BROKEN = {3, 17, 18}
 ROUTES = [f"resnet_fashion[:{i}] + vit_fashion[{j}:]" for i in (3, 5, 7) for j in (4, 6)]
 
 
@@ -146,6 +148,23 @@ def test_predictions_from_a_few_images(model, clothes, labels):
     job.fits = model.all_routes
     predict, taken = job.make_predictor("few_images", 4)
     assert taken == 0 and predict(route) is None, "too few images to spare one"
+
+
+def test_a_stream_with_broken_pictures_and_no_labels(model):
+    """Each of the others is compared with what the largest anchor gives for the same picture."""
+    rows = (
+        load_images(DATA, "test").select(range(40)).remove_columns("label").cast_column("image", Image(decode=False))
+    )
+    files = [b"none" if number in BROKEN else row["image"]["bytes"] for number, row in enumerate(rows)]
+    pictures = {"image": [{"bytes": each, "path": None} for each in files]}
+    stream = Dataset.from_dict(pictures, features=rows.features).cast_column("image", Image())
+    stream = stream.to_iterable_dataset(num_shards=2)
+    found = adapt(model, stream, Budget(macs=1e12), batch_size=7, exact=True, on_error="skip")
+    scores = {row.route: row.scores["agreement"] for row in model.profiled.routes}
+    kept = model.prepare_data(rows.select(sorted({*range(40)} - BROKEN)).cast_column("image", Image()))
+    expected = adapt(model, kept, Budget(macs=1e12), batch_size=7, exact=True)
+    assert scores == {row.route: row.scores["agreement"] for row in model.profiled.routes}
+    assert found.best == expected.best and scores[model.route("resnet_fashion[:]")] == 1
 
 
 def test_predictions_from_similarity(model, clothes):

@@ -113,6 +113,24 @@ def test_a_program_may_end_while_items_are_read():
     assert done.returncode == 0, done.stderr
 
 
+STALLED = """
+import time
+from restnet_hf.data import ahead
+ahead.PATIENCE_S = 0.5
+def numbers():
+    yield 0
+    yield 1
+    time.sleep(3600)
+items = ahead.read_ahead(numbers())
+next(items), next(items)
+"""
+
+
+def test_a_program_ends_though_a_source_does_not_answer():
+    done = subprocess.run([sys.executable, "-c", STALLED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_batches_are_the_same(streaming):
     data = greys(20).to_iterable_dataset() if streaming else greys(20)

@@ -1,9 +1,12 @@
 """RowsInOrder: rows of batches come back in the order of the batches, from one process and from several."""
 
+import pickle
+
 import pytest
 import torch
 from several_processes import run_in_processes
 
+from restnet_hf.data import collected as collected_rows
 from restnet_hf.data.collected import LEAST_ROWS, RowsInOrder
 
 
@@ -37,6 +40,14 @@ def test_a_column_has_room_for_more():
         collected.put(number, {"x": torch.tensor([number])})
         pointers.add(collected.columns["x"].data_ptr())
     assert len(pointers) == 1, "nothing is allocated for a batch"
+
+
+def test_what_is_sent_has_no_unused_room(monkeypatch):
+    sent = []
+    monkeypatch.setattr(collected_rows, "gather", lambda value: sent.append(len(pickle.dumps(value))) or [value])
+    collected = RowsInOrder()
+    collected.put(0, {"x": torch.ones(3, 1000)})
+    assert collected.all()["x"].shape == (3, 1000) and sent[0] < 1.1 * 3 * 1000 * 4
 
 
 JOB = """

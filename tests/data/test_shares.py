@@ -48,13 +48,19 @@ def rows(labels: Tensor = LABELS) -> TensorDataset:
     return TensorDataset(PIXELS, labels)
 
 
-def pictures(broken: int | None = None, **options: str) -> datasets.IterableDataset:
+def pictures(broken: int | None = None, filtered: bool = False, **options: str) -> datasets.IterableDataset:
     """The same rows as a stream of pictures, each of one grey, of which one may be broken."""
     greys = [{"bytes": png(index) if index != broken else b"none", "path": None} for index in range(COUNT)]
     columns = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=COUNT)})
     rows = datasets.Dataset.from_dict({"image": greys, "label": [*range(COUNT)]}, features=columns)
     processor = ViTImageProcessor(size={"height": 2, "width": 2}, do_normalize=False, rescale_factor=1.0)
-    return with_pixel_values(rows.to_iterable_dataset(num_shards=3), processor, **options)
+    stream = rows.to_iterable_dataset(num_shards=3)
+    return with_pixel_values(stream.filter(drawn) if filtered else stream, processor, **options)
+
+
+def drawn(row: dict) -> bool:
+    """True for two thirds of all rows, at random."""
+    return torch.rand(()).item() < 0.67
 
 
 def skipping(broken: int) -> datasets.IterableDataset:
@@ -74,6 +80,8 @@ PICTURES = {
 }
 SOURCES = PICTURES | {
     "pictures mixed afterwards": lambda: pictures().shuffle(seed=1, buffer_size=8),
+    "some at random": lambda: pictures(filtered=True),
+    "broken ones left out": lambda: skipping(7),
     "some of the pictures": lambda: pictures().skip(2).take(17),
     "tensor": lambda: PIXELS,
     "tensors": rows,
@@ -146,7 +154,9 @@ def test_broken_pictures_of_a_stream():
     with pytest.raises(PictureError, match="picture 7 cannot be read"):
         list(shared_batches(pictures(7), 5))
     found = [(number, start, len(batch["pixel_values"])) for number, start, batch in shared_batches(skipping(7), 5)]
-    assert found == [(0, 0, 5), (1, 5, 4), (2, 10, 5), (3, 15, 5), (4, 20, 3)]
+    assert found == [(0, 0, 5), (1, 5, 5), (2, 10, 5), (3, 15, 5), (4, 20, 2)]
+    few = [*chain.from_iterable(batch["labels"].tolist() for *_, batch in shared_batches(skipping(7), 5, limit=8))]
+    assert few == [0, 1, 2, 3, 4, 5, 6, 8], "the limit is of pictures that can be read"
     processor = ViTImageProcessor(size={"height": 2, "width": 2})
     broken = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"none", "path": None}] * 2}, features=datasets.Features({"image": datasets.Image()})
@@ -189,11 +199,13 @@ import json
 import torch
 from test_shares import SOURCES, read
 from restnet_hf.distributed import divide_jobs, from_main, gather, this_process
-from test_shares import PICTURES, counted, skipping
+from test_shares import PICTURES, counted, pictures
 from restnet_hf.data.shares import shared_batches
 
 decoded = {name: gather(counted(PICTURES[name]())) for name in PICTURES}
-decoded["broken"] = gather(counted(skipping(7)))
+again = pictures()
+again.set_epoch(1)
+decoded["a second epoch"] = gather(counted(again))
 found = {name: gather([state for state in read(name)]) for name in SOURCES}
 found |= {f"limit {name}": gather(read(name, limit=12)) for name in ("tensors", "noisy", "stream")}
 jobs = [divide_jobs([5.0, 1.0, 4.0, 2.0, 2.0]), from_main(lambda: this_process().process_index)]
@@ -227,7 +239,7 @@ def test_each_image_once(tmp_path):
             assert together == expected, name
             sizes = [len(part) for part in found[name]]
             assert max(sizes) - min(sizes) <= (2 if name == "no labels in parts" else 1), name
-    for name in ("pictures", "loader of pictures", "broken"):
+    for name in ("pictures", "loader of pictures", "a second epoch"):
         assert [decoded[name] for *_, decoded in results] == [[23], [13, 10], [10, 8, 5]], name
     assert [decoded["loader of pictures without its end"] for *_, decoded in results] == [[20], [10, 10], [10, 5, 5]]
     assert [jobs for _, jobs, _ in results] == [

@@ -17,6 +17,7 @@ from trainings import FAST, build, data, trained
 
 from restnet_hf import TrainArgs, train, with_pixel_values
 from restnet_hf.data import pixel_values
+from restnet_hf.data.datasets import to_batch
 from restnet_hf.data.pixel_values import ROWS
 from restnet_hf.training.checkpoints import Checkpoints
 from restnet_hf.training.loop import Training
@@ -91,8 +92,8 @@ def stopped_and_resumed(watch, make, out, steps, stop_after, **options):
     return trained(whole), trained(again), watch.decoded
 
 
-# 96 pictures in batches of 8: the stop is in the first epoch and in the second, where the order of files is another
-@pytest.mark.parametrize("stop_after", [9, 21])
+# 96 pictures in batches of 8: the stop is in the first epoch, at its end, or in the second, which has another order
+@pytest.mark.parametrize("stop_after", [9, 12, 21])
 @pytest.mark.parametrize("kind", ["parquet", "imagefolder", SLOW_BUFFER, "augmented", "mapped"])
 def test_a_stream_goes_on_where_it_stopped(kind, stop_after, tmp_path, monkeypatch):
     """To the last bit, and without decoding what was done, unless a buffer or random augmentation needs it."""
@@ -102,7 +103,7 @@ def test_a_stream_goes_on_where_it_stopped(kind, stop_after, tmp_path, monkeypat
         watch, lambda: stream_of(folder, kind, model), str(tmp_path / "run"), steps, stop_after
     )
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
-    left = COUNT - (stop_after - 1) * BATCH % COUNT
+    left = COUNT - stop_after * BATCH % COUNT + BATCH  # the last batch is read again
     assert decoded <= left + ROWS if kind in ("parquet", "imagefolder") else decoded >= COUNT
 
 
@@ -167,7 +168,7 @@ def test_held_out_batches_of_a_loader_of_a_stream_do_not_train(monkeypatch):
 
 def test_a_loader_without_batches_is_an_error():
     with pytest.raises(ValueError, match="DataLoader with batch_size=None, whose data set has to make the batches"):
-        make_steps(DataLoader(data(), batch_size=None), Accelerator())
+        make_steps(DataLoader(data(), batch_size=None), Accelerator(), to_batch)
 
 
 UNEVEN = """
@@ -175,9 +176,30 @@ import json
 import torch
 from accelerate import PartialState
 from conftest import CLASSES
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import WeightedRandomSampler
 from trainings import FAST, build, data, trained
 from restnet_hf import TrainArgs, train
+from restnet_hf.distributed import gather, this_process
+
+
+class Lazy:  # batches of indices that are drawn as they come, from numbers that are other ones on each process
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        for _ in range(self.count):
+            yield torch.randint(16, (5,)).tolist()
+            torch.rand(this_process().process_index)
+
+
+def own_generator(count, sampler):
+    generator = torch.Generator().manual_seed(this_process().process_index)
+    return DataLoader(data(count), 5, sampler=sampler(range(count), generator=generator))
 
 
 class Stream(IterableDataset):
@@ -210,6 +232,9 @@ CASES = {
     "own loader": (weighted(16), {}),
     "own batches": (DataLoader(data(16), batch_sampler=[[0, 1, 2], [3], [4, 5, 6, 7], [8, 9]]), {}),
     "own stream": (DataLoader(Stream(data(10)), batch_size=4), {"max_steps": 4}),
+    "lazy batches": (DataLoader(data(16), batch_sampler=Lazy(4)), {}),
+    "a part with its own numbers": (own_generator(16, SubsetRandomSampler), {}),
+    "an order of its own numbers": (own_generator(16, RandomSampler), {}),
     "importance": (data(10), {"sampler": "importance"}),
 }
 found = {}
@@ -219,6 +244,13 @@ for name, (rows, options) in CASES.items():
     result = train(model, rows, TrainArgs(**options))
     found[name] = {key: value.double().flatten().tolist() for key, value in trained(model).items()}
     found[name]["losses"] = [*result.losses.values()]
+images, labels = data(16).tensors
+labels = labels.clone()
+labels[15] = 99  # in the part of the last process
+try:
+    train(build(), Stream(TensorDataset(images, labels)), TrainArgs(**{**FAST, "batch_size": 16, "max_steps": 1}))
+except ValueError as error:
+    found["errors"] = gather(str(error))
 if PartialState().is_main_process:
     print(json.dumps(found))
 """
@@ -227,7 +259,11 @@ if PartialState().is_main_process:
 @pytest.mark.slow
 def test_steps_whose_images_do_not_divide(tmp_path):
     """One, two and three processes learn the same, also with a last batch of one image."""
-    one, *others = run_in_processes(UNEVEN, tmp_path)
+    results = run_in_processes(UNEVEN, tmp_path)
+    for count, found in enumerate(results, 1):
+        errors = found.pop("errors")
+        assert len(errors) == count and all("labels run from 0 to 99" in each for each in errors)
+    one, *others = results
     start = trained(build())
     for found in others:
         for name, tensors in one.items():
@@ -246,7 +282,7 @@ import torch
 from accelerate import PartialState
 from test_shared_steps import STREAMED, build, stream_of, train, trained, TrainArgs
 from restnet_hf.data import pixel_values
-from restnet_hf.distributed import gather
+from restnet_hf.distributed import gather, this_process
 from restnet_hf.training.checkpoints import Checkpoints
 
 decoded, stop = [0], [None]
