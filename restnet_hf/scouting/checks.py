@@ -16,7 +16,7 @@ from restnet_hf.scouting.pairs import PairJudge
 from restnet_hf.scouting.results import Check, ScoutedPair, ScoutResult
 
 
-DOUBT = 0.05  # probability that a pair as good as the winner is told to be worse
+DOUBT = 0.05  # probability that the best pair is reported as worse than the winner
 DRAWS = 200  # of images with replacement, for the standard error of the gap
 
 
@@ -81,12 +81,18 @@ def answers(observed: Observations, entry: Route | Cascade) -> tuple[np.ndarray,
 
 
 def _mark_near(result: ScoutResult, judge: PairJudge, hits: Mapping[Route, np.ndarray]) -> ScoutResult:
-    """The result with a mark at each pair that is not significantly worse than the winner on the same images."""
+    """The result with a mark at each pair that is not significantly worse than the winner on the same images.
+
+    The winner is the best of many on these images, so each pair is compared at the level ``DOUBT`` divided by the
+    number of other pairs (union bound): with 95 % probability the best pair, each pair taken with the entry that was
+    chosen for it, is among the marked ones.
+    """
+    doubt = DOUBT / max(1, len(result.pairs) - 1)
     first = _right(_best(result, result.winner).route, judge, hits)
     pairs = []
     for pair in result.pairs:
         best = pair.best(result.budget)
-        near = best is not None and _is_near(_right(best.route, judge, hits), first)
+        near = best is not None and _is_near(_right(best.route, judge, hits), first, doubt)
         pairs.append(replace(pair, near_best=near))
     return replace(result, pairs=tuple(pairs))
 
@@ -98,11 +104,11 @@ def _right(entry: Route | Cascade, judge: PairJudge, hits: Mapping[Route, np.nda
     return hits[entry] if entry in hits else judge.raced(entry)
 
 
-def _is_near(right: np.ndarray, first: np.ndarray) -> bool:
+def _is_near(right: np.ndarray, first: np.ndarray, doubt: float) -> bool:
     """Whether answers are not significantly worse than the first ones, on the images that both were tried on."""
     count = min(len(right), len(first))
     mine, theirs = right[:count], first[:count]
-    return drop_bound(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), count, DOUBT) >= 0
+    return drop_bound(int((mine & ~theirs).sum()), int((theirs & ~mine).sum()), count, doubt) >= 0
 
 
 def _check(result: ScoutResult, judge: PairJudge) -> Check:

@@ -41,8 +41,8 @@ class ScoutedPair:
         end: name of the anchor whose late blocks run.
         profile: costs and predicted accuracies of the anchors alone, of the stitched routes that no cheaper one beats
             significantly, and of cascades of the two anchors.
-        near_best: whether its best within the budget is not significantly worse than that of the winner; None where
-            that was not tested for the budget.
+        near_best: whether its best within the budget is not significantly worse than that of the winner, at 5 % divided
+            by the number of other pairs; None where that was not tested for the budget.
     """
 
     front: str
@@ -156,7 +156,7 @@ class ScoutResult:
 
     @property
     def near(self) -> tuple[ScoutedPair, ...]:
-        """The pairs that are not significantly worse than the winner (95 %, one-sided), the winner among them."""
+        """The winner and the pairs that are not significantly worse; with 95 % probability the best is among them."""
         return tuple(pair for pair in self.pairs if pair.near_best)
 
     @property
