@@ -200,11 +200,8 @@ def _say_checked(result: "ScoutResult") -> None:
             "aside, so its predicted accuracy is too high; give 300 or more, better thousands"
         )
         return
-    gap = (
-        f", gap closed {number(check.gap_closed, 2)} ± {number(check.gap_error, 2)}"
-        if check.gap_closed is not None
-        else ""
-    )
+    gap = "" if check.gap_closed is None else f", gap closed {number(check.gap_closed, 2)}"
+    gap += "" if check.gap_error is None else f" ± {number(check.gap_error, 2)}"
     say(
         f"the first pair on {check.images} images that chose nothing: {number(check.accuracy, 1, 100)} ± "
         f"{number(check.standard_error, 1, 100)} %{gap} ({number(best.scores['accuracy'], 1, 100)} % predicted)"

@@ -9,8 +9,8 @@ import numpy as np
 from restnet_hf.profiling.bounds import drop_bound
 from restnet_hf.profiling.cascades import Chain, Observations, run_chain
 from restnet_hf.routes.cascade import Cascade
-from restnet_hf.routes.fronts import measure_gap
-from restnet_hf.routes.profile import AnyProfiled, ProfiledCascade, ProfiledRoute
+from restnet_hf.routes.fronts import anchor_ends
+from restnet_hf.routes.profile import AnyProfiled, ProfiledCascade
 from restnet_hf.routes.route import Route
 from restnet_hf.scouting.pairs import PairJudge
 from restnet_hf.scouting.results import Check, ScoutedPair, ScoutResult
@@ -18,6 +18,7 @@ from restnet_hf.scouting.results import Check, ScoutedPair, ScoutResult
 
 DOUBT = 0.05  # probability that the best pair is reported as worse than the winner
 DRAWS = 200  # of images with replacement, for the standard error of the gap
+DEFINED = 0.95  # share of draws in which the dearer anchor has to be better, for a gap to be reported
 
 
 def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
@@ -115,39 +116,73 @@ def _check(result: ScoutResult, judge: PairJudge) -> Check:
     """The winner's score and gap closed on the images that took no part in choosing, all else as it was chosen."""
     pair, best = result.winner, _best(result, result.winner)
     anchors = [pair.alone(name) for name in (pair.front, pair.end)]
-    rows = list({row.route: row for row in (best, *anchors, *pair.front_rows())}.values())
+    front = pair.front_rows()
+    rows = list({row.route: row for row in (best, *anchors, *front)}.values())
     stitched = [row.route for row in rows if isinstance(row.route, Route) and row.route.stitch_points]
     right: dict[Route | Cascade, np.ndarray] = dict(judge.run(stitched, judge.checked_on).items())
-    checked = []
+    macs = []
     for row in rows:
-        costs = dict(row.costs)
+        macs.append(row.costs["mean_macs"])
         if row.route not in right:
             right[row.route], share = answers(judge.checked, row.route)
             if isinstance(row, ProfiledCascade):
                 stages = row.stage_costs["macs"]
-                costs["mean_macs"] = stages[0] + share * stages[1]
-        checked.append(replace(row, costs=costs))
-    every = np.stack([right[row.route] for row in checked])
-    gap, error = _gap(checked, every)
-    accuracy, count = every[0].mean().item(), every.shape[1]
-    own = math.sqrt(accuracy * (1 - accuracy) / count)
-    return Check(count, accuracy, own, float(checked[0].costs["mean_macs"]), gap, error)
+                macs[-1] = stages[0] + share * stages[1]
+    every = np.stack([right[row.route] for row in rows])
+    gap, error = _gap(rows, front, macs, every)
+    correct, count = int(every[0].sum()), every.shape[1]
+    return Check(count, correct / count, standard_error(correct, count), float(macs[0]), gap, error)
 
 
-def _gap(rows: Sequence[AnyProfiled], right: np.ndarray) -> tuple[float | None, float | None]:
-    """The gap that rows close on some images, and its error by the bootstrap; None where there is none."""
+def standard_error(successes: float, count: int) -> float:
+    """Standard error of a share, after two successes and two failures more, so that it is not 0 for none or all.
 
-    def gap(accuracies: np.ndarray) -> float | None:
-        scored: list[ProfiledRoute | ProfiledCascade] = [
-            replace(row, scores={"accuracy": each.item()}) for row, each in zip(rows, accuracies, strict=True)
-        ]
-        return measure_gap(scored, "mean_macs", "accuracy")[0]
+    As in the interval of Agresti and Coull (1998, doi 10.1080/00031305.1998.10480550).
+
+    Args:
+        successes: number of successes.
+        count: number of trials.
+    """
+    share = (successes + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
+
+
+def _gap(
+    rows: Sequence[AnyProfiled], front: Sequence[AnyProfiled], macs: Sequence[float], right: np.ndarray
+) -> tuple[float | None, float | None]:
+    """The gap that the entries of a predicted front close on other images, and its error by the bootstrap.
+
+    A budget gets the entry that it gets by prediction: none is chosen by its accuracy on these images, which would
+    find the luckiest again.
+
+    Args:
+        rows: rows of the images' answers, anchors alone among them, as they were predicted.
+        front: those that no other beats in prediction, the cheapest first.
+        macs: MACs of each row on these images, as a mean.
+        right: booleans (rows, N), whether a row is right on an image.
+
+    Returns:
+        The share and its standard error; None for both where fewer than `DEFINED` of the draws have a share.
+    """
+    ends = anchor_ends(rows, "mean_macs", "accuracy")
+    assert ends is not None
+    places = {row.route: place for place, row in enumerate(rows)}
+    least, most = (places[row.route] for row in ends)
+    entries = [places[row.route] for row in front]
+    if not macs[most] > macs[least]:
+        return None, None
+    begins = np.maximum.accumulate(np.clip([macs[each] for each in entries], macs[least], macs[most]))
+    widths = np.diff([macs[least], *begins, macs[most]]) / (macs[most] - macs[least])
+
+    def gaps(accuracies: np.ndarray) -> np.ndarray:
+        low, high = accuracies[:, least], accuracies[:, most]
+        above = (accuracies[:, [least, *entries]] - low[:, None]) @ widths
+        return np.divide(above, high - low, out=np.full(len(low), np.nan), where=high > low)
 
     rng, count = np.random.default_rng(0), right.shape[1]
     draws = rng.multinomial(count, np.full(count, 1 / count), DRAWS)
-    gaps = [each for each in map(gap, draws @ right.T / count) if each is not None]
-    measured = gap(right.mean(1))
-    if measured is None or len(gaps) < DRAWS // 2:
-        return None if measured is None else float(measured), None
-    low, high = np.quantile(gaps, (0.1587, 0.8413))  # of a ratio, whose variance may be infinite
+    drawn, (measured,) = gaps(draws @ right.T / count), gaps(right.mean(1)[None])
+    if not np.isfinite(measured) or np.isfinite(drawn).mean() < DEFINED:
+        return None, None
+    low, high = np.nanquantile(drawn, (0.1587, 0.8413))  # of a ratio, whose variance may be infinite
     return float(measured), float(high - low) / 2
