@@ -35,7 +35,7 @@ def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
     """
     hits: dict[Route, np.ndarray] = {}
     others = judge.chosen_on[len(judge.raced_on) :]
-    while others and _is_new(_best(result, result.winner).route, hits):
+    while others and _is_only_raced(_best(result, result.winner).route, hits):
         leaders = _leaders(result, hits)
         rest, winner = judge.run(leaders, others), result.winner
         for route in leaders:
@@ -49,9 +49,9 @@ def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
 def _leaders(result: ScoutResult, hits: Mapping[Route, np.ndarray]) -> list[Route]:
     """Routes of the winner that were only raced, and predict at least what the best of all others does."""
     within = [row for pair in result.pairs for row in pair.rows if result.budget.allows(row.costs)]
-    most = max((row.scores["accuracy"] for row in within if not _is_new(row.route, hits)), default=0.0)
+    most = max((row.scores["accuracy"] for row in within if not _is_only_raced(row.route, hits)), default=0.0)
     rows = [row for row in result.winner.rows if row.scores["accuracy"] >= most and result.budget.allows(row.costs)]
-    return [row.route for row in rows if isinstance(row.route, Route) and _is_new(row.route, hits)]
+    return [row.route for row in rows if isinstance(row.route, Route) and _is_only_raced(row.route, hits)]
 
 
 def _best(result: ScoutResult, pair: ScoutedPair) -> AnyProfiled:
@@ -60,12 +60,12 @@ def _best(result: ScoutResult, pair: ScoutedPair) -> AnyProfiled:
     return best
 
 
-def _is_new(entry: Route | Cascade, hits: Mapping[Route, np.ndarray]) -> bool:
+def _is_only_raced(entry: Route | Cascade, hits: Mapping[Route, np.ndarray]) -> bool:
     """Whether an entry is a stitched route that was not run on all images that choose."""
     return isinstance(entry, Route) and bool(entry.stitch_points) and entry not in hits
 
 
-def answers(observed: Observations, entry: Route | Cascade) -> tuple[np.ndarray, float]:
+def score_images(observed: Observations, entry: Route | Cascade) -> tuple[np.ndarray, float]:
     """Whether an anchor alone or a cascade of anchors, its thresholds as they are, is right on each image (N,).
 
     Args:
@@ -101,7 +101,7 @@ def _mark_near(result: ScoutResult, judge: PairJudge, hits: Mapping[Route, np.nd
 def _right(entry: Route | Cascade, judge: PairJudge, hits: Mapping[Route, np.ndarray]) -> np.ndarray:
     """Whether an entry is right on each image that chooses; of a route that was only raced, on those of the race."""
     if isinstance(entry, Cascade) or entry.is_anchor:
-        return answers(judge.observed, entry)[0]
+        return score_images(judge.observed, entry)[0]
     return hits[entry] if entry in hits else judge.raced(entry)
 
 
@@ -124,7 +124,7 @@ def _check(result: ScoutResult, judge: PairJudge) -> Check:
     for row in rows:
         macs.append(row.costs["mean_macs"])
         if row.route not in right:
-            right[row.route], share = answers(judge.checked, row.route)
+            right[row.route], share = score_images(judge.checked, row.route)
             if isinstance(row, ProfiledCascade):
                 stages = row.stage_costs["macs"]
                 macs[-1] = stages[0] + share * stages[1]

@@ -301,7 +301,8 @@ class ScoutResult:
         )
         if (check := self.check) is not None:
             error = f"standard error {check.standard_error:.1%}"
-            head += f"# {check.accuracy:.1%} ({error}) on {check.images} images that chose nothing\n"
+            head += f"# {check.accuracy:.1%} ({error}) on {check.images} images that chose nothing,\n"
+            head += f"# where it takes {check.mean_macs:.4g} mean MACs\n"
         head += f"# restnet-hf train {RECIPE} --out DIR\n"
         with atomic_file(place / RECIPE) as temporary:
             temporary.write_text(head + yaml.safe_dump(self.recipe(), sort_keys=False))

@@ -41,7 +41,7 @@ from restnet_hf.scouting import passes as passes_file
 from restnet_hf.scouting import scout as scouting
 from restnet_hf.scouting.pairs import PairJudge
 from restnet_hf.scouting.passes import AnchorPasses, cache_pictures
-from restnet_hf.scouting.results import Check, ScoutedPair
+from restnet_hf.scouting.results import ScoutedPair
 from restnet_hf.selection.samples import SelectionBatch
 from restnet_hf.selection.selectors import FittedAccuracy
 from restnet_hf.steps import run_steps
@@ -247,7 +247,12 @@ def no_pass(*args, **options):
         ({"budget": {"maccs": 1}}, ValueError, r"\['maccs'\], which are no costs"),
         ({"order": "up"}, ValueError, r"order='up' is not one of"),
         ({"images": 2}, ValueError, r"images=2 must be at least 8"),
-        ({"images": 40, "eval_images": 19}, ValueError, r"eval_images=19 must be at least 20, half of images=40: "),
+        ({"images": 40, "eval_images": 19}, ValueError, r"eval_images=19 must be at least 20: half of images=40 "),
+        (
+            {"images": 2000, "eval_images": 1000},
+            ValueError,
+            r"eval_images=1000 must be at least 1499: half of .* 499 ",
+        ),
         ({"eval_split": "train"}, ValueError, "split and eval_split are both 'train'"),
         ({"eval_split": "validation"}, ValueError, r"validation.parquet"),
         ({"flavour": 1}, TypeError, "flavour"),
@@ -332,6 +337,8 @@ def test_earlier_results_and_other_budgets_are_not_checked(place, tmp_path, monk
     assert (old.check, old.eval_images, old.near) == (None, 0, ()) and old.winner.profile == result.winner.profile
     again = scout(candidates(place, "resnet", "vit"), place / "data", LOOSE, tmp_path, images=40, resume=True)
     assert again == old
+    with pytest.raises(ValueError, match="another eval_images"):
+        scout(*two, LOOSE, tmp_path, images=40, eval_images=9000, resume=True)
 
 
 def run_by_hand(judge, route, data):
@@ -347,19 +354,18 @@ def test_a_stitched_route_that_leads_is_run_on_all_images_that_choose(place, tmp
     table = CostTable(memory=False)
     model = StitchedModelForImageClassification.from_anchors(place / "resnet", dtype="float32")
     limits = Budget(macs=0.9 * table.costs(model.steps("resnet[:]"))["macs"])
-    job = {
-        "candidates": candidates(place, "resnet", "swin"), "dataset": place / "data", "split": "train",
-        "eval_split": "test", "images": 40, "eval_images": 60, "head_images": 1, "image_size": None, "order": "auto",
-        "new_head": False, "costs": ["macs"],
+    options = {
+        "split": "train", "eval_split": "test", "images": 40, "eval_images": 60, "head_images": 1, "image_size": None,
+        "order": "auto", "new_head": False,
     }  # fmt: skip
-    run = scouting.Scouting(job, limits, tmp_path)
-    result = run.run()
+    two = candidates(place, "resnet", "swin")
+    result, judge = scouting.judge_pairs(two, place / "data", limits, tmp_path, **options)
     best, rows = result.winner.best(limits), load_images(place / "data", "test")
     assert best.route.stitch_points, "the test needs a stitched route that leads"
     rows = rows.select(torch.randperm(60, generator=torch.Generator().manual_seed(0)).tolist())
-    right = run_by_hand(run.judge, best.route, with_pixel_values(rows, run.judge.model.image_processor))
+    right = run_by_hand(judge, best.route, with_pixel_values(rows, judge.model.image_processor))
     assert best.scores["accuracy"] == pytest.approx(right[:40].mean())
-    assert np.array_equal(run.judge.raced(best.route), right[:20])
+    assert np.array_equal(judge.raced(best.route), right[:20])
     assert result.check.accuracy == pytest.approx(right[40:].mean())
     assert best == max(
         (row for row in result.winner.rows if limits.allows(row.costs)),
@@ -609,8 +615,27 @@ def test_the_check_is_printed(place, tmp_path, monkeypatch):
     error = f"{100 * check.standard_error:.1f}"
     assert f"the first pair on 20 images that chose nothing: {100 * check.accuracy:.1f} ± {error} %" in text
     assert "2 anchors, one pass over 80 images each" in text
+    macs = f"{check.mean_macs / 1e6:.1f}"
+    assert f"it takes {macs} M mean MACs there (budget macs<=1e+09)" in text and "not 40" not in text
+    assert f"where it takes {check.mean_macs:.4g} mean MACs" in (tmp_path / "a" / "recipe.yaml").read_text()
     again = CliRunner().invoke(app, ["scout", *map(str, common), "--budget", "macs=2e9", "--resume"])
     assert "near equals are not known, and the first pair is not checked" in " ".join(again.stdout.split())
+
+
+def test_a_short_split_is_printed(place, tmp_path):
+    """Of 60 training and 60 test images no 100 of each can be taken."""
+    arguments = [
+        *candidates(place, "resnet", "vit"),
+        "--dataset",
+        place / "data",
+        "--images",
+        200,
+        "--out",
+        tmp_path / "a",
+    ]
+    result = CliRunner().invoke(app, ["scout", *map(str, arguments), "--budget", "macs=1e9"])
+    text = "stitched routes were fitted and tested on 120 images, not 200: the splits have no more"
+    assert text in " ".join(result.stdout.split()) and ScoutResult.load(tmp_path / "a").images == 120
 
 
 def test_by_command(place, tmp_path):
