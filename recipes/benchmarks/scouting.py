@@ -331,7 +331,7 @@ def main(
         def run_stitched(route: Route, judge: PairJudge = judge, rows: Dataset = rows) -> np.ndarray:
             data = with_pixel_values(rows, judge.model.image_processor)
             images = batches(data, 250)
-            return race_routes([judge.fit(route)], images, judge.model.device, error=0, keep=True).right[route]
+            return race_routes(judge.fit([route]), images, judge.model.device, error=0, keep=True).right[route]
 
         each = judge_choice(result, truth, run_stitched)
         each |= {"passes": result.passes, "seconds": dict(result.seconds), "left_out": dict(result.left_out)}

@@ -17,6 +17,7 @@ from restnet_hf.scouting.results import Check, ScoutedPair, ScoutResult
 
 
 DOUBT = 0.05  # probability that the best pair is reported as worse than the winner
+LEADING = 5  # pairs of which stitched routes are tried on all images that choose
 DRAWS = 200  # of images with replacement, for the standard error of the gap
 DEFINED = 0.95  # share of draws in which the dearer anchor has to be better, for a gap to be reported
 
@@ -24,10 +25,10 @@ DEFINED = 0.95  # share of draws in which the dearer anchor has to be better, fo
 def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
     """Look again at ranked pairs; the order changes where a stitched route leads by chance.
 
-    Stitched routes were raced on part of the images that choose. As long as a pair leads by one that was not run on
-    the others, all its routes are that predict more than what was tried on all of them, and pairs are ranked anew.
-    Then pairs are marked that are not significantly worse than the winner, and the winner is scored on the images that
-    took no part in choosing.
+    Stitched routes were raced on part of the images that choose. The best one of each leading pair is run on the
+    others too where its prediction is not far from the best entry that was tried on all, and pairs are ranked anew,
+    until nothing leads that was only raced. Then pairs are marked that are not significantly worse than the winner,
+    and the winner is scored on the images that took no part in choosing.
 
     Args:
         result: pairs, ranked for the budget.
@@ -35,23 +36,42 @@ def review(result: ScoutResult, judge: PairJudge) -> ScoutResult:
     """
     hits: dict[Route, np.ndarray] = {}
     others = judge.chosen_on[len(judge.raced_on) :]
-    while others and _is_only_raced(_best(result, result.winner).route, hits):
-        leaders = _leaders(result, hits)
-        rest, winner = judge.run(leaders, others), result.winner
-        for route in leaders:
+    while others and (leaders := _leaders(result, hits, len(judge.raced_on))):
+        rest = judge.run(leaders.values(), others)
+        pairs = list(result.pairs)
+        for place, route in leaders.items():
             hits[route] = np.concatenate([judge.raced(route), rest[route]])
-            winner = winner.with_accuracy(route, hits[route].mean().item())
-        result = replace(result, pairs=(winner, *result.pairs[1:])).ranked(result.budget)
+            pairs[place] = pairs[place].with_accuracy(route, hits[route].mean().item(), len(hits[route]))
+        result = replace(result, pairs=tuple(pairs)).ranked(result.budget)
     result = _mark_near(result, judge, hits)
     return replace(result, check=_check(result, judge) if judge.checked_on else None)
 
 
-def _leaders(result: ScoutResult, hits: Mapping[Route, np.ndarray]) -> list[Route]:
-    """Routes of the winner that were only raced, and predict at least what the best of all others does."""
-    within = [row for pair in result.pairs for row in pair.rows if result.budget.allows(row.costs)]
-    most = max((row.scores["accuracy"] for row in within if not _is_only_raced(row.route, hits)), default=0.0)
-    rows = [row for row in result.winner.rows if row.scores["accuracy"] >= most and result.budget.allows(row.costs)]
-    return [row.route for row in rows if isinstance(row.route, Route) and _is_only_raced(row.route, hits)]
+def _leaders(result: ScoutResult, hits: Mapping[Route, np.ndarray], raced: int) -> dict[int, Route]:
+    """The routes to try next, by the place of their pair among the first `LEADING` ones.
+
+    Of a pair the only raced route with the highest prediction is tried where it leads the best entry that was tried on
+    all images. One is tried too where it is at most two standard errors below, since a race can be unlucky.
+
+    Args:
+        result: pairs, ranked for the budget.
+        hits: routes that were tried on all images that choose.
+        raced: number of images of a race.
+    """
+    limits = result.budget
+    fitting = [[row for row in pair.rows if limits.allows(row.costs)] for pair in result.pairs]
+    tried = (row for rows in fitting for row in rows if not _is_only_raced(row.route, hits))
+    most = max((row.scores["accuracy"] for row in tried), default=0.0)
+    leaders: dict[int, Route] = {}
+    for place, rows in enumerate(fitting[:LEADING]):
+        first = any(row.route in hits for row in rows)
+        least = most if first else most - 2 * standard_error(most * raced, raced)
+        new = [row for row in rows if _is_only_raced(row.route, hits) and row.scores["accuracy"] >= least]
+        if new:
+            best = max(new, key=lambda row: (row.scores["accuracy"], -limits.usage(row.costs)))
+            assert isinstance(best.route, Route)
+            leaders[place] = best.route
+    return leaders
 
 
 def _best(result: ScoutResult, pair: ScoutedPair) -> AnyProfiled:

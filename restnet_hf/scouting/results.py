@@ -41,8 +41,8 @@ class ScoutedPair:
         end: name of the anchor whose late blocks run.
         profile: costs and predicted accuracies of the anchors alone, of the stitched routes that no cheaper one beats
             significantly, and of cascades of the two anchors.
-        near_best: whether its best within the budget is not significantly worse than that of the winner, at 5 % divided
-            by the number of other pairs; None where that was not tested for the budget.
+        near_best: whether its best within the budget is not significantly worse than that of the winner, at 5 %
+            divided by the number of other pairs; None where that was not tested for the budget.
     """
 
     front: str
@@ -64,18 +64,21 @@ class ScoutedPair:
         """The rows that no other beats in mean MACs and predicted accuracy, the cheapest first."""
         return tuple(front_rows(self.rows, "mean_macs", "accuracy"))
 
-    def with_accuracy(self, route: Route, accuracy: float) -> "ScoutedPair":
-        """The pair with another predicted accuracy of a route.
+    def with_accuracy(self, route: Route, accuracy: float, images: int) -> "ScoutedPair":
+        """The pair with another predicted accuracy of a route; the profile's metadata records on how many images.
 
         Args:
             route: route of the profile.
             accuracy: accuracy, from 0 to 1.
+            images: number of images that it is of, which ``images_of`` in the metadata has by route.
         """
         routes = (
             replace(row, scores={**row.scores, "accuracy": accuracy}) if row.route == route else row
             for row in self.profile.routes
         )
-        return replace(self, profile=replace(self.profile, routes=tuple(routes)))
+        metadata = dict(self.profile.metadata)
+        metadata["images_of"] = {**metadata.get("images_of", {}), str(route): images}
+        return replace(self, profile=replace(self.profile, routes=tuple(routes), metadata=metadata))
 
     def alone(self, anchor: str) -> ProfiledRoute:
         """The row of one of the anchors alone: its costs, and its accuracy on the held-out images.

@@ -287,6 +287,10 @@ def answers_by_hand(place, names):
     return right
 
 
+def no_images(passes):
+    raise AssertionError("all held-out pictures at once")
+
+
 def no_pixels(cache, name, read=passes_file.FeatureCache.rows):
     assert name != "pixel_values", "all pictures at once"
     return read(cache, name)
@@ -296,6 +300,7 @@ def test_logits_of_more_images_choose_and_others_check(place, runs, tmp_path, mo
     """Of 60 held-out images 40 choose, 20 of them stitched routes too, and 20 only check; each anchor runs once."""
     monkeypatch.setattr(scouting, "LEAST_CHECKING", 20)
     monkeypatch.setattr(passes_file.FeatureCache, "rows", no_pixels)
+    monkeypatch.setattr(AnchorPasses, "held_images", property(no_images))
     three = candidates(place, "resnet", "vit", "swin")
     result = scout(three, place / "data", LOOSE, tmp_path, images=40, eval_images=60)
     assert runs["images"] == dict.fromkeys(("resnet", "vit", "swin"), 20 + 60) and runs["pictures"] == 80
@@ -344,7 +349,7 @@ def test_earlier_results_and_other_budgets_are_not_checked(place, tmp_path, monk
 def run_by_hand(judge, route, data):
     """On which images a stitched route is right, as scout fits it."""
     with torch.no_grad():
-        logits = run_steps(torch.stack([row["pixel_values"] for row in data]), judge.fit(route)[1])
+        logits = run_steps(torch.stack([row["pixel_values"] for row in data]), judge.fit([route])[0][1])
     return (logits.argmax(-1) == torch.tensor([row["labels"] for row in data])).numpy()
 
 
@@ -366,11 +371,64 @@ def test_a_stitched_route_that_leads_is_run_on_all_images_that_choose(place, tmp
     right = run_by_hand(judge, best.route, with_pixel_values(rows, judge.model.image_processor))
     assert best.scores["accuracy"] == pytest.approx(right[:40].mean())
     assert np.array_equal(judge.raced(best.route), right[:20])
+    assert result.winner.profile.metadata["images_of"][str(best.route)] == 40
     assert result.check.accuracy == pytest.approx(right[40:].mean())
     assert best == max(
         (row for row in result.winner.rows if limits.allows(row.costs)),
         key=lambda row: (row.scores["accuracy"], -limits.usage(row.costs)),
     )
+
+
+class Trials:
+    """Runs of routes that were raced on 1,000 images, on 2,000 others, with an accuracy of its own for each route."""
+
+    chosen_on, raced_on, checked_on = range(3000), range(1000), ()
+
+    def __init__(self, true, rows):
+        self.true, self.rounds = true, []
+        self.right = {row.route: np.arange(1000) < 1000 * row.scores["accuracy"] for row in rows}
+
+    def raced(self, route):
+        return self.right[route]
+
+    def run(self, routes, numbers):
+        self.rounds.append(list(routes))
+        return {route: np.arange(len(numbers)) < self.true[route] * len(numbers) for route in routes}
+
+
+def reviewed(accuracies, true, limit):
+    """The rounds of a review of one pair within so many MACs, and its best route then."""
+    rows = stitched_rows(accuracies)
+    trials = Trials(dict(zip((row.route for row in rows), true, strict=True)), rows)
+    trials.observed = Observations(
+        tuple(row.route for row in rows[:2]), "probability", (1.0, 1.0), np.zeros((2, 3000), int),
+        np.stack([np.arange(3000) < 3000 * row.scores["accuracy"] for row in rows[:2]]), np.zeros((2, 3000)),
+    )  # fmt: skip
+    limits = Budget(macs=limit)
+    pair = ScoutedPair("large", "small", Profile(tuple(rows), {}, ()))
+    result = checks.review(ScoutResult((pair,), limits, {}).ranked(limits), trials)
+    return [[rows.index(next(row for row in rows if row.route == each)) for each in some] for some in trials.rounds], (
+        result.winner.best(limits)
+    )
+
+
+def test_a_lucky_and_an_unlucky_race_are_mended():
+    """A lucky leader falls back; a route just below the best is tried once and rises; those far below are not run."""
+    rounds, best = reviewed([0.8, 0.9, 0.83, 0.5, 0.4], [0.8, 0.9, 0.7, 0.5, 0.4], 1.9)
+    assert rounds == [[2]] and best.route == Route.alone("small")
+    rounds, best = reviewed([0.8, 0.9, 0.79, 0.5, 0.4], [0.8, 0.9, 0.85, 0.5, 0.4], 1.9)
+    assert rounds == [[2]] and best.scores["accuracy"] == pytest.approx((790 + 1700) / 3000)
+    rounds, _ = reviewed([0.8, 0.9, 0.7, 0.5, 0.4], [0.8, 0.9, 0.9, 0.5, 0.4], 1.9)
+    assert rounds == [], "more than two standard errors below"
+
+
+def test_where_nothing_was_tried_one_route_begins():
+    """No anchor is within the budget: one route runs, not all, and another one where it leads then."""
+    rows = stitched_rows([0.9, 0.9, 0.8, 0.7, 0.2])
+    pair = ScoutedPair("large", "small", Profile(tuple(rows[2:]), {}, ()))
+    result = ScoutResult((pair,), Budget(macs=1.9), {})
+    assert checks._leaders(result, {}, 1000) == {0: rows[2].route}
+    assert checks._leaders(result, {rows[2].route: np.ones(3000, bool)}, 1000) == {}
 
 
 def test_missing_logits_or_samples_are_made_again(place, runs, tmp_path):
