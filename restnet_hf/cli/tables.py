@@ -196,9 +196,8 @@ def _say_checked(result: "ScoutResult") -> None:
     if result.winner.near_best is None:
         say("near equals are not known, and the first pair is not checked: only a whole run for this budget does that")
         return
-    say(
-        f"~: {len(result.near)} of {len(result.pairs)} pairs are not significantly worse than the first; the best is among them (95 %)"
-    )
+    near = f"~: {len(result.near)} of {len(result.pairs)} pairs are not significantly worse than the first"
+    say(f"{near}; the best is among them (95 %)")
     if check is None or best is None:
         say(
             f"the first pair is not checked: {result.eval_images} held-out images are too few to set a third of them "
