@@ -61,10 +61,10 @@ from restnet_hf.profiling.cascades import (
     run_chain,
     search_cascades,
 )
-from restnet_hf.scouting.checks import answers
+from restnet_hf.scouting.checks import score_images
 from restnet_hf.scouting.pairs import PairJudge
-from restnet_hf.scouting.results import ScoutedPair, plain_costs
-from restnet_hf.scouting.scout import Scouting
+from restnet_hf.scouting.results import ScoutedPair
+from restnet_hf.scouting.scout import judge_pairs
 from restnet_hf.selection.racing import race_routes
 from restnet_hf.selection.ranking import rank_routes
 
@@ -214,7 +214,7 @@ class Truth:
         temperatures = (*(entry.temperatures if isinstance(entry, Cascade) else ()), 1.0, 1.0)[: len(routes)]
         logits = np.stack([self.logits[str(route).removesuffix("[:]")] for route in routes])
         observed = observe_logits(routes, logits, self.labels, temperatures=temperatures)
-        return answers(observed, entry)[0].mean().item()
+        return score_images(observed, entry)[0].mean().item()
 
 
 def _cheapest_near(result: ScoutResult, best: Mapping[frozenset[str], tuple[float, np.ndarray]]) -> float:
@@ -295,16 +295,12 @@ def by_hand(result: ScoutResult, few: Sequence[str], budget: float) -> dict[str,
 
 def run_scout(
     sources: Sequence[Path], dataset: str, budget: float, work: Path, images: int, eval_images: int
-) -> tuple[Scouting, ScoutResult]:
+) -> tuple[ScoutResult, PairJudge]:
     """Scout for a budget of mean MACs, with the passes and races of other budgets in ``work``."""
-    limits = Budget(mean_macs=budget)
-    job = {
-        "candidates": [str(each) for each in sources], "dataset": dataset, "split": "train", "eval_split": "test",
-        "images": images, "eval_images": eval_images, "head_images": 1, "image_size": None, "order": "given",
-        "new_head": False, "costs": plain_costs(limits),
-    }  # fmt: skip
-    scouting = Scouting(job, limits, work)
-    return scouting, scouting.run()
+    return judge_pairs(
+        sources, dataset, Budget(mean_macs=budget), work, split="train", eval_split="test", images=images,
+        eval_images=eval_images, head_images=1, image_size=None, order="given", new_head=False,
+    )  # fmt: skip
 
 
 def main(
@@ -328,14 +324,14 @@ def main(
     sources = make_anchors(folder / "anchors", dataset, epochs, train_images, names)
     truth, report, ratios = None, list[dict[str, Any]](), dict[str, float]()
     for limit in budget:
-        scouting, result = run_scout(sources, dataset, limit, folder / "work", images, eval_images)
+        result, judge = run_scout(sources, dataset, limit, folder / "work", images, eval_images)
         rows, labels = unseen(dataset, result.eval_images)
         truth = truth or Truth(result, logits_of(result.sources, rows, folder / f"unseen-{len(rows)}.npz"), labels)
 
-        def run_stitched(route: Route, judge: PairJudge = scouting.judge, rows: Dataset = rows) -> np.ndarray:
+        def run_stitched(route: Route, judge: PairJudge = judge, rows: Dataset = rows) -> np.ndarray:
             data = with_pixel_values(rows, judge.model.image_processor)
             images = batches(data, 250)
-            return race_routes([judge.fit(route)], images, judge.model.device, error=0, keep=True).right[route]
+            return race_routes(judge.fit([route]), images, judge.model.device, error=0, keep=True).right[route]
 
         each = judge_choice(result, truth, run_stitched)
         each |= {"passes": result.passes, "seconds": dict(result.seconds), "left_out": dict(result.left_out)}

@@ -183,6 +183,9 @@ def show_scouted(result: "ScoutResult") -> None:
     if result.new_head:
         say("all candidates got new heads, trained on the data set's classes")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    asked = result.job.get("images", result.images) // 2 * 2
+    if result.images < asked:
+        say(f"stitched routes were fitted and tested on {result.images} images, not {asked}: the splits have no more")
     images = result.images if not result.eval_images else result.images // 2 + result.eval_images
     say(f"{result.passes} anchors, one pass over {images} images each; {spent}")
 
@@ -193,21 +196,20 @@ def _say_checked(result: "ScoutResult") -> None:
     if result.winner.near_best is None:
         say("near equals are not known, and the first pair is not checked: only a whole run for this budget does that")
         return
-    say(f"~: {len(result.near)} of {len(result.pairs)} pairs are not significantly worse than the first (95 %)")
+    near = f"~: {len(result.near)} of {len(result.pairs)} pairs are not significantly worse than the first"
+    say(f"{near}; the best is among them (95 %)")
     if check is None or best is None:
         say(
             f"the first pair is not checked: {result.eval_images} held-out images are too few to set a third of them "
             "aside, so its predicted accuracy is too high; give 300 or more, better thousands"
         )
         return
-    gap = (
-        f", gap closed {number(check.gap_closed, 2)} ± {number(check.gap_error, 2)}"
-        if check.gap_closed is not None
-        else ""
-    )
+    gap = "" if check.gap_closed is None else f", gap closed {number(check.gap_closed, 2)}"
+    gap += "" if check.gap_error is None else f" ± {number(check.gap_error, 2)}"
     say(
         f"the first pair on {check.images} images that chose nothing: {number(check.accuracy, 1, 100)} ± "
-        f"{number(check.standard_error, 1, 100)} %{gap} ({number(best.scores['accuracy'], 1, 100)} % predicted)"
+        f"{number(check.standard_error, 1, 100)} %{gap} ({number(best.scores['accuracy'], 1, 100)} % predicted); "
+        f"it takes {number(check.mean_macs, 1, 1e-6)} M mean MACs there (budget {result.budget})"
     )
 
 

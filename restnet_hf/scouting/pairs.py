@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -9,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from restnet_hf.hashing import software_sha256
 from restnet_hf.profiling.cascade_rows import profile_cascades
 from restnet_hf.profiling.cascades import LEAST_IMAGES, Observations, join_observations, observe_logits
 from restnet_hf.profiling.costs import CostTable
+from restnet_hf.progress import progress_bar
 from restnet_hf.routes.profile import Profile, ProfiledCascade, ProfiledRoute
 from restnet_hf.routes.route import Route, Segment
-from restnet_hf.scouting.passes import AnchorPasses
+from restnet_hf.scouting.passes import BATCH_SIZE, AnchorPasses
 from restnet_hf.selection.cache import read_similarity, write_similarity
 from restnet_hf.selection.racing import race_routes
 from restnet_hf.selection.ranking import Similarity
-from restnet_hf.selection.samples import TEST_BATCH
 from restnet_hf.selection.selectors import RIDGE
 from restnet_hf.steps import Walk
 
@@ -135,9 +135,10 @@ class PairJudge:
         """On which images the routes that the race did not stop are right."""
         if not walks:
             return {}
+        images = self.passes.batches(self.raced_on)
         known = {Route.alone(name): right[: len(self.raced_on)] for name, right in self.right.items()}
         return race_routes(
-            walks, self._held(), self.model.device, error=self.error, known=known, beaten_by=rivals, keep=True
+            walks, images, self.model.device, error=self.error, known=known, beaten_by=rivals, keep=True
         ).right
 
     def raced(self, route: Route) -> np.ndarray:
@@ -150,27 +151,32 @@ class PairJudge:
         hits = bytes.fromhex(self.race(point.source, point.target).settings["right"][str(route)])
         return np.unpackbits(np.frombuffer(hits, np.uint8), count=len(self.raced_on)).astype(bool)
 
-    def fit(self, route: Route) -> Walk:
-        """A route of one stitch, and its steps with the stitch that least squares fits.
+    def fit(self, routes: Collection[Route]) -> list[Walk]:
+        """Routes of one stitch each, and their steps with the stitches that least squares fits.
 
         Args:
-            route: route from one anchor into another, in a direction that was compared.
+            routes: routes from one anchor into another, in directions that were compared.
         """
-        (point,) = route.stitch_points
-        cuts = point.source_cut, point.target_cut
-        stitch = self.passes.pairs[point.source, point.target].stitches(RIDGE, [cuts[0]])[cuts]
-        return route, self.model.steps(route, {point.name: stitch})
+        walks = list[Walk]()
+        for (front, end, cut), some in _by_front_cut(routes).items():
+            stitches = self.passes.pairs[front, end].stitches(RIDGE, [cut])
+            for route in some:
+                (point,) = route.stitch_points
+                stitch = stitches[point.source_cut, point.target_cut]
+                walks.append((route, self.model.steps(route, {point.name: stitch})))
+        return walks
 
-    def run(self, routes: Sequence[Route], numbers: Sequence[int]) -> dict[Route, np.ndarray]:
+    def run(self, routes: Collection[Route], numbers: Sequence[int]) -> dict[Route, np.ndarray]:
         """Whether stitched routes, with stitches that least squares fits, are right on each of some images (N,).
 
         Args:
             routes: routes of one stitch each.
             numbers: numbers of the images.
         """
-        walks = [self.fit(route) for route in routes]
-        images = self.passes.batches(numbers)
-        return race_routes(walks, images, self.model.device, error=0, keep=True).right if walks else {}
+        if not routes:
+            return {}
+        images = progress_bar(self.passes.batches(numbers), "check", math.ceil(len(numbers) / BATCH_SIZE))
+        return race_routes(self.fit(routes), images, self.model.device, error=0, keep=True).right
 
     def profile(self, front: str, end: str) -> Profile:
         """Costs and predicted accuracy of what a pair offers, in both directions where both were compared.
@@ -208,13 +214,6 @@ class PairJudge:
 
         return {route: [other for other in every if other != route and no_more(other, route)] for route in costs}
 
-    def _held(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of the held-out images and their labels."""
-        images, labels = self.passes.held_images, self.passes.labels[self.raced_on]
-        for start in range(0, len(labels), TEST_BATCH):
-            part = slice(start, start + TEST_BATCH)
-            yield {"pixel_values": images[part], "labels": labels[part]}
-
     def _file(self, front: str, end: str) -> Path:
         """File of a race, whose name depends on all that its result does."""
         caches = [self.passes.cache(name).folder.name for name in (front, end)]
@@ -222,6 +221,15 @@ class PairJudge:
         about["software"] = self.software
         key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
         return self.folder / f"{front}+{end}-{key}.npz"
+
+
+def _by_front_cut(routes: Collection[Route]) -> dict[tuple[str, str, int], list[Route]]:
+    """Routes of one stitch by front, end and the cut of the front, whose stitches are fitted together."""
+    found: dict[tuple[str, str, int], list[Route]] = {}
+    for route in routes:
+        (point,) = route.stitch_points
+        found.setdefault((point.source, point.target, point.source_cut), []).append(route)
+    return found
 
 
 def _route(front: str, end: str, i: int, j: int) -> Route:

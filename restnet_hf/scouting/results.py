@@ -41,8 +41,8 @@ class ScoutedPair:
         end: name of the anchor whose late blocks run.
         profile: costs and predicted accuracies of the anchors alone, of the stitched routes that no cheaper one beats
             significantly, and of cascades of the two anchors.
-        near_best: whether its best within the budget is not significantly worse than that of the winner; None where
-            that was not tested for the budget.
+        near_best: whether its best within the budget is not significantly worse than that of the winner, at 5 %
+            divided by the number of other pairs; None where that was not tested for the budget.
     """
 
     front: str
@@ -64,18 +64,21 @@ class ScoutedPair:
         """The rows that no other beats in mean MACs and predicted accuracy, the cheapest first."""
         return tuple(front_rows(self.rows, "mean_macs", "accuracy"))
 
-    def with_accuracy(self, route: Route, accuracy: float) -> "ScoutedPair":
-        """The pair with another predicted accuracy of a route.
+    def with_accuracy(self, route: Route, accuracy: float, images: int) -> "ScoutedPair":
+        """The pair with another predicted accuracy of a route; the profile's metadata records on how many images.
 
         Args:
             route: route of the profile.
             accuracy: accuracy, from 0 to 1.
+            images: number of images that it is of, which ``images_of`` in the metadata has by route.
         """
         routes = (
             replace(row, scores={**row.scores, "accuracy": accuracy}) if row.route == route else row
             for row in self.profile.routes
         )
-        return replace(self, profile=replace(self.profile, routes=tuple(routes)))
+        metadata = dict(self.profile.metadata)
+        metadata["images_of"] = {**metadata.get("images_of", {}), str(route): images}
+        return replace(self, profile=replace(self.profile, routes=tuple(routes), metadata=metadata))
 
     def alone(self, anchor: str) -> ProfiledRoute:
         """The row of one of the anchors alone: its costs, and its accuracy on the held-out images.
@@ -106,12 +109,14 @@ class Check:
     Args:
         images: number of the images.
         accuracy: accuracy of the best route or cascade within the budget, from 0 to 1.
-        standard_error: standard error of the accuracy.
+        standard_error: standard error of the accuracy, by (successes + 2) / (images + 4) as in the interval of Agresti
+            and Coull, so that it is not 0 where all are right.
         mean_macs: MACs that it takes on these images, as a mean.
         gap_closed: share of the gap between the two anchors that is closed by the entries that no other beats in
-            prediction, see `Profile.gap_closed`; None where it is not defined.
+            prediction, each for the budgets that it is chosen for by prediction, see `Profile.gap_closed`; None where
+            the dearer anchor is not better in at least 95 % of the draws of the bootstrap.
         gap_error: standard error of the gap closed, half the width of the middle 68 % of 200 draws of the bootstrap
-            over images; None where it is not defined.
+            over images; None where the gap closed is.
     """
 
     images: int
@@ -120,6 +125,33 @@ class Check:
     mean_macs: float
     gap_closed: float | None = None
     gap_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Review:
+    """What a whole run found about its winner, kept while pairs are ranked for another budget.
+
+    Args:
+        budget: budget of the run.
+        near: front and end of each pair that is not significantly worse than the winner.
+        check: score of the winner on images that chose nothing; None where they were too few.
+    """
+
+    budget: Budget
+    near: tuple[tuple[str, str], ...]
+    check: Check | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> "Review | None":
+        """Read what `to_dict` of a result wrote.
+
+        Args:
+            data: the review as JSON values; None for none.
+        """
+        if data is None:
+            return None
+        check = None if data["check"] is None else Check(**data["check"])
+        return cls(Budget.of(data["budget"]), tuple((front, end) for front, end in data["near"]), check)
 
 
 @dataclass(frozen=True)
@@ -140,6 +172,7 @@ class ScoutResult:
             among them; 0 in results of earlier versions.
         check: score of the winner on images that chose nothing. The predicted one is of the luckiest of many, and so
             too high. None where the images were too few, or the pairs were ranked for another budget later.
+        review: check and near equals of the budget of the run, where the pairs were ranked for another one later.
     """
 
     pairs: tuple[ScoutedPair, ...]
@@ -153,10 +186,11 @@ class ScoutResult:
     new_head: bool = False
     eval_images: int = 0
     check: Check | None = None
+    review: Review | None = None
 
     @property
     def near(self) -> tuple[ScoutedPair, ...]:
-        """The pairs that are not significantly worse than the winner (95 %, one-sided), the winner among them."""
+        """The winner and the pairs that are not significantly worse; with 95 % probability the best is among them."""
         return tuple(pair for pair in self.pairs if pair.near_best)
 
     @property
@@ -169,7 +203,8 @@ class ScoutResult:
 
         The pair whose best route or cascade within the budget has the highest predicted accuracy is first; of equals
         the one that takes less of the budget for it, then the one that closes more of the gap between its anchors. For
-        another budget than before nothing is checked, and no near equals are marked: `scout` does that.
+        another budget than that of the run nothing is checked, and no near equals are marked: `scout` does that. What
+        it found is kept, and is there again for the budget of the run.
 
         Args:
             budget: limits on costs that the profiles have.
@@ -191,9 +226,17 @@ class ScoutResult:
         pairs = tuple(sorted(self.pairs, key=order))
         if pairs[0].best(limits) is None:
             raise BudgetError(f"nothing of any pair fits {limits}; {describe_cheapest(rows, limits)}")
-        if limits != self.budget:
-            pairs = tuple(replace(pair, near_best=None) for pair in pairs)
-        return replace(self, pairs=pairs, budget=limits, check=self.check if limits == self.budget else None)
+        if limits == self.budget:
+            return replace(self, pairs=pairs)
+        review = self.review
+        if self.near:
+            review = Review(self.budget, tuple((pair.front, pair.end) for pair in self.near), self.check)
+        if review is None or review.budget != limits:
+            pairs, check = tuple(replace(pair, near_best=None) for pair in pairs), None
+        else:
+            pairs = tuple(replace(pair, near_best=(pair.front, pair.end) in review.near) for pair in pairs)
+            check, review = review.check, None
+        return replace(self, pairs=pairs, budget=limits, check=check, review=review)
 
     def recipe(self) -> dict[str, Any]:
         """The recipe that stitches the best pair, as `load_recipe` reads it."""
@@ -261,7 +304,8 @@ class ScoutResult:
         )
         if (check := self.check) is not None:
             error = f"standard error {check.standard_error:.1%}"
-            head += f"# {check.accuracy:.1%} ({error}) on {check.images} images that chose nothing\n"
+            head += f"# {check.accuracy:.1%} ({error}) on {check.images} images that chose nothing,\n"
+            head += f"# where it takes {check.mean_macs:.4g} mean MACs\n"
         head += f"# restnet-hf train {RECIPE} --out DIR\n"
         with atomic_file(place / RECIPE) as temporary:
             temporary.write_text(head + yaml.safe_dump(self.recipe(), sort_keys=False))
@@ -279,6 +323,7 @@ class ScoutResult:
             "left_out": dict(self.left_out), "job": dict(self.job), "seconds": dict(self.seconds),
             "passes": self.passes, "images": self.images, "new_head": self.new_head, "eval_images": self.eval_images,
             "check": None if self.check is None else asdict(self.check),
+            "review": None if self.review is None else {**asdict(self.review), "budget": self.review.budget.limits},
         }  # fmt: skip
 
     @classmethod
@@ -304,6 +349,7 @@ class ScoutResult:
             }
             rest["eval_images"] = data.get("eval_images", 0)  # as "check" not in files of earlier versions
             rest["check"] = None if data.get("check") is None else Check(**data["check"])
+            rest["review"] = Review.from_dict(data.get("review"))
             return cls(tuple(pairs), Budget.of(data["budget"]), **rest)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{file} is not the result of a run: {error!r}; choose another folder") from error

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ LEAST_IMAGES = 8  # half to fit stitches on, half to test them
 CHECKING = 3  # one in so many held-out images checks the winner
 LEAST_CHECKING = 100  # images that do; with fewer none, and all choose
 SEED = 0  # of new heads
+EVAL_IMAGES = 10_000  # default, which runs of earlier versions count as
 WORK = ".scout"  # folder in ``out`` of what a run needs to go on after an interruption
 
 
@@ -54,7 +56,7 @@ def scout(
     split: str = "train",
     eval_split: str = "test",
     images: int = 2000,
-    eval_images: int = 10_000,
+    eval_images: int = EVAL_IMAGES,
     head_images: int = 2000,
     image_size: int | None = None,
     order: str = "given",
@@ -79,8 +81,9 @@ def scout(
         split: split that stitches are fitted on and new heads train on.
         eval_split: split that accuracies are predicted on, of images that no candidate was trained on.
         images: number of images that stitched routes are fitted and tested on, chosen at random, half from each split.
-        eval_images: largest number of images of ``eval_split``, at least half of ``images``, which are among them. Of
-            all others only logits are taken, for anchors and cascades.
+            Where a split has too few, fewer of both are taken (`ScoutResult.images`).
+        eval_images: largest number of images of ``eval_split``. Half of ``images`` are among them, beside those that
+            check. Of all others only logits are taken, for anchors and cascades.
         head_images: largest number of further images of ``split`` that new heads train on.
         image_size: height and width of images in pixels; None for the anchors' own.
         order: ``given`` joins the candidate with more parameters to the other one, ``auto`` both ways.
@@ -94,18 +97,48 @@ def scout(
             not fit.
         OSError: the data set cannot be loaded, or the disk is too small.
     """
-    limits = _check(candidates, budget, images, eval_images, head_images, order, split, eval_split)
-    job: dict[str, Any] = {
-        "candidates": [os.fspath(each) for each in candidates], "dataset": os.fspath(dataset), "split": split,
-        "eval_split": eval_split, "images": images, "eval_images": eval_images, "head_images": head_images,
-        "image_size": image_size, "order": order, "new_head": new_head, "costs": plain_costs(limits),
+    options = {
+        "split": split, "eval_split": eval_split, "images": images, "eval_images": eval_images,
+        "head_images": head_images, "image_size": image_size, "order": order, "new_head": new_head,
     }  # fmt: skip
     folder = Path(out)
     if resume and (folder / RESULT).exists():
-        return _finished(folder, job, limits)
-    result = Scouting(job, limits, folder / WORK).run()
+        return _finished(folder, *_plan(candidates, dataset, budget, **options))
+    result, _ = judge_pairs(candidates, dataset, budget, folder / WORK, **options)
     _finish(result, folder)
     return result
+
+
+def judge_pairs(
+    candidates: Sequence[str | os.PathLike[str]],
+    dataset: str | os.PathLike[str],
+    budget: BudgetLike,
+    work: Path,
+    **options: Any,
+) -> tuple[ScoutResult, PairJudge]:
+    """The result of `scout`, of which no file is written, and the judge, which can try further routes.
+
+    Args:
+        candidates: classifiers to choose from.
+        dataset: labelled images.
+        budget: limits on costs.
+        work: folder of what the run needs to go on after an interruption.
+        options: all other options of `scout` but ``out`` and ``resume``.
+    """
+    return _Scouting(*_plan(candidates, dataset, budget, **options), work).run()
+
+
+def _plan(
+    candidates: Sequence[str | os.PathLike[str]],
+    dataset: str | os.PathLike[str],
+    budget: BudgetLike,
+    **options: Any,
+) -> tuple[dict[str, Any], Budget]:
+    """Arguments of a run as they are written, and the budget, after a check of the options."""
+    checked = ("images", "eval_images", "head_images", "order", "split", "eval_split")
+    limits = _check(candidates, budget, **{name: options[name] for name in checked})
+    names = [os.fspath(each) for each in candidates]
+    return {"candidates": names, "dataset": os.fspath(dataset), **options, "costs": plain_costs(limits)}, limits
 
 
 def _finish(result: ScoutResult, folder: Path) -> None:
@@ -142,20 +175,26 @@ def _check(
         raise ValueError(f"split and eval_split are both {split!r}; stitches need images of their own to be fitted on")
     if images < LEAST_IMAGES or head_images < 1:
         raise ValueError(f"images={images} must be at least {LEAST_IMAGES}, and head_images={head_images} at least 1")
-    if eval_images < images // 2:
+    if eval_images - _checking(eval_images) < images // 2:
+        enough = next(n for n in count(eval_images) if n - _checking(n) >= images // 2)
         raise ValueError(
-            f"eval_images={eval_images} must be at least {images // 2}, half of images={images}: stitched routes are "
-            "tested on so many of them"
+            f"eval_images={eval_images} must be at least {enough}: half of images={images} of them test stitched "
+            f"routes, beside {_checking(enough)} that check the winner"
         )
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is not one of {ORDERS}")
     return limits
 
 
+def _checking(evaluated: int) -> int:
+    """How many of some held-out images check the winner."""
+    return evaluated // CHECKING if evaluated // CHECKING >= LEAST_CHECKING else 0
+
+
 def _finished(folder: Path, job: dict[str, Any], limits: Budget) -> ScoutResult:
     """The result of a finished run, ranked for the budget; ValueError where the run was another one."""
     result = ScoutResult.load(folder)
-    theirs = dict(result.job)
+    theirs = {"eval_images": EVAL_IMAGES, **result.job}
     known = set(theirs.pop("costs", ())) >= set(job["costs"])
     changed = sorted(name for name in theirs if theirs[name] != job.get(name)) + ([] if known else ["budget"])
     if changed:
@@ -170,8 +209,8 @@ def _finished(folder: Path, job: dict[str, Any], limits: Budget) -> ScoutResult:
     return result
 
 
-class Scouting:
-    """One run of `scout`, which leaves its folder as it is; after `run`, ``judge`` can try further routes.
+class _Scouting:
+    """One run of `scout`, which leaves its folder as it is.
 
     Args:
         job: arguments of the run.
@@ -185,8 +224,8 @@ class Scouting:
         self.seconds: dict[str, float] = {}
         self._began = time.perf_counter()
 
-    def run(self) -> ScoutResult:
-        """Load, train heads where needed, run each anchor once, and judge every pair."""
+    def run(self) -> tuple[ScoutResult, PairJudge]:
+        """Load, train heads where needed, run each anchor once, and judge every pair; returns the judge too."""
         fitted, held = (_labelled(self.job["dataset"], self.job[key]) for key in ("split", "eval_split"))
         names = class_names_of(held)
         if class_names_of(fitted) != names:
@@ -209,7 +248,7 @@ class Scouting:
             self._lap("heads")
         passes = self._pass(model, cache_pictures(model, ready[0], self.work / "images"), sampled)
         costs, limit = self.job["costs"], self.limits.mean_macs
-        self.judge = judge = PairJudge(passes, self.work / "pairs", costs, checking=checking, mean_macs=limit)
+        judge = PairJudge(passes, self.work / "pairs", costs, checking=checking, mean_macs=limit)
         pairs = self._judge(judge)
         sources, eval_images = dict(zip(model.anchors, anchors, strict=True)), len(data) - sampled // 2
         result = ScoutResult(
@@ -218,7 +257,7 @@ class Scouting:
         )  # fmt: skip
         result = from_main(lambda: self._review(result.ranked(self.limits), judge))
         self._lap("check")
-        return replace(result, seconds=self.seconds)
+        return replace(result, seconds=self.seconds), judge
 
     def _lap(self, name: str) -> None:
         """Record the seconds since the last part ended."""
@@ -269,18 +308,18 @@ class Scouting:
         fitted, held = (_shuffled(rows) for rows in (fitted, held))
         free = max(1, len(fitted) // 2) if new_head else len(fitted)
         evaluated = min(self.job["eval_images"], len(held))
-        checking = evaluated // CHECKING if evaluated // CHECKING >= LEAST_CHECKING else 0
-        count = min(self.job["images"] // 2, evaluated - checking, free)
-        if 2 * count < LEAST_IMAGES:
+        checking = _checking(evaluated)
+        half = min(self.job["images"] // 2, evaluated - checking, free)
+        if 2 * half < LEAST_IMAGES:
             raise ValueError(
                 f"{len(fitted)} images of {self.job['split']!r} and {len(held)} of {self.job['eval_split']!r} are too "
                 f"few: {LEAST_IMAGES // 2} of each are needed, better some hundreds"
             )
-        in_turn = [number // 2 + number % 2 * count for number in range(2 * count)]
-        both = concatenate_datasets([fitted.select(range(count)), held.select(range(evaluated))])
-        both = both.select([*in_turn, *range(2 * count, count + evaluated)])
-        rest = range(count, min(len(fitted), count + self.job["head_images"]))
-        return both, fitted.select([*rest]), 2 * count, checking
+        in_turn = [number // 2 + number % 2 * half for number in range(2 * half)]
+        both = concatenate_datasets([fitted.select(range(half)), held.select(range(evaluated))])
+        both = both.select([*in_turn, *range(2 * half, half + evaluated)])
+        rest = range(half, min(len(fitted), half + self.job["head_images"]))
+        return both, fitted.select([*rest]), 2 * half, checking
 
     def _train_heads(self, model: StitchedModelForImageClassification, pictures: FeatureCache) -> None:
         """Train the new head of each anchor, or read the one that an earlier run trained."""
