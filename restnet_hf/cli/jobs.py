@@ -133,6 +133,16 @@ def similarity(
     say(str(written))
 
 
+EvalImages = Annotated[
+    int,
+    typer.Option(
+        help="Largest number of images of --eval-split that anchors and cascades are scored on; a third of them "
+        "only checks the winner.",
+        min=4,
+    ),
+]
+
+
 @command("timm/resnet50.a1_in1k timm/mobilenetv2_100.ra_in1k --dataset photos --budget mean_macs=2e9")
 def scout(
     candidates: Annotated[list[str], typer.Argument(help="Classifiers to choose two of: Hub ids or local folders.")],
@@ -147,17 +157,9 @@ def scout(
         str, typer.Option(help="Split that accuracies are predicted on; no candidate may be trained on it.")
     ] = "test",
     images: Annotated[
-        int,
-        typer.Option(help="Number of images to fit and test stitched routes on, half from each split.", min=8),
+        int, typer.Option(help="Number of images to fit and test stitched routes on, half from each split.", min=8)
     ] = 2000,
-    eval_images: Annotated[
-        int,
-        typer.Option(
-            help="Largest number of images of --eval-split that anchors and cascades are scored on; a third of them "
-            "only checks the winner.",
-            min=4,
-        ),
-    ] = 10_000,
+    eval_images: EvalImages = 10_000,
     head_images: Annotated[
         int, typer.Option(help="Largest number of further images that new heads train on.", min=1)
     ] = 2000,
@@ -197,8 +199,13 @@ def scout(
     state = this_process()
     if state.is_main_process:
         show_scouted(result)
-        names = written.names()
-        say(str(written) if names else f"{out} holds this run already: it is finished, and nothing is left to resume")
-        say(f"next: restnet-hf train {out / 'recipe.yaml'} --out ADAPTER")
+        _say_scouted(written, out)
     if state.num_processes > 1:
         state.destroy_process_group()
+
+
+def _say_scouted(written: Written, out: Path) -> None:
+    """Print what `scout` wrote, and the command to go on with."""
+    names = written.names()
+    say(str(written) if names else f"{out} holds this run already: it is finished, and nothing is left to resume")
+    say(f"next: restnet-hf train {out / 'recipe.yaml'} --out ADAPTER")
