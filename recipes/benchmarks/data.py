@@ -26,7 +26,6 @@ import gc
 import io
 import json
 import multiprocessing
-import shutil
 import tarfile
 import tempfile
 import threading
@@ -235,6 +234,12 @@ def stream(
     return found
 
 
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function that is called in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def main(
     quick: bool = False,
     images: int = 50_000,
@@ -259,35 +264,21 @@ def main(
     """
     few = FEWER if quick else FEW
     images, size, height = (2 * FEWER, 160, 32) if quick else (images, size, height)
-    ratios: dict[str, float] = {}
-    rates: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        context = multiprocessing.get_context("spawn")
-
-        def apart(function: Callable[..., Any], *args: Any) -> Any:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                return pool.submit(function, *args).result()
-
-        limit = apart(limits, size, height, steps, 1 if quick else max(repeats, 2))
-        decode = limit.pop("decode")
-        rates |= {"limit of decoding": 1 / decode[0]}
-        rates |= {f"limit of {step}": 1 / clock for step, (clock, _) in limit.items()}
-        for kind in formats:
-            folder = Path(temporary) / kind
-            folder.mkdir()
-            FORMATS[kind][0](folder, jpegs(images, size))
-            found = apart(stream, folder, kind, height, steps, images, few, repeats)
-            shutil.rmtree(folder)
-            for step, each in found.items():
-                name, (clock, used) = f"{kind}, {step}", limit[step]
-                rates |= {name: 1 / each["clock"]}
-                ratios[f"{name}: images/s over min(decode, {step})"] = max(decode[0], clock) / each["clock"]
-                ratios[f"{name}: processor time by hand over streamed"] = (decode[1] + used) / each["used"]
-                ratios[f"{name}: growth of memory, MB"] = each["growth_mb"]
-            shown = {
-                name: round(value, 2) for name, value in (rates | ratios).items() if name.startswith((kind, "limit"))
-            }
-            print(json.dumps(shown, indent=1), flush=True)
+    limit = apart(limits, size, height, steps, 1 if quick else max(repeats, 2))
+    rates, ratios = {f"limit of {step}": 1 / clock for step, (clock, _) in limit.items()}, dict[str, float]()
+    for kind in formats:
+        with tempfile.TemporaryDirectory() as folder:
+            FORMATS[kind][0](Path(folder), jpegs(images, size))
+            found = apart(stream, Path(folder), kind, height, steps, images, few, repeats)
+        for step, each in found.items():
+            name, (clock, used), (decode, decode_used) = f"{kind}, {step}", limit[step], limit["decode"]
+            rates[name] = 1 / each["clock"]
+            ratios[f"{name}: images/s over min(decode, {step})"] = max(decode, clock) / each["clock"]
+            ratios[f"{name}: processor time by hand over streamed"] = (decode_used + used) / each["used"]
+            ratios[f"{name}: growth of memory, MB"] = each["growth_mb"]
+        every = rates | ratios
+        shown = {name: round(value, 2) for name, value in every.items() if name.startswith((kind, "limit"))}
+        print(json.dumps(shown, indent=1), flush=True)
     if out is not None:
         settings = {
             "images": images,

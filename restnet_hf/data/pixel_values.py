@@ -75,10 +75,10 @@ class PixelValues:
             pictures = self._open(rows[self.image_column], indices)
             kept = [position for position, picture in enumerate(pictures) if picture is not None]
             images = [picture for picture in pictures if picture is not None]
-            if self.augment is not None:
-                images = augment_images(self.augment, images)
-            if images:
-                prepared["pixel_values"] = prepare_images(self.processor, images)
+            if images and self.augment is not None:
+                prepared["pixel_values"] = prepare_images(self.processor, augment_images(self.augment, images))
+            elif images:  # which are RGB images already
+                prepared["pixel_values"] = self.processor(images, return_tensors="pt")["pixel_values"]
             else:
                 prepared["pixel_values"] = torch.empty(0, 3, *Preprocessing.of(self.processor).image_size)
         if self.label_column is not None and self.label_column in rows:
